@@ -1,0 +1,7 @@
+"""`python -m moe_jax`: the same as the `moe-jax` command."""
+
+from __future__ import annotations
+
+from moe_jax.cli import main
+
+main()

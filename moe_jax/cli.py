@@ -1,0 +1,195 @@
+"""The `moe-jax` command: train, generate, report and doctor.
+
+Thin on purpose: each command reads its arguments and calls one function of the package, imported only
+then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found something
+wrong; 2 a mistake that one sentence on stderr explains; 130 and 143 interrupted or terminated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from moe_jax import __version__
+from moe_jax.errors import UserError
+
+app = typer.Typer(
+    name="moe-jax",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --run-dir runs/first",
+)
+
+RunDir = Annotated[Path, typer.Argument(show_default=False, help="Directory of a run.")]
+Fallback = Annotated[bool, typer.Option("--fallback", help="Use the newest good checkpoint where the wanted one is corrupt.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line (by default this process's) and exits; mistakes become one sentence and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(args=arguments, prog_name="moe-jax")
+    except UserError as error:
+        print(f"moe-jax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        _flush_stdout()
+    raise SystemExit(0)
+
+
+def _flush_stdout() -> None:
+    """Writes what is left, quietly where the reader has gone (`moe-jax report RUN | head -0`)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM outside training, which handles it itself and saves."""
+    print("moe-jax: terminated.", file=sys.stderr)
+    raise SystemExit(128 + signum)
+
+
+@contextlib.contextmanager
+def explained_disk_errors(place: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a sentence naming the file, or `place` where the error names none."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or place
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{where}: no space is left on its disk; free some, then continue (train: with --resume).") from error
+        if error.filename is None:
+            raise
+        raise UserError(f"{where}: {error.strerror or error}; check the path and its permissions.") from error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"moe-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Train and run sharded mixture-of-experts transformers in JAX."""
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --set train.steps=50 --run-dir runs/short")
+def train(
+    config: Annotated[Path, typer.Argument(show_default=False, help="YAML configuration.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="Change a key, such as train.steps=50; may be repeated."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", show_default=False, help="Where all output goes.  [default: runs/NAME]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in DIR from its newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in DIR first.")] = False,
+    fallback: Fallback = False,
+) -> None:
+    """Train a model and write its run directory."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite contradict each other: give one of them.")
+    if fallback and not resume:
+        raise UserError("--fallback chooses the checkpoint to resume from: give --resume too.")
+    from moe_jax.config import load_config
+
+    tree = load_config(config, overrides or [])
+    place = run_dir or _default_run_dir(tree.name)
+    from moe_jax.train import train as run_training
+
+    with explained_disk_errors(place):
+        run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
+
+
+def _default_run_dir(name: str) -> Path:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or give --run-dir.")
+    return Path("runs") / name
+
+
+@app.command(epilog='\b\nExample:\n  moe-jax generate runs/first --prompt "def main(" --max-tokens 200')
+def generate(
+    run_dir: RunDir,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", show_default=False, help="Text to continue; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="Logits are divided by it; 0 is --greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Choose among the K likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, metavar="P", help="Choose among the likeliest of sum P.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Checkpoint step; the newest if not given.")] = None,
+    fallback: Fallback = False,
+) -> None:
+    """Continue a text with a trained model, on stdout."""
+    _require_run(run_dir)
+    text = _prompt_from_stdin() if prompt == "-" else prompt
+    from moe_jax.generate import generate_run
+
+    with explained_disk_errors(Path("standard output")):
+        pieces = generate_run(
+            run_dir,
+            text,
+            max_tokens=max_tokens,
+            temperature=0.0 if greedy else temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            step=step,
+            fallback=fallback,
+        )
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if sys.stdout.isatty():
+        sys.stdout.write("\n")
+
+
+def _prompt_from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8.") from error
+
+
+def _require_run(run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a `moe-jax train`.")
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax report runs/first")
+def report(run_dir: RunDir) -> None:
+    """Draw a run's report and plots anew."""
+    _require_run(run_dir)
+    from moe_jax.report import write_report
+
+    with explained_disk_errors(run_dir):
+        print(write_report(run_dir))
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax doctor --json")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Check this machine: versions, devices, arithmetic."""
+    from moe_jax.doctor import examine, print_examination
+
+    examination = examine()
+    print_examination(examination, as_json=as_json)
+    raise typer.Exit(1 if examination.problems else 0)

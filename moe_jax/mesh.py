@@ -1,0 +1,45 @@
+"""The device mesh. Call `use_devices` before anything else touches a device."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.errors import UserError
+from moe_jax.schema import DevicesConfig, MeshConfig
+from moe_jax.spmd import AXES
+
+
+def use_devices(config: DevicesConfig) -> None:
+    """Simulates CPU devices if asked to. Raises UserError if JAX already runs with another number of devices."""
+    if not config.simulate:
+        return
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.simulate)
+    except RuntimeError:
+        # JAX has started: its devices are what they are, and may well be those asked for.
+        if jax.default_backend() != "cpu" or jax.device_count() < config.simulate:
+            raise UserError(
+                f"devices.simulate={config.simulate} comes too late: JAX already runs with {jax.device_count()} "
+                f"{jax.default_backend()} devices; start a new process."
+            ) from None
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh with axes `data`, `expert` and `tensor`; devices beyond its size stay unused only where simulated.
+
+    Raises UserError if the mesh does not match the devices.
+    """
+    devices = jax.devices()
+    simulated = devices[0].platform == "cpu"
+    if config.size > len(devices) or (config.size != len(devices) and not simulated):
+        raise UserError(
+            f"mesh.data={config.data} x mesh.expert={config.expert} x mesh.tensor={config.tensor} needs {config.size} devices and there are "
+            f"{len(devices)}: change the mesh, or set devices.simulate={config.size} to try it on simulated CPU devices."
+        )
+    if simulated:
+        grid = np.array(devices[: config.size]).reshape(config.data, config.expert, config.tensor)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((config.data, config.expert, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)

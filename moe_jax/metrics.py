@@ -1,0 +1,177 @@
+"""A run's metrics: written one JSON line a record, with a copy for TensorBoard, and read back.
+
+`metrics.jsonl` is the record of a run (docs/metrics.md has its schema); reports, checks and other
+people's scripts read it. Only the first process of a run writes it. Nothing here needs a device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from moe_jax.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+
+
+def max_violation(load: ArrayLike) -> float:
+    """How far the fullest expert is above the mean: max / mean - 1 of `load` [E] counts; 0 is even, E - 1 is all to one.
+
+    Where no token was routed at all it is 0.
+    """
+    counts = np.asarray(load, dtype=np.float64)
+    return float(counts.max() / counts.mean() - 1.0) if counts.any() else 0.0
+
+
+def dead_experts(load: ArrayLike) -> int:
+    """How many experts of `load` [E] counts got no token."""
+    return int(np.count_nonzero(np.asarray(load) == 0))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field is a scalar that can be plotted; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class MetricsWriter:
+    """Appends records to RUN_DIR/metrics.jsonl and mirrors their scalars to RUN_DIR/tensorboard.
+
+    A new run (`resume_step=None`) must find no metrics.jsonl. A resumed one keeps its lines up to and
+    including `resume_step`, so that the file goes on as if the run had never stopped.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        """Raises UserError where a new run finds metrics.jsonl, or a resumed one finds none or a damaged one."""
+        path = run_dir / FILE_NAME
+        if resume_step is not None:
+            _keep_until(path, resume_step)
+        elif path.exists():
+            raise UserError(f"{path} exists already: continue that run with --resume, or replace it with --overwrite.")
+        self._events = _EventFile(run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+        self._file = path.open("ab")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record, which has an int `step`, and flushes it.
+
+        Floats are kept exactly. Numpy values become Python's own. A float that is not finite is written
+        as null and named in `nonfinite`, since JSON has no NaN. OSError (a full disk) passes upward.
+        """
+        nonfinite: dict[str, str] = {}
+        clean = _as_json(record, "", nonfinite)
+        if nonfinite:
+            clean["nonfinite"] = nonfinite
+        self._file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self._events.write(clean["step"], _tensorboard_scalars(clean))
+
+    def close(self) -> None:
+        """Closes both files; needed once."""
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
+
+
+def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, one at a time; `read_metrics` says what is tolerated."""
+    return (record for _, record in _lines(path))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl.
+
+    A last line that a kill cut short is left out. Any other line that is no record, and a file that
+    is not there, raise UserError.
+    """
+    return list(iter_metrics(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of a metrics.jsonl as it stands, newline included, with its record."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name the directory of a run that has trained.")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line.rstrip(b"\n") + b"\n", record
+            elif line.endswith(b"\n"):
+                raise UserError(f"{path} line {number} is not a metrics record with a step: remove that line or restore the file.")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Rewrites a metrics.jsonl with only the lines up to `step`, byte for byte; killed in between, the old file stands."""
+    kept = [line for line, record in _lines(path) if record["step"] <= step]
+    temporary = path.with_name(f"{FILE_NAME}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _as_json(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
+    """`value` in JSON's types; the dotted path of each float that became null goes into `nonfinite`."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _as_json(item, f"{path}.{key}" if path else key, nonfinite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item, f"{path}.{index}", nonfinite) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[path] = repr(value)
+        return None
+    return value
+
+
+def _tensorboard_scalars(record: dict[str, Any]) -> dict[str, float]:
+    """What TensorBoard shows of a record, by tag: its scalars and each layer's max_violation; nothing of an event line."""
+    if "event" in record:
+        return {}
+    group = "validation" if "val_loss" in record else "train"
+    scalars = {f"{group}/{name}": value for name, value in record.items() if name != "step" and is_number(value)}
+    for layer in record.get("layers", []):
+        if is_number(layer["max_violation"]):
+            scalars[f"max_violation/layer_{layer['layer']}"] = layer["max_violation"]
+    return scalars
+
+
+class _EventFile:
+    """A TensorBoard event file, written in the caller's thread.
+
+    tensorboardX's SummaryWriter hands events to a thread through a bounded queue. On a full disk that
+    thread dies, and the training loop would wait on the queue for ever; here the error passes upward.
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        # The writer's own name has seconds and host only: a quick resume would overwrite the first file.
+        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{purge_step or 0}")
+        if purge_step is not None:
+            # TensorBoard forgets, from earlier files, what a killed process had logged beyond its checkpoint.
+            session = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=session))
+        self._writer.flush()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if scalars:
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,254 @@
+"""The decoder-only transformer. It runs inside one `shard_map` over the whole mesh: every device holds a part of
+the batch and a shard of each parameter, gathers parameters just before use, and swaps tokens in the MoE layers.
+
+Layers of a repeating pattern are stacked and scanned, so compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moe_jax.annotations import Array, Float, Int, Key
+from moe_jax.moe.experts import swiglu
+from moe_jax.moe.layer import LayerStats, LayerTables, MoE
+from moe_jax.moe.router import RouterStats
+from moe_jax.ops.attention import attention
+from moe_jax.placement.table import Placement
+from moe_jax.rope import frequencies, rotate
+from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.sharding import GATHERED_NAME, gather, param
+
+
+class LayerKind(NamedTuple):
+    """What distinguishes one layer from another."""
+
+    moe: bool
+    window: int | None
+
+
+class Batch(NamedTuple):
+    """Packed sequences. `sequences` numbers them within the step's whole batch, so that noise does not depend on the mesh."""
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]  # documents from 1; 0 is padding
+    mask: Float[Array, "B S"]  # 1 where the target counts
+    sequences: Int[Array, " B"]
+
+
+def layer_kinds(model: ModelConfig, moe: MoEConfig) -> list[LayerKind]:
+    """The kind of each layer, in order."""
+
+    def kind(layer: int) -> LayerKind:
+        dense = layer < moe.first_dense or (layer - moe.first_dense + 1) % moe.every or layer in moe.dense_layers
+        full = model.window_every > 1 and (layer + 1) % model.window_every == 0
+        return LayerKind(not dense, None if full else model.sliding_window)
+
+    return [kind(layer) for layer in range(model.num_layers)]
+
+
+def count_moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
+    """Layers that have experts."""
+    return sum(kind.moe for kind in layer_kinds(model, moe))
+
+
+def stack_layers(kinds: list[LayerKind]) -> list[tuple[tuple[LayerKind, ...], int]]:
+    """Cuts the layers into (pattern, repeats), at each point taking the pattern whose repeats cover most layers."""
+    stacks: list[tuple[tuple[LayerKind, ...], int]] = []
+    at = 0
+    while at < len(kinds):
+        best = (tuple(kinds[at : at + 1]), 1)
+        for size in range(1, (len(kinds) - at) // 2 + 1):
+            pattern, repeats = kinds[at : at + size], 1
+            while kinds[at + repeats * size : at + (repeats + 1) * size] == pattern:
+                repeats += 1
+            if repeats > 1 and size * repeats > len(best[0]) * best[1]:
+                best = (tuple(pattern), repeats)
+        stacks.append(best)
+        at += len(best[0]) * best[1]
+    return stacks
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation of the last dimension (Zhang and Sennrich, 2019), in f32."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = param(rngs, (width,), ("norm",), None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale.get_value()).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; heads are sharded over `tensor`, and the output is summed over it."""
+
+    def __init__(self, config: ModelConfig, window: int | None, out_std: float, *, rngs: nnx.Rngs):
+        self.config, self.window = config, window
+        width, heads, groups, head = config.width, config.num_heads, config.num_kv_heads, config.head_width
+        self.query = param(rngs, (width, heads, head), ("width", "heads", "head"), width**-0.5)
+        self.key = param(rngs, (width, groups, head), ("width", "kv_heads", "head"), width**-0.5)
+        self.value = param(rngs, (width, groups, head), ("width", "kv_heads", "head"), width**-0.5)
+        self.out = param(rngs, (heads, head, width), ("heads", "head", "width"), out_std)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(head, config.norm_eps, rngs=rngs)
+            self.key_norm = RMSNorm(head, config.norm_eps, rngs=rngs)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
+        config = self.config
+        q_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, gather(self.query, x_BSD.dtype))
+        k_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, gather(self.key, x_BSD.dtype))
+        v_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, gather(self.value, x_BSD.dtype))
+        if config.qk_norm:
+            q_BSHQ, k_BSGQ = self.query_norm(q_BSHQ), self.key_norm(k_BSGQ)
+        frequency, scale = frequencies(config.rope, config.head_width, x_BSD.shape[1])
+        q_BSHQ, k_BSGQ = (rotate(x, batch.positions, frequency, scale) for x in (q_BSHQ, k_BSGQ))
+        out_BSHQ = attention(q_BSHQ, k_BSGQ, v_BSGQ, batch.segments, window=self.window, impl=config.attention)
+        return lax.psum(jnp.einsum("bshq,hqd->bsd", out_BSHQ, gather(self.out, x_BSD.dtype)), "tensor")
+
+
+class FeedForward(nnx.Module):
+    """Dense SwiGLU; its hidden dimension is sharded over `tensor`."""
+
+    def __init__(self, width: int, hidden: int, out_std: float, *, rngs: nnx.Rngs):
+        self.gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
+        self.down = param(rngs, (hidden, width), ("hidden", "width"), out_std)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        both = jnp.einsum("bsd,dgf->bsgf", x_BSD, gather(self.gate_up, x_BSD.dtype))
+        hidden_BSF = swiglu(both.reshape(*both.shape[:2], -1))
+        return lax.psum(hidden_BSF @ gather(self.down, x_BSD.dtype), "tensor")
+
+
+class Block(nnx.Module):
+    """Attention, then experts or a dense feed-forward part, each behind a norm and a residual."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, kind: LayerKind, placement: Placement, *, rngs: nnx.Rngs):
+        out_std = (2 * model.num_layers) ** -0.5
+        self.attention_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
+        self.attention = Attention(model, kind.window, out_std * (model.num_heads * model.head_width) ** -0.5, rngs=rngs)
+        self.mlp_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
+        if kind.moe:
+            self.mlp = MoE(moe, model.width, placement, out_std * moe.hidden**-0.5, rngs=rngs)
+        else:
+            self.mlp = FeedForward(model.width, model.hidden, out_std * model.hidden**-0.5, rngs=rngs)
+
+    def __call__(
+        self, x_BSD: jax.Array, batch: Batch, tables: LayerTables | None, full: RouterStats | None, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, LayerStats | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), batch)
+        h_BSD = self.mlp_norm(x_BSD)
+        if isinstance(self.mlp, FeedForward):
+            return x_BSD + self.mlp(h_BSD), None
+        y_BSD, stats = self.mlp(h_BSD, batch.segments > 0, tables, full, keys_B)
+        return x_BSD + y_BSD, stats
+
+
+class Unit(nnx.Module):
+    """One repeat of a stack's pattern of layers."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], placement: Placement, *, rngs: nnx.Rngs):
+        self.kinds = kinds
+        self.blocks = nnx.List([Block(model, moe, kind, placement, rngs=rngs) for kind in kinds])
+
+
+def _make_unit(model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], placement: Placement, key: jax.Array) -> Unit:
+    return Unit(model, moe, kinds, placement, rngs=nnx.Rngs(params=key))
+
+
+class Transformer(nnx.Module):
+    """Tokens in, final hidden states and the MoE layers' figures out. Build it under `jax.jit` to shard it at birth."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, vocab_size: int, placement: Placement, *, rngs: nnx.Rngs):
+        self.config = model
+        self.noisy = bool(moe.input_noise or moe.expert_dropout)
+        self.embedding = param(rngs, (vocab_size, model.width), ("vocab", "width"), 0.02)
+        self.final_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
+        if not model.tied_embeddings:
+            self.head = param(rngs, (vocab_size, model.width), ("vocab", "width"), 0.02)
+        self.stacks = nnx.List([])
+        for kinds, repeats in stack_layers(layer_kinds(model, moe)):
+            make = partial(_make_unit, model, moe, kinds, placement)
+            self.stacks.append(nnx.vmap(make)(jax.random.split(rngs.params(), repeats)))
+
+    def __call__(
+        self, batch: Batch, tables: LayerTables, full: RouterStats | None = None, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "V D"], LayerStats | None]:
+        """Normalised hidden states, this device's rows of the output head, and figures stacked over the MoE layers.
+
+        `tables` (and `full`) are stacked over the MoE layers; `key` turns the router's training noise on.
+        """
+        dtype = jnp.dtype(self.config.compute_dtype)
+        table_VD = gather(self.embedding, dtype)
+        x_BSD = embed(table_VD, batch.tokens)
+        per_layer = (tables, full, jnp.arange(tables.replicas_E.shape[0]))
+        done, stats = 0, []
+        for stack in self.stacks:
+            moes = sum(kind.moe for kind in stack.kinds)
+            graph, state = nnx.split(stack)
+            repeats = jax.tree.leaves(state)[0].shape[0]
+            inputs = jax.tree.map(lambda a, n=repeats * moes: a[done : done + n].reshape(repeats, moes, *a.shape[1:]), per_layer)
+            run = partial(_run_unit, graph, batch, key if self.noisy else None)
+            x_BSD, figures = lax.scan(_remat(self.config.remat, run), x_BSD, (state, inputs))
+            done += repeats * moes
+            stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
+        head_VD = table_VD if self.config.tied_embeddings else gather(self.head, dtype)
+        return self.final_norm(x_BSD), head_VD, jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+
+
+def _run_unit(graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: jax.Array, inputs: Any):
+    """The scan's body: one repeat of a pattern, with the tables of its MoE layers [layers of the unit, ...]."""
+    state, (tables, full, layers) = inputs
+    unit = nnx.merge(graph, state)
+    at, stats = 0, []
+    for block, kind in zip(unit.blocks, unit.kinds, strict=True):
+        if not kind.moe:
+            x_BSD, _ = block(x_BSD, batch, None, None, None)
+            continue
+        table, sums, layer = jax.tree.map(lambda a, at=at: a[at], (tables, full, layers))
+        keys_B = None if key is None else jax.vmap(lambda s, k=jax.random.fold_in(key, layer): jax.random.fold_in(k, s))(batch.sequences)
+        x_BSD, figures = block(x_BSD, batch, table, sums, keys_B)
+        stats.append(figures)
+        at += 1
+    return x_BSD, jax.tree.map(lambda *a: jnp.stack(a), *stats) if stats else None
+
+
+def _remat(choice: str, body):
+    """What the backward pass recomputes. Gathered parameters are never kept: holding them would undo their sharding."""
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": policies.save_anything_except_these_names(GATHERED_NAME),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[choice]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def embed(table_VD: Float[Array, "V D"], tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of a table whose vocabulary is sharded over `tensor`: each device adds the rows that it holds."""
+    rows = table_VD.shape[0]
+    local_BS = tokens_BS - lax.axis_index("tensor") * rows
+    held = (local_BS >= 0) & (local_BS < rows)
+    x_BSD = table_VD.at[jnp.where(held, local_BS, rows)].get(mode="fill", fill_value=0)
+    return lax.psum(x_BSD, "tensor")
+
+
+def expert_layers(model: ModelConfig, moe: MoEConfig) -> dict[tuple[int, int], list[int]]:
+    """For block j of stack i, the numbers among the MoE layers of its repeats: where tables and weights meet."""
+    found: dict[tuple[int, int], list[int]] = {}
+    done = 0
+    for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(model, moe))):
+        blocks = [j for j, kind in enumerate(kinds) if kind.moe]
+        for at, j in enumerate(blocks):
+            found[i, j] = [done + repeat * len(blocks) + at for repeat in range(repeats)]
+        done += len(blocks) * repeats
+    return found

@@ -1,0 +1,197 @@
+"""One MoE layer: route, dispatch, compute, combine. It runs inside the model's `shard_map`.
+
+Three ways to the experts: pools and all_to_all with a capacity, the same in as many rounds as the fullest pool
+needs (dropless), and, for few tokens or a single rank, gathering all tokens of the `expert` axis so that each
+rank computes its own slots' share of the sum.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moe_jax.annotations import Array, Bool, Float, Int, Key
+from moe_jax.moe import balance, dispatch
+from moe_jax.moe.experts import Experts, apply_experts, swiglu
+from moe_jax.moe.router import Router, RouterStats, total
+from moe_jax.ops.grouped_matmul import Impl
+from moe_jax.placement.table import Placement
+from moe_jax.schema import MoEConfig
+from moe_jax.sharding import gather, param
+from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, vary
+
+
+class LayerTables(NamedTuple):
+    """What routing needs besides weights, of one layer or stacked over layers: data, so a change compiles nothing."""
+
+    slots_ER: Int[Array, "... E R"]  # slots of each expert's replicas
+    replicas_E: Int[Array, "... E"]
+    bias_E: Float[Array, "... E"]  # balance bias
+
+
+class LayerStats(NamedTuple):
+    """Figures of one layer, the same on every device."""
+
+    router: RouterStats
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    kept: Int[Array, ""]  # choices that an expert computed
+    dropped: Int[Array, ""]  # choices for which the pool was full at the source
+    rounds: Int[Array, ""]
+
+
+class Route(NamedTuple):
+    """The static shape of an exchange."""
+
+    ranks: int
+    slots: int  # P, over all ranks
+    capacity: int  # C
+    impl: Impl
+
+
+class MoE(nnx.Module):
+    """Router, experts and shared experts of a layer."""
+
+    def __init__(self, config: MoEConfig, width: int, placement: Placement, out_std: float, *, rngs: nnx.Rngs):
+        self.config = config
+        self.num_slots = placement.num_slots
+        self.router = Router(config, width, rngs=rngs)
+        self.experts = Experts(config, width, placement, out_std, rngs=rngs)
+        hidden = config.hidden * config.shared_experts
+        if hidden:
+            self.shared_gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
+            self.shared_down = param(rngs, (hidden, width), ("hidden", "width"), out_std)
+        if config.shared_gate:
+            self.shared_gate = param(rngs, (width, 1), ("width", "experts"), width**-0.5)
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        valid_BS: Bool[Array, "B S"],
+        tables: LayerTables,
+        full: RouterStats | None = None,
+        keys_B: Key[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], LayerStats]:
+        """Experts' output for this device's tokens, and the layer's figures over all devices.
+
+        `full` are the router's sums over the whole batch when this is a part of it; `keys_B` turns noise on.
+        """
+        routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
+        stats = total(stats)
+        aux, z = balance.losses(self.config, stats, stats if full is None else full)
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_ER, tables.replicas_E, self.num_slots)
+        y_TD, kept, dropped, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK)
+        y_TD = lax.psum(y_TD + self._shared(x_TD), "tensor")
+        return y_TD.reshape(x_BSD.shape), LayerStats(stats, aux, z, kept, dropped, rounds)
+
+    def _exchange(self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array) -> tuple[jax.Array, ...]:
+        """Routed output [T, D] (a part of a sum over `tensor`), kept, dropped, rounds."""
+        config, ranks = self.config, lax.axis_size("expert")
+        tokens, top_k = slot_TK.shape
+        capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
+        route = Route(ranks, self.num_slots, capacity, config.grouped_matmul)
+        weights = (gather(self.experts.gate_up, x_TD.dtype), gather(self.experts.down, x_TD.dtype))
+        args = vary((x_TD, weight_TK, *weights), AXES)
+        valid_TK = slot_TK < self.num_slots
+        alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
+        if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):
+            kept_TK, rounds = valid_TK, jnp.int32(1)
+            y_TD = gather_exchange(route, *args, slot_TK)
+        else:
+            queue = dispatch.queue_choices(slot_TK, weight_TK, self.num_slots, ranks)
+            if config.dropless:
+                rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, BATCH_AXES) // capacity))
+                kept_TK = valid_TK & (queue.position_TK < rounds * capacity)
+                y_TD = in_rounds(partial(pooled_exchange, route), rounds, args, vary(queue, AXES))
+            else:
+                kept_TK, rounds = valid_TK & (queue.position_TK < capacity), jnp.int32(1)
+                y_TD = pooled_exchange(route, *args, vary(queue, AXES), 0)
+        kept, dropped = lax.psum((jnp.sum(kept_TK), jnp.sum(valid_TK & ~kept_TK)), BATCH_AXES)
+        return y_TD, kept, dropped, rounds
+
+    def _shared(self, x_TD: jax.Array) -> jax.Array:
+        """The shared experts' output (a part of a sum over `tensor`), or a zero."""
+        if not self.config.shared_experts:
+            return jnp.zeros((), x_TD.dtype)
+        both = jnp.einsum("td,dgf->tgf", x_TD, gather(self.shared_gate_up, x_TD.dtype))
+        y_TD = swiglu(both.reshape(both.shape[0], -1)) @ gather(self.shared_down, x_TD.dtype)
+        if self.config.shared_gate:
+            y_TD = y_TD * jax.nn.sigmoid(x_TD @ gather(self.shared_gate, x_TD.dtype))
+        return y_TD
+
+
+def pooled_exchange(
+    route: Route,
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    queue: dispatch.Queue,
+    round: jax.Array | int,
+) -> jax.Array:
+    """One round: rows travel to their experts' ranks in pools [R*C, D], and their results travel back; [T, D]."""
+    tables, local_M = dispatch.pool_tables(queue, round, route.capacity, route.slots, route.ranks)
+    received_MD = all_to_all(dispatch.gather_rows(x_TD, tables.source_M, tables.place_TK), "expert")
+    slot_M = all_to_all(local_M, "expert")
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots // route.ranks)
+    sorted_MD = dispatch.gather_rows(received_MD, order_M, inverse_M[:, None])
+    computed_MD = apply_experts(sorted_MD, sizes_P, gate_up, down, route.impl)
+    returned_MD = all_to_all(dispatch.gather_rows(computed_MD, inverse_M, order_M[:, None]), "expert")
+    return dispatch.combine_rows(returned_MD, weight_TK, tables.source_M, tables.place_TK)
+
+
+def gather_exchange(
+    route: Route, x_TD: jax.Array, weight_TK: jax.Array, gate_up: jax.Array, down: jax.Array, slot_TK: jax.Array
+) -> jax.Array:
+    """All tokens of the axis visit every rank, which computes its own slots' part of the sum; [T, D]. Drops nothing."""
+    slots = route.slots // route.ranks
+    x_ND, weight_NK, slot_NK = (all_gather(a, "expert", 0) for a in (x_TD, weight_TK, slot_TK))
+    local_NK = slot_NK - lax.axis_index("expert") * slots
+    local_NK = jnp.where((local_NK >= 0) & (local_NK < slots), local_NK, slots)
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), slots)
+    inverse_NK = inverse_M.reshape(local_NK.shape)
+    rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
+    y_MD = apply_experts(rows_MD, sizes_P, gate_up, down, route.impl)
+    y_ND = dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
+    if route.ranks == 1:
+        return y_ND
+    start = lax.axis_index("expert") * x_TD.shape[0]
+    return lax.dynamic_slice_in_dim(lax.psum(y_ND, "expert"), start, x_TD.shape[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_rounds(exchange, rounds: jax.Array, args: tuple[jax.Array, ...], queue: dispatch.Queue) -> jax.Array:
+    """The sum of `exchange(*args, queue, r)` over rounds r, of which there are at least one.
+
+    The first round is saved for the backward pass like any other computation; later ones, rare when load is
+    even, run in a loop whose backward pass replays them, so memory does not grow with their number.
+    """
+    return _in_rounds_fwd(exchange, rounds, args, queue)[0]
+
+
+def _in_rounds_fwd(exchange, rounds: jax.Array, args: tuple[jax.Array, ...], queue: dispatch.Queue):
+    y_TD, pull = jax.vjp(lambda *a: exchange(*a, queue, 0), *args)
+    step = lambda c: (c[0] + 1, c[1] + exchange(*args, queue, c[0]))  # noqa: E731
+    _, y_TD = lax.while_loop(lambda c: c[0] < rounds, step, (jnp.int32(1), y_TD))
+    return y_TD, (pull, rounds, args, queue)
+
+
+def _in_rounds_bwd(exchange, saved, dy_TD: jax.Array):
+    pull, rounds, args, queue = saved
+
+    def step(carry):
+        round, grads = carry
+        _, pull_round = jax.vjp(lambda *a: exchange(*a, queue, round), *args)
+        return round + 1, jax.tree.map(jnp.add, grads, pull_round(dy_TD))
+
+    _, grads = lax.while_loop(lambda c: c[0] < rounds, step, (jnp.int32(1), pull(dy_TD)))
+    return None, grads, None
+
+
+in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)

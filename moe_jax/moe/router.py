@@ -1,0 +1,125 @@
+"""Choosing experts: scores, selection, weights, and the sums from which load and losses are computed.
+
+Everything is in f32 and in logical expert order. Statistics are sums over the valid tokens of the device;
+`total` sums them over the mesh, after which every device holds the same figures. Sources: softmax top-k
+(Shazeer et al., 2017), sigmoid scores with a balance bias and group-limited selection (DeepSeek-V2 and
+V3, 2024), z-loss (ST-MoE, Zoph et al., 2022).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moe_jax.annotations import Array, Bool, Float, Int, Key
+from moe_jax.schema import MoEConfig
+from moe_jax.sharding import gather, param
+from moe_jax.spmd import BATCH_AXES
+
+NEVER = -1e9  # score of a dropped-out expert: finite, so that it can still fill a place nobody else takes
+
+
+class RouterStats(NamedTuple):
+    """Sums over valid tokens."""
+
+    load_E: Int[Array, " E"]  # choices of each expert
+    prob_E: Float[Array, " E"]  # scores, normalised to sum to 1 a token
+    z: Float[Array, ""]  # squared logsumexp of the logits
+    entropy: Float[Array, ""]  # nats, of the normalised scores
+    sequence_aux: Float[Array, ""]  # tokens of each sequence x its Switch loss
+    tokens: Int[Array, ""]
+
+
+class Routing(NamedTuple):
+    """What the router decided for each token."""
+
+    expert_TK: Int[Array, "T K"]  # logical experts; E where the token is padding
+    weight_TK: Float[Array, "T K"]
+
+
+class Router(nnx.Module):
+    """Routes tokens to `top_k` of `num_experts` experts."""
+
+    def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs):
+        self.config = config
+        self.weight = param(rngs, (width, config.num_experts), ("width", "experts"), width**-0.5)
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        valid_BS: Bool[Array, "B S"],
+        bias_E: Float[Array, " E"],
+        keys_B: Key[Array, " B"] | None,
+    ) -> tuple[Routing, RouterStats]:
+        """Routes each token. `bias_E` shifts selection, not weights; `keys_B` (a key a sequence) turns training noise on."""
+        config = self.config
+        x_BSD = x_BSD.astype(jnp.float32)
+        dropped_BE = None
+        if keys_B is not None:
+            keys_BN = jax.vmap(lambda key: jax.random.split(key, 2))(keys_B)
+            if config.input_noise:
+                draw = jax.vmap(lambda key: jax.random.uniform(key, x_BSD.shape[1:], minval=-1.0, maxval=1.0))
+                x_BSD = x_BSD * (1 + config.input_noise * draw(keys_BN[:, 0]))
+            if config.expert_dropout:
+                drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.expert_dropout, (config.num_experts,)))
+                dropped_BE = drop(keys_BN[:, 1])
+        logits_BSE = jnp.einsum("bsd,de->bse", x_BSD, gather(self.weight), preferred_element_type=jnp.float32) / config.temperature
+        score_BSE = jax.nn.softmax(logits_BSE) if config.score == "softmax" else jax.nn.sigmoid(logits_BSE)
+        expert_BSK, weight_BSK = select(config, score_BSE, bias_E, dropped_BE)
+        expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, config.num_experts).astype(jnp.int32)
+        stats = measure(logits_BSE, score_BSE, expert_BSK, valid_BS)
+        return Routing(expert_BSK.reshape(-1, config.top_k), weight_BSK.reshape(-1, config.top_k)), stats
+
+
+def select(config: MoEConfig, score_BSE: jax.Array, bias_E: jax.Array, dropped_BE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Experts [B, S, K] by biased score, best first, and their weights [B, S, K] from the unbiased scores."""
+    ranked_BSE = lax.stop_gradient(score_BSE) + bias_E
+    if dropped_BE is not None:
+        ranked_BSE = jnp.where(dropped_BE[:, None], NEVER + ranked_BSE, ranked_BSE)
+    if config.num_groups > 1:
+        ranked_BSE = jnp.where(_open_groups(config, ranked_BSE), ranked_BSE, -jnp.inf)
+    _, expert_BSK = lax.top_k(ranked_BSE, config.top_k)
+    weight_BSK = jnp.take_along_axis(score_BSE, expert_BSK, axis=-1)
+    if config.normalize == "after":
+        weight_BSK = weight_BSK / (jnp.sum(weight_BSK, axis=-1, keepdims=True) + 1e-20)
+    return expert_BSK, weight_BSK * config.routed_scale
+
+
+def _open_groups(config: MoEConfig, ranked_BSE: jax.Array) -> jax.Array:
+    """Which experts lie in a token's best groups, bool [B, S, E].
+
+    A group counts by its best score with softmax (DeepSeek-V2), by its two best together with sigmoid (V3).
+    """
+    grouped = ranked_BSE.reshape(*ranked_BSE.shape[:-1], config.num_groups, -1)
+    best, _ = lax.top_k(grouped, 1 if config.score == "softmax" else 2)
+    _, chosen = lax.top_k(jnp.sum(best, axis=-1), config.top_groups)
+    is_open = jnp.any(chosen[..., None] == jnp.arange(config.num_groups), axis=-2)
+    return jnp.repeat(is_open, grouped.shape[-1], axis=-1)
+
+
+def measure(logits_BSE: jax.Array, score_BSE: jax.Array, expert_BSK: jax.Array, valid_BS: jax.Array) -> RouterStats:
+    """Sums over this device's valid tokens; `load_E` and the sequences' shares of choices carry no gradient."""
+    num_experts, top_k = score_BSE.shape[-1], expert_BSK.shape[-1]
+    prob_BSE = score_BSE / jnp.sum(score_BSE, axis=-1, keepdims=True)
+    load_BE = jnp.sum(expert_BSK[..., None] == jnp.arange(num_experts), axis=(1, 2), dtype=jnp.int32)
+    prob_BE = jnp.sum(prob_BSE * valid_BS[..., None], axis=1)
+    tokens_B = jnp.sum(valid_BS, axis=1, dtype=jnp.int32)
+    share_BE = load_BE / (top_k * jnp.maximum(tokens_B, 1))[:, None]
+    entropy_BS = -jnp.sum(prob_BSE * jnp.log(prob_BSE + 1e-20), axis=-1)
+    return RouterStats(
+        load_E=jnp.sum(load_BE, axis=0),
+        prob_E=jnp.sum(prob_BE, axis=0),
+        z=jnp.sum(jax.nn.logsumexp(logits_BSE, axis=-1) ** 2 * valid_BS),
+        entropy=lax.stop_gradient(jnp.sum(entropy_BS * valid_BS)),
+        sequence_aux=num_experts * jnp.sum(share_BE * prob_BE),
+        tokens=jnp.sum(tokens_B),
+    )
+
+
+def total(stats: RouterStats) -> RouterStats:
+    """The sums over all devices that hold tokens; call it inside `shard_map`."""
+    return lax.psum(stats, BATCH_AXES)

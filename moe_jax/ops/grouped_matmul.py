@@ -1,0 +1,130 @@
+"""Grouped matmul: rows sorted by group, each group multiplied by its own matrix.
+
+Back ends: `reference` multiplies every row by every matrix and selects (for tests); `ragged` is
+`lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled` walks
+each group in tiles of rows with plain matmuls, fast on CPU. `auto` takes `ragged` on GPU and TPU and `tiled`
+elsewhere. Measurements behind the tile sizes are in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.annotations import Array, Float, Int
+from moe_jax.spmd import vary, vary_alike, vma
+
+Impl = Literal["auto", "reference", "ragged", "tiled"]
+
+# Rows a tile: small tiles waste less on the last tile of a group; the weight gradient re-reads its [D, F]
+# accumulator for each tile, so its tiles are larger.
+TILE = 48
+TILE_GRAD = 128
+
+
+def grouped_matmul(
+    x_ND: Float[Array, "N D"], w_GDF: Float[Array, "G D F"], sizes_G: Int[Array, " G"], *, impl: Impl = "auto"
+) -> Float[Array, "N F"]:
+    """Multiplies consecutive runs of rows by their group's matrix.
+
+    Rows of group g are the `sizes_G[g]` rows after those of the groups before it; rows beyond the last
+    group give zeros. Groups of no rows get zero gradient. Products accumulate in f32; the result has the
+    dtype of `x_ND`. Raises ValueError for an unknown `impl`.
+    """
+    if impl == "auto":
+        impl = "ragged" if jax.default_backend() in ("gpu", "tpu") else "tiled"
+    x_ND, w_GDF, sizes_G = vary_alike(x_ND, w_GDF.astype(x_ND.dtype), sizes_G)
+    if impl == "reference":
+        return _reference(x_ND, w_GDF, sizes_G)
+    if impl == "ragged":
+        return _mask_tail(_ragged(x_ND, w_GDF, sizes_G), sizes_G)
+    if impl == "tiled":
+        return _tiled(x_ND, w_GDF, sizes_G)
+    raise ValueError(f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled")
+
+
+def rows_computed(sizes_G: Int[Array, " G"], impl: Impl = "tiled") -> Int[Array, ""]:
+    """Rows that the forward pass of `tiled` multiplies, padding of the last tiles included."""
+    return jnp.sum(-(-sizes_G // TILE)) * TILE if impl == "tiled" else jnp.sum(sizes_G)
+
+
+def _mask_tail(y_NF: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    return jnp.where(jnp.arange(y_NF.shape[0])[:, None] < jnp.sum(sizes_G), y_NF, jnp.zeros((), y_NF.dtype))
+
+
+def _ragged(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x_ND, w_GDF, sizes_G, preferred_element_type=jnp.float32).astype(x_ND.dtype)
+
+
+def _reference(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    ends_G = jnp.cumsum(sizes_G)
+    row_N = jnp.arange(x_ND.shape[0])
+    member_NG = (row_N[:, None] < ends_G) & (row_N[:, None] >= ends_G - sizes_G)
+    y_NGF = jnp.einsum("nd,gdf->ngf", x_ND, w_GDF, preferred_element_type=jnp.float32)
+    return jnp.einsum("ngf,ng->nf", y_NGF, member_NG.astype(jnp.float32)).astype(x_ND.dtype)
+
+
+@jax.custom_vjp
+def _tiled(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    return _rows_times_matrix(x_ND, w_GDF, sizes_G, transpose=False)
+
+
+def _tiled_fwd(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _tiled(x_ND, w_GDF, sizes_G), (x_ND, w_GDF, sizes_G)
+
+
+def _tiled_bwd(saved: tuple[jax.Array, ...], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_ND, w_GDF, sizes_G = saved
+    dx_ND = _rows_times_matrix(dy_NF, w_GDF, sizes_G, transpose=True)
+    return dx_ND, _rows_outer(x_ND, dy_NF, sizes_G).astype(w_GDF.dtype), None
+
+
+_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+
+
+def _pad_rows(x_ND: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x_ND, ((0, rows), (0, 0)))
+
+
+def _rows_times_matrix(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, *, transpose: bool) -> jax.Array:
+    """y = x @ w[g], or x @ w[g].T. A group's last tile overruns into the next group's rows, which the next group overwrites."""
+    starts_G = jnp.cumsum(sizes_G) - sizes_G
+    contract = ((1,), (1 if transpose else 0,))
+    padded = _pad_rows(x_ND, TILE)
+    y = vary(jnp.zeros((padded.shape[0], w_GDF.shape[1 if transpose else 2]), x_ND.dtype), vma(x_ND))
+
+    def group(g: jax.Array, y: jax.Array) -> jax.Array:
+        w = lax.dynamic_index_in_dim(w_GDF, g, keepdims=False)
+
+        def tile(i: jax.Array, y: jax.Array) -> jax.Array:
+            row = starts_G[g] + i * TILE
+            rows = lax.dynamic_slice_in_dim(padded, row, TILE)
+            product = lax.dot_general(rows, w, (contract, ((), ())), preferred_element_type=jnp.float32)
+            return lax.dynamic_update_slice_in_dim(y, product.astype(y.dtype), row, 0)
+
+        return lax.fori_loop(0, (sizes_G[g] + TILE - 1) // TILE, tile, y)
+
+    y = lax.fori_loop(0, w_GDF.shape[0], group, y)
+    return _mask_tail(y[: x_ND.shape[0]], sizes_G)
+
+
+def _rows_outer(x_ND: jax.Array, dy_NF: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    """dw[g] = x_g.T @ dy_g, [G, D, F] in f32: rows of a tile that belong to the next group are masked out of dy."""
+    starts_G = jnp.cumsum(sizes_G) - sizes_G
+    padded_x, padded_dy = _pad_rows(x_ND, TILE_GRAD), _pad_rows(dy_NF, TILE_GRAD)
+    zero = vary(jnp.zeros((x_ND.shape[1], dy_NF.shape[1]), jnp.float32), vma(x_ND))
+
+    def group(g: jax.Array) -> jax.Array:
+        def tile(i: jax.Array, dw: jax.Array) -> jax.Array:
+            row = starts_G[g] + i * TILE_GRAD
+            inside = jnp.arange(TILE_GRAD)[:, None] < sizes_G[g] - i * TILE_GRAD
+            rows = lax.dynamic_slice_in_dim(padded_x, row, TILE_GRAD)
+            grads = jnp.where(inside, lax.dynamic_slice_in_dim(padded_dy, row, TILE_GRAD), 0)
+            return dw + lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+        return lax.fori_loop(0, (sizes_G[g] + TILE_GRAD - 1) // TILE_GRAD, tile, zero)
+
+    return lax.map(group, jnp.arange(sizes_G.shape[0]))

@@ -1,0 +1,84 @@
+"""Optimizers and schedules, from optax; this file chooses and groups, it computes nothing itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.schema import OptimizerConfig
+
+# Muon (Jordan et al., 2024) scaled to AdamW's typical update size, so that one learning rate serves both
+# (Moonlight, Liu et al., 2025).
+MUON_RMS = 0.2
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of each step: linear warmup from 1/warmup, then the chosen shape down to its final fraction."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = min(config.warmup_steps, steps - 1)
+    rest = max(steps - warmup, 1)
+    shapes = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
+        "wsd": lambda: optax.linear_schedule(peak, final, max(rest // 5, 1), transition_begin=rest - max(rest // 5, 1)),
+    }
+    after = shapes[config.schedule]()
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+    """The transformation for a tree of parameters whose logical dimension names are `axes` (see sharding.py).
+
+    Weight decay touches matrices only. Clipping is the caller's: its norm must not count replicas twice.
+    """
+    matrix = jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=_is_axes)
+    scale = jax.tree.map_with_path(lambda path, names: _group_scale(config, path), axes, is_leaf=_is_axes)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=matrix)
+    if config.name == "adamw":
+        core = optax.chain(optax.scale_by_adam(config.beta1, config.beta2, config.eps), decay)
+    elif config.name == "adafactor":
+        core = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay)
+    else:
+        core = optax.chain(_muon(config, axes, matrix), optax.scale(-1.0))
+    grouped = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))
+    return optax.chain(core, grouped, optax.scale_by_learning_rate(schedule))
+
+
+def _is_axes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+def _group_scale(config: OptimizerConfig, path: tuple[Any, ...]) -> float:
+    names = {getattr(entry, "key", None) for entry in path}
+    return config.expert_lr_scale if "experts" in names else config.router_lr_scale if "router" in names else 1.0
+
+
+def _muon(config: OptimizerConfig, axes: Any, matrix: Any) -> optax.GradientTransformation:
+    """Muon for projections, by the sides of their matrix; AdamW for embeddings, routers and norms."""
+
+    def sides(names: tuple[str, ...]) -> Any:
+        widths = [i - len(names) for i, name in enumerate(names) if name in ("width", "slot_width")]
+        others = [i - len(names) for i, name in enumerate(names) if name in ("heads", "kv_heads", "head", "hidden")]
+        if not widths or not others:
+            return None
+        into, out = (widths, others) if widths[0] < others[0] else (others, widths)
+        return optax.contrib.MuonDimensionNumbers(tuple(into), tuple(out))
+
+    dims = jax.tree.map(sides, axes, is_leaf=_is_axes)
+    return optax.contrib.muon(
+        1.0,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=matrix,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=dims,
+        consistent_rms=MUON_RMS,
+    )

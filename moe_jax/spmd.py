@@ -1,0 +1,47 @@
+"""Small tools for code that runs inside `shard_map`: every device runs the same program on its shard.
+
+JAX types each value there by the mesh axes over which it varies (its vma) and refuses to call replicated
+what is not; these helpers state such casts once. Collectives over an axis of size 1 are left out, so that
+the program of a single device holds none (some back ends have none).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+AXES = ("data", "expert", "tensor")
+BATCH_AXES = ("data", "expert")
+
+
+def vma(x: jax.Array) -> frozenset[str]:
+    """Mesh axes over which `x` may differ from device to device; empty outside `shard_map`."""
+    kind: Any = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # the attribute's name changed between JAX releases
+
+
+def vary(tree: Any, axes: frozenset[str] | tuple[str, ...]) -> Any:
+    """The same values, typed as varying over `axes` too; the transpose sums cotangents over those axes."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in AXES if axis in axes and axis not in vma(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """All arrays typed as varying over the axes over which any of them does."""
+    return vary(arrays, frozenset().union(*(vma(x) for x in arrays)))
+
+
+def all_gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+    """Concatenates the shards of all devices along mesh `axes` on dimension `dim`; the transpose is a reduce-scatter."""
+    return x if lax.axis_size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def all_to_all(x: jax.Array, axis: str) -> jax.Array:
+    """Swaps blocks of the first dimension [R*C, ...]: block r goes to rank r, and block r of the result came from it."""
+    return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)

@@ -1,0 +1,150 @@
+"""Text to token ids and back: bytes by default, or a tokenizer file that `tokenizers` or `transformers` reads.
+
+Used by `data.py` to build a corpus and by `generate.py` alone. Nothing is ever fetched, unpickled or
+run from a tokenizer's folder: only local files in the libraries' own formats are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.errors import UserError
+
+# The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides the embedding's rows.
+VOCAB_MULTIPLE = 8
+
+# How tokenizer.json files commonly spell "the document ends here"; the format has no field for it.
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """One way of cutting text into ids.
+
+    A tokenizer that has no end-of-document token gets one more id for it, after its own.
+    """
+
+    num_ids: int
+    """Ids that mean something: those of the tokenizer, and the end of a document."""
+    eos_id: int
+    """Id that ends a document."""
+    fingerprint: str
+    """Text that differs for tokenizers that cut differently; part of the corpus hash."""
+    encode_batch: Callable[[Sequence[str]], Sequence[Sequence[int] | np.ndarray]]
+    """Ids of each text, without any start or end token."""
+    decode_known: Callable[[Sequence[int]], str]
+    """Text of ids of the tokenizer's own; `decode` takes any id."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: `num_ids` padded up to a multiple of 8; the padding ids occur in no text."""
+        return -(-self.num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without any start or end token."""
+        return [int(token) for token in self.encode_batch([text])[0]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; end-of-document and padding ids give none, and bytes that are not UTF-8 give U+FFFD."""
+        return self.decode_known([int(token) for token in ids if token < self.num_ids and token != self.eos_id])
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Args:
+      spec: `bytes`, or the path of a `tokenizer.json` file or of a folder saved by `transformers`.
+
+    Raises:
+      UserError: there is no such path, its library is not installed, or it cannot be read.
+    """
+    if spec == "bytes":
+        return _bytes_tokenizer()
+    path = Path(os.path.expanduser(spec))
+    if not os.path.exists(path):  # unlike Path.exists, False and no error where a parent folder may not be entered
+        raise UserError(f"data.tokenizer={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of its folder.")
+    return _folder_tokenizer(spec, path) if path.is_dir() else _file_tokenizer(spec, path)
+
+
+def _bytes_tokenizer() -> Tokenizer:
+    """A byte is a token; 256 ends a document. 257 ids, padded to 264."""
+    return Tokenizer(
+        num_ids=257,
+        eos_id=256,
+        fingerprint="bytes",
+        # A prompt may hold lone surrogates, which UTF-8 has no bytes for: they become "?".
+        encode_batch=lambda texts: [np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8) for text in texts],
+        decode_known=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
+    )
+
+
+def _file_tokenizer(spec: str, path: Path) -> Tokenizer:
+    """A tokenizer.json, read by `tokenizers`."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise UserError(f"data.tokenizer={spec!r} needs the `tokenizers` package: pip install tokenizers.") from error
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
+        raise _unreadable(spec, error) from error
+    # A file may ask for truncation or padding, which would lose text or add to it.
+    inner.no_truncation()
+    inner.no_padding()
+    known = [token for token in (inner.token_to_id(name) for name in _END_OF_DOCUMENT) if token is not None]
+    return Tokenizer(
+        **_ids(inner.get_vocab(with_added_tokens=True), known[0] if known else None),
+        fingerprint=inner.to_str(),
+        encode_batch=lambda texts: [
+            encoding.ids for encoding in inner.encode_batch_fast(list(map(_clean, texts)), add_special_tokens=False)
+        ],
+        decode_known=lambda ids: inner.decode(list(ids)),
+    )
+
+
+def _folder_tokenizer(spec: str, path: Path) -> Tokenizer:
+    """A folder that `transformers` saved."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"data.tokenizer={spec!r} is a folder, which needs the `transformers` package: pip install transformers, "
+            "or give the path of the tokenizer.json inside."
+        ) from error
+    try:
+        inner: Any = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # what a folder may lack raises errors of many kinds, with no common base
+        raise _unreadable(spec, error) from error
+    vocabulary = inner.get_vocab()
+    return Tokenizer(
+        **_ids(vocabulary, inner.eos_token_id),
+        fingerprint=inner.backend_tokenizer.to_str() if inner.is_fast else json.dumps(vocabulary, sort_keys=True),
+        # verbose=False: no warning about texts longer than the model that the tokenizer was made for.
+        encode_batch=lambda texts: inner(list(map(_clean, texts)), add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+        decode_known=lambda ids: inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+    )
+
+
+def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, int]:
+    """`num_ids` and `eos_id`; ids need not be contiguous, so it is the largest that counts."""
+    size = max(vocabulary.values(), default=-1) + 1
+    return {"num_ids": size + 1, "eos_id": size} if eos_id is None else {"num_ids": size, "eos_id": eos_id}
+
+
+def _clean(text: str) -> str:
+    """The text with lone surrogates replaced by "?": `tokenizers` takes nothing that UTF-8 cannot hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _unreadable(spec: str, error: Exception) -> UserError:
+    cause = " ".join(str(error).split())[:200]
+    return UserError(
+        f"data.tokenizer={spec!r} cannot be read as a tokenizer ({cause}): give a tokenizer.json or a folder saved by transformers."
+    )
