@@ -8,8 +8,7 @@
 A step is a directory `step_00000100` with `state/` (Orbax), `meta.json`, `manifest.json` and `manifest.b2`. It is
 written as `step_00000100.partial`; renaming it, after everything in it has reached the disk, is what makes it
 count. A kill at any moment therefore leaves the earlier steps as they were and at most a `.partial` directory,
-which the next save removes. Opening a directory changes nothing in it, so a run can be read
-while it trains.
+which the next save removes. Opening a directory changes nothing in it, so a run can be read while it trains.
 
 Several processes need a file system that they share; `save`, `wait`, `close` and the restores are then called by
 all of them, in the same order.
@@ -99,24 +98,19 @@ class Checkpoints:
             if not isinstance(leaf, jax.Array):
                 raise TypeError(f"{path} of the state is {type(leaf).__name__}, not a jax.Array: put it into meta or on the mesh")
         stored = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses empty arrays.
-        sums = {path: checksum.array_checksum(array) for path, array in arrays.items()}
+        loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        # Nothing that the background thread gets may hold the state's arrays: their memory is the next step's.
+        described = {
+            path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksum.array_checksum(array)}
+            for path, array in arrays.items()
+        }
+        content = {"format": FORMAT, "step": step, "val_loss": loss, "arrays": described}
         self._saving = step
         partial = self._path(step, ".partial")
         with self._together():
             self._prepare(partial, sum(array.nbytes for array in stored.values()))
         with self._together():
             finish_writing = named_arrays.start_writing(partial / "state", stored)
-
-        def content() -> dict[str, Any]:
-            described = {
-                path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksum.checksum_text(sums[path])}
-                for path, array in shapes.items()
-            }
-            loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-            return {"format": FORMAT, "step": step, "val_loss": loss, "arrays": described}
-
-        # The thread must not hold the arrays: they would then outlive their donation.
-        shapes = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in arrays.items()}
         self._thread = threading.Thread(target=self._finish, args=(finish_writing, step, text, content), name=f"save step {step}")
         self._thread.start()
         if wait:
@@ -153,12 +147,14 @@ class Checkpoints:
                 else:  # Killed between the two renames of `_commit`.
                     path.rename(path.with_suffix(""))
 
-    def _finish(self, finish_writing: Callable[[], None], step: int, meta: str, content: Callable[[], dict[str, Any]]) -> None:
+    def _finish(self, finish_writing: Callable[[], None], step: int, meta: str, content: dict[str, Any]) -> None:
         """In the background: wait for Orbax, then make the step count. Keeps an error for `_agree`."""
         try:
             finish_writing()
+            for described in content["arrays"].values():
+                described["checksum"] = checksum.checksum_text(described["checksum"])
             if jax.process_index() == 0:
-                self._commit(step, meta, content())
+                self._commit(step, meta, content)
                 self._prune(step)
         except Exception as error:
             self._error = error
@@ -232,10 +228,10 @@ class Checkpoints:
         with self._remedy(step):
             path = self._find(step)
             manifest = _read_manifest(path)
-            checksum.verify_directory(path, manifest)
             wanted = named_arrays.flatten(target)
             stored = manifest["arrays"]
             named_arrays.match(path, wanted, stored, adapt is not None, partial)
+            checksum.verify_directory(path, manifest)
             asked = {name: named_arrays.as_stored(wanted[name], stored[name]["shape"]) for name in wanted}
             arrays = named_arrays.read(path / "state", asked)
             sums = {name: checksum.array_checksum(array) for name, array in arrays.items()}

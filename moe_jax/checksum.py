@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def verify_directory(directory: Path, manifest: dict[str, Any]) -> None:
     for path in sorted(present - written.keys()):
         raise CorruptCheckpoint(f"{directory / path} was not written with the checkpoint")
     paths = sorted(present)
-    for path, found in zip(paths, _each(lambda path: _digest(directory / path), paths), strict=True):
+    for path, found in zip(paths, _each(lambda path: _found(directory / path), paths), strict=True):
         if found["bytes"] != written[path]["bytes"]:
             raise CorruptCheckpoint(f"{directory / path} has {found['bytes']} bytes where {written[path]['bytes']} were written")
         if found != written[path]:
@@ -138,16 +139,17 @@ def _each(function: Callable[[str], dict[str, Any]], paths: list[str]) -> list[d
 
 def _digest(path: Path, flush: bool = False) -> dict[str, Any]:
     """Size and digest of a file; with `flush`, after it has reached the disk."""
-    try:
-        with path.open("rb") as file:
-            if flush:
-                os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-            return _entry(file.tell(), digest)
-    except OSError as error:
-        if flush:  # The writer explains its own failures.
-            raise
-        raise UserError(f"cannot read {path} ({error.strerror}): check the disk and the file's permissions.") from error
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+        return _entry(file.tell(), digest)
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """`_digest` for a reader."""
+    with _reading(path):
+        return _digest(path)
 
 
 def _entry(size: int, digest: Any) -> dict[str, Any]:
@@ -160,8 +162,15 @@ def _seal(manifest: bytes) -> str:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with _reading(path):
         return path.read_bytes()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in words why a file cannot be read."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CorruptCheckpoint(f"{path} is missing") from error
     except OSError as error:

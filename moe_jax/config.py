@@ -42,8 +42,6 @@ _SCALARS = (
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars above, and no key twice in a mapping."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -57,8 +55,6 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes exactly what `_Loader` would otherwise read as something else than text."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
-
     def represent_text(self, text: str) -> yaml.ScalarNode:
         """Unusual line breaks only survive, as escapes, in double quotes."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\r\x85\u2028\u2029\ufeff]", text) else None)
@@ -66,8 +62,9 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_text)
 
-for _name, _pattern, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}  # else the scalars below would join YAML 1.1's
+    for _name, _pattern, _first in _SCALARS:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
@@ -102,7 +99,7 @@ def dump_value(value: Any) -> str:
     return yaml.dump(_plain(value), Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf).split("\n")[0]
 
 
-def field_types(section: type) -> dict[str, Any]:
+def field_types(section: Any) -> dict[str, Any]:
     """The resolved type of each of a section's fields, in order."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
@@ -120,13 +117,13 @@ def type_text(hint: Any) -> str:
     return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
 
 
-def all_keys(section: type = Config, prefix: str = "") -> list[str]:
+def all_keys(section: Any = Config, prefix: str = "") -> list[str]:
     """Every dotted key below a section, sections included, in order."""
     keys = []
     for name, hint in field_types(section).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
-            keys += all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+            keys += all_keys(hint, f"{prefix}{name}.")
     return keys
 
 
@@ -154,7 +151,7 @@ def _parse(text: str, source: str) -> dict[Any, Any]:
 
 def _yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: broken YAML: {error.problem or error.context}; mend it.") from error
@@ -189,7 +186,7 @@ def _override(text: str) -> dict[str, Any]:
     return values
 
 
-def _checked(section: type, values: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
+def _checked(section: Any, values: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
     """The values given for a section, converted to the types of its fields; refuses what does not belong there."""
     hints = field_types(section)
     checked: dict[str, Any] = {}
@@ -199,10 +196,10 @@ def _checked(section: type, values: Mapping[Any, Any], source: str, prefix: str 
             raise UserError(f"{source}: there is no key {key!r}; {_nearest(str(name), prefix)}")
         hint = hints[name]
         if not dataclasses.is_dataclass(hint):
-            field = section.__dataclass_fields__[name]  # type: ignore[attr-defined]
+            field = section.__dataclass_fields__[name]
             checked[name] = _leaf(hint, value, source, key, bounds_text(field.metadata))
         elif isinstance(value, Mapping):
-            checked[name] = _checked(typing.cast(type, hint), value, source, f"{key}.")
+            checked[name] = _checked(hint, value, source, f"{key}.")
         else:
             raise UserError(f"{source}: {key}={_shown(value)} must be a mapping of keys such as {key}.{next(iter(field_types(hint)))}.")
     return checked
@@ -255,7 +252,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _build(section: type, values: Mapping[str, Any]) -> Any:
+def _build(section: Any, values: Mapping[str, Any]) -> Any:
     """The section's dataclass from checked values; its own checks run here."""
     hints = field_types(section)
     return section(**{name: _build(hints[name], value) if isinstance(value, Mapping) else value for name, value in values.items()})

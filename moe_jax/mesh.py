@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -27,12 +29,12 @@ def use_devices(config: DevicesConfig) -> None:
             ) from None
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with axes `data`, `expert` and `tensor`; devices beyond its size stay unused only where simulated.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `data`, `expert` and `tensor` over `devices`, by default all; CPU devices beyond its size stay unused.
 
     Raises UserError if the mesh does not match the devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     simulated = devices[0].platform == "cpu"
     if config.size > len(devices) or (config.size != len(devices) and not simulated):
         raise UserError(
@@ -42,4 +44,4 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if simulated:
         grid = np.array(devices[: config.size]).reshape(config.data, config.expert, config.tensor)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh((config.data, config.expert, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((config.data, config.expert, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -54,7 +54,7 @@ def bfloat16_matmul() -> str:
     return f"accumulates in {got.dtype.name}"
 
 
-def grouped_matmul(impl: str) -> str:
+def grouped_matmul(impl: Any) -> str:
     """Rows of three groups, one of them empty, through `ops.grouped_matmul`."""
     import jax
     import jax.numpy as jnp
@@ -69,7 +69,7 @@ def grouped_matmul(impl: str) -> str:
     return "equals numpy"
 
 
-def attention(impl: str, dtype: str) -> str:
+def attention(impl: Any, dtype: str) -> str:
     """Causal attention of two heads over two documents, through `ops.attention`."""
     import jax
     import jax.numpy as jnp

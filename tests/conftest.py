@@ -1,7 +1,37 @@
-"""Settings that every test shares: eight simulated CPU devices."""
+"""Settings that every test shares: eight simulated CPU devices, and annotations that are checked at run time.
+
+The package's annotations name shapes and dtypes; jaxtyping's import hook makes each call check them. It must be
+installed before any module of the package is imported.
+"""
 
 from __future__ import annotations
 
+import os
+
+# Tests compile much and compute little: an unoptimised back end halves their time.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+CHECKED = ("ops", "moe", "placement", "sharding", "spmd", "rope", "model", "optim", "step")
+jaxtyping.install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+
+@pytest.fixture
+def strict_promotion():
+    """Mixing dtypes raises, as it should in code that means what it says. (Optax mixes them, so this is not for all tests.)"""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked, to see what the code itself does with an argument that they forbid."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

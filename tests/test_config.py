@@ -178,17 +178,16 @@ def test_mistakes_in_the_base_name_the_base(tmp_path):
         load_config(tmp_path / "top.yaml", [])
 
 
+words = st.text(st.characters(codec="utf-8"))
 finite = st.floats(min_value=1e-9, max_value=1e9)
 configs = st.builds(
     Config,
-    name=st.text(st.characters(codec="utf-8")),
+    name=words,
     model=st.builds(ModelConfig, norm_eps=finite, vocab_size=st.none() | st.integers(2, 10**6)),
     moe=st.builds(MoEConfig, capacity_factor=finite, dense_layers=st.lists(st.integers(0, 99)).map(tuple), dropless=st.booleans()),
-    data=st.builds(
-        DataConfig, source=st.text(st.characters(codec="utf-8")), tokenizer=st.sampled_from(["3e-4", "no", "~", "017", "1_0", ""])
-    ),
+    data=st.builds(DataConfig, source=words, tokenizer=st.sampled_from(["3e-4", "no", "~", "017", "1_0", ""])),
     optimizer=st.builds(OptimizerConfig, learning_rate=finite, eps=finite),
-    train=st.builds(TrainConfig, seed=st.integers(0, 2**70), sample_prompt=st.text(st.characters(codec="utf-8"))),
+    train=st.builds(TrainConfig, seed=st.integers(0, 2**70), sample_prompt=words),
 )
 
 

@@ -35,10 +35,10 @@ def losses(config: MoEConfig, part: RouterStats, full: RouterStats) -> tuple[Flo
     count = full.tokens.astype(jnp.float32)
     part_prob_E = part.prob_E / count
     prob_E = lax.stop_gradient(full.prob_E / count - part_prob_E) + part_prob_E
-    share_E = lax.stop_gradient(full.load_E / (config.top_k * count))
+    share_E = lax.stop_gradient(full.load_E.astype(jnp.float32) / (config.top_k * count))
     batch = config.aux_loss * switch_loss(share_E, prob_E) + config.variance_loss * variance_loss(prob_E)
     # The value is split by tokens, the gradient is whole.
-    batch = lax.stop_gradient(batch) * (part.tokens / count) + batch - lax.stop_gradient(batch)
+    batch = lax.stop_gradient(batch) * (part.tokens.astype(jnp.float32) / count) + batch - lax.stop_gradient(batch)
     aux = batch + config.sequence_aux_loss * part.sequence_aux / count
     return aux, config.z_loss * part.z / count
 

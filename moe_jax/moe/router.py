@@ -106,15 +106,16 @@ def measure(logits_BSE: jax.Array, score_BSE: jax.Array, expert_BSK: jax.Array, 
     num_experts, top_k = score_BSE.shape[-1], expert_BSK.shape[-1]
     prob_BSE = score_BSE / jnp.sum(score_BSE, axis=-1, keepdims=True)
     load_BE = jnp.sum(expert_BSK[..., None] == jnp.arange(num_experts), axis=(1, 2), dtype=jnp.int32)
-    prob_BE = jnp.sum(prob_BSE * valid_BS[..., None], axis=1)
+    counts_BS = valid_BS.astype(jnp.float32)
+    prob_BE = jnp.sum(prob_BSE * counts_BS[..., None], axis=1)
     tokens_B = jnp.sum(valid_BS, axis=1, dtype=jnp.int32)
     share_BE = load_BE / (top_k * jnp.maximum(tokens_B, 1))[:, None]
     entropy_BS = -jnp.sum(prob_BSE * jnp.log(prob_BSE + 1e-20), axis=-1)
     return RouterStats(
         load_E=jnp.sum(load_BE, axis=0),
         prob_E=jnp.sum(prob_BE, axis=0),
-        z=jnp.sum(jax.nn.logsumexp(logits_BSE, axis=-1) ** 2 * valid_BS),
-        entropy=lax.stop_gradient(jnp.sum(entropy_BS * valid_BS)),
+        z=jnp.sum(jax.nn.logsumexp(logits_BSE, axis=-1) ** 2 * counts_BS),
+        entropy=lax.stop_gradient(jnp.sum(entropy_BS * counts_BS)),
         sequence_aux=num_experts * jnp.sum(share_BE * prob_BE),
         tokens=jnp.sum(tokens_B),
     )

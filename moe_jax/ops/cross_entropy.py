@@ -85,10 +85,10 @@ def _chunked(h_TD: jax.Array, w_VD: jax.Array, target_T: jax.Array, weight_T: ja
 
 
 def _chunked_fwd(h_TD: jax.Array, w_VD: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: str | None):
-    def chunk(dw_VD: jax.Array, x: tuple[jax.Array, ...]):
+    def chunk(dw_VD: jax.Array | None, x: tuple[jax.Array, ...]):
         h, target, weight = x
         loss_T, exp_TV, sum_T, local_T = _loss_T(h, w_VD, target, axis)
-        hit_TV = jnp.arange(w_VD.shape[0]) == local_T[:, None]
+        hit_TV = (jnp.arange(w_VD.shape[0]) == local_T[:, None]).astype(jnp.float32)
         dlogits_TV = ((exp_TV / sum_T[:, None] - hit_TV) * weight[:, None]).astype(h.dtype)
         dh = jnp.einsum("tv,vd->td", dlogits_TV, w_VD, preferred_element_type=jnp.float32).astype(h.dtype)
         dw = jnp.einsum("tv,td->vd", dlogits_TV, h, preferred_element_type=jnp.float32)
@@ -104,8 +104,8 @@ def _chunked_fwd(h_TD: jax.Array, w_VD: jax.Array, target_T: jax.Array, weight_T
 
 
 def _chunked_bwd(axis: str | None, saved: tuple[jax.Array, jax.Array], dloss: jax.Array):
-    dh_TD, dw_VD = saved
-    return (dh_TD * dloss).astype(dh_TD.dtype), (dw_VD * dloss).astype(dw_VD.dtype), None, None
+    dh_TD, dw_VD = ((d.astype(jnp.float32) * dloss).astype(d.dtype) for d in saved)
+    return dh_TD, dw_VD, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -1,0 +1,228 @@
+"""Figures that speed is judged by: the matmul rate of this machine, the FLOPs and bytes that a model needs at
+least, and what its compiled program spends. Needs jax, flax, optax and numpy alone.
+
+FLOPs count a multiplication and an addition as two. docs/benchmarks.md says how the figures are used.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import hlo
+from moe_jax.model import Batch, LayerKind, count_moe_layers, layer_kinds
+from moe_jax.moe import experts
+from moe_jax.moe.dispatch import pool_capacity
+from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.sharding import GATHERED
+from moe_jax.step import Program, TrainState
+
+TRAINING = 3  # FLOPs of a training step over those of its forward pass: each matmul has two gradients
+MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns: large enough to reach the plateau
+
+
+def matmul_rate(dtype: Any, devices: int = 1, size: int | None = None, seconds: float = 1.0) -> tuple[float, str]:
+    """The best rate, in FLOP/s, that a square matmul of `dtype` reaches on `devices` devices, and what was measured.
+
+    One device of the default back end is timed for about `seconds` (at least three times). Simulated CPU devices
+    share the cores that one of them can use, so theirs is the rate of the machine; other devices multiply it.
+    """
+    platform, dtype = jax.default_backend(), jnp.dtype(dtype)
+    size = size or MATMUL_SIZE.get(platform, 2048)
+    queue = 1 if platform == "cpu" else 8  # calls in flight, to hide what starting one costs
+    key_a, key_b = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in (key_a, key_b))
+    matmul = jax.jit(jnp.matmul)
+    matmul(a, b).block_until_ready()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        jax.block_until_ready([matmul(a, b) for _ in range(queue)])
+        times.append(time.perf_counter() - start)
+    rate = 2 * size**3 * queue / min(times)
+    text = f"{dtype.name} {size} x {size} x {size}, best of {len(times)}"
+    if platform == "cpu":
+        return rate, f"{text}, all cores of the machine"
+    return rate * devices, f"{text} on one {jax.devices()[0].device_kind}, times {devices}"
+
+
+# What the model needs.
+
+
+def mean_visible(seq_len: int, window: int | None) -> float:
+    """Keys that a query of a `seq_len` document sees on average under the causal mask and a window."""
+    return float(np.mean(np.minimum(np.arange(1, seq_len + 1), window or seq_len)))
+
+
+def _layer_matmuls(model: ModelConfig, moe: MoEConfig, kind: LayerKind, chosen: int) -> int:
+    """Weights of one layer's matmuls, with `chosen` of its experts."""
+    attention = model.width * model.head_width * 2 * (model.num_heads + model.num_kv_heads)
+    if not kind.moe:
+        return attention + 3 * model.width * model.hidden
+    swiglu = 3 * model.width * moe.hidden
+    return attention + model.width * (moe.num_experts + moe.shared_gate) + (chosen + moe.shared_experts) * swiglu
+
+
+def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: int) -> float:
+    """FLOPs of the forward pass a token, for sequences that are one document of `seq_len` tokens; training is 3 times this.
+
+    Two for each weight of a matmul that the token passes (router, its `top_k` experts, shared experts, attention,
+    dense layers, head; looking up an embedding is free) and two matmuls with the keys it sees. Recomputation,
+    padding, norms and softmax do not count, and dropped choices count as if they were computed.
+    """
+    flops = 2.0 * vocab_size * model.width
+    for kind in layer_kinds(model, moe):
+        scores = 2 * 2 * model.num_heads * model.head_width * mean_visible(seq_len, kind.window)
+        flops += 2 * _layer_matmuls(model, moe, kind, moe.top_k) + scores
+    return flops
+
+
+def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> tuple[int, int]:
+    """(parameters, those that one token uses): all but the experts not chosen. Empty slots and replicas do not count."""
+    norms = model.width * (2 * model.num_layers + 1) + 2 * model.head_width * model.num_layers * model.qk_norm
+    tables = vocab_size * model.width * (1 if model.tied_embeddings else 2)
+    kinds = layer_kinds(model, moe)
+    total, active = (sum(_layer_matmuls(model, moe, kind, chosen) for kind in kinds) for chosen in (moe.num_experts, moe.top_k))
+    return total + norms + tables, active + norms + tables
+
+
+class LeastBytes(NamedTuple):
+    """Bytes a device of the collectives that a training step cannot do without, counted as `hlo.Collective.bytes` is."""
+
+    all_to_all: int
+    all_gather: int
+    reduce_scatter: int
+
+
+def least_bytes(program: Program, batch: int, seq_len: int) -> LeastBytes:
+    """The floor of a training step of `batch` sequences over all devices.
+
+    all_to_all: the pools of a layer are R*C rows of D values of the compute type. They travel there and back,
+    forward and backward, so 4 times (6 with rematerialisation, which sends the forward pools again); 4 bytes a
+    row beside them carry slots, once (twice). Nothing travels where a device has all experts, or gathers tokens.
+    With `dropless` this is the first round alone.
+
+    all_gather, reduce_scatter: each FSDP-sharded parameter is gathered once, in the type it is computed in,
+    and its gradient scattered once, which is the size of the parameter less its `tensor` shards. Gathering
+    again for the backward pass doubles the gathers and is the price of keeping no gathered parameter.
+
+    Each accumulation part does all this anew. All-reduces (statistics, norms) are left out: they are small.
+    """
+    model, moe, sizes, parts = program.model, program.moe, dict(program.mesh.shape), program.accumulation
+    ranks, itemsize = sizes["expert"], jnp.dtype(model.compute_dtype).itemsize
+    tokens = batch * seq_len // (sizes["data"] * ranks * parts)
+    capacity = pool_capacity(tokens, moe.top_k, ranks, moe.capacity_factor)
+    pooled = ranks > 1 and moe.dispatch != "gather" and not (moe.dispatch == "auto" and tokens < moe.gather_below)
+    times = 1 if model.remat == "none" else 2
+    pools = ranks * capacity * ((2 + 2 * times) * model.width * itemsize + times * 4) * pooled
+    fsdp = 0
+    is_axes = lambda value: isinstance(value, tuple)  # noqa: E731
+    paths = jax.tree.leaves_with_path(program.param_axes, is_leaf=is_axes)
+    for (path, axes), parameter in zip(paths, jax.tree.leaves(program.abstract_state.params), strict=True):
+        over = {"width": sizes["data"] * ranks, "slot_width": sizes["data"]}
+        if all(over[name] == 1 for name in axes if name in GATHERED):
+            continue
+        shards = (sizes["tensor"] if {"heads", "kv_heads", "hidden", "vocab"} & set(axes) else 1) * (ranks if "slots" in axes else 1)
+        router = any(getattr(entry, "key", None) == "router" for entry in path)  # computed in f32
+        fsdp += parameter.size // shards * (4 if router else itemsize)
+    return LeastBytes(pools * count_moe_layers(model, moe) * parts, fsdp * parts, fsdp * parts)
+
+
+# What the compiled program spends.
+
+
+class ProgramFlops(NamedTuple):
+    """FLOPs of all matmuls in one run of a program, over all devices."""
+
+    counted: int  # outside the experts' loops: exact from the program's text
+    experts: int  # in the experts' loops, for the rows that they hold
+    padding: int  # in the same loops, for the rest of each group's last tile
+
+    @property
+    def total(self) -> int:
+        """Everything, padding included."""
+        return sum(self)
+
+
+def program_flops(text: str, devices: int, width: int, hidden: int, group_sizes: Sequence[int]) -> ProgramFlops:
+    """FLOPs that a compiled step runs, matmul by matmul, from its HLO and the rows that its experts got.
+
+    The text gives every matmul and how often counted loops repeat it. The `tiled` grouped matmul walks each
+    group in tiles in a loop whose length only the run knows: its matmul joins a tile of rows with a [width,
+    hidden] or [width, 2*hidden] matrix, so the tile is the dimension left over, and a group of n rows takes
+    ceil(n / tile) of them. `group_sizes` are the rows of every group over devices and layers (`group_sizes`
+    below records them). Each place in the program where experts are computed is counted, so experts computed
+    twice show as such. `hidden` is that of a `tensor` shard. Later dropless rounds (loops within loops) are not
+    counted: use it on a step of one round. Other back ends' grouped matmuls are whole in `counted` (`reference`)
+    or absent (`ragged`: see `hlo.uncounted`).
+    """
+    sizes = np.asarray(group_sizes, np.int64)
+    counted = experts_flops = all_flops = 0.0
+    for dot in hlo.dots(text):
+        tile = _tile(dot.dims, width, hidden)
+        if dot.unknown == 0:
+            counted += dot.flops * dot.runs * devices
+        elif dot.unknown == 1 and tile:
+            groups = dot.runs * devices  # as many as len(sizes), but for layers that are not stacked together
+            experts_flops += dot.flops / tile * groups * sizes.mean()
+            all_flops += dot.flops * groups * np.mean(-(-sizes // tile))
+    return ProgramFlops(int(counted), round(experts_flops), round(all_flops - experts_flops))
+
+
+def _tile(dims: tuple[int, ...], width: int, hidden: int) -> int | None:
+    """Rows of an expert matmul's tile: the dimension beside those of its weights, or None for another matmul."""
+    for weights in ((width, 2 * hidden), (width, hidden)):
+        rest = list(dims)
+        for size in weights:
+            if size in rest:
+                rest.remove(size)
+        if len(rest) == len(dims) - 2 == 1:
+            return rest[0]
+    return None
+
+
+def group_sizes(program: Program, state: TrainState, batch: Batch) -> list[int]:
+    """Rows of each group of the experts' matmuls in a forward pass, over devices and layers, in no order.
+
+    It runs the model once with a grouped matmul that reports what it is given (twice a layer, which changes no
+    mean). Expert dropout and input noise are off, so it holds for a training step without them.
+    """
+    found: list[int] = []
+
+    def reporting(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, **options: Any) -> jax.Array:
+        jax.debug.callback(lambda sizes: found.extend(np.asarray(sizes).ravel().tolist()), sizes_G)
+        return original(x_ND, w_GDF, sizes_G, **options)
+
+    fresh, original = copy.copy(program), experts.grouped_matmul
+    fresh.__dict__.pop("eval_step", None)  # what is compiled already reports nothing
+    with mock.patch.object(experts, "grouped_matmul", reporting):
+        jax.block_until_ready(fresh.eval_step(state.params, state.tables, batch))
+    jax.effects_barrier()
+    return found
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes a device of a compiled function's arguments, results and temporaries; donated arguments are in both first."""
+    sizes = compiled.memory_analysis()
+    return {
+        "argument_bytes": sizes.argument_size_in_bytes,
+        "output_bytes": sizes.output_size_in_bytes,
+        "temp_bytes": sizes.temp_size_in_bytes,
+    }
+
+
+def peak_bytes() -> int:
+    """Most memory in use so far: of the fullest accelerator, or on CPU of this whole process, compiler included."""
+    statistics = [device.memory_stats() for device in jax.local_devices()]
+    if jax.default_backend() != "cpu" and all(statistics):
+        return max(entry["peak_bytes_in_use"] for entry in statistics)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,91 @@
+"""Opening a run's checkpoint on another mesh: experts keep their weights and moments, slots are laid out anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checkpoint import Checkpoints, Restored
+from moe_jax.errors import CorruptCheckpoint
+from moe_jax.model import expert_layers
+from moe_jax.moe.experts import to_slots
+from moe_jax.placement.table import Placement, contiguous, slot_sources
+from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.step import Program, TrainState, make_tables
+
+EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")
+
+
+def choose_placement(saved: Placement | None, layers: int, num_experts: int, ranks: int, redundant_slots: int) -> Placement:
+    """The saved table where it fits the mesh's number of slots, else (or without one) the contiguous one."""
+    fresh = contiguous(layers, num_experts, ranks, redundant_slots)
+    return saved if saved is not None and saved.num_slots == fresh.num_slots else fresh
+
+
+def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) -> Placement | None:
+    """The table of the newest readable checkpoint (of `step`, if given); None without checkpoints.
+
+    Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set.
+    """
+    for candidate in reversed(checkpoints.steps()):
+        if step is not None and candidate > step:
+            continue
+        try:
+            return Placement.from_json(checkpoints.read_meta(candidate)["placement"])
+        except CorruptCheckpoint:
+            if not fallback:
+                raise
+    return None
+
+
+def restore(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
+    """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
+    adapt = _adapt(program.model, program.moe, saved, program.placement)
+    found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback)
+    return found._replace(state=_with_tables(program, found.state))
+
+
+def restore_model(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
+    """Parameters and tables alone, for sampling: the state's other fields are None."""
+    adapt = _adapt(program.model, program.moe, saved, program.placement)
+    nothing = TrainState(*(None,) * len(TrainState._fields))
+    target = _target(program)
+    target = nothing._replace(params=target.params, tables=target.tables)
+    found = checkpoints.restore_latest(target, adapt, step=step, fallback=fallback, partial=True)
+    return found._replace(state=_with_tables(program, found.state))
+
+
+def _target(program: Program) -> TrainState:
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        program.abstract_state,
+        program.state_shardings,
+    )
+
+
+def _with_tables(program: Program, state: TrainState) -> TrainState:
+    """The restored bias beside the tables of the program's placement."""
+    tables, expert_LP = make_tables(program.placement)
+    tables = tables._replace(bias_E=state.tables.bias_E)
+    replicated = program.state_shardings.expert_LP
+    return state._replace(tables=jax.device_put(tables, replicated), expert_LP=jax.device_put(expert_LP, replicated))
+
+
+def _adapt(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Callable[[str, jax.Array], Any]:
+    """What the checkpoint asks for arrays of another shape: expert arrays [repeats, P, ...] by slot, tables as they will be."""
+    sources_LP = slot_sources(old, new)
+    layers = expert_layers(model, moe)
+    tables, expert_LP = make_tables(new)
+
+    def adapt(path: str, array: jax.Array) -> Any:
+        if found := EXPERTS.search(path):
+            rows = np.array(layers[int(found[1]), int(found[2])])
+            return jnp.stack([to_slots(array[i], sources_LP[row]) for i, row in enumerate(rows)])
+        return {"tables/slots_ER": tables.slots_ER, "expert_LP": expert_LP}[path]
+
+    return adapt

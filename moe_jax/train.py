@@ -1,0 +1,299 @@
+"""The training job: `train` reads top to bottom as a run does.
+
+    from moe_jax.config import load_config
+    train(load_config("configs/tiny.yaml", []), Path("runs/tiny"))
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import __version__, measure, relayout, run_dir
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import dump_config
+from moe_jax.data import Corpus, load_corpus
+from moe_jax.errors import UserError
+from moe_jax.generate import generate_run
+from moe_jax.mesh import make_mesh, use_devices
+from moe_jax.metrics import MetricsWriter, dead_experts, max_violation
+from moe_jax.model import count_moe_layers, layer_kinds
+from moe_jax.progress import RunProgress
+from moe_jax.report import write_report
+from moe_jax.schema import Config
+from moe_jax.step import Program, StepFigures, TrainState
+
+SAMPLE_LIMIT = 2 << 30  # bytes of parameters above which no sample is drawn on one device at the end
+
+
+def train(config: Config, directory: Path, *, resume: bool = False, overwrite: bool = False, fallback: bool = False) -> None:
+    """Trains `config` into `directory`, resuming a run there if asked; prints progress, a sample and the report's path.
+
+    Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint. Raises UserError for whatever the user
+    can mend, before anything is compiled or written where possible.
+    """
+    use_devices(config.devices)
+    mesh = make_mesh(config.mesh)
+    corpus = load_corpus(config.data, config.train.seq_len, config.train.seed)
+    vocab_size = _vocab_size(config, corpus)
+    processes = (jax.process_index(), jax.process_count())
+    batches = corpus.train_batches(config.train.global_batch, *processes)
+    held_out = corpus.validation_batches(config.train.global_batch, config.train.eval_batches, *processes)
+    run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
+
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
+    saved = relayout.saved_placement(checkpoints, None, fallback) if resume else None
+    layers = count_moe_layers(config.model, config.moe)
+    placement = relayout.choose_placement(saved, layers, config.moe.num_experts, config.mesh.expert, config.placement.redundant_slots)
+    program = Program(
+        config.model,
+        config.moe,
+        config.optimizer,
+        mesh,
+        placement,
+        vocab_size=vocab_size,
+        steps=config.train.steps,
+        accumulation=config.train.accumulation,
+    )
+    if saved is None:
+        state = program.init(config.train.seed)
+    else:
+        restored = relayout.restore(checkpoints, program, saved, step=None, fallback=fallback)
+        for problem in restored.skipped:
+            print(f"Passed over a damaged checkpoint: {problem}.")
+        _check_corpus(restored.meta, corpus)
+        state = restored.state
+        batches.set_state(restored.meta["data"])
+
+    environment = _environment(config, corpus, program, state, vocab_size)
+    run_dir.write_description(directory, config, environment)
+    job = _Job(config, directory, program, checkpoints, corpus, environment, held_out)
+    start = int(state.step)
+    job.run(state, batches, resume_step=start if resume else None)
+
+
+class _Job:
+    """The loop and what it keeps between steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        program: Program,
+        checkpoints: Checkpoints,
+        corpus: Corpus,
+        environment: dict[str, Any],
+        held_out: list[dict[str, np.ndarray]],
+    ):
+        self.config, self.directory, self.program = config, directory, program
+        self.checkpoints, self.corpus, self.environment = checkpoints, corpus, environment
+        rows = len(held_out[0]["tokens"])
+        self.first_sequence = jax.process_index() * rows
+        self.held_out = [program.shard(batch, self.first_sequence) for batch in held_out]
+        self.moe_layers = [i for i, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe]
+        self.flops_per_token = 3 * measure.model_flops(config.model, config.moe, program.vocab_size, config.train.seq_len)
+        self.skipped = 0
+
+    def run(self, state: TrainState, batches: Any, resume_step: int | None) -> None:
+        config, start = self.config, int(state.step)
+        steps = config.train.steps
+        self.skipped = int(state.skipped)
+        writer = MetricsWriter(self.directory, resume_step)
+        if resume_step:
+            writer.write({"step": start, "event": "resumed"})
+            print(f"Resuming {self.directory} after step {start}.")
+        stopped = None
+        with RunProgress(steps, start) as progress, _finish_on_signal() as stop:
+            seconds, since, layers = 0.0, 0, []
+            for step in range(start + 1, steps + 1):
+                began = time.perf_counter()
+                state, figures = self.program.train_step(state, self.program.shard(next(batches), self.first_sequence))
+                since += 1
+                last = step == steps or bool(stop)
+                evaluates = step % config.train.eval_every == 0 or step == steps
+                saves = step % config.checkpoint.every == 0 or last
+                if step % config.train.log_every == 0 or evaluates or saves:
+                    figures = jax.device_get(figures)
+                    seconds += time.perf_counter() - began
+                    record = self._record(step, figures, seconds / since)
+                    seconds, since, layers = 0.0, 0, record["layers"]
+                    self._note_skips(writer, step, figures)
+                    writer.write(record)
+                    progress.train(record)
+                else:
+                    seconds += time.perf_counter() - began
+                val_loss = None
+                if evaluates:
+                    validation = self._validate(step, state)
+                    val_loss = validation["val_loss"]
+                    writer.write(validation)
+                    progress.validation(validation, layers)
+                if saves or int(figures.skipped_in_row) >= config.train.max_skipped:
+                    writer.write({"step": step, "event": "checkpoint"})
+                    self.checkpoints.save(step, state, self._meta(batches), val_loss)
+                self._stop_if_broken(figures, step)
+                if stop:
+                    stopped = step
+                    break
+            self.checkpoints.close()
+        writer.close()
+        self._end(stopped if stopped != steps else None)
+
+    def _record(self, step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:
+        """A training line of metrics.jsonl; see docs/metrics.md."""
+        train = self.config.train
+        tokens = train.global_batch * train.seq_len
+        layers = [] if figures.figures.layers is None else self._layer_records(figures)
+        kept = 0 if figures.figures.layers is None else int(np.sum(figures.figures.layers.kept))
+        dropped = sum(layer["dropped"] for layer in layers)
+        return {
+            "step": step,
+            "loss": float(figures.loss),
+            "ce_loss": float(figures.figures.ce_loss),
+            "aux_loss": float(figures.figures.aux_loss),
+            "z_loss": float(figures.figures.z_loss),
+            "grad_norm": float(figures.grad_norm),
+            "lr": float(figures.lr),
+            "tokens": step * tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "mfu": tokens * self.flops_per_token / seconds / self.environment["matmul_flops_per_second"],
+            "kept": kept,
+            "dropped": dropped,
+            "dropped_fraction": dropped / max(kept + dropped, 1),
+            "skipped": int(figures.skipped),
+            "layers": layers,
+        }
+
+    def _layer_records(self, figures: StepFigures) -> list[dict[str, Any]]:
+        stats = figures.figures.layers
+        assert stats is not None
+        return [
+            {
+                "layer": layer,
+                "load": stats.router.load_E[i].tolist(),
+                "max_violation": max_violation(stats.router.load_E[i]),
+                "dead_experts": dead_experts(stats.router.load_E[i]),
+                "router_entropy": float(stats.router.entropy[i] / max(stats.router.tokens[i], 1)),
+                "dropped": int(stats.dropped[i]),
+                "rounds": int(stats.rounds[i]),
+            }
+            for i, layer in enumerate(self.moe_layers)
+        ]
+
+    def _validate(self, step: int, state: TrainState) -> dict[str, Any]:
+        began = time.perf_counter()
+        sums = [self.program.eval_step(state.params, state.tables, batch) for batch in self.held_out]
+        loss, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+        return {"step": step, "val_loss": float(loss / tokens), "val_tokens": int(tokens), "val_seconds": time.perf_counter() - began}
+
+    def _meta(self, batches: Any) -> dict[str, Any]:
+        """What a checkpoint holds besides arrays."""
+        return {
+            "version": __version__,
+            "config": dump_config(self.config),
+            "data": batches.get_state(),
+            "corpus_hash": self.corpus.hash,
+            "placement": self.program.placement.to_json(),
+        }
+
+    def _note_skips(self, writer: MetricsWriter, step: int, figures: StepFigures) -> None:
+        if int(figures.skipped) > self.skipped:
+            writer.write({"step": step, "event": "skipped_step", "count": int(figures.skipped) - self.skipped})
+            self.skipped = int(figures.skipped)
+
+    def _stop_if_broken(self, figures: StepFigures, step: int) -> None:
+        if int(figures.skipped_in_row) < self.config.train.max_skipped:
+            return
+        self.checkpoints.close()
+        raise UserError(
+            f"The loss or the gradients were not finite in {int(figures.skipped_in_row)} steps in a row (train.max_skipped), up to step "
+            f"{step}: the state before them is in the checkpoint of step {step}; lower optimizer.learning_rate and go on with --resume."
+        )
+
+    def _end(self, stopped: int | None) -> None:
+        """Report and sample, or, after a signal, how to go on."""
+        if jax.process_index() != 0:
+            return
+        report = write_report(self.directory)
+        if stopped is not None:
+            print(f"Stopped after step {stopped}; saved. Continue with the same command and --resume.")
+        elif self.config.train.sample_prompt:
+            self._sample()
+        print(f"Report: {report}")
+
+    def _sample(self) -> None:
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.program.abstract_state.params))
+        if jax.process_count() > 1 or size > SAMPLE_LIMIT:
+            print("No sample: the parameters are not brought onto one device; use moe-jax generate.")
+            return
+        train = self.config.train
+        options: dict[str, Any] = {"temperature": 0.8, "top_k": None, "top_p": 0.95, "seed": train.seed, "step": None, "fallback": False}
+        pieces = generate_run(self.directory, train.sample_prompt, max_tokens=train.sample_tokens, **options)
+        print(f"Sample (temperature 0.8, top-p 0.95):\n{train.sample_prompt}{''.join(pieces)}\n")
+
+
+@contextmanager
+def _finish_on_signal() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM makes true; a second one acts as it would without us."""
+    received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _vocab_size(config: Config, corpus: Corpus) -> int:
+    """The model's vocabulary: as configured, or the tokenizer's. Raises UserError where it does not fit."""
+    size = config.model.vocab_size or corpus.tokenizer.vocab_size
+    if size < corpus.tokenizer.num_ids:
+        raise UserError(f"model.vocab_size={size} is less than the tokenizer's {corpus.tokenizer.num_ids}: raise it, or leave it out.")
+    if size % config.mesh.tensor:
+        raise UserError(f"mesh.tensor={config.mesh.tensor} does not divide the vocabulary of {size}: set model.vocab_size to a multiple.")
+    return size
+
+
+def _check_corpus(meta: dict[str, Any], corpus: Corpus) -> None:
+    if meta["corpus_hash"] != corpus.hash:
+        raise UserError(
+            f"data.source gives other text (hash {corpus.hash[:12]}) than the run began with ({meta['corpus_hash'][:12]}): restore the text "
+            "(the built-in corpus changes with the Python version), or start another run."
+        )
+
+
+def _environment(config: Config, corpus: Corpus, program: Program, state: TrainState, vocab_size: int) -> dict[str, Any]:
+    """Measures and counts what environment.json describes."""
+    rate, shape = measure.matmul_rate(jnp.dtype(config.model.compute_dtype))
+    rate *= 1 if jax.default_backend() == "cpu" else jax.device_count()  # simulated devices share the machine's cores
+    total, active = measure.parameter_counts(config.model, config.moe, vocab_size)
+    empty = program.placement.empty_slots
+    if empty:
+        print(f"mesh.expert={config.mesh.expert} does not divide moe.num_experts={config.moe.num_experts}: {empty} slots a layer stay empty.")
+    return run_dir.describe(
+        config,
+        corpus_hash=corpus.hash,
+        matmul_flops_per_second=rate,
+        matmul_shape=shape,
+        matmul_dtype=config.model.compute_dtype,
+        parameters={"total": total, "active": active},
+        bytes_per_device=run_dir.bytes_per_device(state),
+        empty_slots_per_layer=empty,
+    )

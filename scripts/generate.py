@@ -1,0 +1,16 @@
+"""Samples text from a checkout: python scripts/generate.py runs/tiny --prompt "def "
+
+The same as `moe-jax generate`, with the same options (--help lists them).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from moe_jax.cli import main
+
+if __name__ == "__main__":
+    main(["generate", *sys.argv[1:]])

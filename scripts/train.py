@@ -1,0 +1,16 @@
+"""Trains from a checkout: python scripts/train.py configs/tiny.yaml --set train.steps=50
+
+The same as `moe-jax train`, with the same options (--help lists them).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from moe_jax.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.mesh import make_mesh
+from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD, grouped_matmul, rows_computed
+from moe_jax.schema import MeshConfig
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+WIDTH, HIDDEN, GROUPS = 24, 16, 5
+ROWS = 300
+SIZES = {
+    "empty": [0, 0, 0, 0, 0],
+    "one row": [0, 0, 1, 0, 0],
+    "skew": [0, 0, ROWS, 0, 0],
+    "tile - 1": [TILE - 1, 0, TILE - 1, 1, TILE - 1],
+    "tile": [TILE, TILE, 0, 2 * TILE, TILE],
+    "tile + 1": [TILE + 1, 0, TILE + 1, TILE + 1, 0],
+    "gradient tile - 1": [TILE_GRAD - 1, 0, 0, TILE_GRAD - 1, 3],
+    "gradient tile": [0, TILE_GRAD, TILE_GRAD, 0, 0],
+    "gradient tile + 1": [TILE_GRAD + 1, 1, TILE_GRAD + 1, 0, 0],
+    "full": [100, 50, 50, 99, 1],
+}
+
+
+def by_hand(x: np.ndarray, w: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """The definition, in float64."""
+    out = np.zeros((x.shape[0], w.shape[2]))
+    start = 0
+    for group, size in enumerate(sizes):
+        out[start : start + size] = x[start : start + size].astype(np.float64) @ w[group].astype(np.float64)
+        start += size
+    return out
+
+
+def gradients_by_hand(x: np.ndarray, w: np.ndarray, dy: np.ndarray, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    dx, dw, start = np.zeros(x.shape), np.zeros(w.shape), 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        dx[rows], dw[group] = dy[rows] @ w[group].T, x[rows].T @ dy[rows]
+        start += size
+    return dx, dw
+
+
+@pytest.fixture(scope="module")
+def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = ((ROWS, WIDTH), (GROUPS, WIDTH, HIDDEN), (ROWS, HIDDEN))
+    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+@pytest.fixture(scope="module", params=["reference", "ragged", "tiled", "auto"])
+def value_and_gradients(request):
+    def both(x, w, sizes, dy):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, impl=request.param), x, w)
+        return y, *pull(dy)
+
+    return jax.jit(both)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_values_and_gradients_equal_the_definition(value_and_gradients, operands, sizes):
+    x, w, dy = operands
+    y, dx, dw = value_and_gradients(x, w, np.array(sizes, np.int32), dy)
+    np.testing.assert_allclose(y, by_hand(x, w, sizes), atol=2e-5)
+    want_dx, want_dw = gradients_by_hand(x, w, dy, sizes)
+    np.testing.assert_allclose(dx, want_dx, atol=2e-5)
+    np.testing.assert_allclose(dw, want_dw, atol=1e-4)
+    assert not np.any(np.asarray(y)[sum(sizes) :])
+    assert not np.any(np.asarray(dw)[[size == 0 for size in sizes]])
+
+
+def test_rows_past_the_last_group_do_not_leak(value_and_gradients, operands):
+    """Neither what they hold nor their cotangents may reach a gradient, even where they are not finite."""
+    x, w, dy = (a.copy() for a in operands)
+    sizes = [60, 0, 3, 70, 0]
+    expected = value_and_gradients(x, w, np.array(sizes, np.int32), dy)
+    x[sum(sizes) :], dy[sum(sizes) :] = 1e30, -1e30
+    for got, want in zip(value_and_gradients(x, w, np.array(sizes, np.int32), dy), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, TILE, TILE + 1, TILE_GRAD])
+def test_any_number_of_rows(rows):
+    rng = np.random.default_rng(rows)
+    x, w = rng.standard_normal((rows, 8)).astype(np.float32), rng.standard_normal((2, 8, 4)).astype(np.float32)
+    sizes = [rows // 3, rows - rows // 3]
+    for impl in ("reference", "tiled"):
+        y = grouped_matmul(jnp.array(x), jnp.array(w), jnp.array(sizes, jnp.int32), impl=impl)
+        np.testing.assert_allclose(y, by_hand(x, w, sizes), atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "ragged", "tiled"])
+def test_half_precision_accumulates_in_f32(impl):
+    width = 512  # summed in bf16 this would be off by several percent
+    x, w = jnp.ones((40, width), jnp.bfloat16), jnp.full((2, width, 4), 1.0078125, jnp.float32)
+    sizes = jnp.array([17, 20], jnp.int32)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, impl=impl), x, w)
+    dx, dw = pull(jnp.ones_like(y))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(y[:37].astype(np.float32), 516.0)
+    np.testing.assert_array_equal(y[37:].astype(np.float32), 0.0)
+    np.testing.assert_array_equal(dw[0], 17.0)
+    np.testing.assert_array_equal(dw[1], 20.0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "ragged", "tiled"])
+def test_inside_shard_map(operands, impl):
+    """Rows vary over one axis, weights are the same on it: their gradient is the sum over its devices."""
+    x, w, dy = operands
+    mesh = make_mesh(MeshConfig(data=2))
+    sizes = np.array([[40, 1, 60, 0, 9], [0, 49, 50, 51, 0]], np.int32)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data"), P("data")), out_specs=(P("data"), P("data"), P()))
+    def both(x, w, sizes, dy):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes[0], impl=impl), x, w)
+        return y, *pull(dy)
+
+    y, dx, dw = both(x, w, sizes, dy)
+    half = ROWS // 2
+    parts = [(slice(0, half), sizes[0]), (slice(half, ROWS), sizes[1])]
+    np.testing.assert_allclose(y, np.concatenate([by_hand(x[rows], w, s) for rows, s in parts]), atol=2e-5)
+    grads = [gradients_by_hand(x[rows], w, dy[rows], s) for rows, s in parts]
+    np.testing.assert_allclose(dx, np.concatenate([dx for dx, _ in grads]), atol=2e-5)
+    np.testing.assert_allclose(dw, sum(dw for _, dw in grads), atol=1e-4)
+
+
+def test_rows_computed_counts_whole_tiles():
+    sizes = jnp.array([0, 1, TILE, TILE + 1], jnp.int32)
+    assert rows_computed(sizes) == 4 * TILE
+    assert rows_computed(sizes, "ragged") == 2 * TILE + 2
+
+
+def test_unknown_back_end_is_refused(unchecked):
+    with pytest.raises(ValueError, match="fancy"):
+        grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2], jnp.int32), impl="fancy")
