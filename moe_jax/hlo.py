@@ -49,7 +49,7 @@ class Collective(NamedTuple):
 
     op: str
     group: int  # devices that take part; with 1 nothing moves
-    count: int
+    times: int
     bytes: int  # size of the larger of operand and result: what a device holds when all parts are together
     dynamic: bool  # inside a loop of unknown length: one pass is counted
 
@@ -85,7 +85,8 @@ def _instruction(name: str, text: str) -> Instruction:
 
 def parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     """The name of the entry computation, and every computation's instructions by name."""
-    entry, computations = "", {}
+    entry = ""
+    computations: dict[str, dict[str, Instruction]] = {}
     scope: dict[str, Instruction] | None = None
     for line in hlo.splitlines():
         if found := _COMPUTATION.match(line):

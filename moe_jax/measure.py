@@ -22,6 +22,7 @@ from moe_jax import hlo
 from moe_jax.model import Batch, LayerKind, count_moe_layers, layer_kinds
 from moe_jax.moe import experts
 from moe_jax.moe.dispatch import pool_capacity
+from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.sharding import GATHERED
 from moe_jax.step import Program, TrainState
@@ -157,9 +158,9 @@ def program_flops(text: str, devices: int, width: int, hidden: int, group_sizes:
     """FLOPs that a compiled step runs, matmul by matmul, from its HLO and the rows that its experts got.
 
     The text gives every matmul and how often counted loops repeat it. The `tiled` grouped matmul walks each
-    group in tiles in a loop whose length only the run knows: its matmul joins a tile of rows with a [width,
-    hidden] or [width, 2*hidden] matrix, so the tile is the dimension left over, and a group of n rows takes
-    ceil(n / tile) of them. `group_sizes` are the rows of every group over devices and layers (`group_sizes`
+    group in tiles in a loop whose length only the run knows: a matmul that joins a tile of rows (TILE or
+    TILE_GRAD) with a [width, hidden] or [width, 2*hidden] matrix runs ceil(n / tile) times for a group of n rows.
+    `group_sizes` are the rows of every group over devices and layers (`group_sizes`
     below records them). Each place in the program where experts are computed is counted, so experts computed
     twice show as such. `hidden` is that of a `tensor` shard. Later dropless rounds (loops within loops) are not
     counted: use it on a step of one round. Other back ends' grouped matmuls are whole in `counted` (`reference`)
@@ -173,20 +174,20 @@ def program_flops(text: str, devices: int, width: int, hidden: int, group_sizes:
             counted += dot.flops * dot.runs * devices
         elif dot.unknown == 1 and tile:
             groups = dot.runs * devices  # as many as len(sizes), but for layers that are not stacked together
-            experts_flops += dot.flops / tile * groups * sizes.mean()
-            all_flops += dot.flops * groups * np.mean(-(-sizes // tile))
+            experts_flops += dot.flops / tile * groups * float(sizes.mean())
+            all_flops += dot.flops * groups * float(np.mean(-(-sizes // tile)))
     return ProgramFlops(int(counted), round(experts_flops), round(all_flops - experts_flops))
 
 
 def _tile(dims: tuple[int, ...], width: int, hidden: int) -> int | None:
     """Rows of an expert matmul's tile: the dimension beside those of its weights, or None for another matmul."""
-    for weights in ((width, 2 * hidden), (width, hidden)):
-        rest = list(dims)
-        for size in weights:
-            if size in rest:
-                rest.remove(size)
-        if len(rest) == len(dims) - 2 == 1:
-            return rest[0]
+    weights = (sorted((width, 2 * hidden)), sorted((width, hidden)))
+    for tile in (TILE, TILE_GRAD):
+        rest = sorted(dims)
+        if tile in rest:
+            rest.remove(tile)
+            if rest in weights:
+                return tile
     return None
 
 

@@ -25,7 +25,7 @@ def frequencies(config: RopeConfig, head_width: int, length: int) -> tuple[np.nd
     base = config.theta
     if config.scaling == "dynamic" and length > config.original_length:
         stretch = config.factor * length / config.original_length - (config.factor - 1)
-        base = base * stretch ** (head_width / (head_width - 2))
+        base = base * stretch ** (head_width / max(head_width - 2, 1))
     inverse = base**-exponent
     if config.scaling == "linear":
         return inverse / config.factor, 1.0

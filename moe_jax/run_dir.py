@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 
+from moe_jax import __version__
 from moe_jax.config import config_from_text, dump_config, dump_value
 from moe_jax.errors import UserError
 from moe_jax.schema import Config
 
-PACKAGES = ("moe-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 # What a resumed run must share with its beginning: sections and keys, but for those that only say how to compute.
 FIXED = ("model", "moe", "data", "train.seed", "train.global_batch", "train.seq_len", "optimizer.name")
@@ -73,7 +74,7 @@ def describe(config: Config, **found: Any) -> dict[str, Any]:
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), "moe-jax": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         "platform": jax.default_backend(),
         "devices": [f"{device.id}: {device.device_kind}" for device in jax.devices()[: config.mesh.size]],
         "mesh": dataclasses.asdict(config.mesh),

@@ -79,7 +79,8 @@ def _combine_fwd(y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, pla
 def _combine_bwd(saved: tuple[jax.Array, ...], dout_TD: jax.Array):
     y_MD, weight_TK, source_M, place_TK = saved
     weight_M = _rows(weight_TK.reshape(-1), source_M)
-    dy_MD = (_rows(dout_TD, source_M // weight_TK.shape[1]) * weight_M[:, None]).astype(y_MD.dtype)
+    dout_MD = _rows(dout_TD, source_M // weight_TK.shape[1]).astype(weight_M.dtype)
+    dy_MD = (dout_MD * weight_M[:, None]).astype(y_MD.dtype)
     dweight_TK = jnp.einsum("tkd,td->tk", _rows(y_MD, place_TK), dout_TD, preferred_element_type=jnp.float32)
     return dy_MD, dweight_TK.astype(weight_TK.dtype), None, None
 

@@ -74,18 +74,25 @@ class Placement:
 
     def replica_count(self) -> np.ndarray:
         """Replicas of each expert, int32 [L, E], at least 1."""
-        return np.stack([np.bincount(table[table >= 0], minlength=self.num_experts) for table in self.physical_to_logical]).astype(np.int32)
+        held = self.physical_to_logical[:, :, None] == np.arange(self.num_experts)
+        return np.sum(held, axis=1, dtype=np.int32)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form that `from_json` reads."""
-        return {"version": VERSION, "num_experts": self.num_experts, "physical_to_logical": self.physical_to_logical.tolist()}
+        return {
+            "version": VERSION,
+            "num_experts": self.num_experts,
+            "num_slots": self.num_slots,  # what an empty table (no MoE layers) does not show
+            "physical_to_logical": self.physical_to_logical.tolist(),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
         """Reads `to_json`'s form. Raises UserError for another version."""
         if value.get("version") != VERSION:
             raise UserError(f"The placement table has version {value.get('version')!r}: this program reads version {VERSION}.")
-        return cls(np.array(value["physical_to_logical"], np.int32), value["num_experts"])
+        table = np.array(value["physical_to_logical"], np.int32).reshape(-1, value["num_slots"])
+        return cls(table, value["num_experts"])
 
 
 def contiguous(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:

@@ -33,6 +33,7 @@ def operands(tokens: int) -> tuple[jax.Array, ...]:
     return tuple(jnp.array(a) for a in (h, w, target, weight))
 
 
+@jax.jit
 def by_optax(h, w, target, weight):
     return jnp.sum(weight * optax.softmax_cross_entropy_with_integer_labels(h @ w.T, target))
 
@@ -43,9 +44,9 @@ def test_value_and_gradients_equal_optax(impl, tokens):
     h, w, target, weight = operands(tokens)
     loss = partial(linear_cross_entropy, impl=impl)
     value, (dh, dw) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(h, w, target, weight)
-    expected, (expected_dh, expected_dw) = jax.value_and_grad(by_optax, argnums=(0, 1))(h, w, target, weight)
+    expected, (expected_dh, expected_dw) = jax.jit(jax.value_and_grad(by_optax, argnums=(0, 1)))(h, w, target, weight)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(loss(h, w, target, weight), expected, rtol=1e-5)  # without a gradient
+    np.testing.assert_allclose(jax.jit(loss)(h, w, target, weight), expected, rtol=1e-5)  # without a gradient
     np.testing.assert_allclose(dh, expected_dh, atol=1e-5)
     np.testing.assert_allclose(dw, expected_dw, atol=1e-4)
 
@@ -71,7 +72,7 @@ def test_sharded_vocabulary(impl, tokens):
         return jax.value_and_grad(loss, argnums=(0, 1))(h, w)
 
     value, (dh, dw) = sharded(h, w, target, weight)
-    expected, (expected_dh, expected_dw) = jax.value_and_grad(by_optax, argnums=(0, 1))(h, w, target, weight)
+    expected, (expected_dh, expected_dw) = jax.jit(jax.value_and_grad(by_optax, argnums=(0, 1)))(h, w, target, weight)
     np.testing.assert_allclose(value, 2 * expected, rtol=1e-5)
     np.testing.assert_allclose(dh, 2 * expected_dh, atol=2e-5)
     np.testing.assert_allclose(dw, 2 * expected_dw, atol=2e-4)
@@ -80,10 +81,11 @@ def test_sharded_vocabulary(impl, tokens):
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_even_logits_cost_the_log_of_the_vocabulary_and_huge_ones_stay_finite(impl):
     target, weight = jnp.array([3, 9], jnp.int32), jnp.ones(2, jnp.float32)
-    even = linear_cross_entropy(jnp.zeros((2, WIDTH)), jnp.ones((VOCAB, WIDTH)), target, weight, impl=impl)
+    loss = partial(linear_cross_entropy, impl=impl)
+    even = jax.jit(loss)(jnp.zeros((2, WIDTH)), jnp.ones((VOCAB, WIDTH)), target, weight)
     np.testing.assert_allclose(even, 2 * np.log(VOCAB), rtol=1e-6)
     h, w, *_ = operands(2)
-    value, grads = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))(1e4 * h, w, target, weight, impl=impl)
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(1e4 * h, w, target, weight)
     assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in grads)
 
 
@@ -91,7 +93,7 @@ def test_half_precision_has_f32_logits_and_an_f32_gradient_of_the_masters():
     h, w, target, weight = operands(CHUNK + 1)
     half = h.astype(jnp.bfloat16)
     assert logits(half, w).dtype == jnp.float32
-    value, (dh, dw) = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))(half, w, target, weight)
+    value, (dh, dw) = jax.jit(jax.value_and_grad(linear_cross_entropy, argnums=(0, 1)))(half, w, target, weight)
     assert (value.dtype, dh.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(value, by_optax(h, w, target, weight), rtol=0.01)
 
