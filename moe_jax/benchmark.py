@@ -193,6 +193,7 @@ def count_flops(args: argparse.Namespace, mesh: MeshConfig, program: Program, co
 
     spent = count(program, compiled, state, mesh)
     found = {"program_flops": spent.total, "program_flops_padding": spent.padding, "program_over_model_flops": spent.total / flops}
+    found |= {"uncounted_operations": hlo.uncounted(compiled.as_text())}
     if mesh.size > 1:
         single = build(args, MeshConfig())
         alone = count(single, compile_step(single, args)[0], single.init(0), MeshConfig())

@@ -40,7 +40,7 @@ class Sampler:
 
     def decode(self, cache: list[int], token: int) -> tuple[list[int], np.ndarray]:
         """(cache, f32 logits [V]) after one more token."""
-        return cache + [token], self._logits([*cache, token])
+        return [*cache, token], self._logits([*cache, token])
 
     def _logits(self, tokens: Sequence[int]) -> np.ndarray:
         recent = np.asarray(tokens[-self.context :], np.int32)
@@ -144,6 +144,4 @@ def generate_run(
 ) -> Iterator[str]:
     """`generate` from a run directory's newest checkpoint, or that of `step`."""
     sampler, tokenizer = open_run(run_dir, step=step, fallback=fallback)
-    return generate(
-        sampler, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    return generate(sampler, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

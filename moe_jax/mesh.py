@@ -38,8 +38,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     simulated = devices[0].platform == "cpu"
     if config.size > len(devices) or (config.size != len(devices) and not simulated):
         raise UserError(
-            f"mesh.data={config.data} x mesh.expert={config.expert} x mesh.tensor={config.tensor} needs {config.size} devices and there are "
-            f"{len(devices)}: change the mesh, or set devices.simulate={config.size} to try it on simulated CPU devices."
+            f"mesh.data={config.data} x mesh.expert={config.expert} x mesh.tensor={config.tensor} needs {config.size} devices and "
+            f"there are {len(devices)}: change the mesh, or set devices.simulate={config.size} to try it on simulated CPU devices."
         )
     if simulated:
         grid = np.array(devices[: config.size]).reshape(config.data, config.expert, config.tensor)

@@ -137,6 +137,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
         self.attention = Attention(model, kind.window, out_std * (model.num_heads * model.head_width) ** -0.5, rngs=rngs)
         self.mlp_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
+        self.mlp: MoE | FeedForward
         if kind.moe:
             self.mlp = MoE(moe, model.width, placement, out_std * moe.hidden**-0.5, rngs=rngs)
         else:
@@ -149,6 +150,7 @@ class Block(nnx.Module):
         h_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, FeedForward):
             return x_BSD + self.mlp(h_BSD), None
+        assert tables is not None
         y_BSD, stats = self.mlp(h_BSD, batch.segments > 0, tables, full, keys_B)
         return x_BSD + y_BSD, stats
 
@@ -175,7 +177,7 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
         if not model.tied_embeddings:
             self.head = param(rngs, (vocab_size, model.width), ("vocab", "width"), 0.02)
-        self.stacks = nnx.List([])
+        self.stacks: nnx.List[Any] = nnx.List([])
         for kinds, repeats in stack_layers(layer_kinds(model, moe)):
             make = partial(_make_unit, model, moe, kinds, placement)
             self.stacks.append(nnx.vmap(make)(jax.random.split(rngs.params(), repeats)))
@@ -196,13 +198,18 @@ class Transformer(nnx.Module):
             moes = sum(kind.moe for kind in stack.kinds)
             graph, state = nnx.split(stack)
             repeats = jax.tree.leaves(state)[0].shape[0]
-            inputs = jax.tree.map(lambda a, n=repeats * moes: a[done : done + n].reshape(repeats, moes, *a.shape[1:]), per_layer)
+            inputs = _for_units(per_layer, done, repeats, moes)
             run = partial(_run_unit, graph, batch, key if self.noisy else None)
             x_BSD, figures = lax.scan(_remat(self.config.remat, run), x_BSD, (state, inputs))
             done += repeats * moes
             stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
         head_VD = table_VD if self.config.tied_embeddings else gather(self.head, dtype)
         return self.final_norm(x_BSD), head_VD, jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+
+
+def _for_units(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
+    """Arrays stacked over MoE layers, cut to those of a stack: [repeats, MoE layers of the unit, ...]."""
+    return jax.tree.map(lambda a: a[start : start + repeats * moes].reshape(repeats, moes, *a.shape[1:]), per_layer)
 
 
 def _run_unit(graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: jax.Array, inputs: Any):
@@ -215,7 +222,7 @@ def _run_unit(graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: j
             x_BSD, _ = block(x_BSD, batch, None, None, None)
             continue
         table, sums, layer = jax.tree.map(lambda a, at=at: a[at], (tables, full, layers))
-        keys_B = None if key is None else jax.vmap(lambda s, k=jax.random.fold_in(key, layer): jax.random.fold_in(k, s))(batch.sequences)
+        keys_B = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, layer), batch.sequences)
         x_BSD, figures = block(x_BSD, batch, table, sums, keys_B)
         stats.append(figures)
         at += 1

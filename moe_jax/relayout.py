@@ -53,7 +53,7 @@ def restore(checkpoints: Checkpoints, program: Program, saved: Placement, *, ste
 def restore_model(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
     """Parameters and tables alone, for sampling: the state's other fields are None."""
     adapt = _adapt(program.model, program.moe, saved, program.placement)
-    nothing = TrainState(*(None,) * len(TrainState._fields))
+    nothing = TrainState._make(None for _ in TrainState._fields)
     target = _target(program)
     target = nothing._replace(params=target.params, tables=target.tables)
     found = checkpoints.restore_latest(target, adapt, step=step, fallback=fallback, partial=True)

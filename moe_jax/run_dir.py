@@ -47,7 +47,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
     elif overwrite:
         shutil.rmtree(run_dir)
     else:
-        raise UserError(f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with --overwrite, or name another.")
+        raise UserError(f"--run-dir {run_dir} holds a run: continue it with --resume, replace it with --overwrite, or name another.")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

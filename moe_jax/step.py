@@ -69,7 +69,7 @@ class StepFigures(NamedTuple):
     skipped_in_row: Int[Array, ""]
 
 
-BATCH_SPEC = Batch(*(P(BATCH_AXES),) * 6)
+BATCH_SPEC = Batch._make(P(BATCH_AXES) for _ in Batch._fields)
 
 
 class Program:
@@ -173,8 +173,13 @@ class Program:
         It costs a forward pass over all parts; without such losses only the number of tokens is needed.
         """
         if self.moe.aux_loss or self.moe.variance_loss:
-            sums = lax.map(lambda part: self._figures(params, part, tables, None, count, key).layers.router, parts)
-            return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
+
+            def sums(part: Batch) -> RouterStats:
+                layers = self._figures(params, part, tables, None, count, key).layers
+                assert layers is not None
+                return layers.router
+
+            return jax.tree.map(lambda a: jnp.sum(a, axis=0), lax.map(sums, parts))
         layers, experts = tables.replicas_E.shape
         tokens = jnp.broadcast_to(lax.psum(jnp.sum(parts.segments > 0), BATCH_AXES), (layers,))
         nothing = jnp.zeros(layers)
@@ -246,11 +251,11 @@ class Program:
         return grads, jnp.sqrt(sum(squares) + optax.global_norm(dense) ** 2)
 
 
-def make_tables(placement: Placement, bias_LE: np.ndarray | None = None) -> tuple[LayerTables, np.ndarray]:
-    """A placement as the arrays that a step takes, with a zero bias unless given, and the expert in each slot."""
+def make_tables(placement: Placement) -> tuple[LayerTables, jax.Array]:
+    """A placement as the arrays that a step takes, with a zero bias, and the expert in each slot."""
     layers = placement.physical_to_logical.shape[0]
-    bias = np.zeros((layers, placement.num_experts), np.float32) if bias_LE is None else bias_LE
-    return LayerTables(placement.logical_to_physical(), placement.replica_count(), bias), placement.physical_to_logical
+    slots, replicas = jnp.asarray(placement.logical_to_physical()), jnp.asarray(placement.replica_count())
+    return LayerTables(slots, replicas, jnp.zeros((layers, placement.num_experts))), jnp.asarray(placement.physical_to_logical)
 
 
 def _sum_parts(figures: Figures) -> Figures:

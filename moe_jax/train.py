@@ -1,7 +1,7 @@
 """The training job: `train` reads top to bottom as a run does.
 
-    from moe_jax.config import load_config
-    train(load_config("configs/tiny.yaml", []), Path("runs/tiny"))
+from moe_jax.config import load_config
+train(load_config("configs/tiny.yaml", []), Path("runs/tiny"))
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class _Job:
                 "load": stats.router.load_E[i].tolist(),
                 "max_violation": max_violation(stats.router.load_E[i]),
                 "dead_experts": dead_experts(stats.router.load_E[i]),
-                "router_entropy": float(stats.router.entropy[i] / max(stats.router.tokens[i], 1)),
+                "router_entropy": float(stats.router.entropy[i]) / max(int(stats.router.tokens[i]), 1),
                 "dropped": int(stats.dropped[i]),
                 "rounds": int(stats.rounds[i]),
             }
@@ -246,7 +246,7 @@ class _Job:
 def _finish_on_signal() -> Iterator[list[int]]:
     """A list that the first Ctrl-C or SIGTERM makes true; a second one acts as it would without us."""
     received: list[int] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -274,8 +274,8 @@ def _vocab_size(config: Config, corpus: Corpus) -> int:
 def _check_corpus(meta: dict[str, Any], corpus: Corpus) -> None:
     if meta["corpus_hash"] != corpus.hash:
         raise UserError(
-            f"data.source gives other text (hash {corpus.hash[:12]}) than the run began with ({meta['corpus_hash'][:12]}): restore the text "
-            "(the built-in corpus changes with the Python version), or start another run."
+            f"data.source gives other text (hash {corpus.hash[:12]}) than the run began with ({meta['corpus_hash'][:12]}): restore "
+            "the text (the built-in corpus changes with the Python version), or start another run."
         )
 
 
@@ -286,7 +286,8 @@ def _environment(config: Config, corpus: Corpus, program: Program, state: TrainS
     total, active = measure.parameter_counts(config.model, config.moe, vocab_size)
     empty = program.placement.empty_slots
     if empty:
-        print(f"mesh.expert={config.mesh.expert} does not divide moe.num_experts={config.moe.num_experts}: {empty} slots a layer stay empty.")
+        experts = config.moe.num_experts
+        print(f"mesh.expert={config.mesh.expert} does not divide moe.num_experts={experts}: {empty} slots a layer stay empty.")
     return run_dir.describe(
         config,
         corpus_hash=corpus.hash,

@@ -95,8 +95,10 @@ def model_options(command: argparse.ArgumentParser) -> None:
 
 def readable(name: str, value: Any) -> str:
     """A figure for the table: bytes in MiB, rates with their prefix."""
-    if isinstance(value, list):
+    if name == "collectives":
         return ", ".join(f"{e['op']} x{e['times']} over {e['group']}: {e['bytes'] / 2**20:.2f} MiB" for e in value) or "none"
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
     if "bytes" in name:
         return f"{value / 2**20:,.2f} MiB"
     if "flops" in name and value > 1e6:

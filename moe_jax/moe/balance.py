@@ -32,7 +32,7 @@ def losses(config: MoEConfig, part: RouterStats, full: RouterStats) -> tuple[Flo
 
     Both arguments are summed over the mesh; `full` equals `part` when the batch is not cut.
     """
-    count = full.tokens.astype(jnp.float32)
+    count = jnp.maximum(full.tokens, 1).astype(jnp.float32)  # a batch of padding costs nothing
     part_prob_E = part.prob_E / count
     prob_E = lax.stop_gradient(full.prob_E / count - part_prob_E) + part_prob_E
     share_E = lax.stop_gradient(full.load_E.astype(jnp.float32) / (config.top_k * count))

@@ -97,7 +97,7 @@ class MoE(nnx.Module):
         capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
         route = Route(ranks, self.num_slots, capacity, config.grouped_matmul)
         weights = (gather(self.experts.gate_up, x_TD.dtype), gather(self.experts.down, x_TD.dtype))
-        args = vary((x_TD, weight_TK, *weights), AXES)
+        args: tuple[jax.Array, jax.Array, jax.Array, jax.Array] = vary((x_TD, weight_TK, *weights), AXES)
         valid_TK = slot_TK < self.num_slots
         alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
         if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):

@@ -75,7 +75,7 @@ class Placement:
     def replica_count(self) -> np.ndarray:
         """Replicas of each expert, int32 [L, E], at least 1."""
         held = self.physical_to_logical[:, :, None] == np.arange(self.num_experts)
-        return np.sum(held, axis=1, dtype=np.int32)
+        return np.asarray(np.sum(held, axis=1), np.int32)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form that `from_json` reads."""
