@@ -192,7 +192,7 @@ def count_flops(args: argparse.Namespace, mesh: MeshConfig, program: Program, co
         return measure.program_flops(compiled.as_text(), mesh.size, args.width, args.expert_hidden // mesh.tensor, sizes)
 
     spent = count(program, compiled, state, mesh)
-    found = {"program_flops": spent.total, "program_flops_padding": spent.padding, "program_over_model_flops": spent.total / flops}
+    found: Figures = {"program_flops": spent.total, "program_flops_padding": spent.padding, "program_over_model_flops": spent.total / flops}
     found |= {"uncounted_operations": hlo.uncounted(compiled.as_text())}
     if mesh.size > 1:
         single = build(args, MeshConfig())

@@ -6,6 +6,7 @@ and every token reads it anew, padded to one of a few lengths so that little is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +123,11 @@ def open_run(run_dir: Path, *, step: int | None = None, fallback: bool = False) 
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(f"{run_dir / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    layers = count_moe_layers(config.model, config.moe)
-    placement = relayout.choose_placement(saved, layers, config.moe.num_experts, 1, 0)
+    moe = dataclasses.replace(config.moe, dropless=True)  # else a token could depend on the padding after it
+    layers = count_moe_layers(config.model, moe)
+    placement = relayout.choose_placement(saved, layers, moe.num_experts, 1, 0)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    program = Program(config.model, config.moe, config.optimizer, mesh, placement, vocab_size=vocab_size, steps=config.train.steps)
+    program = Program(config.model, moe, config.optimizer, mesh, placement, vocab_size=vocab_size, steps=config.train.steps)
     found = relayout.restore_model(checkpoints, program, saved, step=step, fallback=fallback)
     return Sampler(program, found.state, config.train.seq_len), tokenizer
 

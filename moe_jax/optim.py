@@ -1,4 +1,4 @@
-"""Optimizers and schedules, from optax; this file chooses and groups, it computes nothing itself."""
+"""Optimizers and schedules, from optax; this file chooses and groups."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any)
     if config.name == "adamw":
         core = optax.chain(optax.scale_by_adam(config.beta1, config.beta2, config.eps), decay)
     elif config.name == "adafactor":
-        core = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay)
+        core = optax.chain(optax.scale_by_factored_rms(), _clip_rms(axes), decay)
     else:
-        core = optax.chain(_muon(config, axes, matrix), optax.scale(-1.0))
+        core = optax.chain(_muon(config, axes), optax.scale(-1.0), decay)
     grouped = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))
     return optax.chain(core, grouped, optax.scale_by_learning_rate(schedule))
 
@@ -59,7 +59,18 @@ def _group_scale(config: OptimizerConfig, path: tuple[Any, ...]) -> float:
     return config.expert_lr_scale if "experts" in names else config.router_lr_scale if "router" in names else 1.0
 
 
-def _muon(config: OptimizerConfig, axes: Any, matrix: Any) -> optax.GradientTransformation:
+def _clip_rms(axes: Any) -> optax.GradientTransformation:
+    """Adafactor's bound of 1 on the RMS of an update, for each layer and slot by itself: empty slots must not lower it."""
+
+    def clip(update: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        first = update.ndim - len(names) + (names[0] == "slots")
+        mean = jnp.mean(update * update, axis=tuple(range(first, update.ndim)), keepdims=True)
+        return update / jnp.maximum(1.0, jnp.sqrt(mean))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates, axes))
+
+
+def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     """Muon for projections, by the sides of their matrix; AdamW for embeddings, routers and norms."""
 
     def sides(names: tuple[str, ...]) -> Any:
@@ -74,11 +85,8 @@ def _muon(config: OptimizerConfig, axes: Any, matrix: Any) -> optax.GradientTran
     return optax.contrib.muon(
         1.0,
         eps=config.eps,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=matrix,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
-        adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=dims,
         consistent_rms=MUON_RMS,
     )

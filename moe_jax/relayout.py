@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoints, Restored
-from moe_jax.errors import CorruptCheckpoint
+from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.model import expert_layers
 from moe_jax.moe.experts import to_slots
 from moe_jax.placement.table import Placement, contiguous, slot_sources
@@ -30,16 +30,20 @@ def choose_placement(saved: Placement | None, layers: int, num_experts: int, ran
 def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) -> Placement | None:
     """The table of the newest readable checkpoint (of `step`, if given); None without checkpoints.
 
-    Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set.
+    Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all are.
     """
+    damage = None
     for candidate in reversed(checkpoints.steps()):
         if step is not None and candidate > step:
             continue
         try:
             return Placement.from_json(checkpoints.read_meta(candidate)["placement"])
-        except CorruptCheckpoint:
+        except CorruptCheckpoint as error:
             if not fallback:
                 raise
+            damage = error
+    if damage is not None:
+        raise damage
     return None
 
 
@@ -47,6 +51,7 @@ def restore(checkpoints: Checkpoints, program: Program, saved: Placement, *, ste
     """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
     adapt = _adapt(program.model, program.moe, saved, program.placement)
     found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback)
+    _check_placement(found, saved)
     return found._replace(state=_with_tables(program, found.state))
 
 
@@ -57,7 +62,18 @@ def restore_model(checkpoints: Checkpoints, program: Program, saved: Placement, 
     target = _target(program)
     target = nothing._replace(params=target.params, tables=target.tables)
     found = checkpoints.restore_latest(target, adapt, step=step, fallback=fallback, partial=True)
+    _check_placement(found, saved)
     return found._replace(state=_with_tables(program, found.state))
+
+
+def _check_placement(found: Restored, saved: Placement) -> None:
+    """Refuses weights that were read by another table than their own, which a fall back over a change of mesh would do."""
+    own = Placement.from_json(found.meta["placement"])
+    if not np.array_equal(own.physical_to_logical, saved.physical_to_logical):
+        raise UserError(
+            f"--fallback came to the checkpoint of step {found.step}, whose experts lie in other slots than in the damaged ones "
+            "after it: delete the damaged steps in checkpoints/ and try again."
+        )
 
 
 def _target(program: Program) -> TrainState:

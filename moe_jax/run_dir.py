@@ -23,31 +23,51 @@ from moe_jax.schema import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
+# What a run writes.
+CONTENTS = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "report.html", "plots", "tensorboard")
+
 # What a resumed run must share with its beginning: sections and keys, but for those that only say how to compute.
 FIXED = ("model", "moe", "data", "train.seed", "train.global_batch", "train.seq_len", "optimizer.name")
 FREE = ("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below")
 
 
 def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Checks that the run may write to `run_dir`; writes nothing, and deletes only a run that `overwrite` names.
+    """Checks that the run may write to `run_dir`; changes nothing.
 
-    Raises UserError for a directory that is in use without `resume` or `overwrite`, for one that is not a run, and for
-    a resumed run whose model, data or batch differ from what it began with.
+    Raises UserError for a directory that is in use without `resume` or `overwrite`, for one that is not a run or that
+    holds what no run wrote (`overwrite` would delete it), and for a resumed run whose model, data or batch differ from
+    what it began with.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file: name a directory.")
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    names = {path.name for path in run_dir.iterdir() if not path.name.endswith(".part")} if run_dir.exists() else set()
+    if not names:
         return
-    known = (run_dir / "config.yaml").is_file()
-    if not known:
+    if "config.yaml" not in names:
         raise UserError(f"--run-dir {run_dir} holds something other than a run (it has no config.yaml): name another directory.")
     if resume:
         text = (run_dir / "config.yaml").read_text(encoding="utf-8")
         _check_unchanged(config_from_text(text, str(run_dir / "config.yaml")), config, run_dir)
     elif overwrite:
-        shutil.rmtree(run_dir)
+        foreign = sorted(name for name in names if name.removesuffix(".tmp") not in CONTENTS)
+        if foreign:
+            raise UserError(
+                f"--overwrite would delete {run_dir / foreign[0]}, which no run wrote: move it away, or name another --run-dir."
+            )
     else:
-        raise UserError(f"--run-dir {run_dir} holds a run: continue it with --resume, replace it with --overwrite, or name another.")
+        raise UserError(
+            f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with --overwrite, or name another."
+        )
+
+
+def clear(run_dir: Path) -> None:
+    """Deletes the run in a directory that `claim` has checked; config.yaml, by which it is known as one, goes last."""
+    if run_dir.exists():
+        for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.yaml"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -84,9 +104,9 @@ def describe(config: Config, **found: Any) -> dict[str, Any]:
 
 
 def write_description(run_dir: Path, config: Config, environment: dict[str, Any]) -> None:
-    """Writes config.yaml (resolved) and environment.json, each whole or not at all."""
+    """Writes config.yaml (resolved), by which a run is known, and environment.json, each whole or not at all."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in (("environment.json", json.dumps(environment, indent=2) + "\n"), ("config.yaml", dump_config(config))):
+    for name, text in (("config.yaml", dump_config(config)), ("environment.json", json.dumps(environment, indent=2) + "\n")):
         part = run_dir / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, run_dir / name)

@@ -113,14 +113,15 @@ class Program:
     def _state_specs(self) -> TrainState:
         """Optimizer moments are sharded like their parameters; what has another shape is replicated."""
         shapes = self.abstract_state
-        opt = optax.tree.map_params(
-            self.optimizer,
-            lambda moment, spec, param: spec if moment.shape == param.shape else P(),
-            shapes.opt_state,
-            self.param_specs,
-            shapes.params,
-            transform_non_params=lambda _: P(),
-        )
+        params = zip(jax.tree.leaves_with_path(shapes.params), jax.tree.leaves(self.param_specs), strict=True)
+        known = {path: (param.shape, spec) for (path, param), spec in params}
+
+        def moment(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> P:
+            # A moment's path ends with its parameter's.
+            shape, spec = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), (None, P()))
+            return spec if leaf.shape == shape else P()
+
+        opt = jax.tree.map_with_path(moment, shapes.opt_state)
         return jax.tree.map(lambda _: P(), shapes)._replace(params=self.param_specs, opt_state=opt)
 
     def init(self, seed: int) -> TrainState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ from moe_jax.data import Corpus, load_corpus
 from moe_jax.errors import UserError
 from moe_jax.generate import generate_run
 from moe_jax.mesh import make_mesh, use_devices
-from moe_jax.metrics import MetricsWriter, dead_experts, max_violation
+from moe_jax.metrics import FILE_NAME, MetricsWriter, dead_experts, max_violation
 from moe_jax.model import count_moe_layers, layer_kinds
 from moe_jax.progress import RunProgress
 from moe_jax.report import write_report
@@ -43,12 +43,12 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     """
     use_devices(config.devices)
     mesh = make_mesh(config.mesh)
+    run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
     corpus = load_corpus(config.data, config.train.seq_len, config.train.seed)
     vocab_size = _vocab_size(config, corpus)
     processes = (jax.process_index(), jax.process_count())
     batches = corpus.train_batches(config.train.global_batch, *processes)
     held_out = corpus.validation_batches(config.train.global_batch, config.train.eval_batches, *processes)
-    run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
 
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     saved = relayout.saved_placement(checkpoints, None, fallback) if resume else None
@@ -71,14 +71,16 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
         for problem in restored.skipped:
             print(f"Passed over a damaged checkpoint: {problem}.")
         _check_corpus(restored.meta, corpus)
+        if restored.step > config.train.steps:
+            raise UserError(f"train.steps={config.train.steps} but the run in {directory} has done {restored.step}: give more steps.")
         state = restored.state
         batches.set_state(restored.meta["data"])
 
     environment = _environment(config, corpus, program, state, vocab_size)
+    if overwrite and not resume:
+        run_dir.clear(directory)
     run_dir.write_description(directory, config, environment)
-    job = _Job(config, directory, program, checkpoints, corpus, environment, held_out)
-    start = int(state.step)
-    job.run(state, batches, resume_step=start if resume else None)
+    _Job(config, directory, program, checkpoints, corpus, environment, held_out).run(state, batches)
 
 
 class _Job:
@@ -103,50 +105,49 @@ class _Job:
         self.flops_per_token = 3 * measure.model_flops(config.model, config.moe, program.vocab_size, config.train.seq_len)
         self.skipped = 0
 
-    def run(self, state: TrainState, batches: Any, resume_step: int | None) -> None:
+    def run(self, state: TrainState, batches: Any) -> None:
+        """Steps until the last one, or until a signal; raises UserError when too many in a row were not finite."""
         config, start = self.config, int(state.step)
         steps = config.train.steps
         self.skipped = int(state.skipped)
-        writer = MetricsWriter(self.directory, resume_step)
-        if resume_step:
-            writer.write({"step": start, "event": "resumed"})
-            print(f"Resuming {self.directory} after step {start}.")
-        stopped = None
-        with RunProgress(steps, start) as progress, _finish_on_signal() as stop:
-            seconds, since, layers = 0.0, 0, []
+        # A run that was killed before its first line, or never began, has no file to go on with.
+        writer = MetricsWriter(self.directory, start if start or (self.directory / FILE_NAME).exists() else None)
+        stopping = False
+        with _finish_on_signal() as signals, closing(writer), closing(self.checkpoints), RunProgress(steps, start) as progress:
+            if start:
+                writer.write({"step": start, "event": "resumed"})
+                progress.say(f"Resuming {self.directory} after step {start}.")
+            seconds, since = 0.0, 0
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, figures = self.program.train_step(state, self.program.shard(next(batches), self.first_sequence))
-                since += 1
-                last = step == steps or bool(stop)
+                figures = jax.device_get(figures)  # waits, so that the time is the step's and a signal during it is seen below
+                seconds, since = seconds + time.perf_counter() - began, since + 1
+                stopping, broken = bool(signals), int(figures.skipped_in_row) >= config.train.max_skipped
                 evaluates = step % config.train.eval_every == 0 or step == steps
-                saves = step % config.checkpoint.every == 0 or last
-                if step % config.train.log_every == 0 or evaluates or saves:
-                    figures = jax.device_get(figures)
-                    seconds += time.perf_counter() - began
-                    record = self._record(step, figures, seconds / since)
-                    seconds, since, layers = 0.0, 0, record["layers"]
-                    self._note_skips(writer, step, figures)
-                    writer.write(record)
-                    progress.train(record)
-                else:
-                    seconds += time.perf_counter() - began
+                saves = step % config.checkpoint.every == 0 or step == steps or stopping or broken
+                if not (step % config.train.log_every == 0 or evaluates or saves):
+                    continue
+                record = self._record(step, figures, seconds / since)
+                seconds, since = 0.0, 0
+                self._note_skips(writer, step, figures)
+                writer.write(record)
+                progress.train(record)
                 val_loss = None
                 if evaluates:
                     validation = self._validate(step, state)
                     val_loss = validation["val_loss"]
                     writer.write(validation)
-                    progress.validation(validation, layers)
-                if saves or int(figures.skipped_in_row) >= config.train.max_skipped:
+                    progress.validation(validation, record["layers"])
+                if saves:
+                    # Written before the save, so that the lines up to a checkpoint are whole whenever it counts.
                     writer.write({"step": step, "event": "checkpoint"})
                     self.checkpoints.save(step, state, self._meta(batches), val_loss)
-                self._stop_if_broken(figures, step)
-                if stop:
-                    stopped = step
+                if broken:
+                    raise _not_finite(step, int(figures.skipped_in_row))
+                if stopping:
                     break
-            self.checkpoints.close()
-        writer.close()
-        self._end(stopped if stopped != steps else None)
+        self._end(step if stopping and step < steps else None)
 
     def _record(self, step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:
         """A training line of metrics.jsonl; see docs/metrics.md."""
@@ -211,15 +212,6 @@ class _Job:
             writer.write({"step": step, "event": "skipped_step", "count": int(figures.skipped) - self.skipped})
             self.skipped = int(figures.skipped)
 
-    def _stop_if_broken(self, figures: StepFigures, step: int) -> None:
-        if int(figures.skipped_in_row) < self.config.train.max_skipped:
-            return
-        self.checkpoints.close()
-        raise UserError(
-            f"The loss or the gradients were not finite in {int(figures.skipped_in_row)} steps in a row (train.max_skipped), up to step "
-            f"{step}: the state before them is in the checkpoint of step {step}; lower optimizer.learning_rate and go on with --resume."
-        )
-
     def _end(self, stopped: int | None) -> None:
         """Report and sample, or, after a signal, how to go on."""
         if jax.process_index() != 0:
@@ -271,6 +263,13 @@ def _vocab_size(config: Config, corpus: Corpus) -> int:
     return size
 
 
+def _not_finite(step: int, in_row: int) -> UserError:
+    return UserError(
+        f"The loss or the gradients were not finite in {in_row} steps in a row (train.max_skipped), up to step {step}: the state before "
+        f"them is in the checkpoint of step {step}; lower optimizer.learning_rate and go on with --resume."
+    )
+
+
 def _check_corpus(meta: dict[str, Any], corpus: Corpus) -> None:
     if meta["corpus_hash"] != corpus.hash:
         raise UserError(
@@ -281,8 +280,7 @@ def _check_corpus(meta: dict[str, Any], corpus: Corpus) -> None:
 
 def _environment(config: Config, corpus: Corpus, program: Program, state: TrainState, vocab_size: int) -> dict[str, Any]:
     """Measures and counts what environment.json describes."""
-    rate, shape = measure.matmul_rate(jnp.dtype(config.model.compute_dtype))
-    rate *= 1 if jax.default_backend() == "cpu" else jax.device_count()  # simulated devices share the machine's cores
+    rate, shape = measure.matmul_rate(jnp.dtype(config.model.compute_dtype), config.mesh.size)
     total, active = measure.parameter_counts(config.model, config.moe, vocab_size)
     empty = program.placement.empty_slots
     if empty:
