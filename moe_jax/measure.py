@@ -99,7 +99,8 @@ def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> tup
 class LeastBytes(NamedTuple):
     """Bytes a device of the collectives that a training step cannot do without, counted as `hlo.Collective.bytes` is."""
 
-    all_to_all: int
+    pools: int  # all-to-alls of the MoE layers
+    lookup: int  # all-to-alls of the embedding
     all_gather: int
     reduce_scatter: int
 
@@ -107,10 +108,11 @@ class LeastBytes(NamedTuple):
 def least_bytes(program: Program, batch: int, seq_len: int) -> LeastBytes:
     """The floor of a training step of `batch` sequences over all devices.
 
-    all_to_all: the pools of a layer are R*C rows of D values of the compute type. They travel there and back,
+    pools: those of a layer are R*C rows of D values of the compute type. They travel there and back,
     forward and backward, so 4 times (6 with rematerialisation, which sends the forward pools again); 4 bytes a
     row beside them carry slots, once (twice). Nothing travels where a device has all experts, or gathers tokens.
-    With `dropless` this is the first round alone.
+    With `dropless` this is the first round alone. lookup: T rows of D values swap tokens for widths, and back in
+    the backward pass.
 
     all_gather, reduce_scatter: each FSDP-sharded parameter is gathered once, in the type it is computed in,
     and its gradient scattered once, which is the size of the parameter less its `tensor` shards. Gathering
@@ -135,7 +137,8 @@ def least_bytes(program: Program, batch: int, seq_len: int) -> LeastBytes:
         shards = (sizes["tensor"] if {"heads", "kv_heads", "hidden", "vocab"} & set(axes) else 1) * (ranks if "slots" in axes else 1)
         router = any(getattr(entry, "key", None) == "router" for entry in path)  # computed in f32
         fsdp += parameter.size // shards * (4 if router else itemsize)
-    return LeastBytes(pools * count_moe_layers(model, moe) * parts, fsdp * parts, fsdp * parts)
+    lookup = 2 * tokens * model.width * itemsize * (sizes["data"] * ranks > 1)
+    return LeastBytes(pools * count_moe_layers(model, moe) * parts, lookup * parts, fsdp * parts, fsdp * parts)
 
 
 # What the compiled program spends.

@@ -22,7 +22,8 @@ from moe_jax.ops.attention import attention
 from moe_jax.placement.table import Placement
 from moe_jax.rope import frequencies, rotate
 from moe_jax.schema import ModelConfig, MoEConfig
-from moe_jax.sharding import GATHERED_NAME, gather, param
+from moe_jax.sharding import RULES, gather, param
+from moe_jax.spmd import all_gather
 
 
 class LayerKind(NamedTuple):
@@ -98,7 +99,7 @@ class Attention(nnx.Module):
         self.query = param(rngs, (width, heads, head), ("width", "heads", "head"), width**-0.5)
         self.key = param(rngs, (width, groups, head), ("width", "kv_heads", "head"), width**-0.5)
         self.value = param(rngs, (width, groups, head), ("width", "kv_heads", "head"), width**-0.5)
-        self.out = param(rngs, (heads, head, width), ("heads", "head", "width"), out_std)
+        self.out = param(rngs, (width, heads, head), ("width", "heads", "head"), out_std)
         if config.qk_norm:
             self.query_norm = RMSNorm(head, config.norm_eps, rngs=rngs)
             self.key_norm = RMSNorm(head, config.norm_eps, rngs=rngs)
@@ -113,7 +114,7 @@ class Attention(nnx.Module):
         frequency, scale = frequencies(config.rope, config.head_width, x_BSD.shape[1])
         q_BSHQ, k_BSGQ = (rotate(x, batch.positions, frequency, scale) for x in (q_BSHQ, k_BSGQ))
         out_BSHQ = attention(q_BSHQ, k_BSGQ, v_BSGQ, batch.segments, window=self.window, impl=config.attention)
-        return lax.psum(jnp.einsum("bshq,hqd->bsd", out_BSHQ, gather(self.out, x_BSD.dtype)), "tensor")
+        return lax.psum(jnp.einsum("bshq,dhq->bsd", out_BSHQ, gather(self.out, x_BSD.dtype)), "tensor")
 
 
 class FeedForward(nnx.Module):
@@ -121,12 +122,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, hidden: int, out_std: float, *, rngs: nnx.Rngs):
         self.gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
-        self.down = param(rngs, (hidden, width), ("hidden", "width"), out_std)
+        self.down = param(rngs, (width, hidden), ("width", "hidden"), out_std)
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         both = jnp.einsum("bsd,dgf->bsgf", x_BSD, gather(self.gate_up, x_BSD.dtype))
         hidden_BSF = swiglu(both.reshape(*both.shape[:2], -1))
-        return lax.psum(hidden_BSF @ gather(self.down, x_BSD.dtype), "tensor")
+        return lax.psum(jnp.einsum("bsf,df->bsd", hidden_BSF, gather(self.down, x_BSD.dtype)), "tensor")
 
 
 class Block(nnx.Module):
@@ -173,10 +174,10 @@ class Transformer(nnx.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, vocab_size: int, placement: Placement, *, rngs: nnx.Rngs):
         self.config = model
         self.noisy = bool(moe.input_noise or moe.expert_dropout)
-        self.embedding = param(rngs, (vocab_size, model.width), ("vocab", "width"), 0.02)
+        self.embedding = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
         self.final_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
         if not model.tied_embeddings:
-            self.head = param(rngs, (vocab_size, model.width), ("vocab", "width"), 0.02)
+            self.head = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
         self.stacks: nnx.List[Any] = nnx.List([])
         for kinds, repeats in stack_layers(layer_kinds(model, moe)):
             make = partial(_make_unit, model, moe, kinds, placement)
@@ -184,14 +185,13 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, batch: Batch, tables: LayerTables, full: RouterStats | None = None, key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "V D"], LayerStats | None]:
-        """Normalised hidden states, this device's rows of the output head, and figures stacked over the MoE layers.
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "D V"], LayerStats | None]:
+        """Normalised hidden states, this device's columns of the output head, and figures stacked over the MoE layers.
 
         `tables` (and `full`) are stacked over the MoE layers; `key` turns the router's training noise on.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
-        table_VD = gather(self.embedding, dtype)
-        x_BSD = embed(table_VD, batch.tokens)
+        x_BSD = embed(self.embedding.get_value().astype(dtype), batch.tokens)
         per_layer = (tables, full, jnp.arange(tables.replicas_E.shape[0]))
         done, stats = 0, []
         for stack in self.stacks:
@@ -203,8 +203,8 @@ class Transformer(nnx.Module):
             x_BSD, figures = lax.scan(_remat(self.config.remat, run), x_BSD, (state, inputs))
             done += repeats * moes
             stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
-        head_VD = table_VD if self.config.tied_embeddings else gather(self.head, dtype)
-        return self.final_norm(x_BSD), head_VD, jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+        head_DV = gather(self.embedding if self.config.tied_embeddings else self.head, dtype)
+        return self.final_norm(x_BSD), head_DV, jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
 
 
 def _for_units(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
@@ -232,21 +232,35 @@ def _run_unit(graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: j
 def _remat(choice: str, body):
     """What the backward pass recomputes. Gathered parameters are never kept: holding them would undo their sharding."""
     policies = jax.checkpoint_policies
-    policy = {
-        "none": policies.save_anything_except_these_names(GATHERED_NAME),
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "full": policies.nothing_saveable,
-    }[choice]
+    policy = {"none": _computed, "dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[choice]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def embed(table_VD: Float[Array, "V D"], tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of a table whose vocabulary is sharded over `tensor`: each device adds the rows that it holds."""
-    rows = table_VD.shape[0]
-    local_BS = tokens_BS - lax.axis_index("tensor") * rows
-    held = (local_BS >= 0) & (local_BS < rows)
-    x_BSD = table_VD.at[jnp.where(held, local_BS, rows)].get(mode="fill", fill_value=0)
-    return lax.psum(x_BSD, "tensor")
+# What only moves or retypes values. A gathered parameter reaches its matmul through some of these, so refusing to keep
+# the gather's own output is not enough.
+_MOVES = frozenset(
+    ("all_gather", "reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "pvary", "pcast", "slice", "dynamic_slice")
+)
+
+
+def _computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: keep what was computed, not what was only moved."""
+    return primitive.name not in _MOVES
+
+
+def embed(table_DV: Float[Array, "d V"], tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Looks tokens up in a table whose vocabulary is sharded over `tensor` and whose width is FSDP-sharded.
+
+    The table is not gathered: every device looks all tokens up in the widths that it holds, and an all_to_all swaps
+    tokens for widths, so T x D values travel where the table has V x D.
+    """
+    columns, axes = table_DV.shape[1], RULES["width"]
+    ids_N = all_gather(tokens_BS.reshape(-1), axes, 0) - lax.axis_index("tensor") * columns
+    ids_N = jnp.where((ids_N >= 0) & (ids_N < columns), ids_N, columns)
+    x_ND = table_DV.at[:, ids_N].get(mode="fill", fill_value=0).T
+    if lax.axis_size(axes) > 1:
+        x_ND = lax.all_to_all(x_ND, axes, split_axis=0, concat_axis=1, tiled=True)
+    return lax.psum(x_ND.reshape(*tokens_BS.shape, -1), "tensor")
 
 
 def expert_layers(model: ModelConfig, moe: MoEConfig) -> dict[tuple[int, int], list[int]]:

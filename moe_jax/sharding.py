@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moe_jax.spmd import all_gather
@@ -33,7 +32,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
 }
 GATHERED = ("width", "slot_width")
-GATHERED_NAME = "gathered"  # what rematerialisation policies call a gathered parameter
 
 
 def spec(axes: tuple[str, ...], leading: int = 0) -> PartitionSpec:
@@ -68,7 +66,7 @@ def gather(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
     for dim, name in enumerate(parameter.get_metadata("axes")):
         if name in GATHERED:
             value = all_gather(value, RULES[name], dim)
-    return checkpoint_name(value, GATHERED_NAME)
+    return value
 
 
 def specs(variables: Any) -> Any:

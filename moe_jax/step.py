@@ -138,10 +138,10 @@ class Program:
 
     def _figures(self, params: Any, batch: Batch, tables: LayerTables, full: RouterStats | None, count: jax.Array, key: Any) -> Figures:
         """Losses of a batch, or of a part of one whose counted tokens are `count` in all."""
-        hidden_BSD, head_VD, stats = nnx.merge(self.graph, params)(batch, tables, full, key)
+        hidden_BSD, head_DV, stats = nnx.merge(self.graph, params)(batch, tables, full, key)
         weight_T = (batch.mask / count).reshape(-1)
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        ce = linear_cross_entropy(hidden_TD, head_VD, batch.targets.reshape(-1), weight_T, axis="tensor")
+        ce = linear_cross_entropy(hidden_TD, head_DV, batch.targets.reshape(-1), weight_T, axis="tensor")
         zero = jnp.float32(0)
         aux, z = (jnp.sum(stats.aux_loss), jnp.sum(stats.z_loss)) if stats else (zero, zero)
         return Figures(lax.psum(ce, BATCH_AXES), aux, z, stats)
@@ -229,8 +229,8 @@ class Program:
         """(params, tables, batch, last_B) -> f32 [B, V], the logits after position last_B of each sequence."""
 
         def local(params: Any, tables: LayerTables, batch: Batch, last_B: jax.Array) -> jax.Array:
-            hidden_BSD, head_VD, _ = nnx.merge(self.graph, params)(batch, tables)
-            return logits(jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0], head_VD)
+            hidden_BSD, head_DV, _ = nnx.merge(self.graph, params)(batch, tables)
+            return logits(jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0], head_DV)
 
         in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")))
@@ -238,7 +238,7 @@ class Program:
     def _merge_replicas(self, grads: Any, state: TrainState) -> tuple[Any, jax.Array]:
         """Gradients with those of an expert's replicas summed in each, and their norm with each expert counted once."""
         if self.placement.num_slots == self.moe.num_experts or not self.has_moe:
-            return grads, optax.global_norm(grads)
+            return grads, optax.tree.norm(grads)
         squares = []
         for (stack, block), layers in expert_layers(self.model, self.moe).items():
             expert_RP = state.expert_LP[np.array(layers)]
@@ -249,7 +249,7 @@ class Program:
                 experts[name] = jnp.einsum("lpq,lq...->lp...", same_RPP, g)
                 squares.append(jnp.einsum("lp...,lp...,lp->", experts[name], experts[name], share_RP))
         dense = [g for path, g in jax.tree.leaves_with_path(grads) if not any(getattr(e, "key", None) == "experts" for e in path)]
-        return grads, jnp.sqrt(sum(squares) + optax.global_norm(dense) ** 2)
+        return grads, jnp.sqrt(sum(squares) + optax.tree.norm(dense) ** 2)
 
 
 def make_tables(placement: Placement) -> tuple[LayerTables, jax.Array]:

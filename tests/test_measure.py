@@ -205,8 +205,9 @@ def test_all_to_all_bytes_of_a_step_are_the_pools(step_2x4):
     pool_rows = 4 * pool_capacity(32, 2, 4, 0.75)
     least = measure.least_bytes(step_2x4.program, 8, 32)
     sent = [entry for entry in hlo.collectives(step_2x4.text) if entry.op == "all-to-all"]
-    assert [(entry.group, entry.times, entry.dynamic) for entry in sent] == [(4, 3 * 5, False)]
-    assert sent[0].bytes == least.all_to_all == 3 * (4 * pool_rows * 64 * 4 + pool_rows * 4)
+    assert [(entry.group, entry.times, entry.dynamic) for entry in sent] == [(4, 3 * 5, False), (8, 2, False)]
+    assert sent[1].bytes == least.lookup == 2 * 32 * 64 * 4
+    assert sent[0].bytes == least.pools == 3 * (4 * pool_rows * 64 * 4 + pool_rows * 4)
 
 
 def test_every_parameter_is_gathered_and_scattered_as_the_floor_says(step_2x4):

@@ -15,7 +15,9 @@ def test_specs_follow_the_table():
     assert spec(("norm",)) == P(None)
 
 
-@pytest.mark.parametrize(("axes", "axis"), [(("vocab", "heads"), "tensor"), (("slots", "width"), "expert"), (("width", "slot_width"), "data")])
+@pytest.mark.parametrize(
+    ("axes", "axis"), [(("vocab", "heads"), "tensor"), (("slots", "width"), "expert"), (("width", "slot_width"), "data")]
+)
 def test_two_dimensions_on_one_mesh_axis_are_refused(axes, axis):
     with pytest.raises(ValueError, match=f"{axes[1]!r} and {axes[0]!r} both claim mesh axis {axis!r}"):
         spec(axes)

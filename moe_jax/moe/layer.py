@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         hidden = config.hidden * config.shared_experts
         if hidden:
             self.shared_gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
-            self.shared_down = param(rngs, (hidden, width), ("hidden", "width"), out_std)
+            self.shared_down = param(rngs, (width, hidden), ("width", "hidden"), out_std)
         if config.shared_gate:
             self.shared_gate = param(rngs, (width, 1), ("width", "experts"), width**-0.5)
 
@@ -120,7 +120,7 @@ class MoE(nnx.Module):
         if not self.config.shared_experts:
             return jnp.zeros((), x_TD.dtype)
         both = jnp.einsum("td,dgf->tgf", x_TD, gather(self.shared_gate_up, x_TD.dtype))
-        y_TD = swiglu(both.reshape(both.shape[0], -1)) @ gather(self.shared_down, x_TD.dtype)
+        y_TD = jnp.einsum("tf,df->td", swiglu(both.reshape(both.shape[0], -1)), gather(self.shared_down, x_TD.dtype))
         if self.config.shared_gate:
             y_TD = y_TD * jax.nn.sigmoid(x_TD @ gather(self.shared_gate, x_TD.dtype))
         return y_TD

@@ -8,6 +8,7 @@ elsewhere. Measurements behind the tile sizes are in docs/benchmarks.md.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -26,29 +27,31 @@ TILE_GRAD = 128
 
 
 def grouped_matmul(
-    x_ND: Float[Array, "N D"], w_GDF: Float[Array, "G D F"], sizes_G: Int[Array, " G"], *, impl: Impl = "auto"
+    x_ND: Float[Array, "N D"],
+    w_GDF: Float[Array, "G _ _"],
+    sizes_G: Int[Array, " G"],
+    *,
+    transposed: bool = False,
+    impl: Impl = "auto",
 ) -> Float[Array, "N F"]:
     """Multiplies consecutive runs of rows by their group's matrix.
 
     Rows of group g are the `sizes_G[g]` rows after those of the groups before it; rows beyond the last
-    group give zeros. Groups of no rows get zero gradient. Products accumulate in f32; the result has the
-    dtype of `x_ND`. Raises ValueError for an unknown `impl`.
+    group give zeros. Groups of no rows get zero gradient. With `transposed` the matrices are given as
+    [G, F, D]. Products accumulate in f32; the result has the dtype of `x_ND`. Raises ValueError for an
+    unknown `impl`.
     """
     if impl == "auto":
         impl = "ragged" if jax.default_backend() in ("gpu", "tpu") else "tiled"
     x_ND, w_GDF, sizes_G = vary_alike(x_ND, w_GDF.astype(x_ND.dtype), sizes_G)
+    if impl == "tiled":
+        return _tiled(x_ND, w_GDF, sizes_G, transposed)
+    w_GDF = jnp.swapaxes(w_GDF, 1, 2) if transposed else w_GDF
     if impl == "reference":
         return _reference(x_ND, w_GDF, sizes_G)
     if impl == "ragged":
         return _mask_tail(_ragged(x_ND, w_GDF, sizes_G), sizes_G)
-    if impl == "tiled":
-        return _tiled(x_ND, w_GDF, sizes_G)
     raise ValueError(f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled")
-
-
-def rows_computed(sizes_G: Int[Array, " G"], impl: Impl = "tiled") -> Int[Array, ""]:
-    """Rows that the forward pass of `tiled` multiplies, padding of the last tiles included."""
-    return jnp.sum(-(-sizes_G // TILE)) * TILE if impl == "tiled" else jnp.sum(sizes_G)
 
 
 def _mask_tail(y_NF: jax.Array, sizes_G: jax.Array) -> jax.Array:
@@ -67,19 +70,20 @@ def _reference(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> jax.Arr
     return jnp.einsum("ngf,ng->nf", y_NGF, member_NG.astype(jnp.float32)).astype(x_ND.dtype)
 
 
-@jax.custom_vjp
-def _tiled(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    return _rows_times_matrix(x_ND, w_GDF, sizes_G, transpose=False)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiled(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, transposed: bool) -> jax.Array:
+    return _rows_times_matrix(x_ND, w_GDF, sizes_G, transpose=transposed)
 
 
-def _tiled_fwd(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _tiled(x_ND, w_GDF, sizes_G), (x_ND, w_GDF, sizes_G)
+def _tiled_fwd(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, transposed: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _tiled(x_ND, w_GDF, sizes_G, transposed), (x_ND, w_GDF, sizes_G)
 
 
-def _tiled_bwd(saved: tuple[jax.Array, ...], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _tiled_bwd(transposed: bool, saved: tuple[jax.Array, ...], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_ND, w_GDF, sizes_G = saved
-    dx_ND = _rows_times_matrix(dy_NF, w_GDF, sizes_G, transpose=True)
-    return dx_ND, _rows_outer(x_ND, dy_NF, sizes_G).astype(w_GDF.dtype), None
+    dx_ND = _rows_times_matrix(dy_NF, w_GDF, sizes_G, transpose=not transposed)
+    left, right = (dy_NF, x_ND) if transposed else (x_ND, dy_NF)
+    return dx_ND, _rows_outer(left, right, sizes_G).astype(w_GDF.dtype), None
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)

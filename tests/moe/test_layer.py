@@ -53,6 +53,11 @@ def in_slots(weights: jax.Array, table: np.ndarray) -> np.ndarray:
     return np.concatenate([weights, np.zeros_like(weights[:1])])[table]
 
 
+def transposed(tree: dict[str, Any]) -> dict[str, Any]:
+    """The oracle's down projections are [F, D], the layer's [D, F]."""
+    return {name: np.swapaxes(a, -1, -2) if name.endswith("down") else a for name, a in tree.items()}
+
+
 class Layer:
     """A MoE layer on a mesh, compiled: (case, bias) -> output, figures, and gradients in logical order."""
 
@@ -79,7 +84,7 @@ class Layer:
 
     def __call__(self, case: Case, bias=None, placement: Placement | None = None) -> tuple[jax.Array, LayerStats, dict[str, Any]]:
         placement = placement or self.placement
-        table, p = placement.physical_to_logical[0], case.params
+        table, p = placement.physical_to_logical[0], transposed(case.params)
         bias = jnp.zeros(placement.num_experts) if bias is None else jnp.array(bias, jnp.float32)
         params = {
             "router": {"weight": p["router"]},
@@ -91,7 +96,7 @@ class Layer:
         experts = {name: np.asarray(g) for name, g in grads.pop("experts").items()}
         assert all(not np.any(g[table == EMPTY]) for g in experts.values())
         by_expert = {n: np.stack([g[table == e].sum(0) for e in range(placement.num_experts)]) for n, g in experts.items()}
-        return y, stats, {"x": dx, "router": grads.pop("router")["weight"], **grads, **by_expert}
+        return y, stats, {"x": dx, "router": grads.pop("router")["weight"], **transposed(grads | by_expert)}
 
 
 @jax.jit

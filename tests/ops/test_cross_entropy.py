@@ -26,7 +26,7 @@ def small_chunks(monkeypatch):
 
 def operands(tokens: int) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(tokens)
-    h, w = rng.standard_normal((tokens, WIDTH)).astype(np.float32), rng.standard_normal((VOCAB, WIDTH)).astype(np.float32)
+    h, w = rng.standard_normal((tokens, WIDTH)).astype(np.float32), rng.standard_normal((WIDTH, VOCAB)).astype(np.float32)
     target = rng.integers(0, VOCAB, tokens).astype(np.int32)
     target[: min(2, tokens)] = [0, VOCAB - 1][: min(2, tokens)]  # the ends of the vocabulary
     weight = (rng.random(tokens) * (rng.random(tokens) < 0.8)).astype(np.float32)
@@ -35,7 +35,7 @@ def operands(tokens: int) -> tuple[jax.Array, ...]:
 
 @jax.jit
 def by_optax(h, w, target, weight):
-    return jnp.sum(weight * optax.softmax_cross_entropy_with_integer_labels(h @ w.T, target))
+    return jnp.sum(weight * optax.softmax_cross_entropy_with_integer_labels(h @ w, target))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, CHUNK, CHUNK + 1, 3 * CHUNK - 5])
@@ -62,8 +62,8 @@ def test_sharded_vocabulary(impl, tokens):
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(P("data"), P("tensor"), P("data"), P("data")),
-        out_specs=(P(), (P("data"), P("tensor"))),
+        in_specs=(P("data"), P(None, "tensor"), P("data"), P("data")),
+        out_specs=(P(), (P("data"), P(None, "tensor"))),
     )
     def sharded(h, w, target, weight):
         def loss(h, w):
@@ -82,7 +82,7 @@ def test_sharded_vocabulary(impl, tokens):
 def test_even_logits_cost_the_log_of_the_vocabulary_and_huge_ones_stay_finite(impl):
     target, weight = jnp.array([3, 9], jnp.int32), jnp.ones(2, jnp.float32)
     loss = partial(linear_cross_entropy, impl=impl)
-    even = jax.jit(loss)(jnp.zeros((2, WIDTH)), jnp.ones((VOCAB, WIDTH)), target, weight)
+    even = jax.jit(loss)(jnp.zeros((2, WIDTH)), jnp.ones((WIDTH, VOCAB)), target, weight)
     np.testing.assert_allclose(even, 2 * np.log(VOCAB), rtol=1e-6)
     h, w, *_ = operands(2)
     value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(1e4 * h, w, target, weight)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import make_mesh
-from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD, grouped_matmul, rows_computed
+from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD, grouped_matmul
 from moe_jax.schema import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -56,10 +56,18 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-@pytest.fixture(scope="module", params=["reference", "ragged", "tiled", "auto"])
+BACK_ENDS = [("reference", False), ("ragged", False), ("tiled", False), ("auto", False), ("reference", True), ("ragged", True), ("tiled", True)]
+
+
+@pytest.fixture(scope="module", params=BACK_ENDS, ids=lambda p: f"{p[0]}{' transposed' if p[1] else ''}")
 def value_and_gradients(request):
+    impl, transposed = request.param
+
     def both(x, w, sizes, dy):
-        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, impl=request.param), x, w)
+        def fn(x, w):
+            return grouped_matmul(x, jnp.swapaxes(w, 1, 2) if transposed else w, sizes, transposed=transposed, impl=impl)
+
+        y, pull = jax.vjp(fn, x, w)
         return y, *pull(dy)
 
     return jax.jit(both)
@@ -131,12 +139,6 @@ def test_inside_shard_map(operands, impl):
     grads = [gradients_by_hand(x[rows], w, dy[rows], s) for rows, s in parts]
     np.testing.assert_allclose(dx, np.concatenate([dx for dx, _ in grads]), atol=2e-5)
     np.testing.assert_allclose(dw, sum(dw for _, dw in grads), atol=1e-4)
-
-
-def test_rows_computed_counts_whole_tiles():
-    sizes = jnp.array([0, 1, TILE, TILE + 1], jnp.int32)
-    assert rows_computed(sizes) == 4 * TILE
-    assert rows_computed(sizes, "ragged") == 2 * TILE + 2
 
 
 def test_unknown_back_end_is_refused(unchecked):
