@@ -13,6 +13,7 @@ import pytest
 from programs import EXPERTS, TOP_K, make_batch, make_program
 
 import moe_jax
+from moe_jax.model import expert_layers
 from moe_jax.placement.table import Placement, contiguous, slot_sources
 from moe_jax.step import Program, StepFigures, TrainState, make_tables
 
@@ -98,17 +99,36 @@ def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulat
 
 def moved(program: Program, state: TrainState, new: Placement) -> TrainState:
     """A state with its experts, and their moments, in the slots of another table."""
-    sources = slot_sources(program.placement, new)  # no replicated or empty slot differs between layers here
+    sources = slot_sources(program.placement, new)
+    layers = expert_layers(program.model, program.moe)
 
     def one(path: Any, a: jax.Array) -> jax.Array:
-        if not any(getattr(entry, "key", None) == "experts" for entry in path):
+        keys = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in path]
+        if "experts" not in keys:
             return a
-        rows = [np.where((s == -1)[(...,) + (None,) * (a.ndim - 2)], 0, np.asarray(a)[i][s]) for i, s in enumerate(sources)]
-        return jax.device_put(np.stack(rows), a.sharding)
+        at = keys.index("stacks")
+        rows = [sources[layer] for layer in layers[keys[at + 1], keys[at + 3]]]
+        padded = [np.concatenate([repeat, np.zeros_like(repeat[:1])]) for repeat in np.asarray(a)]
+        return jax.device_put(np.stack([repeat[row] for repeat, row in zip(padded, rows, strict=True)]), a.sharding)
 
     params, opt_state = (jax.tree.map_with_path(one, tree) for tree in (state.params, state.opt_state))
     tables, expert_LP = jax.device_put(make_tables(new), program.state_shardings.expert_LP)
     return state._replace(params=params, opt_state=opt_state, tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
+
+
+# Layers dense, then MoE and dense in turn, then MoE: two stacks, of which the first holds a pattern of two.
+PATTERN = dict(num_layers=5, sliding_window=4, window_every=2)
+PATTERN_MOE = dict(num_experts=4, first_dense=1, dense_layers=(2,), aux_loss=0.1, dispatch="pooled")
+
+
+@pytest.fixture(scope="module")
+def pattern_program() -> Program:
+    return make_program(moe=PATTERN_MOE | dict(dispatch="auto"), model=PATTERN)
+
+
+@pytest.fixture(scope="module")
+def pattern(pattern_program) -> tuple[TrainState, list[StepFigures]]:
+    return run(pattern_program)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +137,22 @@ def program() -> Program:
     return make_program(2, 4, moe=MOE, redundant=1)
 
 
+@pytest.fixture
+def start(program, initial) -> TrainState:
+    """A state that the test may give away."""
+    return jax.device_put(initial, program.state_shardings)
+
+
+@pytest.fixture(scope="module")
+def initial(program) -> TrainState:
+    return jax.tree.map(np.array, program.init(7))
+
+
 class TestPlacement:
     """Invariant 3: tables are data."""
 
     @pytest.mark.parametrize("kind", ["contiguous", "shuffled", "replicas", "no replicas"])
-    def test_losses_are_the_same_and_nothing_compiles(self, alone, program, kind):
+    def test_losses_are_the_same_and_nothing_compiles(self, alone, program, start, kind):
         rng = np.random.default_rng(3)
         own = program.placement.physical_to_logical
         tables = {
@@ -130,7 +161,7 @@ class TestPlacement:
             "replicas": np.array([[*rng.permutation(EXPERTS), 4, 4, 4, 4], [*rng.permutation(EXPERTS), 0, 0, 1, 2]]),
             "no replicas": np.array([[-1, *range(4), -1, -1, *range(4, 8), -1]] * 2),
         }
-        state = moved(program, program.init(7), Placement(tables[kind], EXPERTS))
+        state = moved(program, start, Placement(tables[kind], EXPERTS))
         state, figures = run(program, state)
         assert_same(figures, alone[1])
         assert program.train_step._cache_size() == 1
@@ -142,8 +173,8 @@ class TestPlacement:
                 np.testing.assert_allclose(held, np.broadcast_to(held[0], held.shape), rtol=1e-6)
             assert not np.any(down[table == -1])
 
-    def test_moving_experts_in_the_middle_of_a_run_changes_nothing(self, alone, program):
-        state, before = run(program, steps=1)
+    def test_moving_experts_in_the_middle_of_a_run_changes_nothing(self, alone, program, start):
+        state, before = run(program, start, steps=1)
         swapped = Placement(np.stack([np.roll(row, 5) for row in program.placement.physical_to_logical]), EXPERTS)
         state = moved(program, state, swapped)
         figures = list(before)
@@ -153,25 +184,26 @@ class TestPlacement:
         assert_same(figures, alone[1])
         assert program.train_step._cache_size() == 1
 
-    def test_same_seed_same_mesh_bitwise_the_same(self, program):
+    def test_same_seed_same_mesh_bitwise_the_same(self, program, initial):
         """Invariant 8."""
-        jax.tree.map(np.testing.assert_array_equal, run(program, steps=2), run(program, steps=2))
+        jax.tree.map(
+            np.testing.assert_array_equal, *(run(program, jax.device_put(initial, program.state_shardings), steps=2) for _ in range(2))
+        )
 
-    def test_another_seed_is_another_run(self, program):
+    def test_another_seed_is_another_run(self, program, start, initial):
         """Of initial values, and of noise: a state whose seed alone differs makes other choices."""
-        _, first = run(program, steps=1)
-        other = program.init(7)
+        other = jax.device_put(initial, program.state_shardings)
+        _, first = run(program, start, steps=1)
         other = other._replace(seed=jax.device_put(jnp.uint32(8), program.state_shardings.seed))
         _, second = run(program, other, steps=1)
         assert np.any(first[0].figures.layers.router.load_E != second[0].figures.layers.router.load_E)
-        assert not np.array_equal(program.init(7).params["embedding"], program.init(8).params["embedding"])
+        assert not np.array_equal(initial.params["embedding"], program.init(8).params["embedding"])
 
-    def test_all_tokens_to_two_experts_drops_none(self, program):
+    def test_all_tokens_to_two_experts_drops_none(self, program, start):
         """Invariant 4 at its worst: every token of both layers wants experts 2 and 3, which one device holds."""
-        state = program.init(7)
         bias = np.zeros((2, EXPERTS), np.float32)
         bias[:, 2:4] = 5.0
-        state = state._replace(tables=state.tables._replace(bias_E=jax.device_put(bias, program.state_shardings.tables.bias_E)))
+        state = start._replace(tables=start.tables._replace(bias_E=jax.device_put(bias, program.state_shardings.tables.bias_E)))
         _, (measured,) = run(program, state, steps=1)
         layers = measured.figures.layers
         np.testing.assert_array_equal(layers.kept, TOP_K * layers.router.tokens)
@@ -181,8 +213,8 @@ class TestPlacement:
         assert np.all(layers.router.load_E[:, 2:4].sum(axis=1) > 0.6 * layers.kept)
 
     @pytest.mark.parametrize("where", ["batch", "parameters"])
-    def test_a_step_that_is_not_finite_changes_nothing_but_counts(self, program, where):
-        state, _ = run(program, steps=1)
+    def test_a_step_that_is_not_finite_changes_nothing_but_counts(self, program, start, where):
+        state, _ = run(program, start, steps=1)
         batch = make_batch(1)
         if where == "batch":
             batch["mask"][3, 1] = np.nan
@@ -201,8 +233,8 @@ class TestPlacement:
             assert not np.array_equal(state.params["embedding"], before.params["embedding"])
         assert program.train_step._cache_size() == 1
 
-    def test_evaluation_sums_the_plain_loss_without_noise(self, program):
-        state, batch = program.init(7), make_batch(0)
+    def test_evaluation_sums_the_plain_loss_without_noise(self, program, start):
+        state, batch = start, make_batch(0)
         total, count = program.eval_step(state.params, state.tables, program.shard(batch))
         assert count == batch["mask"].sum()
         again, _ = program.eval_step(state.params, state.tables, program.shard(batch))
@@ -211,6 +243,26 @@ class TestPlacement:
         parts = [program.eval_step(state.params, state.tables, program.shard(half)) for half in halves]
         np.testing.assert_allclose(sum(t for t, _ in parts), total, rtol=1e-5)
         assert total / count == pytest.approx(np.log(32), abs=0.3)
+
+
+def test_tables_that_differ_between_layers_of_a_pattern(pattern):
+    """Each MoE layer's table, weights and merged gradients must meet, wherever stacking put the layer."""
+    program = make_program(1, 2, moe=PATTERN_MOE, model=PATTERN, redundant=1)
+    table = Placement(np.array([[1, 0, 2, 3, 3, -1], [3, 2, 0, 1, 0, 0], [2, 3, 1, 1, 0, 2]]), 4)
+    _, figures = run(program, moved(program, program.init(7), table))
+    assert_same(figures, pattern[1])
+
+
+def test_each_layer_has_its_own_bias(pattern_program):
+    """Layer by layer the bias sends everything to another expert: loads are reported for the layer that had them."""
+    state = pattern_program.init(7)
+    bias = np.full((3, 4), -9.0, np.float32)
+    bias[0, 2] = bias[1, 0] = bias[2, 3] = 9.0
+    state = state._replace(tables=state.tables._replace(bias_E=jnp.array(bias)))
+    _, (measured,) = run(pattern_program, state, steps=1)
+    load = measured.figures.layers.router.load_E
+    assert load.argmax(axis=1).tolist() == [2, 0, 3]
+    np.testing.assert_array_equal(load.max(axis=1), measured.figures.layers.router.tokens)
 
 
 def test_initial_experts_follow_a_table_whose_layers_differ():
@@ -228,7 +280,7 @@ def test_initial_experts_follow_a_table_whose_layers_differ():
 def test_a_capacity_counts_what_it_drops():
     """Invariant 4 with a capacity, over a batch in parts."""
     program = make_program(2, 2, moe=MOE | dict(dropless=False, capacity_factor=0.6), accumulation=2)
-    state, figures = run(program, steps=1)
+    _, figures = run(program, steps=1)
     layers = figures[0].figures.layers
     np.testing.assert_array_equal(layers.kept + layers.dropped, TOP_K * layers.router.tokens)
     assert np.all(layers.dropped > 0) and np.all(layers.kept > 0)

@@ -56,7 +56,15 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-BACK_ENDS = [("reference", False), ("ragged", False), ("tiled", False), ("auto", False), ("reference", True), ("ragged", True), ("tiled", True)]
+BACK_ENDS = [
+    ("reference", False),
+    ("ragged", False),
+    ("tiled", False),
+    ("auto", False),
+    ("reference", True),
+    ("ragged", True),
+    ("tiled", True),
+]
 
 
 @pytest.fixture(scope="module", params=BACK_ENDS, ids=lambda p: f"{p[0]}{' transposed' if p[1] else ''}")
