@@ -100,9 +100,9 @@ class Checkpoints:
         stored = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses empty arrays.
         loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         # Nothing that the background thread gets may hold the state's arrays: their memory is the next step's.
+        sums = checksum.checksum_texts(arrays)
         described = {
-            path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksum.array_checksum(array)}
-            for path, array in arrays.items()
+            path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[path]} for path, array in arrays.items()
         }
         content = {"format": FORMAT, "step": step, "val_loss": loss, "arrays": described}
         self._saving = step
@@ -151,8 +151,6 @@ class Checkpoints:
         """In the background: wait for Orbax, then make the step count. Keeps an error for `_agree`."""
         try:
             finish_writing()
-            for described in content["arrays"].values():
-                described["checksum"] = checksum.checksum_text(described["checksum"])
             if jax.process_index() == 0:
                 self._commit(step, meta, content)
                 self._prune(step)
@@ -234,9 +232,8 @@ class Checkpoints:
             checksum.verify_directory(path, manifest)
             asked = {name: named_arrays.as_stored(wanted[name], stored[name]["shape"]) for name in wanted}
             arrays = named_arrays.read(path / "state", asked)
-            sums = {name: checksum.array_checksum(array) for name, array in arrays.items()}
-            for name, found in sums.items():
-                if checksum.checksum_text(found) != stored[name]["checksum"]:
+            for name, found in checksum.checksum_texts(arrays).items():
+                if found != stored[name]["checksum"]:
                     raise CorruptCheckpoint(f"array {name} of {path} does not hold the values that were saved")
         for name, leaf in wanted.items():
             if adapt is not None and arrays[name].shape != leaf.shape:

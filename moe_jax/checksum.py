@@ -53,10 +53,14 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def checksum_text(checksum: jax.Array) -> str:
-    """Sixteen hex digits for what `array_checksum` returned; waits for it."""
-    high, low = jax.device_get(checksum)
-    return f"{int(high):08x}{int(low):08x}"
+def checksum_texts(arrays: dict[str, jax.Array]) -> dict[str, str]:
+    """The checksum of each array as sixteen hex digits.
+
+    One array after the other: on simulated devices, two programs with collectives under way can wait for each other
+    for ever where the host has fewer cores than there are devices (XLA:CPU, jax 0.10.1).
+    """
+    sums = {path: jax.device_get(array_checksum(array)) for path, array in arrays.items()}
+    return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -19,7 +19,6 @@ from moe_jax.moe.experts import swiglu
 from moe_jax.moe.layer import LayerStats, LayerTables, MoE
 from moe_jax.moe.router import RouterStats
 from moe_jax.ops.attention import attention
-from moe_jax.placement.table import Placement
 from moe_jax.rope import frequencies, rotate
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.sharding import RULES, gather, param
@@ -133,14 +132,14 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Attention, then experts or a dense feed-forward part, each behind a norm and a residual."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, kind: LayerKind, placement: Placement, *, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, moe: MoEConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         out_std = (2 * model.num_layers) ** -0.5
         self.attention_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
         self.attention = Attention(model, kind.window, out_std * (model.num_heads * model.head_width) ** -0.5, rngs=rngs)
         self.mlp_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
         self.mlp: MoE | FeedForward
         if kind.moe:
-            self.mlp = MoE(moe, model.width, placement, out_std * moe.hidden**-0.5, rngs=rngs)
+            self.mlp = MoE(moe, model.width, out_std * moe.hidden**-0.5, rngs=rngs)
         else:
             self.mlp = FeedForward(model.width, model.hidden, out_std * model.hidden**-0.5, rngs=rngs)
 
@@ -159,19 +158,22 @@ class Block(nnx.Module):
 class Unit(nnx.Module):
     """One repeat of a stack's pattern of layers."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], placement: Placement, *, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], *, rngs: nnx.Rngs):
         self.kinds = kinds
-        self.blocks = nnx.List([Block(model, moe, kind, placement, rngs=rngs) for kind in kinds])
+        self.blocks = nnx.List([Block(model, moe, kind, rngs=rngs) for kind in kinds])
 
 
-def _make_unit(model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], placement: Placement, key: jax.Array) -> Unit:
-    return Unit(model, moe, kinds, placement, rngs=nnx.Rngs(params=key))
+def _make_unit(model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], key: jax.Array) -> Unit:
+    return Unit(model, moe, kinds, rngs=nnx.Rngs(params=key))
 
 
 class Transformer(nnx.Module):
-    """Tokens in, final hidden states and the MoE layers' figures out. Build it under `jax.jit` to shard it at birth."""
+    """Tokens in, final hidden states and the MoE layers' figures out.
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, vocab_size: int, placement: Placement, *, rngs: nnx.Rngs):
+    It is built with experts in logical order; `slots.lay_out` puts them into slots.
+    """
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, vocab_size: int, *, rngs: nnx.Rngs):
         self.config = model
         self.noisy = bool(moe.input_noise or moe.expert_dropout)
         self.embedding = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
@@ -180,7 +182,7 @@ class Transformer(nnx.Module):
             self.head = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
         self.stacks: nnx.List[Any] = nnx.List([])
         for kinds, repeats in stack_layers(layer_kinds(model, moe)):
-            make = partial(_make_unit, model, moe, kinds, placement)
+            make = partial(_make_unit, model, moe, kinds)
             self.stacks.append(nnx.vmap(make)(jax.random.split(rngs.params(), repeats)))
 
     def __call__(

@@ -32,22 +32,57 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
     """The transformation for a tree of parameters whose logical dimension names are `axes` (see sharding.py).
 
-    Weight decay touches matrices only. Clipping is the caller's: its norm must not count replicas twice.
+    `update` takes two more arguments: `lr`, the learning rate, and `ok`, without which updates are zero and the state
+    stays as it was. Weight decay touches matrices only. Clipping is the caller's: its norm must not count replicas twice.
     """
     matrix = jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=_is_axes)
     scale = jax.tree.map_with_path(lambda path, names: _group_scale(config, path), axes, is_leaf=_is_axes)
     decay = optax.add_decayed_weights(config.weight_decay, mask=matrix)
     if config.name == "adamw":
-        core = optax.chain(optax.scale_by_adam(config.beta1, config.beta2, config.eps), decay)
+        core = _adam(config)
     elif config.name == "adafactor":
-        core = optax.chain(optax.scale_by_factored_rms(), _clip_rms(axes), decay)
+        core = optax.chain(_unless_broken(optax.scale_by_factored_rms()), _clip_rms(axes))
     else:
-        core = optax.chain(_muon(config, axes), optax.scale(-1.0), decay)
-    grouped = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))
-    return optax.chain(core, grouped, optax.scale_by_learning_rate(schedule))
+        core = optax.chain(_unless_broken(_muon(config, axes)), optax.scale(-1.0))
+
+    def finish(updates: Any, state: Any, params: Any = None, *, ok: jax.Array, lr: jax.Array, **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u, s: jnp.where(ok, -lr * s * u, 0.0), updates, scale), state
+
+    return optax.chain(core, decay, optax.GradientTransformationExtraArgs(optax.init_empty_state, finish))
+
+
+def _select(ok: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def _unless_broken(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The transformation with a state that changes only if `ok`."""
+
+    def update(grads: Any, state: Any, params: Any = None, *, ok: jax.Array, **_: Any) -> tuple[Any, Any]:
+        updates, new = inner.update(grads, state, params)
+        return updates, _select(ok, new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """optax's Adam, with the moments finished before anything is computed from them.
+
+    Left to itself XLA:CPU computes the new moments again from the old ones in the parameters' update, for which it must
+    first copy the old ones (docs/log.md has the cost).
+    """
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+    def update(grads: Any, state: Any, params: Any = None, *, ok: jax.Array, **_: Any) -> tuple[Any, Any]:
+        new = jax.lax.optimization_barrier(_select(ok, adam.update(grads, state, params)[1], state))
+        mu = optax.tree.bias_correction(new.mu, config.beta1, new.count)
+        nu = optax.tree.bias_correction(new.nu, config.beta2, new.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mu, nu), new
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _is_axes(value: Any) -> bool:

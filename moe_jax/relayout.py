@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoints, Restored
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.model import expert_layers
-from moe_jax.moe.experts import to_slots
 from moe_jax.placement.table import Placement, contiguous, slot_sources
 from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.slots import take_slots
 from moe_jax.step import Program, TrainState, make_tables
 
 EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")
@@ -101,7 +100,7 @@ def _adapt(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -
     def adapt(path: str, array: jax.Array) -> Any:
         if found := EXPERTS.search(path):
             rows = np.array(layers[int(found[1]), int(found[2])])
-            return jnp.stack([to_slots(array[i], sources_LP[row]) for i, row in enumerate(rows)])
+            return take_slots(array, sources_LP[rows])
         return {"tables/slots_ER": tables.slots_ER, "expert_LP": expert_LP}[path]
 
     return adapt

@@ -37,7 +37,7 @@ def make_layer(moe: MoEConfig, width: int, tokens: int, dtype: Any, mesh: Mesh, 
     workers = mesh.shape["data"] * mesh.shape["expert"]
     placement = contiguous(1, moe.num_experts, mesh.shape["expert"])
     tables = jax.tree.map(lambda a: jnp.asarray(a[0]), make_tables(placement)[0])
-    make = lambda: MoE(moe, width, placement, moe.hidden**-0.5, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: MoE(moe, width, moe.hidden**-0.5, rngs=nnx.Rngs(0))  # noqa: E731
     graph, variables = nnx.split(nnx.eval_shape(make))
     param_specs, x_spec = nnx.to_pure_dict(specs(variables)), P(BATCH_AXES)
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax import slots
 from moe_jax.annotations import Array, Float, Int
 from moe_jax.model import Batch, Transformer, count_moe_layers, expert_layers
 from moe_jax.moe import balance
@@ -96,16 +97,18 @@ class Program:
         is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
         self.param_axes = nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata("axes"), variables, is_leaf=is_variable))
         self.schedule = make_schedule(optimizer, steps)
-        self.optimizer = make_optimizer(optimizer, self.schedule, self.param_axes)
+        self.optimizer = make_optimizer(optimizer, self.param_axes)
         self.abstract_state = jax.eval_shape(self._init, np.uint32(0))
         self.state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self._state_specs())
         self.batch_sharding = NamedSharding(mesh, P(BATCH_AXES))
 
     def _build(self, key: jax.Array) -> Transformer:
-        return Transformer(self.model, self.moe, self.vocab_size, self.placement, rngs=nnx.Rngs(params=key))
+        return Transformer(self.model, self.moe, self.vocab_size, rngs=nnx.Rngs(params=key))
 
     def _init(self, seed: jax.Array) -> TrainState:
+        # Drawn in logical order, so that the initial experts depend on neither mesh nor placement.
         params = nnx.to_pure_dict(nnx.state(self._build(jax.random.key(seed))))
+        params = slots.lay_out(params, self.model, self.moe, self.placement.physical_to_logical)
         tables, expert_LP = make_tables(self.placement)
         zero = jnp.int32(0)
         return TrainState(zero, jnp.uint32(seed), params, self.optimizer.init(params), tables, expert_LP, zero, zero)
@@ -193,21 +196,26 @@ class Program:
         in_specs = (self.param_specs, BATCH_SPEC, P(), P())
         sharded = jax.shard_map(self._gradients, mesh=self.mesh, in_specs=in_specs, out_specs=(self.param_specs, P()))
         grads, figures = sharded(state.params, batch, state.tables, key)
-        grads, norm = self._merge_replicas(grads, state)
+        share_LP = None
+        if self.has_moe and self.placement.num_slots > self.moe.num_experts:
+            grads, share_LP = slots.merge_replicas(grads, self.model, self.moe, state.expert_LP), slots.shares(state.expert_LP)
+        layers = expert_layers(self.model, self.moe)
+        in_specs = (self.param_specs, None if share_LP is None else P(None, "expert"))
+        norm = jax.shard_map(lambda g, s: slots.norm(g, s, layers), mesh=self.mesh, in_specs=in_specs, out_specs=P())(grads, share_LP)
         ok = jnp.isfinite(norm) & jnp.isfinite(figures.loss)
         clip = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
-        updates, opt_state = self.optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
+        lr = jnp.float32(self.schedule(state.step))
+        clipped = jax.tree.map(lambda g: g * clip, grads)
+        updates, opt_state = self.optimizer.update(clipped, state.opt_state, state.params, ok=ok, lr=lr)
+        params = optax.apply_updates(state.params, updates)
         tables = state.tables
         if self.moe.bias_rate and figures.layers is not None:
             bias = balance.update_bias(tables.bias_E, figures.layers.router.load_E, self.moe.bias_rate)
-            tables = tables._replace(bias_E=bias)
-        new = (optax.apply_updates(state.params, updates), opt_state, tables)
-        old = (state.params, state.opt_state, state.tables)
-        params, opt_state, tables = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+            tables = tables._replace(bias_E=jnp.where(ok, bias, tables.bias_E))
         in_row = jnp.where(ok, 0, state.skipped_in_row + 1)
         skipped = state.skipped + (1 - ok.astype(jnp.int32))
         after = TrainState(state.step + 1, state.seed, params, opt_state, tables, state.expert_LP, skipped, in_row)
-        return after, StepFigures(figures.loss, figures, norm, jnp.float32(self.schedule(state.step)), skipped, in_row)
+        return after, StepFigures(figures.loss, figures, norm, lr, skipped, in_row)
 
     @cached_property
     def train_step(self):
@@ -234,22 +242,6 @@ class Program:
 
         in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")))
-
-    def _merge_replicas(self, grads: Any, state: TrainState) -> tuple[Any, jax.Array]:
-        """Gradients with those of an expert's replicas summed in each, and their norm with each expert counted once."""
-        if self.placement.num_slots == self.moe.num_experts or not self.has_moe:
-            return grads, optax.tree.norm(grads)
-        squares = []
-        for (stack, block), layers in expert_layers(self.model, self.moe).items():
-            expert_RP = state.expert_LP[np.array(layers)]
-            same_RPP = ((expert_RP[:, :, None] == expert_RP[:, None]) & (expert_RP[:, :, None] >= 0)).astype(jnp.float32)
-            share_RP = (expert_RP >= 0) / jnp.maximum(jnp.sum(same_RPP, axis=-1), 1)
-            experts = grads["stacks"][stack]["blocks"][block]["mlp"]["experts"]
-            for name, g in experts.items():
-                experts[name] = jnp.einsum("lpq,lq...->lp...", same_RPP, g)
-                squares.append(jnp.einsum("lp...,lp...,lp->", experts[name], experts[name], share_RP))
-        dense = [g for path, g in jax.tree.leaves_with_path(grads) if not any(getattr(e, "key", None) == "experts" for e in path)]
-        return grads, jnp.sqrt(sum(squares) + optax.tree.norm(dense) ** 2)
 
 
 def make_tables(placement: Placement) -> tuple[LayerTables, jax.Array]:

@@ -65,7 +65,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
         accumulation=config.train.accumulation,
     )
     if saved is None:
-        state = program.init(config.train.seed)
+        state = jax.block_until_ready(program.init(config.train.seed))
     else:
         restored = relayout.restore(checkpoints, program, saved, step=None, fallback=fallback)
         for problem in restored.skipped:
@@ -121,7 +121,9 @@ class _Job:
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, figures = self.program.train_step(state, self.program.shard(next(batches), self.first_sequence))
-                figures = jax.device_get(figures)  # waits, so that the time is the step's and a signal during it is seen below
+                # Waits, so that the time is the step's, a signal during it is seen below, and no two steps are under way
+                # at once, which simulated devices can wait in for ever (see checksum_texts).
+                figures = jax.device_get(figures)
                 seconds, since = seconds + time.perf_counter() - began, since + 1
                 stopping, broken = bool(signals), int(figures.skipped_in_row) >= config.train.max_skipped
                 evaluates = step % config.train.eval_every == 0 or step == steps
@@ -193,8 +195,8 @@ class _Job:
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any]:
         began = time.perf_counter()
-        sums = [self.program.eval_step(state.params, state.tables, batch) for batch in self.held_out]
-        loss, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+        sums = [jax.device_get(self.program.eval_step(state.params, state.tables, batch)) for batch in self.held_out]
+        loss, tokens = np.sum(np.array(sums, np.float64), axis=0)
         return {"step": step, "val_loss": float(loss / tokens), "val_tokens": int(tokens), "val_seconds": time.perf_counter() - began}
 
     def _meta(self, batches: Any) -> dict[str, Any]:

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from moe_jax.annotations import Array, Float, Int
 from moe_jax.ops.grouped_matmul import Impl, grouped_matmul
-from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.schema import MoEConfig
 from moe_jax.sharding import param
 
 
 class Experts(nnx.Module):
-    """Weights of all slots: `gate_up` [P, D, 2, F] and `down` [P, D, F], FSDP-sharded over D. Empty slots hold zeros."""
+    """Weights of all slots: `gate_up` [P, D, 2, F] and `down` [P, D, F], FSDP-sharded over D.
 
-    def __init__(self, config: MoEConfig, width: int, placement: Placement, out_std: float, *, rngs: nnx.Rngs):
-        shape = (config.num_experts, width, 2, config.hidden)
-        # Drawn in logical order, so that the initial experts do not depend on the mesh.
-        self.gate_up = param(rngs, shape, ("slots", "slot_width", "gate_up", "hidden"), width**-0.5)
-        self.down = param(rngs, (config.num_experts, width, config.hidden), ("slots", "slot_width", "hidden"), out_std)
-        table = placement.physical_to_logical[0]
-        for weights in (self.gate_up, self.down):
-            weights.set_value(to_slots(weights.get_value(), table))
+    Built with one slot an expert, in logical order.
+    """
 
-
-def to_slots(weights: jax.Array, source_P: np.ndarray) -> jax.Array:
-    """Rows of the first dimension by index, zeros for EMPTY."""
-    source = np.where(source_P == EMPTY, weights.shape[0], source_P)
-    return weights.at[source].get(mode="fill", fill_value=0)
+    def __init__(self, config: MoEConfig, width: int, out_std: float, *, rngs: nnx.Rngs):
+        experts, hidden = config.num_experts, config.hidden
+        self.gate_up = param(rngs, (experts, width, 2, hidden), ("slots", "slot_width", "gate_up", "hidden"), width**-0.5)
+        self.down = param(rngs, (experts, width, hidden), ("slots", "slot_width", "hidden"), out_std)
 
 
 def apply_experts(

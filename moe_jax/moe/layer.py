@@ -20,7 +20,6 @@ from moe_jax.moe import balance, dispatch
 from moe_jax.moe.experts import Experts, apply_experts, swiglu
 from moe_jax.moe.router import Router, RouterStats, total
 from moe_jax.ops.grouped_matmul import Impl
-from moe_jax.placement.table import Placement
 from moe_jax.schema import MoEConfig
 from moe_jax.sharding import gather, param
 from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, vary
@@ -57,11 +56,10 @@ class Route(NamedTuple):
 class MoE(nnx.Module):
     """Router, experts and shared experts of a layer."""
 
-    def __init__(self, config: MoEConfig, width: int, placement: Placement, out_std: float, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, width: int, out_std: float, *, rngs: nnx.Rngs):
         self.config = config
-        self.num_slots = placement.num_slots
         self.router = Router(config, width, rngs=rngs)
-        self.experts = Experts(config, width, placement, out_std, rngs=rngs)
+        self.experts = Experts(config, width, out_std, rngs=rngs)
         hidden = config.hidden * config.shared_experts
         if hidden:
             self.shared_gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
@@ -85,26 +83,27 @@ class MoE(nnx.Module):
         stats = total(stats)
         aux, z = balance.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_ER, tables.replicas_E, self.num_slots)
-        y_TD, kept, dropped, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK)
+        num_slots = self.experts.down.get_value().shape[0] * lax.axis_size("expert")
+        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_ER, tables.replicas_E, num_slots)
+        y_TD, kept, dropped, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK, num_slots)
         y_TD = lax.psum(y_TD + self._shared(x_TD), "tensor")
         return y_TD.reshape(x_BSD.shape), LayerStats(stats, aux, z, kept, dropped, rounds)
 
-    def _exchange(self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array) -> tuple[jax.Array, ...]:
+    def _exchange(self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array, num_slots: int) -> tuple[jax.Array, ...]:
         """Routed output [T, D] (a part of a sum over `tensor`), kept, dropped, rounds."""
         config, ranks = self.config, lax.axis_size("expert")
         tokens, top_k = slot_TK.shape
         capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
-        route = Route(ranks, self.num_slots, capacity, config.grouped_matmul)
+        route = Route(ranks, num_slots, capacity, config.grouped_matmul)
         weights = (gather(self.experts.gate_up, x_TD.dtype), gather(self.experts.down, x_TD.dtype))
         args: tuple[jax.Array, jax.Array, jax.Array, jax.Array] = vary((x_TD, weight_TK, *weights), AXES)
-        valid_TK = slot_TK < self.num_slots
+        valid_TK = slot_TK < num_slots
         alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
         if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):
             kept_TK, rounds = valid_TK, jnp.int32(1)
             y_TD = gather_exchange(route, *args, slot_TK)
         else:
-            queue = dispatch.queue_choices(slot_TK, weight_TK, self.num_slots, ranks)
+            queue = dispatch.queue_choices(slot_TK, weight_TK, num_slots, ranks)
             if config.dropless:
                 rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, BATCH_AXES) // capacity))
                 kept_TK = valid_TK & (queue.position_TK < rounds * capacity)

@@ -56,15 +56,7 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-BACK_ENDS = [
-    ("reference", False),
-    ("ragged", False),
-    ("tiled", False),
-    ("auto", False),
-    ("reference", True),
-    ("ragged", True),
-    ("tiled", True),
-]
+BACK_ENDS = [(impl, transposed) for impl in ("reference", "ragged", "tiled", "auto") for transposed in (False, True)]
 
 
 @pytest.fixture(scope="module", params=BACK_ENDS, ids=lambda p: f"{p[0]}{' transposed' if p[1] else ''}")
