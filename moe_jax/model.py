@@ -241,7 +241,18 @@ def _remat(choice: str, body):
 # What only moves or retypes values. A gathered parameter reaches its matmul through some of these, so refusing to keep
 # the gather's own output is not enough.
 _MOVES = frozenset(
-    ("all_gather", "reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "pvary", "pcast", "slice", "dynamic_slice")
+    (
+        "all_gather",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "pvary",
+        "pcast",
+        "slice",
+        "dynamic_slice",
+    )
 )
 
 

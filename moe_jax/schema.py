@@ -23,7 +23,7 @@ def setting(*, default: Any, help: str, ge: float | None = None, gt: float | Non
 def bounds_text(metadata: Any) -> str:
     """The bounds of a field as text (`>= 1, <= 2`), empty when it has none."""
     symbols = {"ge": ">=", "gt": ">", "le": "<="}
-    return ", ".join(f"{symbol} {metadata[key]:g}" for key, symbol in symbols.items() if metadata.get(key) is not None)
+    return ", ".join(f"{symbol} {metadata[key]}" for key, symbol in symbols.items() if metadata.get(key) is not None)
 
 
 def _check_bounds(section: Any) -> None:
@@ -262,7 +262,7 @@ class TrainConfig:
     SECTION = "train."
 
     steps: int = setting(default=200, help="Optimizer steps.", ge=1)
-    seed: int = setting(default=0, help="Seed of initialisation, data order and noise.", ge=0)
+    seed: int = setting(default=0, help="Seed of initialisation, data order and noise.", ge=0, le=2**32 - 1)
     global_batch: int = setting(default=16, help="Sequences a step, over all devices (B).", ge=1)
     seq_len: int = setting(default=256, help="Tokens a sequence (S).", ge=2)
     accumulation: int = setting(default=1, help="Parts that a step's batch is split into, one after another.", ge=1)

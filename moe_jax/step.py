@@ -199,9 +199,7 @@ class Program:
         share_LP = None
         if self.has_moe and self.placement.num_slots > self.moe.num_experts:
             grads, share_LP = slots.merge_replicas(grads, self.model, self.moe, state.expert_LP), slots.shares(state.expert_LP)
-        layers = expert_layers(self.model, self.moe)
-        in_specs = (self.param_specs, None if share_LP is None else P(None, "expert"))
-        norm = jax.shard_map(lambda g, s: slots.norm(g, s, layers), mesh=self.mesh, in_specs=in_specs, out_specs=P())(grads, share_LP)
+        norm = self._norm(grads, share_LP)
         ok = jnp.isfinite(norm) & jnp.isfinite(figures.loss)
         clip = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
         lr = jnp.float32(self.schedule(state.step))
@@ -216,6 +214,12 @@ class Program:
         skipped = state.skipped + (1 - ok.astype(jnp.int32))
         after = TrainState(state.step + 1, state.seed, params, opt_state, tables, state.expert_LP, skipped, in_row)
         return after, StepFigures(figures.loss, figures, norm, lr, skipped, in_row)
+
+    def _norm(self, grads: Any, share_LP: jax.Array | None) -> jax.Array:
+        layers = expert_layers(self.model, self.moe)
+        in_specs = (self.param_specs, None if share_LP is None else P(None, "expert"))
+        local = jax.shard_map(lambda g, share: slots.norm(g, share, layers), mesh=self.mesh, in_specs=in_specs, out_specs=P())
+        return local(grads, share_LP)
 
     @cached_property
     def train_step(self):

@@ -265,7 +265,6 @@ def test_each_layer_has_its_own_bias(pattern_program):
     np.testing.assert_array_equal(load.max(axis=1), measured.figures.layers.router.tokens)
 
 
-@pytest.mark.xfail(strict=True, reason="Experts are laid out by the first layer's table alone")
 def test_initial_experts_follow_a_table_whose_layers_differ():
     """A table of a planner: each slot starts with its expert, replicas alike, as in the contiguous table."""
     table = Placement(np.array([[1, 0, 2, 3, 3, -1], [3, 2, 0, 1, 0, 0]]), 4)

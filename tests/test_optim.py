@@ -31,12 +31,12 @@ def params(seed: int = 0) -> dict:
 
 def updates(config: OptimizerConfig, grads: dict, at: dict) -> dict:
     """What the second of two steps adds, with a gradient ten times that of the first."""
-    optimizer = make_optimizer(config, make_schedule(config, 100), AXES)
+    optimizer, schedule = make_optimizer(config, AXES), make_schedule(config, 100)
 
     @jax.jit
     def two_steps(grads, at):
-        _, state = optimizer.update(grads, optimizer.init(at), at)
-        return optimizer.update(jax.tree.map(lambda g: 10 * g, grads), state, at)[0]
+        _, state = optimizer.update(grads, optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(schedule(0)))
+        return optimizer.update(jax.tree.map(lambda g: 10 * g, grads), state, at, ok=jnp.bool_(True), lr=jnp.float32(schedule(1)))[0]
 
     return two_steps(grads, at)
 
@@ -139,3 +139,23 @@ def test_a_model_learns_a_batch_by_heart(name):
         losses.append(float(figures.loss))
     assert losses[0] == pytest.approx(np.log(32), abs=0.3)
     assert losses[-1] < losses[0] - 0.7, losses
+
+
+def test_adamw_is_that_of_optax():
+    config = OptimizerConfig(weight_decay=0.0, learning_rate=0.1, warmup_steps=0, schedule="constant")
+    reference = optax.adamw(0.1, config.beta1, config.beta2, config.eps, weight_decay=0.0)
+    at, grads = params(), params(1)
+    _, state = reference.update(grads, reference.init(at), at)
+    want, _ = reference.update(jax.tree.map(lambda g: 10 * g, grads), state, at)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), updates(config, grads, at), want)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_broken_step_moves_nothing(name):
+    optimizer = make_optimizer(OptimizerConfig(name=name), AXES)
+    at = params()
+    update = jax.jit(optimizer.update)
+    _, state = update(params(1), optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(0.1))
+    moved, after = update(jax.tree.map(lambda g: g * jnp.nan, params(2)), state, at, ok=jnp.bool_(False), lr=jnp.float32(0.1))
+    assert all(not np.any(u) for u in jax.tree.leaves(moved))
+    jax.tree.map(np.testing.assert_array_equal, after, state)

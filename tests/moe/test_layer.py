@@ -66,7 +66,7 @@ class Layer:
             num_experts=placement.num_experts, top_k=TOP_K, hidden=HIDDEN, shared_experts=1, shared_gate=True, **settings
         )
         self.placement = placement
-        make = lambda: MoE(self.config, WIDTH, placement, 1.0, rngs=nnx.Rngs(0))  # noqa: E731
+        make = lambda: MoE(self.config, WIDTH, 1.0, rngs=nnx.Rngs(0))  # noqa: E731
         graph, variables = nnx.split(nnx.eval_shape(make))
         param_specs, spread = nnx.to_pure_dict(specs(variables)), P(BATCH_AXES)
 
