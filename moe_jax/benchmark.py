@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax import hlo, measure
 from moe_jax.errors import UserError
-from moe_jax.mesh import make_mesh, use_devices
+from moe_jax.mesh import make_mesh, reserve_threads, use_devices
 from moe_jax.model import count_moe_layers
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import Config, DevicesConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -38,6 +38,7 @@ def start_devices(args: argparse.Namespace) -> MeshConfig:
     if args.simulate is not None:
         use_devices(DevicesConfig(simulate=args.simulate))
     else:
+        reserve_threads(mesh.size)
         jax.config.update("jax_num_cpu_devices", mesh.size)  # means nothing where an accelerator is the default
     args.simulate = mesh.size if args.simulate is None and jax.default_backend() == "cpu" else args.simulate or 0
     return mesh

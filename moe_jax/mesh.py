@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +18,7 @@ def use_devices(config: DevicesConfig) -> None:
     """Simulates CPU devices if asked to. Raises UserError if JAX already runs with another number of devices."""
     if not config.simulate:
         return
+    reserve_threads(config.simulate)
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.simulate)
@@ -27,6 +29,16 @@ def use_devices(config: DevicesConfig) -> None:
                 f"devices.simulate={config.simulate} comes too late: JAX already runs with {jax.device_count()} "
                 f"{jax.default_backend()} devices; start a new process."
             ) from None
+
+
+def reserve_threads(devices: int) -> None:
+    """Gives XLA:CPU threads enough for that many simulated devices to wait in, unless NPROC is set; before JAX starts.
+
+    XLA sizes its pool by NPROC, by default a thread for each core or device. A device may wait in several collectives of
+    one program at a time, each on a thread; where that leaves another none, all wait for ever (seen: docs/log.md).
+    """
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(4 * devices))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -115,7 +115,8 @@ class _Job:
         stopping = False
         with _finish_on_signal() as signals, closing(writer), closing(self.checkpoints), RunProgress(steps, start) as progress:
             if start:
-                writer.write({"step": start, "event": "resumed"})
+                rate = self.environment["matmul_flops_per_second"]
+                writer.write({"step": start, "event": "resumed", "matmul_flops_per_second": rate})
                 progress.say(f"Resuming {self.directory} after step {start}.")
             seconds, since = 0.0, 0
             for step in range(start + 1, steps + 1):

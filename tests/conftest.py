@@ -11,6 +11,7 @@ import os
 # Tests compile much and compute little: an unoptimised back end halves their time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "32")  # threads for eight devices to wait in: see moe_jax.mesh.use_devices
 
 import jax
 import jaxtyping

@@ -141,15 +141,6 @@ def test_a_model_learns_a_batch_by_heart(name):
     assert losses[-1] < losses[0] - 0.7, losses
 
 
-def test_adamw_is_that_of_optax():
-    config = OptimizerConfig(weight_decay=0.0, learning_rate=0.1, warmup_steps=0, schedule="constant")
-    reference = optax.adamw(0.1, config.beta1, config.beta2, config.eps, weight_decay=0.0)
-    at, grads = params(), params(1)
-    _, state = reference.update(grads, reference.init(at), at)
-    want, _ = reference.update(jax.tree.map(lambda g: 10 * g, grads), state, at)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), updates(config, grads, at), want)
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_broken_step_moves_nothing(name):
     optimizer = make_optimizer(OptimizerConfig(name=name), AXES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -512,8 +511,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_it_had(folder: Path, tmp_path:
         steps = Checkpoints(disk / "run" / "checkpoints", 9, 1).steps()
         assert steps and steps[-1] < 6
         assert training_lines(disk / "run")[-1]["step"] > steps[-1]
-        for step in steps[:-1]:
-            shutil.rmtree(step_directory(disk / "run", step))
+        subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
         run(folder, disk / "run", *settings, "checkpoint.every=6", resume=True)
         assert training_lines(disk / "run")[-1]["step"] == 6
     finally:

@@ -23,7 +23,7 @@ FLOORS = [
     {"sharding", "placement", "mesh"},
     {"moe"},
     {"model"},
-    {"optim"},
+    {"optim", "slots"},
     {"step"},
 ]
 # What has no floor here, the jobs and their helpers, stands on top of all of them.
