@@ -49,8 +49,7 @@ def merge_replicas(grads: Any, model: ModelConfig, moe: MoEConfig, expert_LP: In
         expert_RP = expert_LP[rows]
         same_RPP = (expert_RP[:, :, None] == expert_RP[:, None]) & (expert_RP != EMPTY)[:, :, None]
         for name, g in experts.items():
-            merged = jnp.einsum("lpq,lq...->lp...", same_RPP.astype(g.dtype), g, precision=lax.Precision.HIGHEST)
-            experts[name] = merged
+            experts[name] = jnp.einsum("lpq,lq...->lp...", same_RPP.astype(g.dtype), g, precision=lax.Precision.HIGHEST)
     return grads
 
 
@@ -77,9 +76,10 @@ def norm(grads: Any, share_LP: Float[Array, "L P"] | None, layers: Layers) -> Fl
 
 
 def _square_sums(g: jax.Array, dims: int) -> jax.Array:
-    """Sums of squares over all but the first `dims` dims, [...], computed one row at a time.
+    """Sums of squares over all but the first `dims` dims (and at least the last), [...], computed one row at a time.
 
     XLA:CPU writes the squares of a large array out before it sums them; those of a row stay in the cache.
     """
+    dims = min(dims, g.ndim - 1)
     rows = g.reshape(-1, *g.shape[dims:])
     return lax.map(lambda row: jnp.sum(row * row), rows).reshape(g.shape[:dims])

@@ -219,7 +219,11 @@ class TestPlacement:
         if where == "batch":
             batch["mask"][3, 1] = np.nan
         else:
-            state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[5].set(jnp.inf)
+            scale = state.params["final_norm"]["scale"]
+            broken = np.array(scale)
+            broken[5] = np.inf
+            # Put as the state is: what an eager operation returns may lie on another test's mesh, and compile anew.
+            state.params["final_norm"]["scale"] = jax.device_put(broken, scale.sharding)
         before = jax.tree.map(np.array, state)
         state, measured = program.train_step(state, program.shard(batch))
         assert (measured.skipped, measured.skipped_in_row) == (1, 1)
