@@ -20,6 +20,7 @@ import typer
 
 from moe_jax import __version__
 from moe_jax.errors import UserError
+from moe_jax.huge_pages import restart_with_huge_pages
 
 app = typer.Typer(
     name="moe-jax",
@@ -37,6 +38,8 @@ Fallback = Annotated[bool, typer.Option("--fallback", help="Use the newest good 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line (by default this process's) and exits; mistakes become one sentence and exit code 2."""
+    if arguments is None and sys.argv[1:2] == ["train"]:
+        restart_with_huge_pages()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app(args=arguments, prog_name="moe-jax")

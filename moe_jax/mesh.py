@@ -35,10 +35,11 @@ def reserve_threads(devices: int) -> None:
     """Gives XLA:CPU threads enough for that many simulated devices to wait in, unless NPROC is set; before JAX starts.
 
     XLA sizes its pool by NPROC, by default a thread for each core or device. A device may wait in several collectives of
-    one program at a time, each on a thread; where that leaves another none, all wait for ever (seen: docs/log.md).
+    one program at a time, each on a thread; where that leaves another none, all wait for ever (seen: docs/log.md). Three a
+    device are one for each kind of group: along data, along expert, along both. More cost speed.
     """
     if devices > 1:
-        os.environ.setdefault("NPROC", str(4 * devices))
+        os.environ.setdefault("NPROC", str(3 * devices))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

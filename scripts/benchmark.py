@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from importlib.metadata import version
@@ -24,6 +25,7 @@ import jax
 
 from moe_jax import benchmark
 from moe_jax.errors import UserError
+from moe_jax.huge_pages import VARIABLE, restart_with_huge_pages
 
 COMMANDS = {"train": benchmark.train, "layer": benchmark.layer, "compile": benchmark.compile_depths}
 
@@ -127,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         "mesh": {"data": mesh.data, "expert": mesh.expert, "tensor": mesh.tensor},
         "devices": [f"{device.platform} {device.device_kind}" for device in devices],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}},
+        "environment": {name: os.environ.get(name) for name in (VARIABLE, "NPROC", "XLA_FLAGS")},
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
     }
     if args.json:
@@ -135,4 +138,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())
