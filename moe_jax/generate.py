@@ -25,6 +25,7 @@ from moe_jax.step import Program, TrainState
 from moe_jax.tokenizer import Tokenizer, load_tokenizer
 
 SHORTEST = 64
+EMPTY_PROMPT = "--prompt is empty: give at least one character to continue."
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def generate(
     """Pieces of text as they come, until the end of the document or `max_tokens`. Raises UserError for an empty prompt."""
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise UserError("--prompt is empty: give at least one character to continue.")
+        raise UserError(EMPTY_PROMPT)
     rng = np.random.default_rng(seed)
     cache, logits = sampler.prefill(ids)
     written: list[int] = []
@@ -145,5 +146,7 @@ def generate_run(
     fallback: bool,
 ) -> Iterator[str]:
     """`generate` from a run directory's newest checkpoint, or that of `step`."""
+    if not prompt:
+        raise UserError(EMPTY_PROMPT)  # before anything is read
     sampler, tokenizer = open_run(run_dir, step=step, fallback=fallback)
     return generate(sampler, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
