@@ -251,8 +251,8 @@ class Program:
 def make_tables(placement: Placement) -> tuple[LayerTables, jax.Array]:
     """A placement as the arrays that a step takes, with a zero bias, and the expert in each slot."""
     layers = placement.physical_to_logical.shape[0]
-    slots, replicas = jnp.asarray(placement.logical_to_physical()), jnp.asarray(placement.replica_count())
-    return LayerTables(slots, replicas, jnp.zeros((layers, placement.num_experts))), jnp.asarray(placement.physical_to_logical)
+    slots_LER, replicas_LE = jnp.asarray(placement.logical_to_physical()), jnp.asarray(placement.replica_count())
+    return LayerTables(slots_LER, replicas_LE, jnp.zeros((layers, placement.num_experts))), jnp.asarray(placement.physical_to_logical)
 
 
 def _sum_parts(figures: Figures) -> Figures:

@@ -102,7 +102,7 @@ class _Job:
         self.first_sequence = jax.process_index() * rows
         self.held_out = [program.shard(batch, self.first_sequence) for batch in held_out]
         self.moe_layers = [i for i, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe]
-        self.flops_per_token = 3 * measure.model_flops(config.model, config.moe, program.vocab_size, config.train.seq_len)
+        self.flops_per_token = measure.TRAINING * measure.model_flops(config.model, config.moe, program.vocab_size, config.train.seq_len)
         self.skipped = 0
 
     def run(self, state: TrainState, batches: Any) -> None:

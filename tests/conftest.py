@@ -7,6 +7,7 @@ installed before any module of the package is imported.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Tests compile much and compute little: an unoptimised back end halves their time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
@@ -36,3 +37,11 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of whole runs keep what they share: see tiny_run.py."""
+    path = tmp_path_factory.getbasetemp() / "tiny"
+    path.mkdir(exist_ok=True)
+    return path

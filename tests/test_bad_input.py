@@ -24,13 +24,6 @@ from moe_jax.train import train
 GREEDY = {"max_tokens": 4, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0, "step": None, "fallback": False}
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.getbasetemp() / "tiny"
-    path.mkdir(exist_ok=True)
-    return path
-
-
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
     """A finished run with checkpoints at 3 and 6; only looked at."""

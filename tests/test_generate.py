@@ -16,13 +16,6 @@ GREEDY = {"max_tokens": 12, "temperature": 0.0, "top_k": None, "top_p": None, "s
 BIAS = "moe.bias_rate=0.01"
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.getbasetemp() / "tiny"
-    path.mkdir(exist_ok=True)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_jax.generate.Program", shared_program)

@@ -43,13 +43,6 @@ ROOT = Path(__file__).parent.parent
 BIAS = "moe.bias_rate=0.01"
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.getbasetemp() / "tiny"
-    path.mkdir(exist_ok=True)
-    return path
-
-
 # Killed, stopped and resumed. One process imports the program and forks a child for each way to end.
 
 CHILDREN = """

@@ -101,7 +101,7 @@ def contiguous(layers: int, num_experts: int, ranks: int, redundant_slots: int =
     Redundant slots hold replicas of the rank's own experts in turn (a planner does better).
     """
     share = -(-num_experts // ranks)
-    table = np.full((ranks, share + redundant_slots), EMPTY, np.int32)
+    table = np.full((ranks, count_slots(num_experts, ranks, redundant_slots) // ranks), EMPTY, np.int32)
     for rank in range(ranks):
         own = np.arange(rank * share, min((rank + 1) * share, num_experts))
         table[rank, : own.size] = own
