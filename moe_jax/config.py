@@ -22,7 +22,8 @@ import pydantic
 import yaml
 
 from moe_jax.errors import UserError
-from moe_jax.schema import Config, bounds_text
+from moe_jax.schema import Config
+from moe_jax.settings import bounds_text
 
 # YAML 1.2's scalars instead of PyYAML's YAML 1.1: there `3e-4` is text, `no` is a boolean and `1:30` is ninety.
 _SCALARS = (

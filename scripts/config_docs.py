@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from moe_jax.config import dump_value, field_types, type_text
-from moe_jax.schema import Config, bounds_text
+from moe_jax.schema import Config
+from moe_jax.settings import bounds_text
 
 TARGET = ROOT / "docs" / "configuration.md"
 

@@ -18,8 +18,8 @@ WHOLE_CONFIG = {f"moe_jax.{name}" for name in ("config", "schema", "train", "run
 
 # The rooms from the ground up; a module imports from its own floor or from those below it.
 FLOORS = [
-    {"errors", "annotations"},
-    {"schema", "spmd", "ops", "rope"},
+    {"errors", "annotations", "settings"},
+    {"schema", "architecture", "spmd", "ops", "rope"},
     {"sharding", "placement", "mesh"},
     {"moe"},
     {"model"},
@@ -129,8 +129,7 @@ FILES = sorted([*MODULES.values(), *(ROOT / "scripts").glob("*.py")])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = path.read_text()
-    # The configuration's types are one table, which is easier to read whole.
-    assert text.count("\n") <= (360 if path.name == "schema.py" else 320)
+    assert text.count("\n") <= 320
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None and node.end_lineno - node.lineno < 70, node.name
