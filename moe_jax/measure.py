@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import hlo
-from moe_jax.model import Batch, LayerKind, count_moe_layers, layer_kinds
+from moe_jax.layers import Batch
+from moe_jax.model import LayerKind, count_moe_layers, layer_kinds
 from moe_jax.moe import experts
 from moe_jax.moe.dispatch import pool_capacity
 from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD

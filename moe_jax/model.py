@@ -15,13 +15,11 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.annotations import Array, Float, Int, Key
-from moe_jax.moe.experts import swiglu
+from moe_jax.layers import Attention, Batch, FeedForward, LatentAttention, LayerCache, RMSNorm, Turn
 from moe_jax.moe.layer import LayerStats, LayerTables, MoE
 from moe_jax.moe.router import RouterStats
-from moe_jax.ops.attention import attention
-from moe_jax.rope import frequencies, rotate
 from moe_jax.schema import ModelConfig, MoEConfig
-from moe_jax.sharding import RULES, gather, param
+from moe_jax.sharding import axes_of, gather, param
 from moe_jax.spmd import all_gather
 
 
@@ -32,23 +30,12 @@ class LayerKind(NamedTuple):
     window: int | None
 
 
-class Batch(NamedTuple):
-    """Packed sequences. `sequences` numbers them within the step's whole batch, so that noise does not depend on the mesh."""
-
-    tokens: Int[Array, "B S"]
-    targets: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
-    segments: Int[Array, "B S"]  # documents from 1; 0 is padding
-    mask: Float[Array, "B S"]  # 1 where the target counts
-    sequences: Int[Array, " B"]
-
-
 def layer_kinds(model: ModelConfig, moe: MoEConfig) -> list[LayerKind]:
     """The kind of each layer, in order."""
 
     def kind(layer: int) -> LayerKind:
         dense = layer < moe.first_dense or (layer - moe.first_dense + 1) % moe.every or layer in moe.dense_layers
-        full = model.window_every > 1 and (layer + 1) % model.window_every == 0
+        full = (model.window_every > 1 and (layer + 1) % model.window_every == 0) or layer in model.full_layers
         return LayerKind(not dense, None if full else model.sliding_window)
 
     return [kind(layer) for layer in range(model.num_layers)]
@@ -76,72 +63,20 @@ def stack_layers(kinds: list[LayerKind]) -> list[tuple[tuple[LayerKind, ...], in
     return stacks
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation of the last dimension (Zhang and Sennrich, 2019), in f32."""
-
-    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
-        self.eps = eps
-        self.scale = param(rngs, (width,), ("norm",), None)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale.get_value()).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention; heads are sharded over `tensor`, and the output is summed over it."""
-
-    def __init__(self, config: ModelConfig, window: int | None, out_std: float, *, rngs: nnx.Rngs):
-        self.config, self.window = config, window
-        width, heads, groups, head = config.width, config.num_heads, config.num_kv_heads, config.head_width
-        self.query = param(rngs, (width, heads, head), ("width", "heads", "head"), width**-0.5)
-        self.key = param(rngs, (width, groups, head), ("width", "kv_heads", "head"), width**-0.5)
-        self.value = param(rngs, (width, groups, head), ("width", "kv_heads", "head"), width**-0.5)
-        self.out = param(rngs, (width, heads, head), ("width", "heads", "head"), out_std)
-        if config.qk_norm:
-            self.query_norm = RMSNorm(head, config.norm_eps, rngs=rngs)
-            self.key_norm = RMSNorm(head, config.norm_eps, rngs=rngs)
-
-    def __call__(self, x_BSD: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
-        config = self.config
-        q_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, gather(self.query, x_BSD.dtype))
-        k_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, gather(self.key, x_BSD.dtype))
-        v_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, gather(self.value, x_BSD.dtype))
-        if config.qk_norm:
-            q_BSHQ, k_BSGQ = self.query_norm(q_BSHQ), self.key_norm(k_BSGQ)
-        frequency, scale = frequencies(config.rope, config.head_width, x_BSD.shape[1])
-        q_BSHQ, k_BSGQ = (rotate(x, batch.positions, frequency, scale) for x in (q_BSHQ, k_BSGQ))
-        out_BSHQ = attention(q_BSHQ, k_BSGQ, v_BSGQ, batch.segments, window=self.window, impl=config.attention)
-        return lax.psum(jnp.einsum("bshq,dhq->bsd", out_BSHQ, gather(self.out, x_BSD.dtype)), "tensor")
-
-
-class FeedForward(nnx.Module):
-    """Dense SwiGLU; its hidden dimension is sharded over `tensor`."""
-
-    def __init__(self, width: int, hidden: int, out_std: float, *, rngs: nnx.Rngs):
-        self.gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
-        self.down = param(rngs, (width, hidden), ("width", "hidden"), out_std)
-
-    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        both = jnp.einsum("bsd,dgf->bsgf", x_BSD, gather(self.gate_up, x_BSD.dtype))
-        hidden_BSF = swiglu(both.reshape(*both.shape[:2], -1))
-        return lax.psum(jnp.einsum("bsf,df->bsd", hidden_BSF, gather(self.down, x_BSD.dtype)), "tensor")
-
-
 class Block(nnx.Module):
     """Attention, then experts or a dense feed-forward part, each behind a norm and a residual."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         out_std = (2 * model.num_layers) ** -0.5
-        self.attention_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
-        self.attention = Attention(model, kind.window, out_std * (model.num_heads * model.head_width) ** -0.5, rngs=rngs)
-        self.mlp_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
+        self.attention_norm = RMSNorm((model.width,), model.norm_eps, rngs=rngs)
+        make = LatentAttention if model.latent.kv_rank else Attention
+        self.attention = make(model, kind.window, out_std * (model.num_heads * model.value_width) ** -0.5, rngs=rngs)
+        self.mlp_norm = RMSNorm((model.width,), model.norm_eps, rngs=rngs)
         self.mlp: MoE | FeedForward
         if kind.moe:
             self.mlp = MoE(moe, model.width, out_std * moe.hidden**-0.5, rngs=rngs)
         else:
-            self.mlp = FeedForward(model.width, model.hidden, out_std * model.hidden**-0.5, rngs=rngs)
+            self.mlp = FeedForward(model, out_std * model.hidden**-0.5, rngs=rngs)
 
     def __call__(
         self, x_BSD: jax.Array, batch: Batch, tables: LayerTables | None, full: RouterStats | None, keys_B: jax.Array | None
@@ -153,6 +88,18 @@ class Block(nnx.Module):
         assert tables is not None
         y_BSD, stats = self.mlp(h_BSD, batch.segments > 0, tables, full, keys_B)
         return x_BSD + y_BSD, stats
+
+    def extend(
+        self, x_BSD: jax.Array, turn: Turn, tables: LayerTables | None, cache: LayerCache, repeat: jax.Array, *, repeats: int, fresh: bool
+    ) -> tuple[jax.Array, LayerCache]:
+        """New tokens through the layer. The cache and the experts' weights are those of all repeats, of which this is one."""
+        y_BSD, cache = self.attention.extend(self.attention_norm(x_BSD), turn, cache, repeat, fresh=fresh)
+        x_BSD = x_BSD + y_BSD
+        h_BSD = self.mlp_norm(x_BSD)
+        if isinstance(self.mlp, FeedForward):
+            return x_BSD + self.mlp(h_BSD), cache
+        assert tables is not None
+        return x_BSD + self.mlp.serve(h_BSD, turn.valid, tables, repeat, repeats), cache
 
 
 class Unit(nnx.Module):
@@ -177,7 +124,7 @@ class Transformer(nnx.Module):
         self.config = model
         self.noisy = bool(moe.input_noise or moe.expert_dropout)
         self.embedding = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
-        self.final_norm = RMSNorm(model.width, model.norm_eps, rngs=rngs)
+        self.final_norm = RMSNorm((model.width,), model.norm_eps, rngs=rngs)
         if not model.tied_embeddings:
             self.head = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
         self.stacks: nnx.List[Any] = nnx.List([])
@@ -193,7 +140,7 @@ class Transformer(nnx.Module):
         `tables` (and `full`) are stacked over the MoE layers; `key` turns the router's training noise on.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
-        x_BSD = embed(self.embedding.get_value().astype(dtype), batch.tokens)
+        x_BSD = embed(self.embedding, batch.tokens, dtype)
         per_layer = (tables, full, jnp.arange(tables.replicas_E.shape[0]))
         done, stats = 0, []
         for stack in self.stacks:
@@ -205,8 +152,48 @@ class Transformer(nnx.Module):
             x_BSD, figures = lax.scan(_remat(self.config.remat, run), x_BSD, (state, inputs))
             done += repeats * moes
             stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
-        head_DV = gather(self.embedding if self.config.tied_embeddings else self.head, dtype)
-        return self.final_norm(x_BSD), head_DV, jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+        return self.final_norm(x_BSD), self.head_weights(), jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+
+    def head_weights(self) -> Float[Array, "D V"]:
+        """This device's columns of the output head, in the compute type."""
+        return gather(self.head_parameter, self.config.compute_dtype)
+
+    @property
+    def head_parameter(self) -> nnx.Param:
+        """The output head's parameter: the embedding where both are one."""
+        return self.embedding if self.config.tied_embeddings else self.head
+
+    def extend(self, turn: Turn, tables: LayerTables, cache: list[Any], *, fresh: bool) -> tuple[Float[Array, "B S D"], list[Any]]:
+        """Normalised hidden states of new tokens, and the cache with their keys and values.
+
+        The cache holds for each stack a list with the `LayerCache` of each block of its pattern. Its arrays travel through
+        the scan whole and are updated in place, and so is the experts' bank read: cutting a layer's part out would copy it.
+        """
+        x_BSD = embed(self.embedding, turn.tokens, jnp.dtype(self.config.compute_dtype))
+        after, done = [], 0
+        for stack, stored in zip(self.stacks, cache, strict=True):
+            moes = sum(kind.moe for kind in stack.kinds)
+            graph, banks, state = nnx.split(stack, nnx.PathContains("experts"), ...)
+            repeats = jax.tree.leaves(state)[0].shape[0]
+            layer_tables = _for_units(tables, done, repeats, moes)
+            run = partial(_extend_unit, graph, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks), repeats, turn, fresh)
+            (x_BSD, stored), _ = lax.scan(run, (x_BSD, stored), (state, layer_tables, jnp.arange(repeats)))
+            done += repeats * moes
+            after.append(stored)
+        return self.final_norm(x_BSD), after
+
+
+def _extend_unit(graph: nnx.GraphDef, banks: Any, repeats: int, turn: Turn, fresh: bool, carry: Any, inputs: Any) -> tuple[Any, None]:
+    """The scan's body: one repeat of a pattern over new tokens."""
+    (x_BSD, cache), (state, tables, repeat) = carry, inputs
+    unit = nnx.merge(graph, banks, state)
+    at, after = 0, []
+    for block, kind, stored in zip(unit.blocks, unit.kinds, cache, strict=True):
+        table = jax.tree.map(lambda a, at=at: a[at], tables) if kind.moe else None
+        x_BSD, stored = block.extend(x_BSD, turn, table, stored, repeat, repeats=repeats, fresh=fresh)
+        after.append(stored)
+        at += kind.moe
+    return (x_BSD, after), None
 
 
 def _for_units(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
@@ -261,19 +248,29 @@ def _computed(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in _MOVES
 
 
-def embed(table_DV: Float[Array, "d V"], tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Looks tokens up in a table whose vocabulary is sharded over `tensor` and whose width is FSDP-sharded.
+def embed(table: nnx.Param, tokens_BS: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
+    """Looks tokens up in a table [D, V] whose vocabulary is sharded and whose width may be FSDP-sharded.
 
     The table is not gathered: every device looks all tokens up in the widths that it holds, and an all_to_all swaps
-    tokens for widths, so T x D values travel where the table has V x D.
+    tokens for widths, so T x D values travel where the table has V x D. Without FSDP, as in inference, all devices hold the
+    same tokens and one gather brings each token's row from the device that has it.
     """
-    columns, axes = table_DV.shape[1], RULES["width"]
-    ids_N = all_gather(tokens_BS.reshape(-1), axes, 0) - lax.axis_index("tensor") * columns
-    ids_N = jnp.where((ids_N >= 0) & (ids_N < columns), ids_N, columns)
-    x_ND = table_DV.at[:, ids_N].get(mode="fill", fill_value=0).T
-    if lax.axis_size(axes) > 1:
-        x_ND = lax.all_to_all(x_ND, axes, split_axis=0, concat_axis=1, tiled=True)
-    return lax.psum(x_ND.reshape(*tokens_BS.shape, -1), "tensor")
+    table_DV, (split, axes) = table.get_value().astype(dtype), (axes_of(table, "vocab"), axes_of(table, "width"))
+    columns = table_DV.shape[1]
+    ids_N = all_gather(tokens_BS.reshape(-1), axes, 0) if axes else tokens_BS.reshape(-1)
+    owned_N = ids_N - lax.axis_index(split) * columns if split else ids_N
+    inside_N = (owned_N >= 0) & (owned_N < columns)
+    x_ND = table_DV.at[:, jnp.where(inside_N, owned_N, columns)].get(mode="fill", fill_value=0).T
+    if axes:
+        if lax.axis_size(axes) > 1:
+            x_ND = lax.all_to_all(x_ND, axes, split_axis=0, concat_axis=1, tiled=True)
+        return lax.psum(x_ND.reshape(*tokens_BS.shape, -1), "tensor")
+    if split and lax.axis_size(split) > 1:
+        x_RND = lax.all_gather(x_ND, split, to="invarying")
+        x_ND = jnp.take_along_axis(x_RND, (ids_N // columns)[None, :, None], axis=0)[0]
+    elif split:
+        x_ND = lax.psum(x_ND, split)
+    return x_ND.reshape(*tokens_BS.shape, -1)
 
 
 def expert_layers(model: ModelConfig, moe: MoEConfig) -> dict[tuple[int, int], list[int]]:

@@ -38,7 +38,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
     `update` takes two more arguments: `lr`, the learning rate, and `ok`, without which updates are zero and the state
     stays as it was. Weight decay touches matrices only. Clipping is the caller's: its norm must not count replicas twice.
     """
-    matrix = jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=_is_axes)
+    matrix = jax.tree.map_with_path(lambda path, _: _is_matrix(path), axes, is_leaf=_is_axes)
     scale = jax.tree.map_with_path(lambda path, names: _group_scale(config, path), axes, is_leaf=_is_axes)
     decay = optax.add_decayed_weights(config.weight_decay, mask=matrix)
     if config.name == "adamw":
@@ -89,6 +89,12 @@ def _is_axes(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
+def _is_matrix(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter multiplies: no norm's scale, no bias, no attention sink."""
+    name = str(getattr(path[-1], "key", path[-1]))
+    return name not in ("scale", "sinks") and not name.endswith("bias")
+
+
 def _group_scale(config: OptimizerConfig, path: tuple[Any, ...]) -> float:
     names = {getattr(entry, "key", None) for entry in path}
     return config.expert_lr_scale if "experts" in names else config.router_lr_scale if "router" in names else 1.0
@@ -110,7 +116,9 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
 
     def sides(names: tuple[str, ...]) -> Any:
         widths = [i - len(names) for i, name in enumerate(names) if name in ("width", "slot_width")]
-        others = [i - len(names) for i, name in enumerate(names) if name in ("heads", "kv_heads", "head", "hidden")]
+        others = [
+            i - len(names) for i, name in enumerate(names) if name in ("heads", "kv_heads", "head", "hidden", "expert_hidden", "latent")
+        ]
         if not widths or not others:
             return None
         into, out = (widths, others) if widths[0] < others[0] else (others, widths)

@@ -127,10 +127,10 @@ class Config:
 
     SECTION = ""
 
+    name: str = setting(default="run", help="Name of the run; its directory is runs/NAME unless --run-dir is given.")
     init_from: str | None = setting(
         default=None, help="A Hugging Face folder or a run directory whose weights training starts from; null draws them at random."
     )
-    name: str = setting(default="run", help="Name of the run; its directory is runs/NAME unless --run-dir is given.")
     model: ModelConfig = setting(default=ModelConfig(), help="The transformer.")
     moe: MoEConfig = setting(default=MoEConfig(), help="The experts.")
     placement: PlacementConfig = setting(default=PlacementConfig(), help="Where experts live.")

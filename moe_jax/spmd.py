@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 AXES = ("data", "expert", "tensor")
@@ -45,3 +46,16 @@ def all_gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array
 def all_to_all(x: jax.Array, axis: str) -> jax.Array:
     """Swaps blocks of the first dimension [R*C, ...]: block r goes to rank r, and block r of the result came from it."""
     return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of them."""
+    return lax.psum(x, axes) if axes else x
+
+
+def once(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x` on the first device along mesh `axes`, zeros on the others: what all of them hold alike, made a part of a sum."""
+    for axis in axes:
+        if lax.axis_size(axis) > 1:
+            x = jnp.where(lax.axis_index(axis) == 0, x, jnp.zeros((), x.dtype))
+    return x

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import slots
 from moe_jax.annotations import Array, Float, Int
-from moe_jax.model import Batch, Transformer, count_moe_layers, expert_layers
+from moe_jax.layers import Batch
+from moe_jax.model import Transformer, count_moe_layers, expert_layers
 from moe_jax.moe import balance
 from moe_jax.moe.layer import LayerStats, LayerTables
 from moe_jax.moe.router import RouterStats

@@ -22,6 +22,7 @@ FLOORS = [
     {"schema", "architecture", "spmd", "ops", "rope"},
     {"sharding", "placement", "mesh"},
     {"moe"},
+    {"layers"},
     {"model"},
     {"optim", "slots"},
     {"step"},

@@ -8,7 +8,7 @@ rank computes its own slots' share of the sum.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from moe_jax.moe import balance, dispatch
 from moe_jax.moe.experts import Experts, apply_experts, swiglu
 from moe_jax.moe.router import Router, RouterStats, total
 from moe_jax.ops.grouped_matmul import Impl
+from moe_jax.ops.linear import join, project
 from moe_jax.schema import MoEConfig
-from moe_jax.sharding import gather, param
-from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, vary
+from moe_jax.sharding import axes_of, gather, param
+from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, once, vary
 
 
 class LayerTables(NamedTuple):
@@ -50,6 +51,7 @@ class Route(NamedTuple):
     ranks: int
     slots: int  # P, over all ranks
     capacity: int  # C
+    limit: float | None  # of gpt-oss's SwiGLU
     impl: Impl
 
 
@@ -60,7 +62,7 @@ class MoE(nnx.Module):
         self.config = config
         self.router = Router(config, width, rngs=rngs)
         self.experts = Experts(config, width, out_std, rngs=rngs)
-        hidden = config.hidden * config.shared_experts
+        hidden = config.shared_width
         if hidden:
             self.shared_gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
             self.shared_down = param(rngs, (width, hidden), ("width", "hidden"), out_std)
@@ -94,9 +96,8 @@ class MoE(nnx.Module):
         config, ranks = self.config, lax.axis_size("expert")
         tokens, top_k = slot_TK.shape
         capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
-        route = Route(ranks, num_slots, capacity, config.grouped_matmul)
-        weights = (gather(self.experts.gate_up, x_TD.dtype), gather(self.experts.down, x_TD.dtype))
-        args: tuple[jax.Array, jax.Array, jax.Array, jax.Array] = vary((x_TD, weight_TK, *weights), AXES)
+        route = Route(ranks, num_slots, capacity, config.swiglu_limit, config.grouped_matmul)
+        args: tuple[Any, ...] = vary((x_TD, weight_TK, self.experts.weights(x_TD.dtype)), AXES)
         valid_TK = slot_TK < num_slots
         alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
         if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):
@@ -118,19 +119,44 @@ class MoE(nnx.Module):
         """The shared experts' output (a part of a sum over `tensor`), or a zero."""
         if not self.config.shared_experts:
             return jnp.zeros((), x_TD.dtype)
-        both = jnp.einsum("td,dgf->tgf", x_TD, gather(self.shared_gate_up, x_TD.dtype))
-        y_TD = jnp.einsum("tf,df->td", swiglu(both.reshape(both.shape[0], -1)), gather(self.shared_down, x_TD.dtype))
+        both = project(x_TD, gather(self.shared_gate_up, x_TD.dtype))
+        y_TD = join(swiglu(both.reshape(both.shape[0], -1)), gather(self.shared_down, x_TD.dtype))
         if self.config.shared_gate:
-            y_TD = y_TD * jax.nn.sigmoid(x_TD @ gather(self.shared_gate, x_TD.dtype))
+            y_TD = y_TD * jax.nn.sigmoid(project(x_TD, gather(self.shared_gate, x_TD.dtype)))
         return y_TD
+
+    def serve(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        valid_BS: Bool[Array, "B S"],
+        tables: LayerTables,
+        repeat: Int[Array, ""] | int = 0,
+        repeats: int = 1,
+    ) -> Float[Array, "B S D"]:
+        """Experts' output for tokens that every device of the `expert` axis holds: each computes its slots' share of the sum.
+
+        The experts' weights may be those of `repeats` layers one after another, of which this is number `repeat`.
+        """
+        routing = self.router.choose(x_BSD, valid_BS, tables.bias_E)
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        weights = self.experts.weights(x_TD.dtype)
+        local = jax.tree.leaves(weights)[0].shape[0] // repeats
+        num_slots = local * lax.axis_size("expert")
+        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_ER, tables.replicas_E, num_slots)
+        route = Route(lax.axis_size("expert"), num_slots, 0, self.config.swiglu_limit, self.config.grouped_matmul)
+        y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * local)
+        axes = ("expert", "tensor")
+        if self.config.shared_experts:
+            split = axes_of(self.shared_down, "hidden")
+            y_TD = y_TD + once(self._shared(x_TD), tuple(axis for axis in axes if axis not in split))
+        return lax.psum(vary(y_TD, axes), axes).reshape(x_BSD.shape)
 
 
 def pooled_exchange(
     route: Route,
     x_TD: jax.Array,
     weight_TK: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    weights: tuple[Any, ...],
     queue: dispatch.Queue,
     round: jax.Array | int,
 ) -> jax.Array:
@@ -140,32 +166,36 @@ def pooled_exchange(
     slot_M = all_to_all(local_M, "expert")
     order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots // route.ranks)
     sorted_MD = dispatch.gather_rows(received_MD, order_M, inverse_M[:, None])
-    computed_MD = apply_experts(sorted_MD, sizes_P, gate_up, down, route.impl)
+    computed_MD = apply_experts(sorted_MD, sizes_P, weights, limit=route.limit, impl=route.impl)
     returned_MD = all_to_all(dispatch.gather_rows(computed_MD, inverse_M, order_M[:, None]), "expert")
     return dispatch.combine_rows(returned_MD, weight_TK, tables.source_M, tables.place_TK)
 
 
-def gather_exchange(
-    route: Route, x_TD: jax.Array, weight_TK: jax.Array, gate_up: jax.Array, down: jax.Array, slot_TK: jax.Array
-) -> jax.Array:
+def gather_exchange(route: Route, x_TD: jax.Array, weight_TK: jax.Array, weights: tuple[Any, ...], slot_TK: jax.Array) -> jax.Array:
     """All tokens of the axis visit every rank, which computes its own slots' part of the sum; [T, D]. Drops nothing."""
-    slots = route.slots // route.ranks
-    x_ND, weight_NK, slot_NK = (all_gather(a, "expert", 0) for a in (x_TD, weight_TK, slot_TK))
-    local_NK = slot_NK - lax.axis_index("expert") * slots
-    local_NK = jnp.where((local_NK >= 0) & (local_NK < slots), local_NK, slots)
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), slots)
-    inverse_NK = inverse_M.reshape(local_NK.shape)
-    rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
-    y_MD = apply_experts(rows_MD, sizes_P, gate_up, down, route.impl)
-    y_ND = dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
+    y_ND = own_share(route, *(all_gather(a, "expert", 0) for a in (x_TD, weight_TK)), weights, all_gather(slot_TK, "expert", 0))
     if route.ranks == 1:
         return y_ND
     start = lax.axis_index("expert") * x_TD.shape[0]
     return lax.dynamic_slice_in_dim(lax.psum(y_ND, "expert"), start, x_TD.shape[0])
 
 
+def own_share(
+    route: Route, x_ND: jax.Array, weight_NK: jax.Array, weights: tuple[Any, ...], slot_NK: jax.Array, first: jax.Array | int = 0
+) -> jax.Array:
+    """The part of each token's sum over its choices that this rank's slots compute; [N, D]. Slot 0 here has weights number `first`."""
+    slots = route.slots // route.ranks
+    local_NK = slot_NK - lax.axis_index("expert") * slots
+    local_NK = jnp.where((local_NK >= 0) & (local_NK < slots), local_NK, slots)
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), slots)
+    inverse_NK = inverse_M.reshape(local_NK.shape)
+    rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
+    y_MD = apply_experts(rows_MD, sizes_P, weights, limit=route.limit, impl=route.impl, first=first)
+    return dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def in_rounds(exchange, rounds: jax.Array, args: tuple[jax.Array, ...], queue: dispatch.Queue) -> jax.Array:
+def in_rounds(exchange, rounds: jax.Array, args: tuple[Any, ...], queue: dispatch.Queue) -> jax.Array:
     """The sum of `exchange(*args, queue, r)` over rounds r, of which there are at least one.
 
     The first round is saved for the backward pass like any other computation; later ones, rare when load is
@@ -174,7 +204,7 @@ def in_rounds(exchange, rounds: jax.Array, args: tuple[jax.Array, ...], queue: d
     return _in_rounds_fwd(exchange, rounds, args, queue)[0]
 
 
-def _in_rounds_fwd(exchange, rounds: jax.Array, args: tuple[jax.Array, ...], queue: dispatch.Queue):
+def _in_rounds_fwd(exchange, rounds: jax.Array, args: tuple[Any, ...], queue: dispatch.Queue):
     y_TD, pull = jax.vjp(lambda *a: exchange(*a, queue, 0), *args)
     step = lambda c: (c[0] + 1, c[1] + exchange(*args, queue, c[0]))  # noqa: E731
     _, y_TD = lax.while_loop(lambda c: c[0] < rounds, step, (jnp.int32(1), y_TD))

@@ -16,8 +16,9 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.annotations import Array, Bool, Float, Int, Key
+from moe_jax.ops.linear import project
 from moe_jax.schema import MoEConfig
-from moe_jax.sharding import gather, param
+from moe_jax.sharding import bias, gather, param
 from moe_jax.spmd import BATCH_AXES
 
 NEVER = -1e9  # score of a dropped-out expert: finite, so that it can still fill a place nobody else takes
@@ -47,6 +48,8 @@ class Router(nnx.Module):
     def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.weight = param(rngs, (width, config.num_experts), ("width", "experts"), width**-0.5)
+        if config.router_bias:
+            self.bias = bias((config.num_experts,), ("experts",))
 
     def __call__(
         self,
@@ -67,12 +70,30 @@ class Router(nnx.Module):
             if config.expert_dropout:
                 drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.expert_dropout, (config.num_experts,)))
                 dropped_BE = drop(keys_BN[:, 1])
-        logits_BSE = jnp.einsum("bsd,de->bse", x_BSD, gather(self.weight), preferred_element_type=jnp.float32) / config.temperature
-        score_BSE = jax.nn.softmax(logits_BSE) if config.score == "softmax" else jax.nn.sigmoid(logits_BSE)
+        logits_BSE, score_BSE = self._score(x_BSD)
         expert_BSK, weight_BSK = select(config, score_BSE, bias_E, dropped_BE)
-        expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, config.num_experts).astype(jnp.int32)
-        stats = measure(logits_BSE, score_BSE, expert_BSK, valid_BS)
-        return Routing(expert_BSK.reshape(-1, config.top_k), weight_BSK.reshape(-1, config.top_k)), stats
+        routing = _routing(config, expert_BSK, weight_BSK, valid_BS)
+        stats = measure(logits_BSE, score_BSE, routing.expert_TK.reshape(expert_BSK.shape), valid_BS)
+        return routing, stats
+
+    def choose(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"], bias_E: Float[Array, " E"]) -> Routing:
+        """Routes each token without noise or figures, as inference does."""
+        _, score_BSE = self._score(x_BSD.astype(jnp.float32))
+        return _routing(self.config, *select(self.config, score_BSE, bias_E, None), valid_BS)
+
+    def _score(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits and scores [B, S, E]."""
+        logits_BSE = project(x_BSD, gather(self.weight))
+        if self.config.router_bias:
+            logits_BSE = logits_BSE + gather(self.bias)
+        logits_BSE = logits_BSE / self.config.temperature
+        return logits_BSE, jax.nn.softmax(logits_BSE) if self.config.score == "softmax" else jax.nn.sigmoid(logits_BSE)
+
+
+def _routing(config: MoEConfig, expert_BSK: jax.Array, weight_BSK: jax.Array, valid_BS: jax.Array) -> Routing:
+    """One line a token; padding chooses expert E."""
+    expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, config.num_experts).astype(jnp.int32)
+    return Routing(expert_BSK.reshape(-1, config.top_k), weight_BSK.reshape(-1, config.top_k))
 
 
 def select(config: MoEConfig, score_BSE: jax.Array, bias_E: jax.Array, dropped_BE: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -14,9 +14,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moe_jax.annotations import Array, Float, Int
-from moe_jax.spmd import vary_alike
+from moe_jax.spmd import vary, vary_alike, vma
 
 Impl = Literal["auto", "reference", "blockwise", "cudnn"]
 
@@ -28,29 +29,36 @@ MAX_BLOCKS = 8  # blocks are unrolled: more would make compile time grow with th
 def attention(
     q_BSHQ: Float[Array, "B S H Q"],
     k_BSGQ: Float[Array, "B S G Q"],
-    v_BSGQ: Float[Array, "B S G Q"],
+    v_BSGU: Float[Array, "B S G U"],
     segments_BS: Int[Array, "B S"],
     *,
     window: int | None = None,
+    scale: float | None = None,
+    sinks_H: Float[Array, " H"] | None = None,
     impl: Impl = "auto",
-) -> Float[Array, "B S H Q"]:
+) -> Float[Array, "B S H U"]:
     """Softmax attention of each query over earlier keys (itself included) of the same segment.
 
-    H is a multiple of G: query head h reads key head h // (H/G). Scores are scaled by Q**-0.5 and kept in
-    f32. `window` limits how many tokens back a query sees, itself included. The result has q's dtype.
-    Raises ValueError for an unknown `impl`.
+    H is a multiple of G: query head h reads key head h // (H/G). Scores are multiplied by `scale`, by default Q**-0.5,
+    and kept in f32. `window` limits how many tokens back a query sees, itself included. `sinks_H` are scores of one more
+    key a head, whose value is zero (gpt-oss, 2025). The result has q's dtype. Raises ValueError for an unknown `impl`.
     """
+    scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         half = q_BSHQ.dtype in (jnp.bfloat16, jnp.float16)
-        impl = "cudnn" if half and jax.default_backend() == "gpu" else "blockwise"
-    q_BSHQ, k_BSGQ, v_BSGQ, segments_BS = vary_alike(q_BSHQ, k_BSGQ, v_BSGQ, segments_BS)
+        fused = half and jax.default_backend() == "gpu" and sinks_H is None and v_BSGU.shape[-1] == q_BSHQ.shape[-1]
+        impl = "cudnn" if fused else "blockwise"
+    if sinks_H is None and impl == "blockwise":  # a sink that takes nothing; it varies like the queries, below
+        sinks_H = jnp.full(q_BSHQ.shape[2], MASKED, jnp.float32)
+    q_BSHQ, k_BSGQ, v_BSGU, segments_BS = vary_alike(q_BSHQ, k_BSGQ, v_BSGU, segments_BS)
     if impl == "blockwise":
-        return _blockwise(q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, window)
+        assert sinks_H is not None
+        return _blockwise(q_BSHQ, k_BSGQ, v_BSGU, vary(sinks_H.astype(jnp.float32), vma(q_BSHQ)), segments_BS, window, scale)
     mask_BSS = visible(segments_BS, 0, segments_BS.shape[1], 0, segments_BS.shape[1], window)
     if impl == "cudnn":
-        return jax.nn.dot_product_attention(q_BSHQ, k_BSGQ, v_BSGQ, mask=mask_BSS[:, None], implementation="cudnn")
+        return jax.nn.dot_product_attention(q_BSHQ, k_BSGQ, v_BSGU, mask=mask_BSS[:, None], scale=scale, implementation="cudnn")
     if impl == "reference":
-        return _reference(q_BSHQ, k_BSGQ, v_BSGQ, mask_BSS)
+        return _reference(q_BSHQ, k_BSGQ, v_BSGU, mask_BSS, scale, sinks_H)
     raise ValueError(f"impl={impl!r} is not a back end of attention: use auto, reference, blockwise or cudnn")
 
 
@@ -62,12 +70,44 @@ def visible(segments_BS: jax.Array, q_start: int, q_stop: int, k_start: int, k_s
     return same & jnp.asarray(near)
 
 
-def _reference(q_BSHQ: jax.Array, k_BSGQ: jax.Array, v_BSGQ: jax.Array, mask_BSS: jax.Array) -> jax.Array:
-    repeats = q_BSHQ.shape[2] // k_BSGQ.shape[2]
-    k_BSHQ, v_BSHQ = (jnp.repeat(x, repeats, axis=2) for x in (k_BSGQ, v_BSGQ))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q_BSHQ, k_BSHQ, preferred_element_type=jnp.float32) * q_BSHQ.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask_BSS[:, None], scores, MASKED), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v_BSHQ.dtype), v_BSHQ, preferred_element_type=jnp.float32).astype(q_BSHQ.dtype)
+def cached_attention(
+    q_BSHQ: Float[Array, "B S H Q"],
+    k_BMGQ: Float[Array, "B M G Q"],
+    v_BMGU: Float[Array, "B M G U"],
+    position_BS: Int[Array, "B S"],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    sinks_H: Float[Array, " H"] | None = None,
+) -> Float[Array, "B S H U"]:
+    """`attention` over a cache whose place m holds the key of position m, for queries at any positions.
+
+    A query sees the places up to its own position, so what lies beyond may be anything finite. All M places are read.
+    """
+    scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
+    back_BSM = position_BS[:, :, None] - jnp.arange(k_BMGQ.shape[1])
+    mask_BSM = (back_BSM >= 0) if window is None else (back_BSM >= 0) & (back_BSM < window)
+    return _reference(*vary_alike(q_BSHQ, k_BMGQ, v_BMGU, mask_BSM), scale, sinks_H)
+
+
+def _reference(
+    q_BSHQ: jax.Array, k_BMGQ: jax.Array, v_BMGU: jax.Array, mask_BSM: jax.Array, scale: float, sinks_H: jax.Array | None
+) -> jax.Array:
+    """All scores at once; the mask says which of M keys each query sees."""
+    q, groups = _split_heads(q_BSHQ, k_BMGQ.shape[2]), k_BMGQ.shape[2]
+    scores = jnp.einsum("bsghd,bmgd->bghsm", q, k_BMGQ, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask_BSM[:, None, None], scores, MASKED)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks_H is not None:
+        sinks = sinks_H.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        top = jnp.maximum(top, sinks)
+    weights = jnp.exp(scores - lax.stop_gradient(top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks_H is not None:
+        total = total + jnp.exp(sinks - lax.stop_gradient(top))
+    weights = (weights / total).astype(v_BMGU.dtype)
+    out = jnp.einsum("bghsm,bmgd->bsghd", weights, v_BMGU, preferred_element_type=jnp.float32)
+    return out.reshape(*q_BSHQ.shape[:3], -1).astype(q_BSHQ.dtype)
 
 
 def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
@@ -77,15 +117,15 @@ def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
     return [(start, min(start + block, length), 0 if window is None else max(0, start - window + 1)) for start in starts]
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
     """Masked scaled scores [B, G, H/G, q, k] in f32 of queries [B, q, G, H/G, Q] and keys [B, k, G, Q]."""
-    scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) * scale
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q_BSHQ: jax.Array, k_BSGQ: jax.Array, v_BSGQ: jax.Array, segments_BS: jax.Array, window: int | None) -> jax.Array:
-    return _blockwise_fwd(q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, window)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blockwise(q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, window: int | None, scale: float) -> jax.Array:
+    return _blockwise_fwd(q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, window, scale)[0]
 
 
 def _split_heads(x_BSHQ: jax.Array, groups: int) -> jax.Array:
@@ -93,41 +133,43 @@ def _split_heads(x_BSHQ: jax.Array, groups: int) -> jax.Array:
     return x_BSHQ.reshape(batch, length, groups, heads // groups, width)
 
 
-def _blockwise_fwd(q_BSHQ: jax.Array, k_BSGQ: jax.Array, v_BSGQ: jax.Array, segments_BS: jax.Array, window: int | None):
-    q = _split_heads(q_BSHQ, k_BSGQ.shape[2])
+def _blockwise_fwd(q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, window: int | None, scale: float):
+    q, sinks = _split_heads(q_BSHQ, k_BSGQ.shape[2]), sinks_H.reshape(k_BSGQ.shape[2], -1, 1, 1)
     outs, sums = [], []
     for start, stop, first in _blocks(q.shape[1], window):
-        scores = _scores(q[:, start:stop], k_BSGQ[:, first:stop], visible(segments_BS, start, stop, first, stop, window))
-        top = jnp.max(scores, axis=-1, keepdims=True)
+        scores = _scores(q[:, start:stop], k_BSGQ[:, first:stop], visible(segments_BS, start, stop, first, stop, window), scale)
+        top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
         weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bghqk,bkgd->bghqd", weights.astype(v_BSGQ.dtype), v_BSGQ[:, first:stop], preferred_element_type=jnp.float32)
+        total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - top)
+        out = jnp.einsum("bghqk,bkgd->bghqd", weights.astype(v_BSGU.dtype), v_BSGU[:, first:stop], preferred_element_type=jnp.float32)
         outs.append(jnp.moveaxis(out / total, 3, 1).astype(q_BSHQ.dtype))
         sums.append((top + jnp.log(total))[..., 0])
-    out_BSHQ = jnp.concatenate(outs, axis=1).reshape(q_BSHQ.shape)
-    return out_BSHQ, (q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, out_BSHQ, jnp.concatenate(sums, axis=-1))
+    out_BSHU = jnp.concatenate(outs, axis=1).reshape(*q_BSHQ.shape[:3], -1)
+    return out_BSHU, (q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, out_BSHU, jnp.concatenate(sums, axis=-1))
 
 
-def _blockwise_bwd(window: int | None, saved, dout_BSHQ: jax.Array):
-    q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, out_BSHQ, logsum_BGHS = saved
+def _blockwise_bwd(window: int | None, scale: float, saved, dout_BSHU: jax.Array):
+    q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, out_BSHU, logsum_BGHS = saved
     groups = k_BSGQ.shape[2]
-    q, dout = _split_heads(q_BSHQ, groups), _split_heads(dout_BSHQ, groups)
+    q, dout = _split_heads(q_BSHQ, groups), _split_heads(dout_BSHU, groups)
     # sum_k p * dp, the term that the softmax's normalisation subtracts, is out . dout for each query.
-    inner = jnp.einsum("bqghd,bqghd->bghq", _split_heads(out_BSHQ, groups), dout, preferred_element_type=jnp.float32)
-    dk, dv = jnp.zeros_like(k_BSGQ, jnp.float32), jnp.zeros_like(v_BSGQ, jnp.float32)
+    inner = jnp.einsum("bqghd,bqghd->bghq", _split_heads(out_BSHU, groups), dout, preferred_element_type=jnp.float32)
+    dk, dv = jnp.zeros_like(k_BSGQ, jnp.float32), jnp.zeros_like(v_BSGU, jnp.float32)
     dqs = []
     for start, stop, first in _blocks(q.shape[1], window):
-        keys, values, queries, douts = k_BSGQ[:, first:stop], v_BSGQ[:, first:stop], q[:, start:stop], dout[:, start:stop]
-        scores = _scores(queries, keys, visible(segments_BS, start, stop, first, stop, window))
+        keys, values, queries, douts = k_BSGQ[:, first:stop], v_BSGU[:, first:stop], q[:, start:stop], dout[:, start:stop]
+        scores = _scores(queries, keys, visible(segments_BS, start, stop, first, stop, window), scale)
         weights = jnp.exp(scores - logsum_BGHS[..., start:stop, None])
         dweights = jnp.einsum("bqghd,bkgd->bghqk", douts, values, preferred_element_type=jnp.float32)
-        dscores = weights * (dweights - inner[..., start:stop, None]) * q.shape[-1] ** -0.5
+        dscores = weights * (dweights - inner[..., start:stop, None]) * scale
         dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
         dqs.append(jnp.einsum("bghqk,bkgd->bqghd", dscores, keys, preferred_element_type=jnp.float32).astype(q.dtype))
         dk = dk.at[:, first:stop].add(jnp.einsum("bghqk,bqghd->bkgd", dscores, queries, preferred_element_type=jnp.float32))
         dv = dv.at[:, first:stop].add(jnp.einsum("bghqk,bqghd->bkgd", weights, douts, preferred_element_type=jnp.float32))
     dq_BSHQ = jnp.concatenate(dqs, axis=1).reshape(q_BSHQ.shape)
-    return dq_BSHQ, dk.astype(k_BSGQ.dtype), dv.astype(v_BSGQ.dtype), None
+    # A sink's value is zero, so only the normalisation's term is left of its gradient.
+    dsinks_H = -jnp.sum(jnp.exp(sinks_H.reshape(groups, -1, 1) - logsum_BGHS) * inner, axis=(0, 3)).reshape(-1)
+    return dq_BSHQ, dk.astype(k_BSGQ.dtype), dv.astype(v_BSGU.dtype), dsinks_H, None
 
 
 _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)

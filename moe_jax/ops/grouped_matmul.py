@@ -2,48 +2,59 @@
 
 Back ends: `reference` multiplies every row by every matrix and selects (for tests); `ragged` is
 `lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled` walks
-each group in tiles of rows with plain matmuls, fast on CPU. `auto` takes `ragged` on GPU and TPU and `tiled`
-elsewhere. Measurements behind the tile sizes are in docs/benchmarks.md.
+each group in tiles of rows with plain matmuls, fast on CPU; `rows` takes one row after another, for the few rows of
+decoding, where reading weights is all the time. `auto` takes `rows` for a `Matrix` and few rows, else `ragged` on GPU and
+TPU and `tiled` elsewhere. Measurements behind the tile sizes are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.annotations import Array, Float, Int
+from moe_jax.ops.linear import Matrix, dequantize, join
 from moe_jax.spmd import vary, vary_alike, vma
 
-Impl = Literal["auto", "reference", "ragged", "tiled"]
+Impl = Literal["auto", "reference", "ragged", "tiled", "rows"]
 
 # Rows a tile: small tiles waste less on the last tile of a group; the weight gradient re-reads its [D, F]
 # accumulator for each tile, so its tiles are larger.
 TILE = 48
 TILE_GRAD = 128
+FEW_ROWS = 64  # up to which a `Matrix` is read once a row
 
 
 def grouped_matmul(
     x_ND: Float[Array, "N D"],
-    w_GDF: Float[Array, "G _ _"],
-    sizes_G: Int[Array, " G"],
+    w_GDF: Float[Array, "G _ _"] | Matrix,
+    sizes_G: Int[Array, " G2"],
     *,
     transposed: bool = False,
+    first: jax.Array | int = 0,
     impl: Impl = "auto",
 ) -> Float[Array, "N F"]:
     """Multiplies consecutive runs of rows by their group's matrix.
 
     Rows of group g are the `sizes_G[g]` rows after those of the groups before it; rows beyond the last
-    group give zeros. Groups of no rows get zero gradient. With `transposed` the matrices are given as
-    [G, F, D]. Products accumulate in f32; the result has the dtype of `x_ND`. Raises ValueError for an
-    unknown `impl`.
+    group give zeros. Groups of no rows get zero gradient. Group g's matrix is number first + g of `w_GDF`. With `transposed`
+    the matrices are given as [G, F, D]; a `Matrix` [G, *outputs, D], for inference only, always is. Products accumulate in
+    f32; the result has the dtype of `x_ND`. Raises ValueError for an unknown `impl`.
     """
+    accelerated = jax.default_backend() in ("gpu", "tpu")
+    if isinstance(w_GDF, Matrix):
+        few = impl == "rows" or (impl == "auto" and x_ND.shape[0] <= FEW_ROWS)
+        return _matrix_rows(x_ND, w_GDF, sizes_G, first) if few else _matrix_tiles(x_ND, w_GDF, sizes_G, first)
     if impl == "auto":
-        impl = "ragged" if jax.default_backend() in ("gpu", "tpu") else "tiled"
+        impl = "ragged" if accelerated else "tiled"
     x_ND, w_GDF, sizes_G = vary_alike(x_ND, w_GDF.astype(x_ND.dtype), sizes_G)
+    if w_GDF.shape[0] != sizes_G.shape[0]:
+        w_GDF = lax.dynamic_slice_in_dim(w_GDF, first, sizes_G.shape[0])
     if impl == "tiled":
         return _tiled(x_ND, w_GDF, sizes_G, transposed)
     w_GDF = jnp.swapaxes(w_GDF, 1, 2) if transposed else w_GDF
@@ -51,7 +62,53 @@ def grouped_matmul(
         return _reference(x_ND, w_GDF, sizes_G)
     if impl == "ragged":
         return _mask_tail(_ragged(x_ND, w_GDF, sizes_G), sizes_G)
-    raise ValueError(f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled")
+    raise ValueError(f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled (rows needs a Matrix)")
+
+
+def _one(w: Matrix, index: jax.Array) -> Matrix:
+    """The matrix of one group; the index reaches the product's read, so that nothing is copied."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), w)
+
+
+def _varying(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array) -> tuple[Any, ...]:
+    """All typed as varying over the same mesh axes, and a zero array for the results."""
+    axes = frozenset().union(*(vma(a) for a in jax.tree.leaves((x_ND, w, sizes_G))))
+    x_ND, w, sizes_G = vary((x_ND, w, sizes_G), axes)
+    outputs = math.prod(w.values.shape[1 : w.values.ndim - w.inputs])
+    return x_ND, w, sizes_G, lambda rows: vary(jnp.zeros((rows, outputs), x_ND.dtype), axes)
+
+
+def _matrix_rows(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Array | int) -> jax.Array:
+    """One row after another. Rows of one group follow each other, so its weights come from the cache after the first."""
+    x_ND, w, sizes_G, zeros = _varying(x_ND, w, sizes_G)
+    ends_G = jnp.cumsum(sizes_G)
+
+    def row(i: jax.Array, y: jax.Array) -> jax.Array:
+        group = jnp.sum(ends_G <= i) + first
+        x = lax.dynamic_slice_in_dim(x_ND, i, 1)
+        return lax.dynamic_update_slice_in_dim(y, join(x, _one(w, group)).reshape(1, -1), i, 0)
+
+    return lax.fori_loop(0, ends_G[-1], row, zeros(x_ND.shape[0]))
+
+
+def _matrix_tiles(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Array | int) -> jax.Array:
+    """The tiled walk of `_rows_times_matrix`, dequantising one group's matrix at a time."""
+    x_ND, w, sizes_G, zeros = _varying(x_ND, w, sizes_G)
+    starts_G = jnp.cumsum(sizes_G) - sizes_G
+    padded = _pad_rows(x_ND, TILE)
+
+    def group(g: jax.Array, y: jax.Array) -> jax.Array:
+        weights = Matrix(dequantize(_one(w, g + first), x_ND.dtype), inputs=w.inputs)
+
+        def tile(i: jax.Array, y: jax.Array) -> jax.Array:
+            row = starts_G[g] + i * TILE
+            product = join(lax.dynamic_slice_in_dim(padded, row, TILE), weights)
+            return lax.dynamic_update_slice_in_dim(y, product.reshape(TILE, -1), row, 0)
+
+        return lax.fori_loop(0, (sizes_G[g] + TILE - 1) // TILE, tile, y)
+
+    y = lax.fori_loop(0, sizes_G.shape[0], group, zeros(padded.shape[0]))
+    return _mask_tail(y[: x_ND.shape[0]], sizes_G)
 
 
 def _mask_tail(y_NF: jax.Array, sizes_G: jax.Array) -> jax.Array:
