@@ -1,0 +1,64 @@
+"""gpt-oss: biases throughout, attention sinks, alternating windows, clamped SwiGLU, experts in MXFP4."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_jax.hf.families.family import Family
+from moe_jax.hf.keys import Keys
+from moe_jax.hf.mapping import listed_windows, read_rope, skeleton, with_aux_loss
+from moe_jax.hf.names import ATTENTION, Names, Stored
+from moe_jax.schema import ModelConfig, MoEConfig, RopeConfig
+
+# Without any description of the rotation, the config means this one.
+ROPE = RopeConfig(scaling="yarn", factor=32.0, original_length=4096, truncate=False)
+
+
+def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
+    """Every other layer, the first included, has the window unless `layer_types` says otherwise."""
+    described = keys.values.get("rope_scaling") or keys.values.get("rope_parameters")
+    theta = keys.get("rope_theta", float, 150_000.0)
+    rope = read_rope(keys, theta) if described else dataclasses.replace(ROPE, theta=theta)
+    base = skeleton(keys, eps=1e-5, kv_heads=8, rope=rope, quantised=True)
+    keys.only("swiglu_alpha", 1.702)
+    top_k = keys.get("num_experts_per_tok", int)
+    keys.only("experts_per_token", top_k)
+    keys.harmless("initial_context_length")
+    if keys.section("quantization_config").values:
+        keys.section("quantization_config").only("quant_method", "mxfp4")
+        keys.section("quantization_config").harmless("modules_to_not_convert")
+    bias = keys.get("attention_bias", bool, True)
+    window = listed_windows(keys, keys.optional("sliding_window", int, 128), range(1, base.layers, 2), base.layers)
+    settings = base.settings | dict(head_dim=keys.optional("head_dim", int, 64), qkv_bias=bias, out_bias=bias, sinks=True)
+    model = ModelConfig(**settings, **window)
+    moe = MoEConfig(
+        num_experts=keys.get("num_local_experts", int),
+        top_k=top_k,
+        hidden=model.hidden,
+        router_bias=True,
+        expert_bias=True,
+        swiglu_limit=keys.get("swiglu_limit", float, 7.0),
+        dropless=True,
+        z_loss=0.0,
+    )
+    return model, with_aux_loss(model, moe, keys.get("router_aux_loss_coef", float, 0.001))
+
+
+def names(config: dict[str, Any]) -> Names:
+    """All experts of a layer are one tensor, gate and up alternating; inputs first, but for MXFP4."""
+    mxfp4 = bool(config.get("quantization_config"))
+    gate_up, down = ("P (I C) D", "P D I") if mxfp4 else ("P D (I C)", "P I D")
+    experts: Names = {
+        "attention/sinks": "self_attn.sinks",
+        "mlp/router/weight": "mlp.router.weight",
+        "mlp/router/bias": "mlp.router.bias",
+        "mlp/experts/gate_up": Stored("mlp.experts.gate_up_proj", gate_up, mxfp4=mxfp4),
+        "mlp/experts/down": Stored("mlp.experts.down_proj", down, mxfp4=mxfp4),
+        "mlp/experts/gate_up_bias": Stored("mlp.experts.gate_up_proj_bias", "P (I C)"),
+        "mlp/experts/down_bias": Stored("mlp.experts.down_proj_bias", "P D"),
+    }
+    return ATTENTION | experts
+
+
+FAMILY = Family("gpt_oss", "GptOssForCausalLM", read, names)

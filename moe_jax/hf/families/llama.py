@@ -1,0 +1,19 @@
+"""Llama, TinyLlama and what else follows Llama 2 and 3: dense, grouped-query attention."""
+
+from __future__ import annotations
+
+from moe_jax.hf.families.family import Family
+from moe_jax.hf.keys import Keys
+from moe_jax.hf.mapping import dense, skeleton
+from moe_jax.hf.names import ATTENTION, FEED_FORWARD
+from moe_jax.schema import ModelConfig, MoEConfig
+
+
+def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
+    """Both kinds of bias are optional."""
+    base = skeleton(keys)
+    bias = keys.get("attention_bias", bool, False)
+    return ModelConfig(**base.settings, qkv_bias=bias, out_bias=bias, mlp_bias=keys.get("mlp_bias", bool, False)), dense(base.layers)
+
+
+FAMILY = Family("llama", "LlamaForCausalLM", read, lambda config: ATTENTION | FEED_FORWARD)
