@@ -24,6 +24,9 @@ from moe_jax.sharding import axes_of, bias, gather, param
 from moe_jax.spmd import psum, vary, vma
 
 
+LATENT_EPS = 1e-6  # of latent attention's own norms, whatever the model's is: so in DeepSeek's code and in transformers
+
+
 class Batch(NamedTuple):
     """Packed sequences. `sequences` numbers them within the step's whole batch, so that noise does not depend on the mesh."""
 
@@ -157,10 +160,10 @@ class LatentAttention(nnx.Module):
             self.query = param(rngs, (width, heads, head), ("width", "heads", "head"), width**-0.5)
         else:
             self.query_down = param(rngs, (width, latent.q_rank), ("width", "latent"), width**-0.5)
-            self.query_norm = RMSNorm((latent.q_rank,), config.norm_eps, rngs=rngs)
+            self.query_norm = RMSNorm((latent.q_rank,), LATENT_EPS, rngs=rngs)
             self.query_up = param(rngs, (latent.q_rank, heads, head), ("width", "heads", "head"), latent.q_rank**-0.5)
         self.kv_down = param(rngs, (width, latent.kv_rank + latent.rope_width), ("width", "latent"), width**-0.5)
-        self.kv_norm = RMSNorm((latent.kv_rank,), config.norm_eps, rngs=rngs)
+        self.kv_norm = RMSNorm((latent.kv_rank,), LATENT_EPS, rngs=rngs)
         up = (latent.kv_rank, heads, config.head_width + latent.value_width)
         self.kv_up = param(rngs, up, ("width", "heads", "head"), latent.kv_rank**-0.5)
         self.out = param(rngs, (width, heads, latent.value_width), ("width", "heads", "head"), out_std)

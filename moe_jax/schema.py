@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from moe_jax.architecture import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_jax.architecture import LatentConfig as LatentConfig  # the tree's readers take all sections from here
+from moe_jax.architecture import ModelConfig as ModelConfig
+from moe_jax.architecture import MoEConfig as MoEConfig
+from moe_jax.architecture import RopeConfig as RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.settings import section, setting
-
-__all__ = ["LatentConfig", "MoEConfig", "ModelConfig", "RopeConfig"]  # for those who take the tree from here
 
 
 @section

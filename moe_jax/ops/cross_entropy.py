@@ -18,6 +18,7 @@ from moe_jax.annotations import Array, Float, Int
 from moe_jax.spmd import vary, vary_alike, vma
 
 Impl = Literal["chunked", "reference"]
+Axis = str | tuple[str, ...] | None
 
 CHUNK = 1024  # tokens; each chunk re-reads the [D, V] gradient once, so small chunks cost bandwidth
 
@@ -28,17 +29,17 @@ def linear_cross_entropy(
     target_T: Int[Array, " T"],
     weight_T: Float[Array, " T"],
     *,
-    axis: str | None = None,
+    axis: Axis = None,
     impl: Impl = "chunked",
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of the negative log-likelihood (nats, f32) of `target_T` under softmax(h @ w).
 
-    With `axis`, `w_DV` is this device's block of columns of a vocabulary sharded over that mesh axis, `target_T`
+    With `axis`, `w_DV` is this device's block of columns of a vocabulary sharded over that mesh axis (or axes), `target_T`
     still numbers the whole vocabulary, and the result is the same on all devices of the axis. `weight_T` gets
     no gradient. Raises ValueError for an unknown `impl`.
     """
     if axis is not None:
-        h_TD = vary(h_TD, (axis,))  # its transpose sums the blocks' gradients
+        h_TD = vary(h_TD, (axis,) if isinstance(axis, str) else axis)  # its transpose sums the blocks' gradients
     h_TD, w_DV, _ = vary_alike(h_TD, w_DV.astype(h_TD.dtype), target_T)
     if impl == "reference":
         return jnp.sum(weight_T * _loss_T(h_TD, w_DV, target_T, axis)[0])
@@ -52,7 +53,7 @@ def logits(h_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"]) -> Float[Array,
     return jnp.einsum("td,dv->tv", h_TD, w_DV.astype(h_TD.dtype), preferred_element_type=jnp.float32)
 
 
-def _loss_T(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, axis: str | None) -> tuple[jax.Array, ...]:
+def _loss_T(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, axis: Axis) -> tuple[jax.Array, ...]:
     """Loss of each token, and what its gradient needs: exp(logits - top), their sum, the local target index."""
     logits_TV = logits(h_TD, w_DV)
     top_T = lax.stop_gradient(jnp.max(logits_TV, axis=-1))
@@ -79,12 +80,12 @@ def _split(x_T: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: str | None) -> jax.Array:
+def _chunked(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis) -> jax.Array:
     losses = lax.map(lambda c: jnp.sum(c[2] * _loss_T(c[0], w_DV, c[1], axis)[0]), tuple(map(_split, (h_TD, target_T, weight_T))))
     return jnp.sum(losses)
 
 
-def _chunked_fwd(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: str | None):
+def _chunked_fwd(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis):
     def chunk(dw_DV: jax.Array | None, x: tuple[jax.Array, ...]):
         h, target, weight = x
         loss_T, exp_TV, sum_T, local_T = _loss_T(h, w_DV, target, axis)
@@ -103,7 +104,7 @@ def _chunked_fwd(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T
     return loss, (dh.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]], dw_DV.astype(w_DV.dtype))
 
 
-def _chunked_bwd(axis: str | None, saved: tuple[jax.Array, jax.Array], dloss: jax.Array):
+def _chunked_bwd(axis: Axis, saved: tuple[jax.Array, jax.Array], dloss: jax.Array):
     dh_TD, dw_DV = ((d.astype(jnp.float32) * dloss).astype(d.dtype) for d in saved)
     return dh_TD, dw_DV, None, None
 

@@ -39,8 +39,8 @@ class Matrix:
 def quantize(weights: jax.Array, kind: Kind, inputs: int = 1, group: int = 64) -> Matrix:
     """A `Matrix` from float weights [..., outputs, inputs] with `inputs` input dims.
 
-    int8 rounds to 127 steps of each output's largest weight, int4 to 7 steps of each group's. The error of a weight is at
-    most half a step. Raises ValueError where `group` does not divide the last input dim.
+    int8 rounds to 127 steps of each output's largest weight (scale f32), int4 to 7 steps of each group's (scale bf16). The
+    error of a weight is about half a step at most. Raises ValueError where `group` does not divide the last input dim.
     """
     if kind == "float":
         return Matrix(weights, inputs=inputs)
@@ -54,8 +54,9 @@ def quantize(weights: jax.Array, kind: Kind, inputs: int = 1, group: int = 64) -
     if width % group or group % 2:
         raise ValueError(f"groups of {group} do not divide the last dim of {weights.shape}")
     grouped = weights.reshape(*weights.shape[:-1], width // group, group)
-    scale = jnp.max(jnp.abs(grouped), axis=-1) / 7
-    steps = (jnp.round(grouped / _safe(scale)[..., None]) + 8).astype(jnp.uint8).reshape(weights.shape)
+    scale = (jnp.max(jnp.abs(grouped), axis=-1) / 7).astype(jnp.bfloat16)
+    steps = jnp.clip(jnp.round(grouped / _safe(scale.astype(jnp.float32))[..., None]), -8, 7) + 8
+    steps = steps.astype(jnp.uint8).reshape(weights.shape)
     return Matrix(steps[..., 0::2] | (steps[..., 1::2] << 4), scale, "int4", inputs)
 
 

@@ -1,0 +1,97 @@
+"""How a model's parameters are held for inference: which become a `Matrix`, in which order of dims, quantised how.
+
+A `Leaf` is the plan of one parameter; `Engine.leaves` has one for each path such as "stacks/0/blocks/0/attention/query".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.errors import UserError
+from moe_jax.ops.linear import Kind, Matrix, quantize
+
+PLAIN = ("embedding", "head", "kv_up")  # looked up by column, or cut across their outputs: no `Matrix`
+FLOAT = ("shared_gate", "weight")  # one output, and the router: not worth the error of quantising
+BACKWARD = ("out", "down", "shared_down")  # their outputs are the model's width
+
+
+class Leaf(NamedTuple):
+    """The plan of one parameter."""
+
+    path: str
+    shape: tuple[int, ...]  # in the training order, stacked dims first
+    spec: P  # of these dims
+    order: tuple[int, ...] | None  # of the dims of the `Matrix`; None for a plain array
+    inputs: int
+    kind: Kind
+    group: int
+    dtype: Any
+
+    @property
+    def ordered(self) -> tuple[int, ...]:
+        """The shape of the weights of the `Matrix`, unpacked."""
+        return self.shape if self.order is None else tuple(self.shape[dim] for dim in self.order)
+
+    def abstract(self) -> Any:
+        """Shapes and dtypes of what is held."""
+        if self.order is None:
+            return jax.ShapeDtypeStruct(self.shape, self.dtype)
+        shape = self.ordered
+        if self.kind == "float":
+            return Matrix(jax.ShapeDtypeStruct(shape, self.dtype), inputs=self.inputs)
+        if self.kind == "int8":
+            scale = jax.ShapeDtypeStruct(shape[: -self.inputs], jnp.float32)
+            return Matrix(jax.ShapeDtypeStruct(shape, jnp.int8), scale, "int8", self.inputs)
+        scale = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // self.group), jnp.bfloat16)
+        return Matrix(jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 2), jnp.uint8), scale, "int4", self.inputs)
+
+    def held_spec(self) -> Any:
+        """PartitionSpecs of what is held."""
+        if self.order is None:
+            return self.spec
+        entries = tuple(self.spec[dim] if dim < len(self.spec) else None for dim in self.order)
+        if self.kind == "float":
+            return Matrix(P(*entries), inputs=self.inputs)
+        return Matrix(P(*entries), P(*(entries[: -self.inputs] if self.kind == "int8" else entries)), self.kind, self.inputs)
+
+    def pack(self, weights: jax.Array) -> Any:
+        """What is held, from weights in the order of the `Matrix` (or plain ones)."""
+        if self.order is None:
+            return weights.astype(self.dtype)
+        if self.kind == "float":
+            return Matrix(weights.astype(self.dtype), inputs=self.inputs)
+        return quantize(weights, self.kind, self.inputs, self.group)
+
+
+def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dtype: Any, kind: Kind, group: int, parts: int) -> Leaf:
+    """The plan of a parameter with logical dims `names` after its stacked ones; its last input dim is cut into `parts`.
+
+    Raises UserError where int4's groups do not divide it.
+    """
+    name, lead = path.rsplit("/", 1)[-1], len(shape) - len(names)
+    widths = [dim for dim, axis in enumerate(names) if axis in ("width", "slot_width")]
+    if name in PLAIN or not widths or len(names) < 2:
+        # Router biases and sinks meet f32 scores; norms compute in f32.
+        return Leaf(path, shape, spec, None, 0, "float", 0, jnp.float32 if name in ("scale", "sinks") or "router" in path else dtype)
+    if name in BACKWARD:
+        order, inputs = tuple(range(len(shape))), len(names) - 1 - widths[0]
+    else:
+        width = lead + widths[0]
+        order, inputs = (*(dim for dim in range(len(shape)) if dim != width), width), 1
+    last = shape[order[-1]]
+    wanted: Kind = "float" if name in FLOAT else kind
+    if wanted == "int4" and (last // parts) % group:
+        of = f"{last}, of which each device has {last // parts}" if parts > 1 else str(last)
+        raise UserError(f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs ({of}): use --quantize int8.")
+    leaf_dtype = jnp.float32 if "router" in path else dtype
+    return Leaf(path, shape, spec, order, inputs, wanted, group, leaf_dtype)
+
+
+def bytes_of(leaf: Leaf, parts: int = 1) -> int:
+    """Bytes of what is held, of which a device holds one of `parts`."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf.abstract())) // parts
