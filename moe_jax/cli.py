@@ -1,4 +1,4 @@
-"""The `moe-jax` command: train, generate, report and doctor.
+"""The `moe-jax` command: train, report and doctor, and the commands of `cli_models.py` that run a model.
 
 Thin on purpose: each command reads its arguments and calls one function of the package, imported only
 then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found something
@@ -7,18 +7,18 @@ wrong; 2 a mistake that one sentence on stderr explains; 130 and 143 interrupted
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from moe_jax import __version__
+from moe_jax.cli_models import COMMANDS, Fallback, require_run
+from moe_jax.console import explained_disk_errors
 from moe_jax.errors import UserError
 from moe_jax.huge_pages import restart_with_huge_pages
 
@@ -33,7 +33,6 @@ app = typer.Typer(
 )
 
 RunDir = Annotated[Path, typer.Argument(show_default=False, help="Directory of a run.")]
-Fallback = Annotated[bool, typer.Option("--fallback", help="Use the newest good checkpoint where the wanted one is corrupt.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -63,20 +62,6 @@ def _terminated(signum: int, frame: Any) -> NoReturn:
     """SIGTERM outside training, which handles it itself and saves."""
     print("moe-jax: terminated.", file=sys.stderr)
     raise SystemExit(128 + signum)
-
-
-@contextlib.contextmanager
-def explained_disk_errors(place: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a sentence naming the file, or `place` where the error names none."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or place
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{where}: no space is left on its disk; free some, then continue (train: with --resume).") from error
-        if error.filename is None:
-            raise
-        raise UserError(f"{where}: {error.strerror or error}; check the path and its permissions.") from error
 
 
 def _version(wanted: bool) -> None:
@@ -127,59 +112,14 @@ def _default_run_dir(name: str) -> Path:
     return Path("runs") / name
 
 
-@app.command(epilog='\b\nExample:\n  moe-jax generate runs/first --prompt "def main(" --max-tokens 200')
-def generate(
-    run_dir: RunDir,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", show_default=False, help="Text to continue; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="Logits are divided by it; 0 is --greedy.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Choose among the K likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, metavar="P", help="Choose among the likeliest of sum P.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
-    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Checkpoint step; the newest if not given.")] = None,
-    fallback: Fallback = False,
-) -> None:
-    """Continue a text with a trained model, on stdout."""
-    _require_run(run_dir)
-    text = _prompt_from_stdin() if prompt == "-" else prompt
-    from moe_jax.generate import generate_run
-
-    with explained_disk_errors(Path("standard output")):
-        pieces = generate_run(
-            run_dir,
-            text,
-            max_tokens=max_tokens,
-            temperature=0.0 if greedy else temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            step=step,
-            fallback=fallback,
-        )
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    if sys.stdout.isatty():
-        sys.stdout.write("\n")
-
-
-def _prompt_from_stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8.") from error
-
-
-def _require_run(run_dir: Path) -> None:
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a `moe-jax train`.")
+for _name, _command, _example in COMMANDS:
+    app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax report runs/first")
 def report(run_dir: RunDir) -> None:
     """Draw a run's report and plots anew."""
-    _require_run(run_dir)
+    require_run(run_dir)
     from moe_jax.report import write_report
 
     with explained_disk_errors(run_dir):

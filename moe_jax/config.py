@@ -90,6 +90,11 @@ def config_from_text(text: str, source: str = "the configuration") -> Config:
     return _build(Config, _checked(Config, _parse(text, source), source))
 
 
+def section_from_dict(section: Any, values: Mapping[str, Any], prefix: str = "", source: str = "the configuration") -> Any:
+    """One section, such as `ModelConfig`, from its keys and values; `prefix` is where it stands in the tree."""
+    return _build(section, _checked(section, values, source, prefix))
+
+
 def dump_config(config: Config) -> str:
     """The whole tree as YAML, defaults included, which `config_from_text` reads back to an equal one."""
     return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)

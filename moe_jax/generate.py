@@ -1,136 +1,150 @@
-"""Sampling text from a run's checkpoint, token by token.
+"""Text from a model, token by token, over the key-value cache of a `Session`.
 
-`Sampler` has the two calls that a key-value cache needs, `prefill` and `decode`; for now the "cache" is the text so far
-and every token reads it anew, padded to one of a few lengths so that little is compiled.
+loaded = open_model("path/to/folder")
+reader, sampler = Reader(Session(loaded)), Sampler(SamplingOptions(), loaded.tokenizer.num_ids)
+for piece in generate(loaded, reader, loaded.tokenizer.encode_prompt("def "), sampler, max_tokens=50):
+    print(piece, end="")
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import jax
 import numpy as np
 
-from moe_jax import relayout
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import config_from_text
 from moe_jax.errors import UserError
-from moe_jax.mesh import make_mesh
-from moe_jax.model import count_moe_layers
-from moe_jax.schema import MeshConfig
-from moe_jax.step import Program, TrainState
-from moe_jax.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.sampling import Sampler, SamplingOptions
+from moe_jax.speed import Stopwatch
+from moe_jax.streaming import TextStream
 
-SHORTEST = 64
+if TYPE_CHECKING:
+    from moe_jax.loading import LoadedModel, Session
+
 EMPTY_PROMPT = "--prompt is empty: give at least one character to continue."
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Next-token logits of one sequence; the model reads at most its last `context` tokens."""
+@dataclass
+class Figures:
+    """What a generation took, filled in as it goes on. Seconds are without compiling."""
 
-    program: Program
-    state: TrainState
-    context: int
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompt's tokens, those that the cache held already."""
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    """Tokens of the text, the one that ends it not among them."""
+    steps: int = 0
+    """Tokens that the model read one by one; the first token needs none, being part of reading the prompt."""
+    step_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    ended: Literal["end", "stop", "tokens", "context", "interrupted"] = "interrupted"
+    """By the model, at a stop string, at `max_tokens`, at the context's end, or by whoever stopped listening."""
 
-    def prefill(self, tokens: Sequence[int]) -> tuple[list[int], np.ndarray]:
-        """(cache, f32 logits [V]) after a non-empty prompt."""
-        return list(tokens), self._logits(tokens)
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens read a second; 0 if none was."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
 
-    def decode(self, cache: list[int], token: int) -> tuple[list[int], np.ndarray]:
-        """(cache, f32 logits [V]) after one more token."""
-        return [*cache, token], self._logits([*cache, token])
-
-    def _logits(self, tokens: Sequence[int]) -> np.ndarray:
-        recent = np.asarray(tokens[-self.context :], np.int32)
-        length = min(self.context, max(SHORTEST, 1 << (len(recent) - 1).bit_length()))
-        length = max(length, len(recent))
-        mesh = self.program.mesh.shape
-        rows = mesh["data"] * mesh["expert"]  # one real sequence, the rest padding that is routed nowhere
-        batch = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "targets", "positions", "segments")}
-        batch["tokens"][0, : len(recent)] = recent
-        batch["segments"][0, : len(recent)] = 1
-        batch["positions"][:] = np.arange(length)
-        batch["mask"] = np.zeros((rows, length), np.float32)
-        last = np.full(rows, len(recent) - 1, np.int32)
-        logits = self.program.next_logits(self.state.params, self.state.tables, self.program.shard(batch), last)
-        return np.asarray(logits[0])
+    @property
+    def rate(self) -> float:
+        """Tokens generated a second; 0 if there was no step."""
+        return self.steps / self.step_seconds if self.steps else 0.0
 
 
-def sample(logits_V: np.ndarray, *, temperature: float, top_k: int | None, top_p: float | None, rng: np.random.Generator) -> int:
-    """One token id: the likeliest at temperature 0, else drawn from the `top_k` likeliest, then from the likeliest of sum `top_p`."""
-    logits = logits_V.astype(np.float64)
-    if temperature == 0:
-        return int(np.argmax(logits))
-    order = np.argsort(-logits, kind="stable")[: top_k or len(logits)]
-    chance = np.exp((logits[order] - logits[order[0]]) / temperature)
-    chance /= chance.sum()
-    if top_p is not None:
-        before = np.cumsum(chance) - chance
-        chance = np.where((before < top_p) | (np.arange(len(chance)) == 0), chance, 0.0)
-        chance /= chance.sum()
-    return int(rng.choice(order, p=chance))
+class Reader:
+    """One row of a session and the tokens in it: a text that begins as the last one did is not read anew."""
+
+    def __init__(self, session: Session):
+        self.tokens: list[int] = []
+        self._session = session
+
+    def read(self, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
+        """(f32 logits [V] after all of `tokens`, how many of them the cache held); `tokens` are not empty."""
+        # One token is read in any case: only reading gives logits.
+        longest = min(len(self.tokens), len(tokens) - 1)
+        kept = next((i for i in range(longest) if self.tokens[i] != tokens[i]), longest)
+        if kept < len(self.tokens):
+            self._session.rewind(0, kept)
+            self.tokens = self.tokens[:kept]
+        logits_V = self._session.feed([list(tokens[kept:])])[0]
+        self.tokens = list(tokens)
+        return logits_V, kept
+
+    def append(self, token: int) -> np.ndarray:
+        """F32 logits [V] after one more token."""
+        logits_V = self._session.feed([[token]])[0]
+        self.tokens.append(token)
+        return logits_V
 
 
 def generate(
+    loaded: LoadedModel,
+    reader: Reader,
+    prompt: Sequence[int],
     sampler: Sampler,
-    tokenizer: Tokenizer,
-    prompt: str,
     *,
     max_tokens: int,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    stop: Sequence[str] = (),
+    figures: Figures | None = None,
+    slide: bool = False,
+    reply: bool = False,
 ) -> Iterator[str]:
-    """Pieces of text as they come, until the end of the document or `max_tokens`. Raises UserError for an empty prompt."""
-    ids = tokenizer.encode(prompt)
-    if not ids:
+    """Pieces of the text that follows `prompt`, one a token and sometimes empty, until the model or one of the limits ends it.
+
+    Args:
+      stop: Strings that end the text and are not part of it.
+      figures: Is filled in.
+      slide: Where the context is full, go on after reading its last half anew; of a longer prompt the end is read.
+      reply: The text stands alone, as a chat's reply does, and does not go on from the prompt's last word.
+
+    Raises:
+      UserError: the prompt is empty, or longer than the context (without `slide`), or a stop string is empty.
+    """
+    figures = Figures() if figures is None else figures
+    if not prompt:
         raise UserError(EMPTY_PROMPT)
-    rng = np.random.default_rng(seed)
-    cache, logits = sampler.prefill(ids)
-    written: list[int] = []
-    shown = ""
-    for _ in range(max_tokens):
-        # Ids beyond the tokenizer's pad the vocabulary and stand for no text.
-        token = sample(logits[: tokenizer.num_ids], temperature=temperature, top_k=top_k, top_p=top_p, rng=rng)
-        if token == tokenizer.eos_id:
+    if len(prompt) > loaded.context and not slide:
+        raise UserError(f"The prompt has {len(prompt)} tokens and the model's context {loaded.context}: shorten it.")
+    text = TextStream(loaded.tokenizer, stop, after=() if reply else prompt)
+    prompt = prompt[-loaded.context :]
+    with Stopwatch() as watch:
+        sampler.begin(prompt)
+        logits_V, figures.reused_tokens = reader.read(prompt)
+        token = sampler.draw(logits_V)
+    figures.prompt_tokens, figures.prompt_seconds, figures.compile_seconds = len(prompt), watch.seconds, watch.compiling
+    while token not in loaded.eos_ids:
+        figures.tokens += 1
+        yield text.push(token)
+        if ended := _limit(figures, text, max_tokens, full=len(reader.tokens) >= loaded.context and not slide):
+            figures.ended = ended
             break
-        written.append(token)
-        text = tokenizer.decode(written)
-        # A character may need several tokens: an unfinished one decodes to a replacement mark.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
-        if len(written) < max_tokens:
-            cache, logits = sampler.decode(cache, token)
-    yield tokenizer.decode(written)[len(shown) :]
+        with Stopwatch() as watch:
+            token = sampler.draw(_next_logits(reader, token, loaded.context))
+        figures.steps += 1
+        figures.step_seconds += watch.seconds
+        figures.compile_seconds += watch.compiling
+    else:
+        figures.ended = "end"
+    yield text.finish()
 
 
-def open_run(run_dir: Path, *, step: int | None = None, fallback: bool = False) -> tuple[Sampler, Tokenizer]:
-    """A run's model on one device, whatever mesh it was trained on, and its tokenizer."""
-    try:
-        text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a `moe-jax train`.") from None
-    config = config_from_text(text, str(run_dir / "config.yaml"))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
-    saved = relayout.saved_placement(checkpoints, step, fallback)
-    if saved is None:
-        wanted = "" if step is None else f" of step {step} or before"
-        raise UserError(f"{run_dir / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    moe = dataclasses.replace(config.moe, dropless=True)  # else a token could depend on the padding after it
-    layers = count_moe_layers(config.model, moe)
-    placement = relayout.choose_placement(saved, layers, moe.num_experts, 1, 0)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    program = Program(config.model, moe, config.optimizer, mesh, placement, vocab_size=vocab_size, steps=config.train.steps)
-    found = relayout.restore_model(checkpoints, program, saved, step=step, fallback=fallback)
-    return Sampler(program, found.state, config.train.seq_len), tokenizer
+def _limit(figures: Figures, text: TextStream, max_tokens: int, full: bool) -> Literal["stop", "tokens", "context"] | None:
+    """What ends the text after its newest token, if anything does."""
+    if text.stopped:
+        return "stop"
+    if figures.tokens >= max_tokens:
+        return "tokens"
+    return "context" if full else None
+
+
+def _next_logits(reader: Reader, token: int, context: int) -> np.ndarray:
+    """F32 logits [V] after one more token, from the last half of the context where it is full."""
+    if len(reader.tokens) < context:
+        return reader.append(token)
+    return reader.read([*reader.tokens, token][-max(1, context // 2) :])[0]
 
 
 def generate_run(
@@ -145,8 +159,16 @@ def generate_run(
     step: int | None,
     fallback: bool,
 ) -> Iterator[str]:
-    """`generate` from a run directory's newest checkpoint, or that of `step`."""
+    """Text of a run's model, of its newest checkpoint or that of `step`, on one device wherever it was trained.
+
+    A run's context is its `train.seq_len`, which is no limit of the text: where it is full, its last half is read anew,
+    and of a longer prompt only the last `train.seq_len` tokens are read.
+    """
     if not prompt:
         raise UserError(EMPTY_PROMPT)  # before anything is read
-    sampler, tokenizer = open_run(run_dir, step=step, fallback=fallback)
-    return generate(sampler, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    from moe_jax.loading import Session, open_model
+
+    loaded = open_model(run_dir, step=step, fallback=fallback)
+    sampler = Sampler(SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed), loaded.tokenizer.num_ids)
+    # Without a start token: training saw none.
+    return generate(loaded, Reader(Session(loaded)), loaded.tokenizer.encode(prompt), sampler, max_tokens=max_tokens, slide=True)

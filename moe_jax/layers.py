@@ -23,7 +23,6 @@ from moe_jax.schema import ModelConfig
 from moe_jax.sharding import axes_of, bias, gather, param
 from moe_jax.spmd import psum, vary, vma
 
-
 LATENT_EPS = 1e-6  # of latent attention's own norms, whatever the model's is: so in DeepSeek's code and in transformers
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint import Checkpoints, Restored
+from moe_jax.engine import Engine
 from moe_jax.errors import CorruptCheckpoint, UserError
-from moe_jax.model import expert_layers
+from moe_jax.model import count_moe_layers, expert_layers
 from moe_jax.placement.table import Placement, contiguous, slot_sources
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.slots import take_slots
@@ -48,21 +51,23 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
 
 def restore(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
     """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
-    adapt = _adapt(program.model, program.moe, saved, program.placement)
+    adapt = adapter(program.model, program.moe, saved, program.placement)
     found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback)
     _check_placement(found, saved)
     return found._replace(state=_with_tables(program, found.state))
 
 
-def restore_model(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
-    """Parameters and tables alone, for sampling: the state's other fields are None."""
-    adapt = _adapt(program.model, program.moe, saved, program.placement)
-    nothing = TrainState._make(None for _ in TrainState._fields)
-    target = _target(program)
-    target = nothing._replace(params=target.params, tables=target.tables)
+def restore_model(checkpoints: Checkpoints, engine: Engine, saved: Placement, *, step: int | None, fallback: bool) -> tuple[Any, jax.Array]:
+    """Training parameters in the engine's slots, cut over its mesh, and the selection bias [L, E]."""
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=NamedSharding(engine.mesh, leaf.spec))  # noqa: E731
+    params = engine.tree({path: shape(leaf) for path, leaf in engine.leaves.items()})
+    whole = NamedSharding(engine.mesh, PartitionSpec())
+    bias = jax.ShapeDtypeStruct((count_moe_layers(engine.model, engine.moe), engine.moe.num_experts), jnp.float32, sharding=whole)
+    target = {"params": params, "tables": {"bias_E": bias}}
+    adapt = adapter(engine.model, engine.moe, saved, engine.placement)
     found = checkpoints.restore_latest(target, adapt, step=step, fallback=fallback, partial=True)
     _check_placement(found, saved)
-    return found._replace(state=_with_tables(program, found.state))
+    return found.state["params"], found.state["tables"]["bias_E"]
 
 
 def _check_placement(found: Restored, saved: Placement) -> None:
@@ -91,7 +96,7 @@ def _with_tables(program: Program, state: TrainState) -> TrainState:
     return state._replace(tables=jax.device_put(tables, replicated), expert_LP=jax.device_put(expert_LP, replicated))
 
 
-def _adapt(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Callable[[str, jax.Array], Any]:
+def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Callable[[str, jax.Array], Any]:
     """What the checkpoint asks for arrays of another shape: expert arrays [repeats, P, ...] by slot, tables as they will be."""
     sources_LP = slot_sources(old, new)
     layers = expert_layers(model, moe)

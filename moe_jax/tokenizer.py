@@ -1,11 +1,13 @@
 """Text to token ids and back: bytes by default, or a tokenizer file that `tokenizers` or `transformers` reads.
 
-Used by `data.py` to build a corpus and by `generate.py` alone. Nothing is ever fetched, unpickled or
-run from a tokenizer's folder: only local files in the libraries' own formats are read.
+Used by `data.py` to build a corpus and by all that turns prompts and chats into text. Nothing is ever fetched,
+unpickled or run from a tokenizer's folder: only local files in the libraries' own formats are read, and its chat
+template is rendered by transformers in Jinja's sandbox.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -41,6 +43,14 @@ class Tokenizer:
     """Ids of each text, without any start or end token."""
     decode_known: Callable[[Sequence[int]], str]
     """Text of ids of the tokenizer's own; `decode` takes any id."""
+    bos_id: int | None = None
+    """Id that starts a text, where the tokenizer has one."""
+    special: Callable[[str], list[int]] | None = None
+    """Ids of a text with the start and end tokens that the tokenizer adds of itself; None where it adds none."""
+    chat: Callable[[list[dict[str, str]]], list[int]] | None = None
+    """Ids of a conversation up to where the assistant's reply begins, by the chat template; None where there is none.
+
+    A message has a `role` (system, user or assistant) and its `content`. Raises UserError for messages that the template refuses."""
 
     @property
     def vocab_size(self) -> int:
@@ -51,16 +61,21 @@ class Tokenizer:
         """Ids of one text, without any start or end token."""
         return [int(token) for token in self.encode_batch([text])[0]]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text for a model to go on from: with the start token where the tokenizer adds one."""
+        return self.special(text) if self.special else self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; end-of-document and padding ids give none, and bytes that are not UTF-8 give U+FFFD."""
         return self.decode_known([int(token) for token in ids if token < self.num_ids and token != self.eos_id])
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
+    """The tokenizer that `data.tokenizer`, or another `field` for the messages, names.
 
     Args:
       spec: `bytes`, or the path of a `tokenizer.json` file or of a folder saved by `transformers`.
+      field: What the user set, such as `--model`.
 
     Raises:
       UserError: there is no such path, its library is not installed, or it cannot be read.
@@ -69,8 +84,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return _bytes_tokenizer()
     path = Path(os.path.expanduser(spec))
     if not os.path.exists(path):  # unlike Path.exists, False and no error where a parent folder may not be entered
-        raise UserError(f"data.tokenizer={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of its folder.")
-    return _folder_tokenizer(spec, path) if path.is_dir() else _file_tokenizer(spec, path)
+        raise UserError(f"{field}={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of its folder.")
+    return _folder_tokenizer(f"{field}={spec!r}", path) if path.is_dir() else _file_tokenizer(f"{field}={spec!r}", path)
 
 
 def _bytes_tokenizer() -> Tokenizer:
@@ -85,16 +100,16 @@ def _bytes_tokenizer() -> Tokenizer:
     )
 
 
-def _file_tokenizer(spec: str, path: Path) -> Tokenizer:
+def _file_tokenizer(given: str, path: Path) -> Tokenizer:
     """A tokenizer.json, read by `tokenizers`."""
     try:
         import tokenizers
     except ModuleNotFoundError as error:
-        raise UserError(f"data.tokenizer={spec!r} needs the `tokenizers` package: pip install tokenizers.") from error
+        raise UserError(f"{given} needs the `tokenizers` package: pip install tokenizers.") from error
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
-        raise _unreadable(spec, error) from error
+        raise _unreadable(given, error) from error
     # A file may ask for truncation or padding, which would lose text or add to it.
     inner.no_truncation()
     inner.no_padding()
@@ -109,30 +124,54 @@ def _file_tokenizer(spec: str, path: Path) -> Tokenizer:
     )
 
 
-def _folder_tokenizer(spec: str, path: Path) -> Tokenizer:
+def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
     """A folder that `transformers` saved."""
+    # Only its tokenizers are used: that torch is not there is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         import transformers
     except ModuleNotFoundError as error:
         raise UserError(
-            f"data.tokenizer={spec!r} is a folder, which needs the `transformers` package: pip install transformers, "
+            f"{given} is a folder, which needs the `transformers` package: pip install transformers, "
             "or give the path of the tokenizer.json inside."
         ) from error
     try:
         inner: Any = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # what a folder may lack raises errors of many kinds, with no common base
-        raise _unreadable(spec, error) from error
+        raise _unreadable(given, error) from error
     vocabulary = inner.get_vocab()
+
+    def encode_batch(texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        # verbose=False: no warning about texts longer than the model that the tokenizer was made for.
+        return inner(list(map(_clean, texts)), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+
     return Tokenizer(
         **_ids(vocabulary, inner.eos_token_id),
         fingerprint=inner.backend_tokenizer.to_str() if inner.is_fast else json.dumps(vocabulary, sort_keys=True),
-        # verbose=False: no warning about texts longer than the model that the tokenizer was made for.
-        encode_batch=lambda texts: inner(list(map(_clean, texts)), add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+        encode_batch=encode_batch,
         decode_known=lambda ids: inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        bos_id=inner.bos_token_id,
+        special=lambda text: encode_batch([text], special=True)[0],
+        chat=functools.partial(_render_chat, given, inner) if inner.chat_template else None,
     )
 
 
-def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, int]:
+def _render_chat(given: str, inner: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation by the folder's chat template, in the sandbox that transformers renders templates in."""
+    try:
+        import jinja2  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"{given}: its chat template needs the `jinja2` package: pip install 'jinja2>=3.1.6'.") from error
+    clean = [{key: _clean(value) for key, value in message.items()} for message in messages]
+    try:
+        ids = inner.apply_chat_template(clean, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # a template is a program: it raises what it likes
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"{given}: its chat template refuses these messages ({cause}): use other roles, or mend the template.") from error
+    return [int(token) for token in ids]
+
+
+def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, Any]:
     """`num_ids` and `eos_id`; ids need not be contiguous, so it is the largest that counts."""
     size = max(vocabulary.values(), default=-1) + 1
     return {"num_ids": size + 1, "eos_id": size} if eos_id is None else {"num_ids": size, "eos_id": eos_id}
@@ -143,8 +182,6 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _unreadable(spec: str, error: Exception) -> UserError:
+def _unreadable(given: str, error: Exception) -> UserError:
     cause = " ".join(str(error).split())[:200]
-    return UserError(
-        f"data.tokenizer={spec!r} cannot be read as a tokenizer ({cause}): give a tokenizer.json or a folder saved by transformers."
-    )
+    return UserError(f"{given} cannot be read as a tokenizer ({cause}): give a tokenizer.json or a folder saved by transformers.")

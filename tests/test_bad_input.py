@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_run import config_file, copy_until, finished, lines, run, shared_program, step_directory, tiny, training_lines
+from tiny_run import config_file, copy_until, finished, lines, run, step_directory, tiny, training_lines
 
 from moe_jax import cli
 from moe_jax import train as training
@@ -28,11 +28,6 @@ GREEDY = {"max_tokens": 4, "temperature": 0.0, "top_k": None, "top_p": None, "se
 def base(folder: Path) -> Path:
     """A finished run with checkpoints at 3 and 6; only looked at."""
     return finished(folder, "moe.bias_rate=0.01")
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_jax.generate.Program", shared_program)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import signal
 import subprocess
@@ -48,7 +47,9 @@ def stub(monkeypatch, module: str, **functions) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["generate"], ["report"], ["doctor"]], ids=lambda command: "-".join(command) or "moe-jax"
+    "command",
+    [[], ["train"], ["generate"], ["chat"], ["eval"], ["bench"], ["report"], ["doctor"]],
+    ids=lambda command: "-".join(command) or "moe-jax",
 )
 def test_help_fits_80_columns_and_ends_with_an_example(command, capsys):
     assert call(*command, "--help") == 0
@@ -63,7 +64,15 @@ def test_help_and_config_errors_load_no_jax():
         "import sys\nfrom moe_jax.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    sys.exit('jax' in sys.modules or 'matplotlib' in sys.modules)"
     )
-    for arguments in (["--help"], ["train", "--help"], ["train", TINY, "--set", "moe.top_k=99"], ["generate", "nowhere", "--prompt", "x"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["chat", "--help"],
+        ["train", TINY, "--set", "moe.top_k=99"],
+        ["generate", "nowhere", "--prompt", "x"],
+        ["generate", "--model", "tests", "--prompt", ""],
+        ["chat", "--model", "tests", "--mesh", "expert:4"],
+    ):
         assert subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, cwd=ROOT).returncode == 0, arguments
 
 
@@ -74,7 +83,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["trian"], ["train"], ["generate", "x"], ["generate", "x", "--prompt", "y", "--top-p", "2"], ["doctor", "--jsn"]],
+    [[], ["trian"], ["train"], ["generate", "x"], ["generate", "x", "--prompt", "y", "--top-p", "2"], ["chat"], ["doctor", "--jsn"]],
     ids=" ".join,
 )
 def test_usage_errors_exit_2(arguments, capsys):
@@ -93,6 +102,17 @@ def test_usage_errors_exit_2(arguments, capsys):
         (["train", TINY, "--resume", "--overwrite"], "contradict"),
         (["train", TINY, "--fallback"], "--resume"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not a run directory"),
+        (["generate", "--prompt", "x"], "give either a run directory or --model DIR"),
+        (["generate", "a", "--model", "b", "--prompt", "x"], "give either a run directory or --model DIR"),
+        (["generate", "--model", "nowhere", "--prompt", "x"], "--model nowhere does not exist"),
+        (["generate", "--model", ".", "--prompt", ""], "--prompt is empty"),
+        (["generate", "--model", ".", "--prompt", "x", "--stop", ""], "--stop is empty"),
+        (["generate", "--model", ".", "--prompt", "x", "--dtype", "f16"], "--dtype 'f16' is unknown"),
+        (["generate", "--model", ".", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty=0.0 is out of range"),
+        (["chat", "--model", ".", "--mesh", "experts=4"], "--mesh 'experts=4' cannot be read"),
+        (["chat", "--model", ".", "--memory", "lots"], "--memory 'lots' cannot be read"),
+        (["eval", "--model", ".", "--text", "nothere.txt"], "--text nothere.txt: No such file"),
+        (["bench", "--model", ".", "--quantize", "int3"], "--quantize 'int3' is unknown"),
         (["report", "nowhere"], "nowhere is not a run directory"),
     ],
 )
@@ -111,23 +131,6 @@ def test_train_passes_its_arguments_on(monkeypatch):
     assert call("train", TINY, "--run-dir", "there", "--resume", "--fallback") == 0
     assert calls[0] == (5, Path("runs/tiny"), {"resume": False, "overwrite": False, "fallback": False})
     assert calls[1][1:] == (Path("there"), {"resume": True, "overwrite": False, "fallback": True})
-
-
-def test_generate_streams_only_the_text(monkeypatch, capsys, run_dir):
-    calls = []
-
-    def generate_run(place, prompt, **options):
-        calls.append((place, prompt, options))
-        yield from ["a ", "b\n"]
-
-    stub(monkeypatch, "generate", generate_run=generate_run)
-    assert call("generate", run_dir, "--prompt", "def ", "--greedy", "--top-k", "3", "--step", "20") == 0
-    assert capsys.readouterr().out == "a b\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
-    assert call("generate", run_dir, "--prompt", "-") == 0
-    common = {"max_tokens": 128, "top_p": None, "seed": 0, "fallback": False}
-    assert calls[0] == (run_dir, "def ", {**common, "temperature": 0.0, "top_k": 3, "step": 20})
-    assert calls[1] == (run_dir, "from stdin", {**common, "temperature": 0.8, "top_k": None, "step": None})
 
 
 def test_report_prints_the_path(monkeypatch, capsys, run_dir):

@@ -1,0 +1,138 @@
+"""A model saved as it is held for inference: our own sharded form, which a restart reads without permuting or quantising.
+
+OUT/moe_jax.json describes the model; OUT/weights is one sealed checkpoint (checkpoint.py), experts in logical order;
+OUT/tokenizer holds the tokenizer's files. It restores on any mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import relayout
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import section_from_dict
+from moe_jax.engine import Engine
+from moe_jax.errors import UserError
+from moe_jax.model import count_moe_layers
+from moe_jax.ops.linear import Kind
+from moe_jax.placement.table import contiguous
+from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.session import LoadedModel
+
+HEADER, FORMAT = "moe_jax.json", 1
+
+
+class Header(NamedTuple):
+    """What OUT/moe_jax.json says."""
+
+    format: int
+    name: str
+    model: ModelConfig
+    moe: MoEConfig
+    vocab_size: int
+    context: int
+    eos_ids: tuple[int, ...]
+    dtype: str
+    quantization: Kind
+    group: int
+    tokenizer: str  # "bytes", or "files" in OUT/tokenizer
+
+
+def is_converted(path: Path) -> bool:
+    """Whether `convert` wrote this folder."""
+    return (path / HEADER).is_file()
+
+
+def read_header(path: Path) -> Header:
+    """Raises UserError for one that cannot be read."""
+    try:
+        values = json.loads((path / HEADER).read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}: convert the model again.")
+        values |= {
+            "model": section_from_dict(ModelConfig, values["model"], "model."),
+            "moe": section_from_dict(MoEConfig, values["moe"], "moe."),
+        }
+        return Header(**values | {"eos_ids": tuple(values["eos_ids"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / HEADER} is damaged ({error}): convert the model again.") from error
+
+
+def tokenizer_spec(path: Path, header: Header) -> str:
+    """What `load_tokenizer` takes."""
+    return header.tokenizer if header.tokenizer == "bytes" else str(path / "tokenizer")
+
+
+def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantization: Kind) -> None:
+    """Saves a loaded model with contiguous experts; `tokenizer` is "bytes" or a path. Nothing is left of a write that fails.
+
+    Raises UserError where OUT exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: name another folder, or delete it.")
+    engine = loaded.engine
+    part = out.with_name(out.name + ".part")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    try:
+        state = {"params": loaded.params, "bias": loaded.tables.bias_E}
+        Checkpoints(part / "weights", 1, 0).save(0, state, {"placement": engine.placement.to_json()}, wait=True)
+        if tokenizer != "bytes":
+            _copy_tokenizer(Path(tokenizer), part / "tokenizer")
+        header = Header(
+            FORMAT,
+            loaded.name,
+            engine.model,
+            engine.moe,
+            engine.vocab_size,
+            loaded.context,
+            loaded.eos_ids,
+            engine.dtype.name,
+            quantization,
+            group,
+            "bytes" if tokenizer == "bytes" else "files",
+        )
+        values = {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in header._asdict().items()}
+        (part / HEADER).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    target.mkdir()
+    if source.is_file():
+        shutil.copy(source, target / "tokenizer.json")
+        return
+    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json", "config.json"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy(file, target / file.name)
+
+
+def restore(path: Path, engine: Engine) -> tuple[Any, jax.Array]:
+    """Weights in the engine's slots, and the selection bias [L, E]. Raises CorruptCheckpoint where bytes are damaged."""
+    abstract = engine.tree({name: leaf.abstract() for name, leaf in engine.leaves.items()})
+    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, engine.param_shardings)
+    layers, experts = count_moe_layers(engine.model, engine.moe), engine.moe.num_experts
+    bias = jax.ShapeDtypeStruct((layers, experts), jnp.float32, sharding=NamedSharding(engine.mesh, P()))
+    adapt = relayout.adapter(engine.model, engine.moe, contiguous(layers, experts, 1), engine.placement)
+    state = Checkpoints(path / "weights", 1, 0).restore(0, {"params": params, "bias": bias}, adapt)
+    return state["params"], state["bias"]
+
+
+def nothing_dropped(engine: Engine) -> bool:
+    """Whether the engine's slots are the experts in order, as `write` needs."""
+    return bool(np.array_equal(engine.placement.physical_to_logical[0], np.arange(engine.moe.num_experts)))

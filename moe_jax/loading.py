@@ -1,0 +1,295 @@
+"""Opening a model to run: a Hugging Face folder, a run directory, a converted folder, or a name on the hub.
+
+Each process reads the parts that its devices hold and nothing else, a tensor at a time, into memory that JAX then uses as it
+is: the peak is the model's share plus one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_jax import converted, hf, relayout
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import config_from_text
+from moe_jax.engine import Engine
+from moe_jax.errors import UserError
+from moe_jax.mesh import make_mesh
+from moe_jax.model import count_moe_layers, expert_layers
+from moe_jax.packing import Leaf, bytes_of
+from moe_jax.placement.table import EMPTY, contiguous
+from moe_jax.schema import MeshConfig
+from moe_jax.session import LoadedModel, Session
+from moe_jax.step import make_tables
+from moe_jax.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["LoadedModel", "Session", "open_model"]
+
+Read = Callable[[str, tuple[Any, ...]], np.ndarray]
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
+MEANINGFUL = 1 << 28  # bytes from which loading shows its progress
+
+
+def open_model(
+    path: Path | str,
+    *,
+    mesh: MeshConfig | None = None,
+    dtype: str | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
+    group: int = 64,
+    memory: int | None = None,
+    step: int | None = None,
+    fallback: bool = False,
+    context: int | None = None,
+) -> LoadedModel:
+    """A model on a mesh. Raises UserError, one sentence, for whatever is wrong with the folder, the mesh or the memory.
+
+    Args:
+      path: a folder, or `org/name` on the Hugging Face hub, which is downloaded.
+      mesh: the devices, by default one; those beyond it stay unused on CPU.
+      dtype: of weights, activations and cache; by default float32 on CPU and bfloat16 elsewhere.
+      quantize: hold experts and projections in 8 or 4 bits; `group` inputs share a scale with int4.
+      memory: bytes that a device may use for weights; by default what the platform reports.
+      step, fallback: which checkpoint of a run, as in `Checkpoints.restore_latest`.
+      context: tokens that a sequence may have, if not as many as the model was made for.
+    """
+    path, mesh = Path(path), mesh or MeshConfig()
+    devices = make_mesh(mesh, jax.devices()[: mesh.size] if jax.default_backend() == "cpu" else None)
+    options = {"quantization": quantize or "float", "group": group}
+    if converted.is_converted(path):
+        loaded = _open_converted(path, devices, dtype, quantize, memory)
+    elif (path / "config.yaml").is_file():
+        loaded = _open_run(path, devices, _dtype(dtype), options, memory, step, fallback)
+    else:
+        loaded = _open_hf(path if path.exists() else _download(str(path)), devices, _dtype(dtype), options, memory)
+    return loaded if context is None else dataclasses.replace(loaded, context=context)
+
+
+def _dtype(asked: str | None) -> str:
+    return asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _download(name: str) -> Path:
+    """The folder with a model of the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # no network, no such model, no leave: errors of many libraries, with no common base
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(f"--model {name} is no folder here and cannot be fetched from the hub ({cause}): check the name.") from error
+
+
+# Hugging Face folders
+
+
+def _open_hf(folder: Path, mesh: Mesh, dtype: str, options: dict[str, Any], memory: int | None) -> LoadedModel:
+    checkpoint = hf.open_checkpoint(folder)
+    tokenizer = load_tokenizer(str(folder), field="--model")
+    moe = checkpoint.moe
+    placement = contiguous(count_moe_layers(checkpoint.model, moe), moe.num_experts, mesh.shape["expert"])
+    engine = Engine(checkpoint.model, moe, mesh, placement, vocab_size=checkpoint.vocab_size, dtype=dtype, **options)
+    check_memory(engine, memory)
+    params = read_params(engine, checkpoint.leaf)
+    return LoadedModel(
+        engine, params, tables_of(engine, checkpoint.bias_LE()), tokenizer, checkpoint.context, checkpoint.eos_ids, folder.name
+    )
+
+
+def tables_of(engine: Engine, bias_LE: Any) -> Any:
+    """The engine's routing tables with a model's selection bias, on every device."""
+    tables = make_tables(engine.placement)[0]
+    if bias_LE is not None:
+        tables = tables._replace(bias_E=jnp.asarray(bias_LE, jnp.float32))
+    return jax.device_put(tables, NamedSharding(engine.mesh, P()))
+
+
+def read_params(engine: Engine, read: Read) -> Any:
+    """The engine's weights from `read(path, index)`, which gives parts of training parameters in logical expert order.
+
+    `index` has a slice for each dim, or an array of expert ids (-1 for none, which reads as zeros).
+    """
+    sizes = {path: bytes_of(leaf) for path, leaf in engine.leaves.items()}
+    found: dict[str, Any] = {}
+    console = Console(stderr=True)
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TextColumn("left"), TimeRemainingColumn())
+    hidden = sum(sizes.values()) < MEANINGFUL or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        task = progress.add_task("load", total=sum(sizes.values()))
+        for path, leaf in engine.leaves.items():
+            found[path] = _read_leaf(engine, leaf, read)
+            progress.advance(task, sizes[path])
+    return engine.tree(found)
+
+
+def _read_leaf(engine: Engine, leaf: Leaf, read: Read) -> Any:
+    """One parameter, each distinct part read once and put on the devices that hold it."""
+    order = leaf.order or tuple(range(len(leaf.shape)))
+    held = NamedSharding(engine.mesh, P(*(leaf.spec[dim] if dim < len(leaf.spec) else None for dim in order)))
+    parts: dict[Any, Any] = {}
+    placed: list[list[jax.Array]] = []
+    for device, index in held.addressable_devices_indices_map(leaf.ordered).items():
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            parts[key] = _read_part(engine, leaf, order, index, read)
+        placed.append([jax.device_put(array, device) for array in jax.tree.leaves(parts[key])])
+    abstract, specs = leaf.abstract(), leaf.held_spec()
+    shapes, structure = jax.tree.flatten(abstract)
+    shardings = [NamedSharding(engine.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))]
+    arrays = [
+        jax.make_array_from_single_device_arrays(shape.shape, sharding, list(shards))
+        for shape, sharding, shards in zip(shapes, shardings, zip(*placed, strict=True), strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _read_part(engine: Engine, leaf: Leaf, order: tuple[int, ...], index: tuple[slice, ...], read: Read) -> Any:
+    """What one device holds of a parameter, in numpy; `index` cuts its dims in the order held."""
+    bounds = [range(*part.indices(size)) for part, size in zip(index, leaf.ordered, strict=True)]
+    small = leaf._replace(shape=tuple(len(bounds[order.index(dim)]) for dim in range(len(order))))
+    out = jax.tree.map(lambda a: _aligned(a.shape, a.dtype), small.abstract())
+    stacked = leaf.path.startswith("stacks/")
+    bank = "/experts/" in leaf.path
+    for place in itertools.product(*(range(len(bounds[dim])) for dim in range(stacked + bank))):
+        at = [bounds[dim][number] for dim, number in enumerate(place)]
+        cut: list[Any] = [slice(bound.start, bound.stop) for bound in bounds]
+        cut[: len(at)] = [slice(number, number + 1) for number in at]
+        if bank:
+            cut[1] = np.array([_expert_in(engine, leaf.path, *at)])
+        piece = _pack_piece(leaf, order, cut, read)
+        jax.tree.map(lambda to, value, place=place: to.__setitem__(place, value.reshape(to[place].shape)), out, piece)
+    return out
+
+
+def _pack_piece(leaf: Leaf, order: tuple[int, ...], cut: list[Any], read: Read) -> Any:
+    """A piece of a parameter as it is held, in numpy."""
+    whole = list(cut)
+    if leaf.kind == "int8":  # an output's scale is of all its inputs, those on other devices too
+        whole[-leaf.inputs :] = [slice(0, size) for size in leaf.ordered[-leaf.inputs :]]
+    values = read(leaf.path, tuple(whole[order.index(dim)] for dim in range(len(order)))).transpose(order)
+    if leaf.kind == "float":
+        return jax.tree.unflatten(jax.tree.structure(leaf.abstract()), [values])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        packed = jax.tree.map(np.asarray, jax.jit(leaf.pack)(jnp.asarray(np.ascontiguousarray(values))))
+    if leaf.kind == "int8":
+        packed = dataclasses.replace(packed, values=packed.values[(..., *cut[-leaf.inputs :])])
+    return packed
+
+
+def _expert_in(engine: Engine, path: str, repeat: int, slot: int) -> int:
+    """The expert in a slot of a stacked layer, -1 for none."""
+    _, stack, _, block, *_ = path.split("/")
+    layer = expert_layers(engine.model, engine.moe)[int(stack), int(block)][repeat]
+    expert = int(engine.placement.physical_to_logical[layer, slot])
+    return -1 if expert == EMPTY else expert
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uninitialised memory that a CPU array can take over."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+# Run directories and converted folders
+
+
+def _open_run(
+    path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], memory: int | None, step: int | None, fallback: bool
+) -> LoadedModel:
+    """A run's checkpoint on any mesh, whatever mesh it was trained on. Choices are dropless, else a token could depend on padding."""
+    config = config_from_text((path / "config.yaml").read_text(encoding="utf-8"), str(path / "config.yaml"))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
+    saved = relayout.saved_placement(checkpoints, step, fallback)
+    if saved is None:
+        wanted = "" if step is None else f" of step {step} or before"
+        raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
+    moe = dataclasses.replace(config.moe, dropless=True)
+    placement = relayout.choose_placement(saved, count_moe_layers(config.model, moe), moe.num_experts, mesh.shape["expert"], 0)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    engine = Engine(config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options)
+    check_memory(engine, memory)
+    params, bias_LE = relayout.restore_model(checkpoints, engine, saved, step=step, fallback=fallback)
+    return LoadedModel(
+        engine, engine.pack(params), tables_of(engine, bias_LE), tokenizer, config.train.seq_len, (tokenizer.eos_id,), path.name
+    )
+
+
+def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, memory: int | None) -> LoadedModel:
+    header = converted.read_header(path)
+    for option, asked, has in (("--dtype", dtype, header.dtype), ("--quantize", quantize, header.quantization)):
+        if asked not in (None, has):
+            raise UserError(f"{option} {asked} but {path} was converted to {has}: leave the option out, or convert the model again.")
+    placement = contiguous(count_moe_layers(header.model, header.moe), header.moe.num_experts, mesh.shape["expert"])
+    engine = Engine(
+        header.model,
+        header.moe,
+        mesh,
+        placement,
+        vocab_size=header.vocab_size,
+        dtype=header.dtype,
+        quantization=header.quantization,
+        group=header.group,
+    )
+    check_memory(engine, memory)
+    params, bias_LE = converted.restore(path, engine)
+    tokenizer: Tokenizer = load_tokenizer(converted.tokenizer_spec(path, header), field="--model")
+    return LoadedModel(engine, params, tables_of(engine, bias_LE), tokenizer, header.context, header.eos_ids, header.name)
+
+
+# Memory
+
+
+def device_bytes(engine: Engine) -> dict[jax.Device, int]:
+    """Bytes of weights that each device of the mesh holds."""
+    held = dict.fromkeys(engine.mesh.devices.flat, 0)
+    for shape, sharding in _held(engine):
+        size = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+        for device in held:
+            held[device] += size
+    return held
+
+
+def _held(engine: Engine) -> Iterator[tuple[Any, NamedSharding]]:
+    for leaf in engine.leaves.values():
+        specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
+        for shape, spec in zip(jax.tree.leaves(leaf.abstract()), specs, strict=True):
+            yield shape, NamedSharding(engine.mesh, spec)
+
+
+def check_memory(engine: Engine, memory: int | None) -> None:
+    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes a device, or in what there is."""
+    held = device_bytes(engine)
+    needed = max(held.values())
+    free = memory
+    if free is None:
+        device = jax.local_devices()[0]
+        statistics = device.memory_stats() or {}
+        if "bytes_limit" in statistics:
+            free = statistics["bytes_limit"]
+        elif sys.platform == "linux" and device.platform == "cpu":  # simulated devices share the machine's memory
+            text = Path("/proc/meminfo").read_text()
+            free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+            needed = sum(held.values())
+    if free is not None and needed > free:
+        where = "in all" if needed > max(held.values()) else "on each device"
+        raise UserError(
+            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, --dtype bfloat16, "
+            "or a --mesh with more devices."
+        )

@@ -1,0 +1,133 @@
+"""Speed of a model: prefill and decoding apart, each against what it is worth, without the time that compiling takes.
+
+figures = bench(loaded, prompt=512, generated=128, batch=1)
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from moe_jax import measure
+from moe_jax.bandwidth import read_bandwidth
+from moe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_jax.loading import LoadedModel, Session
+
+COMPILING = "/jax/core/compile/"
+
+
+class CompileClock:
+    """Sums the time in which JAX traces, lowers or compiles; traces within traces count once."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Seconds since the clock was made."""
+        self._spans: list[tuple[float, float]] = []  # apart from each other, in their order
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **details: Any) -> None:
+        if not event.startswith(COMPILING):
+            return
+        end = time.perf_counter()
+        start = end - duration_secs
+        # An event is told at its end: those that lie within it have been told before.
+        while self._spans and self._spans[-1][0] >= start:
+            inner_start, inner_end = self._spans.pop()
+            self.seconds -= inner_end - inner_start
+        self._spans.append((start, end))
+        self.seconds += duration_secs
+
+
+@functools.cache
+def compile_clock() -> CompileClock:
+    """The clock of this process; it runs from the first call on."""
+    return CompileClock()
+
+
+class Stopwatch:
+    """Measures a `with` block: `seconds` without compiling, and `compiling`."""
+
+    def __enter__(self) -> Stopwatch:
+        self._compiled, self._start = compile_clock().seconds, time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.compiling = compile_clock().seconds - self._compiled
+        self.seconds = max(time.perf_counter() - self._start - self.compiling, 1e-9)
+
+
+def bench(loaded: LoadedModel, *, prompt: int = 512, generated: int = 128, batch: int = 1, repeats: int = 5) -> dict[str, Any]:
+    """Median speeds over `repeats` after a warm-up, for `batch` rows of random tokens.
+
+    Returns: `prefill_*` of `prompt` tokens a row; `decode_*` of `generated` steps after them, a token a row each, always the
+    likeliest; `first_token_seconds`, the prefill and the choice of a token; bytes that a step has to read, the rate at
+    which this machine reads, and the share of that rate that decoding reached; `compile_seconds`; `peak_bytes`.
+
+    Raises:
+      UserError: the rows would not fit the context.
+    """
+    from moe_jax.loading import Session
+
+    if prompt + generated > loaded.context:
+        raise UserError(
+            f"-p {prompt} and -g {generated} make {prompt + generated} tokens and the model's context is {loaded.context}: lower them."
+        )
+    compiled = compile_clock().seconds
+    session = Session(loaded, batch)
+    rows = np.random.default_rng(0).integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt)).tolist()
+    _decode(session, _prefill(session, rows), min(2, generated))  # the warm-up: compiles both
+    prefills, first_tokens, steps = [], [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        logits_BV = _prefill(session, rows)
+        prefills.append(time.perf_counter() - start)
+        np.argmax(logits_BV, axis=-1)
+        first_tokens.append(time.perf_counter() - start)
+        steps += _decode(session, logits_BV, generated)
+    prefill, step = statistics.median(prefills), statistics.median(steps)
+    devices = loaded.engine.mesh.size
+    needed, rate = loaded.engine.decode_bytes(batch), read_bandwidth(devices)
+    return {
+        "model": loaded.name,
+        "prompt_tokens": prompt,
+        "generated_tokens": generated,
+        "batch": batch,
+        "repeats": repeats,
+        "prefill_seconds": prefill,
+        "prefill_tokens_per_second": batch * prompt / prefill,
+        "first_token_seconds": statistics.median(first_tokens),
+        "decode_tokens_per_second": batch / step,
+        "decode_ms_per_step": step * 1e3,
+        "decode_bytes_per_step": needed,
+        "read_bytes_per_second": rate,
+        "floor_ms_per_step": needed / rate * 1e3,
+        "share_of_floor": needed / rate / step,
+        "compile_seconds": compile_clock().seconds - compiled,
+        "peak_bytes": measure.peak_bytes(),
+        "platform": jax.default_backend(),
+        "devices": devices,
+    }
+
+
+def _prefill(session: Session, rows: list[list[int]]) -> np.ndarray:
+    """Reads the rows from their beginning: f32 logits [B, V]."""
+    for row in range(len(rows)):
+        session.rewind(row, 0)
+    return session.feed(rows)
+
+
+def _decode(session: Session, logits_BV: np.ndarray, count: int) -> list[float]:
+    """Seconds of each of `count` greedy steps."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        logits_BV = session.feed([[int(token)] for token in np.argmax(logits_BV, axis=-1)])
+        seconds.append(time.perf_counter() - start)
+    return seconds

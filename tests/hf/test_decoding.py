@@ -1,0 +1,70 @@
+"""Prefill and cached decoding, against the greedy texts and padded batches of transformers: see cases.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cases
+import jax
+import numpy as np
+import pytest
+from test_logits import assert_same, load
+
+from moe_jax.engine import Engine
+from moe_jax.layers import Turn
+from moe_jax.mesh import make_mesh
+from moe_jax.schema import MeshConfig
+
+BUCKET = 24  # places of a prefill
+ROOM = 76  # places of a row's cache
+
+
+class Reader:
+    """Rows of text on one device."""
+
+    def __init__(self, folder: Path):
+        program, params, self.tables, _ = load(folder)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        self.engine = Engine(program.model, program.moe, mesh, program.placement, vocab_size=program.vocab_size)
+        self.params = self.engine.pack(params)
+
+    def prefill(self, rows: list[np.ndarray]) -> tuple[np.ndarray, Any]:
+        """(f32 logits [B, V] after each row, cache)."""
+        tokens = np.zeros((len(rows), BUCKET), np.int32)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = row
+        turn = Turn(tokens, np.zeros(len(rows), np.int32), np.array([len(row) for row in rows], np.int32))
+        logits, cache = self.engine.extend(self.params, self.tables, self.engine.new_cache(len(rows), ROOM), turn, fresh=True)
+        return np.asarray(logits), cache
+
+    def decode(self, cache: Any, tokens_B: np.ndarray, start: int) -> tuple[np.ndarray, Any]:
+        """(f32 logits [B, V], cache) after one more token of each row, all of which are `start` long."""
+        rows = len(tokens_B)
+        turn = Turn(tokens_B[:, None].astype(np.int32), np.full(rows, start, np.int32), np.ones(rows, np.int32))
+        logits, cache = self.engine.extend(self.params, self.tables, cache, turn)
+        return np.asarray(logits), cache
+
+
+@pytest.fixture(scope="module", params=cases.CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reader, dict[str, np.ndarray]]:
+    return Reader(cases.build(request.param, tmp_path_factory.mktemp(request.param))), cases.expected(request.param)
+
+
+def test_prefill_of_rows_of_different_lengths(case: tuple[Reader, dict[str, np.ndarray]]) -> None:
+    reader, wanted = case
+    found, _ = reader.prefill([row[:length] for row, length in zip(wanted["tokens"], wanted["lengths"], strict=True)])
+    assert_same(found, wanted["left"])
+    assert_same(found, wanted["right"])
+
+
+def test_greedy_text(case: tuple[Reader, dict[str, np.ndarray]]) -> None:
+    """In three rows at once."""
+    reader, wanted = case
+    start, count = len(wanted["prompt"]), len(wanted["greedy"])
+    logits, cache = reader.prefill([wanted["prompt"]] * 3)
+    written = [logits.argmax(-1)]
+    while len(written) < count:
+        logits, cache = reader.decode(cache, written[-1], start + len(written) - 1)
+        written.append(logits.argmax(-1))
+    np.testing.assert_array_equal(np.stack(written, axis=1), np.tile(wanted["greedy"], (3, 1)))
