@@ -117,20 +117,25 @@ class Engine:
         def layer(repeats: int) -> LayerCache:
             if model.latent.kv_rank:
                 width = model.latent.kv_rank + model.latent.rope_width
-                return LayerCache(jnp.zeros((repeats, batch, length, 1, width), self.dtype), None)
-            shape = (repeats, batch, length, model.num_kv_heads // parts, model.head_width)
-            return LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+                return LayerCache(jnp.zeros((repeats, batch, 1, width, length), self.dtype), None)
+            shape = (repeats, batch, model.num_kv_heads // parts)
+            keys, values = (jnp.zeros((*shape, *size), self.dtype) for size in ((model.head_width, length), (length, model.head_width)))
+            return LayerCache(keys, values)
 
         return [[layer(repeats) for _ in kinds] for kinds, repeats in stack_layers(layer_kinds(model, self.moe))]
 
     def grow_cache(self, cache: Cache, length: int) -> Cache:
         """The same cache with room for `length` tokens."""
-        pad = lambda a: jnp.pad(a, [(0, length - size if dim == 2 else 0) for dim, size in enumerate(a.shape)])  # noqa: E731
-        return jax.tree.map(lambda a: jax.jit(pad, out_shardings=a.sharding)(a), cache)
+
+        def pad(a: jax.Array, dim: int) -> jax.Array:
+            widths = [(0, length - size if d == dim else 0) for d, size in enumerate(a.shape)]
+            return jax.jit(partial(jnp.pad, pad_width=widths), out_shardings=a.sharding)(a)
+
+        return [[LayerCache(pad(c.keys, 4), None if c.values is None else pad(c.values, 3)) for c in stack] for stack in cache]
 
     @cached_property
     def _cache_specs(self) -> Cache:
-        spec = P(None, "data", None, self.kv_axes or None, None)
+        spec = P(None, "data", self.kv_axes or None, None, None)
         one = LayerCache(spec, None if self.model.latent.kv_rank else spec)
         return [[one for _ in kinds] for kinds, _ in stack_layers(layer_kinds(self.model, self.moe))]
 

@@ -2,7 +2,7 @@
 
 Attention has two entries: calling it reads whole packed sequences, as training does; `extend` reads new tokens of sequences
 whose earlier keys and values are in a cache. The cache of a stack of layers is one array that all of them share and update in
-place, [repeats, B, M, G, Q]; place m holds position m.
+place; place m holds position m.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Turn(NamedTuple):
 class LayerCache(NamedTuple):
     """Keys and values of a stack's layers; `values` is None where values are a part of the keys (latent attention)."""
 
-    keys: Float[Array, "R B M G Q"]
-    values: Float[Array, "R B M G U"] | None
+    keys: Float[Array, "R B G Q M"]  # places last: scores then read whole rows of it
+    values: Float[Array, "R B G M U"] | None
 
 
 class RMSNorm(nnx.Module):
@@ -115,13 +115,15 @@ class Attention(nnx.Module):
         """`fresh` promises that the cache holds nothing for these rows, so that only the new tokens need be read."""
         assert cache.values is not None
         q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, turn.positions, _longest(turn))
-        cache = LayerCache(_store(cache.keys, k_BSGQ, layer, turn, fresh), _store(cache.values, v_BSGQ, layer, turn, fresh))
+        cache = LayerCache(
+            _store(cache.keys, jnp.moveaxis(k_BSGQ, 1, 3), 4, layer, turn, fresh),
+            _store(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), 3, layer, turn, fresh),
+        )
         if fresh:
             segments_BS = turn.valid.astype(jnp.int32)
             out_BSHQ = attention(q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, impl=self.config.attention, **self._options())
         else:
-            keys, values = (lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(q_BSHQ.dtype) for a in cache)
-            out_BSHQ = cached_attention(q_BSHQ, keys, values, turn.positions, **self._options())
+            out_BSHQ = cached_attention(q_BSHQ, cache.keys, cache.values, layer, turn.positions, **self._options())
         return self._out(out_BSHQ), cache
 
     def _options(self) -> dict:
@@ -141,7 +143,7 @@ class Attention(nnx.Module):
         return q_BSHQ, k_BSGQ, found[2]
 
     def _out(self, out_BSHQ: jax.Array) -> jax.Array:
-        y_BSD = psum(join(out_BSHQ, gather(self.out, out_BSHQ.dtype)), axes_of(self.out, "heads"))
+        y_BSD = psum(join(out_BSHQ, gather(self.out, out_BSHQ.dtype), 2), axes_of(self.out, "heads"))
         return y_BSD + gather(self.out_bias, y_BSD.dtype) if self.config.out_bias else y_BSD
 
 
@@ -180,18 +182,17 @@ class LatentAttention(nnx.Module):
     def extend(
         self, x_BSD: Float[Array, "B S D"], turn: Turn, cache: LayerCache, layer: jax.Array, *, fresh: bool
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As `Attention.extend`; the cache holds the normalised latent and the rotated key, [repeats, B, M, 1, kv_rank + rope_width]."""
+        """As `Attention.extend`; the cache holds the normalised latent and the rotated key, [repeats, B, 1, kv_rank + rope_width, M]."""
         q_BSHQ, c_BS1C = self._latents(x_BSD, turn.positions, _longest(turn))
-        cache = LayerCache(_store(cache.keys, c_BS1C, layer, turn, fresh), None)
+        cache = LayerCache(_store(cache.keys, jnp.moveaxis(c_BS1C, 1, 3), 4, layer, turn, fresh), None)
         if fresh:
             return self._out(self._expanded(q_BSHQ, c_BS1C, turn.valid.astype(jnp.int32))), cache
         head, rank = self.config.head_width, self.config.latent.kv_rank
         up_CHN = gather(self.kv_up, x_BSD.dtype)
         q_BSHC = jnp.einsum("bshn,chn->bshc", q_BSHQ[..., :head], up_CHN[..., :head])
         q_BSHC = jnp.concatenate([q_BSHC, q_BSHQ[..., head:]], axis=-1)
-        c_BM1C = lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False).astype(x_BSD.dtype)
-        options = {"window": self.window, "scale": self._scale()}
-        out_BSHC = cached_attention(q_BSHC, c_BM1C, c_BM1C[..., :rank], turn.positions, **options)
+        options = {"value_width": rank, "window": self.window, "scale": self._scale()}
+        out_BSHC = cached_attention(q_BSHC, cache.keys, None, layer, turn.positions, **options)
         return self._out(jnp.einsum("bshc,chu->bshu", out_BSHC, up_CHN[..., head:])), cache
 
     def _scale(self) -> float:
@@ -226,7 +227,7 @@ class LatentAttention(nnx.Module):
         return attention(q_BSHQ, keys, both_BSHN[..., head:], segments_BS, **options)
 
     def _out(self, out_BSHU: jax.Array) -> jax.Array:
-        y_BSD = psum(join(out_BSHU, gather(self.out, out_BSHU.dtype)), axes_of(self.out, "heads"))
+        y_BSD = psum(join(out_BSHU, gather(self.out, out_BSHU.dtype), 2), axes_of(self.out, "heads"))
         return y_BSD + gather(self.out_bias, y_BSD.dtype) if self.config.out_bias else y_BSD
 
 
@@ -235,17 +236,17 @@ def _longest(turn: Turn) -> jax.Array:
     return jnp.max(turn.start + turn.length)
 
 
-def _store(cache: jax.Array, new: jax.Array, layer: jax.Array, turn: Turn, fresh: bool) -> jax.Array:
-    """The cache [repeats, B, M, ...] with `new` [B, S, ...] in a layer's places from each row's start on."""
+def _store(cache: jax.Array, new: jax.Array, dim: int, layer: jax.Array, turn: Turn, fresh: bool) -> jax.Array:
+    """The cache [repeats, B, ...] with new entries [B, ...] of a layer in the places, which are dim `dim`, from each row's start on."""
     new, zero = new.astype(cache.dtype), jnp.int32(0)
+    at = lambda row, start: (layer, row, *(start if d == dim else zero for d in range(2, cache.ndim)))  # noqa: E731
     if fresh:
-        return lax.dynamic_update_slice(cache, new[None], (layer, zero, zero, zero, zero))
+        return lax.dynamic_update_slice(cache, new[None], at(zero, zero))
 
-    def row(b: jax.Array, cache: jax.Array) -> jax.Array:
-        one = lax.dynamic_slice_in_dim(new, b, 1)[None]
-        return lax.dynamic_update_slice(cache, one, (layer, b, turn.start[b], zero, zero))
+    def store(row: jax.Array, cache: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(cache, lax.dynamic_slice_in_dim(new, row, 1)[None], at(row, turn.start[row]))
 
-    return lax.fori_loop(0, new.shape[0], row, cache) if new.shape[0] > 1 else row(zero, cache)
+    return lax.fori_loop(0, new.shape[0], store, cache) if new.shape[0] > 1 else store(zero, cache)
 
 
 class FeedForward(nnx.Module):

@@ -186,7 +186,8 @@ def _pack_piece(leaf: Leaf, order: tuple[int, ...], cut: list[Any], read: Read) 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         packed = jax.tree.map(np.asarray, jax.jit(leaf.pack)(jnp.asarray(np.ascontiguousarray(values))))
     if leaf.kind == "int8":
-        packed = dataclasses.replace(packed, values=packed.values[(..., *cut[-leaf.inputs :])])
+        apart = packed.values.reshape(values.shape)[(..., *cut[-leaf.inputs :])]
+        packed = dataclasses.replace(packed, values=apart)
     return packed
 
 

@@ -27,49 +27,48 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]  # in the training order, stacked dims first
     spec: P  # of these dims
     order: tuple[int, ...] | None  # of the dims of the `Matrix`; None for a plain array
-    inputs: int
+    inputs: int  # trailing input dims, which the `Matrix` merges into one
     kind: Kind
     group: int
     dtype: Any
 
     @property
     def ordered(self) -> tuple[int, ...]:
-        """The shape of the weights of the `Matrix`, unpacked."""
+        """The shape with dims in the order held, input dims apart."""
         return self.shape if self.order is None else tuple(self.shape[dim] for dim in self.order)
 
     def abstract(self) -> Any:
         """Shapes and dtypes of what is held."""
         if self.order is None:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
-        shape = self.ordered
+        shape, inputs = self.ordered[: -self.inputs], math.prod(self.ordered[-self.inputs :])
         if self.kind == "float":
-            return Matrix(jax.ShapeDtypeStruct(shape, self.dtype), inputs=self.inputs)
+            return Matrix(jax.ShapeDtypeStruct((*shape, inputs), self.dtype))
         if self.kind == "int8":
-            scale = jax.ShapeDtypeStruct(shape[: -self.inputs], jnp.float32)
-            return Matrix(jax.ShapeDtypeStruct(shape, jnp.int8), scale, "int8", self.inputs)
-        scale = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // self.group), jnp.bfloat16)
-        return Matrix(jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 2), jnp.uint8), scale, "int4", self.inputs)
+            return Matrix(jax.ShapeDtypeStruct((*shape, inputs), jnp.int8), jax.ShapeDtypeStruct(shape, jnp.float32), "int8")
+        scale = jax.ShapeDtypeStruct((*shape, inputs // self.group), jnp.bfloat16)
+        return Matrix(jax.ShapeDtypeStruct((*shape, inputs // 2), jnp.uint8), scale, "int4")
 
     def held_spec(self) -> Any:
         """PartitionSpecs of what is held."""
         if self.order is None:
             return self.spec
         entries = tuple(self.spec[dim] if dim < len(self.spec) else None for dim in self.order)
+        entries = entries[: len(entries) - self.inputs + 1]  # merged input dims are cut along the first
         if self.kind == "float":
-            return Matrix(P(*entries), inputs=self.inputs)
-        return Matrix(P(*entries), P(*(entries[: -self.inputs] if self.kind == "int8" else entries)), self.kind, self.inputs)
+            return Matrix(P(*entries))
+        return Matrix(P(*entries), P(*(entries[:-1] if self.kind == "int8" else entries)), self.kind)
 
     def pack(self, weights: jax.Array) -> Any:
-        """What is held, from weights in the order of the `Matrix` (or plain ones)."""
+        """What is held, from weights in the order held (or plain ones)."""
         if self.order is None:
             return weights.astype(self.dtype)
-        if self.kind == "float":
-            return Matrix(weights.astype(self.dtype), inputs=self.inputs)
-        return quantize(weights, self.kind, self.inputs, self.group)
+        weights = weights.reshape(*weights.shape[: -self.inputs], -1)
+        return Matrix(weights.astype(self.dtype)) if self.kind == "float" else quantize(weights, self.kind, self.group)
 
 
 def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dtype: Any, kind: Kind, group: int, parts: int) -> Leaf:
-    """The plan of a parameter with logical dims `names` after its stacked ones; its last input dim is cut into `parts`.
+    """The plan of a parameter with logical dims `names` after its stacked ones; its inputs are cut into `parts`.
 
     Raises UserError where int4's groups do not divide it.
     """
@@ -83,7 +82,7 @@ def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dty
     else:
         width = lead + widths[0]
         order, inputs = (*(dim for dim in range(len(shape)) if dim != width), width), 1
-    last = shape[order[-1]]
+    last = math.prod(shape[dim] for dim in order[-inputs:])
     wanted: Kind = "float" if name in FLOAT else kind
     if wanted == "int4" and (last // parts) % group:
         of = f"{last}, of which each device has {last // parts}" if parts > 1 else str(last)

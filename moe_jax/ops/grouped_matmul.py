@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.annotations import Array, Float, Int
-from moe_jax.ops.linear import Matrix, dequantize, join
+from moe_jax.ops.linear import Matrix, apply, dequantize
 from moe_jax.spmd import vary, vary_alike, vma
 
 Impl = Literal["auto", "reference", "ragged", "tiled", "rows"]
@@ -74,7 +74,7 @@ def _varying(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array) -> tuple[Any, ...]:
     """All typed as varying over the same mesh axes, and a zero array for the results."""
     axes = frozenset().union(*(vma(a) for a in jax.tree.leaves((x_ND, w, sizes_G))))
     x_ND, w, sizes_G = vary((x_ND, w, sizes_G), axes)
-    outputs = math.prod(w.values.shape[1 : w.values.ndim - w.inputs])
+    outputs = math.prod(w.values.shape[1:-1])
     return x_ND, w, sizes_G, lambda rows: vary(jnp.zeros((rows, outputs), x_ND.dtype), axes)
 
 
@@ -86,7 +86,7 @@ def _matrix_rows(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Arra
     def row(i: jax.Array, y: jax.Array) -> jax.Array:
         group = jnp.sum(ends_G <= i) + first
         x = lax.dynamic_slice_in_dim(x_ND, i, 1)
-        return lax.dynamic_update_slice_in_dim(y, join(x, _one(w, group)).reshape(1, -1), i, 0)
+        return lax.dynamic_update_slice_in_dim(y, apply(x, _one(w, group)).reshape(1, -1), i, 0)
 
     return lax.fori_loop(0, ends_G[-1], row, zeros(x_ND.shape[0]))
 
@@ -98,11 +98,11 @@ def _matrix_tiles(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Arr
     padded = _pad_rows(x_ND, TILE)
 
     def group(g: jax.Array, y: jax.Array) -> jax.Array:
-        weights = Matrix(dequantize(_one(w, g + first), x_ND.dtype), inputs=w.inputs)
+        weights = Matrix(dequantize(_one(w, g + first), x_ND.dtype))
 
         def tile(i: jax.Array, y: jax.Array) -> jax.Array:
             row = starts_G[g] + i * TILE
-            product = join(lax.dynamic_slice_in_dim(padded, row, TILE), weights)
+            product = apply(lax.dynamic_slice_in_dim(padded, row, TILE), weights)
             return lax.dynamic_update_slice_in_dim(y, product.reshape(TILE, -1), row, 0)
 
         return lax.fori_loop(0, (sizes_G[g] + TILE - 1) // TILE, tile, y)

@@ -20,36 +20,33 @@ from jax import lax
 Kind = Literal["float", "int8", "int4"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("kind", "inputs"))
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("kind",))
 @dataclass(frozen=True)
 class Matrix:
-    """Weights for inference, [..., outputs, inputs]; leading dims stack matrices.
+    """Weights for inference, [..., outputs, inputs]: all inputs in the last dim; leading dims stack matrices.
 
-    `inputs` is the number of trailing input dims. Kinds: `float` values are the weights; `int8` values times a scale an
-    output, [..., outputs]; `int4` two values a byte (the even input in the low half), [..., outputs, inputs / 2], each
-    less 8, times a scale a group of inputs, [..., outputs, inputs / group]; only the last input dim is cut into groups.
+    Kinds: `float` values are the weights; `int8` values times a scale an output, [..., outputs]; `int4` two values a byte
+    (the even input in the low half), [..., outputs, inputs / 2], each less 8, times a scale a group of inputs,
+    [..., outputs, inputs / group].
     """
 
     values: Any
     scale: Any = None
     kind: Kind = "float"
-    inputs: int = 1
 
 
-def quantize(weights: jax.Array, kind: Kind, inputs: int = 1, group: int = 64) -> Matrix:
-    """A `Matrix` from float weights [..., outputs, inputs] with `inputs` input dims.
+def quantize(weights: jax.Array, kind: Kind, group: int = 64) -> Matrix:
+    """A `Matrix` from float weights [..., outputs, inputs].
 
     int8 rounds to 127 steps of each output's largest weight (scale f32), int4 to 7 steps of each group's (scale bf16). The
-    error of a weight is about half a step at most. Raises ValueError where `group` does not divide the last input dim.
+    error of a weight is about half a step at most. Raises ValueError where `group` does not divide the inputs.
     """
     if kind == "float":
-        return Matrix(weights, inputs=inputs)
+        return Matrix(weights)
     weights = weights.astype(jnp.float32)
     if kind == "int8":
-        axes = tuple(range(-inputs, 0))
-        scale = jnp.max(jnp.abs(weights), axis=axes) / 127
-        steps = weights / _safe(scale).reshape(*scale.shape, *(1,) * inputs)
-        return Matrix(jnp.round(steps).astype(jnp.int8), scale, "int8", inputs)
+        scale = jnp.max(jnp.abs(weights), axis=-1) / 127
+        return Matrix(jnp.round(weights / _safe(scale)[..., None]).astype(jnp.int8), scale, "int8")
     width = weights.shape[-1]
     if width % group or group % 2:
         raise ValueError(f"groups of {group} do not divide the last dim of {weights.shape}")
@@ -57,7 +54,7 @@ def quantize(weights: jax.Array, kind: Kind, inputs: int = 1, group: int = 64) -
     scale = (jnp.max(jnp.abs(grouped), axis=-1) / 7).astype(jnp.bfloat16)
     steps = jnp.clip(jnp.round(grouped / _safe(scale.astype(jnp.float32))[..., None]), -8, 7) + 8
     steps = steps.astype(jnp.uint8).reshape(weights.shape)
-    return Matrix(steps[..., 0::2] | (steps[..., 1::2] << 4), scale, "int4", inputs)
+    return Matrix(steps[..., 0::2] | (steps[..., 1::2] << 4), scale, "int4")
 
 
 def _safe(scale: jax.Array) -> jax.Array:
@@ -70,45 +67,36 @@ def dequantize(matrix: Matrix, dtype: Any) -> jax.Array:
     if matrix.kind == "float":
         return matrix.values.astype(dtype)
     if matrix.kind == "int8":
-        scale = matrix.scale.reshape(*matrix.scale.shape, *(1,) * matrix.inputs)
-        return matrix.values.astype(dtype) * scale.astype(dtype)
+        return matrix.values.astype(dtype) * matrix.scale[..., None].astype(dtype)
     low, high = (matrix.values & 15).astype(jnp.int8), (matrix.values >> 4).astype(jnp.int8)
     steps = jnp.stack([low, high], axis=-1).reshape(*matrix.values.shape[:-1], -1) - 8
-    groups = matrix.scale.shape[-1]
-    grouped = steps.reshape(*steps.shape[:-1], groups, -1).astype(dtype) * matrix.scale[..., None].astype(dtype)
+    grouped = steps.reshape(*steps.shape[:-1], matrix.scale.shape[-1], -1).astype(dtype) * matrix.scale[..., None].astype(dtype)
     return grouped.reshape(steps.shape)
 
 
 def project(x: jax.Array, w: jax.Array | Matrix) -> jax.Array:
-    """x [..., D] times [D, *outputs], or a `Matrix` with one input dim: [..., *outputs], in x's dtype."""
+    """x [..., D] times [D, *outputs]: [..., *outputs], in x's dtype."""
     if isinstance(w, Matrix):
-        return _rows(x, w, 1)
+        return apply(x, w)
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def join(x: jax.Array, w: jax.Array | Matrix) -> jax.Array:
-    """x [..., *inputs] times [D, *inputs], summed over all inputs: [..., D], in x's dtype."""
-    inputs = w.inputs if isinstance(w, Matrix) else w.ndim - 1
-    if isinstance(w, Matrix):
-        return _rows(x, w, inputs)
+def join(x: jax.Array, w: jax.Array | Matrix, inputs: int = 1) -> jax.Array:
+    """x [..., *inputs] times [D, *inputs], summed over its `inputs` trailing dims: [..., D], in x's dtype."""
     flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
-    return _contract_last(flat, w.reshape(w.shape[0], -1))
+    return apply(flat, w if isinstance(w, Matrix) else Matrix(w.reshape(w.shape[0], -1)))
 
 
-def _rows(x: jax.Array, matrix: Matrix, inputs: int) -> jax.Array:
-    """x [..., *inputs] times a `Matrix` [*outputs, *inputs]."""
-    lead = x.shape[: x.ndim - inputs]
-    flat = x.reshape(*lead, -1)
+def apply(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """x [..., I] times a `Matrix` [*outputs, I]: [..., *outputs], in x's dtype."""
+    outputs = matrix.values.shape[:-1]
     if matrix.kind == "int8":  # a scale an output: it can wait until after the product
-        outputs = matrix.values.shape[: matrix.values.ndim - inputs]
-        product = _contract_last(flat, matrix.values.reshape(math.prod(outputs), -1).astype(x.dtype))
-        return (product * matrix.scale.reshape(-1).astype(x.dtype)).reshape(*lead, *outputs)
-    weights = dequantize(matrix, x.dtype)
-    outputs = weights.shape[: weights.ndim - inputs]
-    return _contract_last(flat, weights.reshape(math.prod(outputs), -1)).reshape(*lead, *outputs)
+        product = _contract(x, matrix.values.reshape(math.prod(outputs), -1).astype(x.dtype))
+        return (product * matrix.scale.reshape(-1).astype(x.dtype)).reshape(*x.shape[:-1], *outputs)
+    return _contract(x, dequantize(matrix, x.dtype).reshape(math.prod(outputs), -1)).reshape(*x.shape[:-1], *outputs)
 
 
-def _contract_last(x: jax.Array, w: jax.Array) -> jax.Array:
+def _contract(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., I] times w [O, I]: [..., O]. One row alone is a matrix-vector product, which XLA:CPU runs at memory speed."""
     if math.prod(x.shape[:-1]) == 1:
         y = lax.dot_general(w, x.reshape(-1), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
