@@ -27,7 +27,8 @@ Impl = Literal["auto", "reference", "ragged", "tiled", "rows"]
 # accumulator for each tile, so its tiles are larger.
 TILE = 48
 TILE_GRAD = 128
-FEW_ROWS = 64  # up to which a `Matrix` is read once a row
+SMALL_TILE = 16  # for a `Matrix` whose groups have about so few rows
+FEW_ROWS = 128  # up to which a `Matrix` is read once a row
 
 
 def grouped_matmul(
@@ -95,17 +96,18 @@ def _matrix_tiles(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Arr
     """The tiled walk of `_rows_times_matrix`, dequantising one group's matrix at a time."""
     x_ND, w, sizes_G, zeros = _varying(x_ND, w, sizes_G)
     starts_G = jnp.cumsum(sizes_G) - sizes_G
-    padded = _pad_rows(x_ND, TILE)
+    tile_rows = SMALL_TILE if x_ND.shape[0] <= SMALL_TILE * sizes_G.shape[0] else TILE
+    padded = _pad_rows(x_ND, tile_rows)
 
     def group(g: jax.Array, y: jax.Array) -> jax.Array:
         weights = Matrix(dequantize(_one(w, g + first), x_ND.dtype))
 
         def tile(i: jax.Array, y: jax.Array) -> jax.Array:
-            row = starts_G[g] + i * TILE
-            product = apply(lax.dynamic_slice_in_dim(padded, row, TILE), weights)
-            return lax.dynamic_update_slice_in_dim(y, product.reshape(TILE, -1), row, 0)
+            row = starts_G[g] + i * tile_rows
+            product = apply(lax.dynamic_slice_in_dim(padded, row, tile_rows), weights)
+            return lax.dynamic_update_slice_in_dim(y, product.reshape(tile_rows, -1), row, 0)
 
-        return lax.fori_loop(0, (sizes_G[g] + TILE - 1) // TILE, tile, y)
+        return lax.fori_loop(0, (sizes_G[g] + tile_rows - 1) // tile_rows, tile, y)
 
     y = lax.fori_loop(0, sizes_G.shape[0], group, zeros(padded.shape[0]))
     return _mask_tail(y[: x_ND.shape[0]], sizes_G)
