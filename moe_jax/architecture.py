@@ -180,6 +180,9 @@ class MoEConfig:
     bias_rate: float = setting(default=0.0, help="Step of the balance bias, updated without a loss (DeepSeek-V3); 0 is off.", ge=0)
     z_loss: float = setting(default=0.001, help="Coefficient of the router z-loss.", ge=0)
     aux_loss: float = setting(default=0.01, help="Coefficient of the Switch load-balancing loss over the whole batch.", ge=0)
+    aux_over: Literal["layer", "model"] = setting(
+        default="layer", help="aux_loss: a loss for each layer, summed; or one of shares and scores averaged over the layers (transformers)."
+    )
     sequence_aux_loss: float = setting(default=0.0, help="Coefficient of the same loss within each sequence.", ge=0)
     variance_loss: float = setting(default=0.0, help="Coefficient of the variance over experts of usage (mean score times E).", ge=0)
     dispatch: Literal["auto", "pooled", "gather"] = setting(

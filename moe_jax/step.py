@@ -148,6 +148,8 @@ class Program:
         ce = linear_cross_entropy(hidden_TD, head_DV, batch.targets.reshape(-1), weight_T, axis="tensor")
         zero = jnp.float32(0)
         aux, z = (jnp.sum(stats.aux_loss), jnp.sum(stats.z_loss)) if stats else (zero, zero)
+        if stats:
+            aux = aux + balance.pooled_loss(self.moe, stats.router, stats.router if full is None else full)
         return Figures(lax.psum(ce, BATCH_AXES), aux, z, stats)
 
     def _gradients(self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array) -> tuple[Any, Figures]:

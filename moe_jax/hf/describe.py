@@ -106,10 +106,10 @@ def _of_family(family: str, model: ModelConfig, moe: MoEConfig) -> dict[str, Any
     used = window | {"use_sliding_window": model.sliding_window is not None}
     listed = used | {"layer_types": ["sliding_attention" if kind.window else "full_attention" for kind in kinds]}
     bias: dict[str, Any] = {"attention_bias": model.qkv_bias}
-    layers = max(count_moe_layers(model, moe), 1)
+    losses = count_moe_layers(model, moe) if moe.aux_over == "layer" else 1  # that add up, of the same size where layers are alike
     routed: dict[str, Any] = {
         "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": moe.aux_loss * layers / moe.top_k,
+        "router_aux_loss_coef": moe.aux_loss * losses / moe.top_k,
         "output_router_logits": False,
     }
     normalised: dict[str, Any] = {"num_experts": moe.num_experts, "norm_topk_prob": moe.normalize == "after"}

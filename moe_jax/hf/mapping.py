@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.hf.keys import Keys
-from moe_jax.model import count_moe_layers
-from moe_jax.schema import ModelConfig, MoEConfig, RopeConfig
+from moe_jax.schema import MoEConfig, RopeConfig
 
 _ROPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn"}
 
@@ -67,14 +66,9 @@ def dense(layers: int) -> MoEConfig:
     return MoEConfig(num_experts=1, top_k=1, first_dense=layers, dropless=True, z_loss=0.0, aux_loss=0.0)
 
 
-def with_aux_loss(model: ModelConfig, moe: MoEConfig, coefficient: float) -> MoEConfig:
-    """The same experts with transformers' load-balancing loss.
-
-    That sums over the K choices where the Switch loss takes their mean, hence the factor K; and it pools all layers
-    where ours is a loss a layer, hence the division: equal for one layer, and where layers are alike.
-    """
-    layers = max(count_moe_layers(model, moe), 1)
-    return dataclasses.replace(moe, aux_loss=coefficient * moe.top_k / layers)
+def with_aux_loss(moe: MoEConfig, coefficient: float) -> MoEConfig:
+    """The same experts with transformers' load-balancing loss, which sums over the K choices where the Switch loss takes their mean."""
+    return dataclasses.replace(moe, aux_loss=coefficient * moe.top_k, aux_over="model")
 
 
 # Attention windows

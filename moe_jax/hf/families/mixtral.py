@@ -21,7 +21,7 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
         input_noise=keys.get("router_jitter_noise", float, 0.0),
         z_loss=0.0,
     )
-    return model, with_aux_loss(model, moe, keys.get("router_aux_loss_coef", float, 0.001))
+    return model, with_aux_loss(moe, keys.get("router_aux_loss_coef", float, 0.001))
 
 
 EXPERTS: Names = {

@@ -27,7 +27,7 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
         dropless=True,
         z_loss=0.0,
     )
-    return model, with_aux_loss(model, moe, keys.get("router_aux_loss_coef", float, 0.01))
+    return model, with_aux_loss(moe, keys.get("router_aux_loss_coef", float, 0.01))
 
 
 FAMILY = Family("olmoe", "OlmoeForCausalLM", read, lambda config: ATTENTION | HEAD_NORMS | EXPERTS)

@@ -20,7 +20,7 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     model = ModelConfig(**base.settings, **window, qkv_bias=keys.get("qkv_bias", bool, True))
     shared = dict(shared_experts=1, shared_hidden=keys.get("shared_expert_intermediate_size", int), shared_gate=True)
     moe = MoEConfig(**qwen_experts(keys, base.layers), **shared)
-    return model, with_aux_loss(model, moe, keys.get("router_aux_loss_coef", float, 0.001))
+    return model, with_aux_loss(moe, keys.get("router_aux_loss_coef", float, 0.001))
 
 
 def qwen_experts(keys: Keys, layers: int) -> dict[str, Any]:
