@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 
 
-def read_bandwidth(devices: int = 1, size: int = 2**28, repeats: int = 7) -> float:
-    """Bytes a second that a sum over an array of `size` bytes reads on `devices` devices; the best of `repeats`.
+def read_bandwidth(devices: int = 1, size: int = 2**28, repeats: int = 11) -> float:
+    """Bytes a second that a sum over an array of `size` bytes reads on `devices` devices; the median of `repeats`.
 
     The array is larger than a CPU's caches. One device of the default back end is measured. Simulated CPU devices share
     the memory that one of them can use, so theirs is the rate of the machine; other devices multiply it.
@@ -23,4 +24,4 @@ def read_bandwidth(devices: int = 1, size: int = 2**28, repeats: int = 7) -> flo
         start = time.perf_counter()
         add_up(values).block_until_ready()
         times.append(time.perf_counter() - start)
-    return values.nbytes / min(times) * (1 if jax.default_backend() == "cpu" else devices)
+    return values.nbytes / statistics.median(times) * (1 if jax.default_backend() == "cpu" else devices)

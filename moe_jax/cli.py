@@ -1,4 +1,5 @@
-"""The `moe-jax` command: train, report and doctor, and the commands of `cli_models.py` that run a model.
+"""The `moe-jax` command: train, report and doctor, the commands of `cli_models.py` that run a model, and those of
+`cli_checkpoints.py` that take checkpoints in and out.
 
 Thin on purpose: each command reads its arguments and calls one function of the package, imported only
 then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found something
@@ -16,8 +17,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from moe_jax import __version__
-from moe_jax.cli_models import COMMANDS, Fallback, require_run
+from moe_jax import __version__, cli_checkpoints, cli_models
+from moe_jax.cli_models import Fallback, require_run
 from moe_jax.console import explained_disk_errors
 from moe_jax.errors import UserError
 from moe_jax.huge_pages import restart_with_huge_pages
@@ -32,12 +33,14 @@ app = typer.Typer(
     epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --run-dir runs/first",
 )
 
+COMPUTING = ("train", "generate", "chat", "eval", "bench")  # commands that start anew with huge pages
+
 RunDir = Annotated[Path, typer.Argument(show_default=False, help="Directory of a run.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line (by default this process's) and exits; mistakes become one sentence and exit code 2."""
-    if arguments is None and sys.argv[1:2] == ["train"]:
+    if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
         restart_with_huge_pages()
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -112,7 +115,7 @@ def _default_run_dir(name: str) -> Path:
     return Path("runs") / name
 
 
-for _name, _command, _example in COMMANDS:
+for _name, _command, _example in (*cli_models.COMMANDS, *cli_checkpoints.COMMANDS):
     app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
 
 

@@ -230,9 +230,10 @@ def bench(
         if quantize:
             figures["perplexity_unquantised"] = _evaluated(dataclasses.replace(choice, quantize=None), text, window).perplexity
     opened = choice.open()
+    from moe_jax.loading import Session
     from moe_jax.speed import bench as run_bench
 
-    figures |= run_bench(opened.model, prompt=prompt, generated=generated, batch=batch, repeats=repeats)
+    figures |= run_bench(opened.model, Session(opened.model, batch), prompt=prompt, generated=generated, repeats=repeats)
     figures |= {"load_seconds": opened.seconds, "compile_seconds": figures["compile_seconds"] + opened.compile_seconds}
     if as_json:
         print(json.dumps(figures, indent=2))

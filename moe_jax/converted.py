@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import relayout
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import section_from_dict
+from moe_jax.console import gibibytes
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.model import count_moe_layers
@@ -28,6 +29,7 @@ from moe_jax.ops.linear import Kind
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.session import LoadedModel
+from moe_jax.tokenizer_files import copy_tokenizer
 
 HEADER, FORMAT = "moe_jax.json", 1
 
@@ -73,23 +75,29 @@ def tokenizer_spec(path: Path, header: Header) -> str:
     return header.tokenizer if header.tokenizer == "bytes" else str(path / "tokenizer")
 
 
-def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantization: Kind) -> None:
-    """Saves a loaded model with contiguous experts; `tokenizer` is "bytes" or a path. Nothing is left of a write that fails.
+def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantization: Kind, hf_config: dict[str, Any] | None = None) -> None:
+    """Saves a loaded model; `tokenizer` is "bytes" or a path, `hf_config` the config.json that an export should have.
 
-    Raises UserError where OUT exists.
+    Nothing is left of a write that fails. Raises UserError where OUT exists, or its disk has no room.
     """
     if out.exists():
         raise UserError(f"{out} exists already: name another folder, or delete it.")
     engine = loaded.engine
+    layers, experts = count_moe_layers(engine.model, engine.moe), engine.moe.num_experts
+    if not np.array_equal(engine.placement.physical_to_logical, contiguous(layers, experts, 1).physical_to_logical):
+        raise ValueError("experts must lie in logical order: open the model on one device")
     part = out.with_name(out.name + ".part")
     if part.exists():
         shutil.rmtree(part)
     part.mkdir(parents=True)
     try:
+        _check_room(out, part, loaded.params)
         state = {"params": loaded.params, "bias": loaded.tables.bias_E}
         Checkpoints(part / "weights", 1, 0).save(0, state, {"placement": engine.placement.to_json()}, wait=True)
         if tokenizer != "bytes":
-            _copy_tokenizer(Path(tokenizer), part / "tokenizer")
+            copy_tokenizer(tokenizer, part / "tokenizer")
+        if hf_config is not None:
+            (part / "hf_config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
         header = Header(
             FORMAT,
             loaded.name,
@@ -111,15 +119,11 @@ def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantizati
         raise
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir()
-    if source.is_file():
-        shutil.copy(source, target / "tokenizer.json")
-        return
-    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json", "config.json"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, target / file.name)
+def _check_room(out: Path, part: Path, params: Any) -> None:
+    """Refuses to begin what the disk cannot hold."""
+    needed, free = sum(array.nbytes for array in jax.tree.leaves(params)), shutil.disk_usage(part).free
+    if needed > free:
+        raise UserError(f"{out} needs {gibibytes(needed)} and its disk has {gibibytes(free)} left: free some space, or name another disk.")
 
 
 def restore(path: Path, engine: Engine) -> tuple[Any, jax.Array]:
@@ -131,8 +135,3 @@ def restore(path: Path, engine: Engine) -> tuple[Any, jax.Array]:
     adapt = relayout.adapter(engine.model, engine.moe, contiguous(layers, experts, 1), engine.placement)
     state = Checkpoints(path / "weights", 1, 0).restore(0, {"params": params, "bias": bias}, adapt)
     return state["params"], state["bias"]
-
-
-def nothing_dropped(engine: Engine) -> bool:
-    """Whether the engine's slots are the experts in order, as `write` needs."""
-    return bool(np.array_equal(engine.placement.physical_to_logical[0], np.arange(engine.moe.num_experts)))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
@@ -30,10 +30,11 @@ from moe_jax.model import Transformer, layer_kinds, stack_layers
 from moe_jax.moe.layer import LayerTables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
 from moe_jax.ops.linear import Kind
-from moe_jax.packing import Leaf, plan
+from moe_jax.packing import BACKWARD, Leaf, bytes_of, plan
 from moe_jax.placement.table import Placement
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.sharding import apply_rules, axes_of, serving_rules, specs
+from moe_jax.spmd import psum
 
 DONATES = ("cpu", "gpu", "cuda", "rocm", "tpu")  # platforms that reuse a given buffer; elsewhere each step copies the cache
 TURN_SPEC = Turn._make(P("data") for _ in Turn._fields)
@@ -47,7 +48,7 @@ class Engine:
         self,
         model: ModelConfig,
         moe: MoEConfig,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         placement: Placement,
         *,
         vocab_size: int,
@@ -55,7 +56,10 @@ class Engine:
         quantization: Kind = "float",
         group: int = 64,
     ):
-        """`dtype` is that of weights, activations and cache. Raises UserError where the mesh does not divide the model."""
+        """`dtype` is that of weights, activations and cache. With an abstract mesh there is a plan and nothing that runs.
+
+        Raises UserError where the mesh does not divide the model.
+        """
         self.model = dataclasses.replace(model, compute_dtype=dtype)
         self.moe, self.mesh, self.placement, self.vocab_size = moe, mesh, placement, vocab_size
         self.dtype = jnp.dtype(dtype)
@@ -77,8 +81,9 @@ class Engine:
             path, names, shape = "/".join(map(str, keys)), variable.get_metadata("axes"), variable.get_value().shape
             if "experts" in keys:
                 shape = (shape[0], self.placement.num_slots, *shape[2:])
-            last = variable.get_metadata("mesh_axes")[-1]
-            parts = math.prod(self.mesh.shape[axis] for axis in last) if keys[-1] in ("down", "shared_down") else 1
+            # Dims that are summed over are the last ones, and cut where heads or hidden dims are.
+            cut = [axis for axes in variable.get_metadata("mesh_axes")[-2:] for axis in axes] if keys[-1] in BACKWARD else []
+            parts = math.prod(self.mesh.shape[axis] for axis in cut)
             found[path] = plan(path, shape, names, spec, self.dtype, kind, group, parts)
         return found
 
@@ -92,6 +97,21 @@ class Engine:
                 node = node.setdefault(key, {})
             node[name] = value
         return root
+
+    def decode_bytes(self, batch: int) -> int:
+        """Bytes of weights that a decode step of `batch` rows must read, over all devices, each part of them once.
+
+        With several rows it counts the experts that even, independent choices would touch on average.
+        """
+        experts, top_k = self.moe.num_experts, self.moe.top_k
+        touched = experts * (1 - (1 - top_k / experts) ** batch)
+        total = 0.0
+        for path, leaf in self.leaves.items():
+            size = bytes_of(leaf)
+            if path == "embedding" and not self.model.tied_embeddings:
+                size = batch * self.model.width * self.dtype.itemsize  # rows of it alone
+            total += size * touched / self.placement.num_slots if "/experts/" in path else size
+        return round(total)
 
     def pack(self, params: Any) -> Any:
         """Weights to serve from training parameters with experts in the engine's slots; one leaf after another is replaced."""
@@ -107,8 +127,12 @@ class Engine:
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences (a multiple of the `data` axis) of up to `length` tokens."""
+        return jax.jit(lambda: self._zeros(batch, length, 1), out_shardings=self.abstract_cache(batch, length)[1])()
+
+    def abstract_cache(self, batch: int, length: int) -> tuple[Any, Any]:
+        """Shapes and dtypes of the arrays of `new_cache`, and their shardings."""
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._cache_specs, is_leaf=lambda x: isinstance(x, P))
-        return jax.jit(lambda: self._zeros(batch, length, 1), out_shardings=shardings)()
+        return jax.eval_shape(lambda: self._zeros(batch, length, 1)), shardings
 
     def _zeros(self, batch: int, length: int, parts: int) -> Cache:
         """Zeros for one of `parts` of the key heads."""
@@ -160,9 +184,13 @@ class Engine:
     def _compile(self, *, fresh: bool):
         in_specs = (self.param_specs, P(), self._cache_specs, TURN_SPEC)
         local = partial(self._local_extend, fresh=fresh)
-        sharded = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=(P("data"), self._cache_specs))
+        sharded = self._shard_map(local, in_specs, (P("data"), self._cache_specs))
         donated = (2,) if self.mesh.devices.flat[0].platform in DONATES else ()
         return jax.jit(sharded, donate_argnums=donated)
+
+    def _shard_map(self, local: Any, in_specs: Any, out_specs: Any) -> Any:
+        """A device alone need not track which values vary: doing so would take a sum with itself, a collective."""
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=self.mesh.size > 1)
 
     def _local_extend(self, params: Any, tables: LayerTables, cache: Cache, turn: Turn, *, fresh: bool) -> tuple[jax.Array, Cache]:
         transformer = nnx.merge(self.graph, params)
@@ -176,7 +204,7 @@ class Engine:
         logits_TV = logits(hidden_TD, transformer.head_weights())
         if split and lax.axis_size(split) > 1:
             return lax.all_gather(logits_TV, split, axis=1, tiled=True, to="invarying")
-        return lax.psum(logits_TV, split) if split else logits_TV
+        return psum(logits_TV, split)
 
     def _local_hidden(self, params: Any, tables: LayerTables, turn: Turn) -> tuple[Transformer, jax.Array]:
         """Final hidden states of whole sequences, through a cache that is thrown away."""
@@ -194,7 +222,7 @@ class Engine:
             transformer, hidden_BSD = self._local_hidden(params, tables, turn)
             return self._logits(transformer, hidden_BSD.reshape(-1, hidden_BSD.shape[-1])).reshape(*hidden_BSD.shape[:2], -1)
 
-        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=(self.param_specs, P(), TURN_SPEC), out_specs=P("data")))
+        return jax.jit(self._shard_map(local, (self.param_specs, P(), TURN_SPEC), P("data")))
 
     @cached_property
     def _score(self):
@@ -217,7 +245,7 @@ class Engine:
         return float(nats), float(count)
 
 
-def _check_mesh(model: ModelConfig, moe: MoEConfig, mesh: Mesh) -> None:
+def _check_mesh(model: ModelConfig, moe: MoEConfig, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a tensor axis that does not divide what it must."""
     tensor = mesh.shape["tensor"]
     wanted = [("query heads", model.num_heads), ("key and value heads", model.num_kv_heads), ("expert hidden width", moe.hidden)]

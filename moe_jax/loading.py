@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_jax import converted, hf, relayout
+from moe_jax.byte_progress import byte_progress
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import config_from_text
 from moe_jax.engine import Engine
@@ -31,6 +30,7 @@ from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers, expert_layers
 from moe_jax.packing import Leaf, bytes_of
 from moe_jax.placement.table import EMPTY, contiguous
+from moe_jax.run_dir import tokenizer_spec
 from moe_jax.schema import MeshConfig
 from moe_jax.session import LoadedModel, Session
 from moe_jax.step import make_tables
@@ -41,7 +41,6 @@ __all__ = ["LoadedModel", "Session", "open_model"]
 Read = Callable[[str, tuple[Any, ...]], np.ndarray]
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
-MEANINGFUL = 1 << 28  # bytes from which loading shows its progress
 
 
 def open_model(
@@ -75,7 +74,7 @@ def open_model(
     elif (path / "config.yaml").is_file():
         loaded = _open_run(path, devices, _dtype(dtype), options, memory, step, fallback)
     else:
-        loaded = _open_hf(path if path.exists() else _download(str(path)), devices, _dtype(dtype), options, memory)
+        loaded = _open_hf(find_folder(path), devices, _dtype(dtype), options, memory)
     return loaded if context is None else dataclasses.replace(loaded, context=context)
 
 
@@ -83,8 +82,11 @@ def _dtype(asked: str | None) -> str:
     return asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def _download(name: str) -> Path:
-    """The folder with a model of the hub."""
+def find_folder(path: Path) -> Path:
+    """The path where it exists, else the folder with the hub's model of that name, downloaded."""
+    if path.exists():
+        return path
+    name = str(path)
     from huggingface_hub import snapshot_download
 
     try:
@@ -125,14 +127,10 @@ def read_params(engine: Engine, read: Read) -> Any:
     """
     sizes = {path: bytes_of(leaf) for path, leaf in engine.leaves.items()}
     found: dict[str, Any] = {}
-    console = Console(stderr=True)
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TextColumn("left"), TimeRemainingColumn())
-    hidden = sum(sizes.values()) < MEANINGFUL or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-        task = progress.add_task("load", total=sum(sizes.values()))
+    with byte_progress("loading", sum(sizes.values())) as done:
         for path, leaf in engine.leaves.items():
             found[path] = _read_leaf(engine, leaf, read)
-            progress.advance(task, sizes[path])
+            done(sizes[path])
     return engine.tree(found)
 
 
@@ -215,7 +213,7 @@ def _open_run(
 ) -> LoadedModel:
     """A run's checkpoint on any mesh, whatever mesh it was trained on. Choices are dropless, else a token could depend on padding."""
     config = config_from_text((path / "config.yaml").read_text(encoding="utf-8"), str(path / "config.yaml"))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_spec(path, config))
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     saved = relayout.saved_placement(checkpoints, step, fallback)
     if saved is None:
@@ -291,6 +289,6 @@ def check_memory(engine: Engine, memory: int | None) -> None:
     if free is not None and needed > free:
         where = "in all" if needed > max(held.values()) else "on each device"
         raise UserError(
-            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, --dtype bfloat16, "
+            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, --dtype bfloat16 "
             "or a --mesh with more devices."
         )

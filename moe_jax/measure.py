@@ -7,10 +7,11 @@ FLOPs count a multiplication and an addition as two. docs/benchmarks.md says how
 from __future__ import annotations
 
 import copy
+import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import hlo
+from moe_jax.hf.leaves import leaves, sizes
 from moe_jax.layers import Batch
-from moe_jax.model import LayerKind, count_moe_layers, layer_kinds
+from moe_jax.model import count_moe_layers, layer_kinds
 from moe_jax.moe import experts
 from moe_jax.moe.dispatch import pool_capacity
 from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD
@@ -65,13 +67,12 @@ def mean_visible(seq_len: int, window: int | None) -> float:
     return float(np.mean(np.minimum(np.arange(1, seq_len + 1), window or seq_len)))
 
 
-def _layer_matmuls(model: ModelConfig, moe: MoEConfig, kind: LayerKind, chosen: int) -> int:
-    """Weights of one layer's matmuls, with `chosen` of its experts."""
-    attention = model.width * model.head_width * 2 * (model.num_heads + model.num_kv_heads)
-    if not kind.moe:
-        return attention + 3 * model.width * model.hidden
-    swiglu = 3 * model.width * moe.hidden
-    return attention + model.width * (moe.num_experts + moe.shared_gate) + (chosen + moe.shared_experts) * swiglu
+def _weights(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterator[tuple[str, int, int]]:
+    """Each leaf of the parameter tree: its name within a layer, its parameters, and those of them that one token uses."""
+    size = sizes(model, moe, vocab_size)
+    for leaf in leaves(model, moe).values():
+        count = math.prod(size[dim] for dim in leaf.dims) * (1 if leaf.layers is None else len(leaf.layers))
+        yield leaf.name, count, count // moe.num_experts * moe.top_k if "P" in leaf.dims else count
 
 
 def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: int) -> float:
@@ -79,22 +80,20 @@ def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: in
 
     Two for each weight of a matmul that the token passes (router, its `top_k` experts, shared experts, attention,
     dense layers, head; looking up an embedding is free) and two matmuls with the keys it sees. Recomputation,
-    padding, norms and softmax do not count, and dropped choices count as if they were computed.
+    padding, norms, biases and softmax do not count, and dropped choices count as if they were computed.
     """
-    flops = 2.0 * vocab_size * model.width
-    for kind in layer_kinds(model, moe):
-        scores = 2 * 2 * model.num_heads * model.head_width * mean_visible(seq_len, kind.window)
-        flops += 2 * _layer_matmuls(model, moe, kind, moe.top_k) + scores
-    return flops
+    flops = 2.0 * vocab_size * model.width * model.tied_embeddings  # a head of its own is among the weights
+    for name, _, used in _weights(model, moe, vocab_size):
+        if name != "embedding" and not name.endswith(("scale", "sinks", "bias")):
+            flops += 2 * used
+    widths = model.num_heads * (model.query_width + model.value_width)
+    return flops + sum(2 * widths * mean_visible(seq_len, kind.window) for kind in layer_kinds(model, moe))
 
 
 def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> tuple[int, int]:
     """(parameters, those that one token uses): all but the experts not chosen. Empty slots and replicas do not count."""
-    norms = model.width * (2 * model.num_layers + 1) + 2 * model.head_width * model.num_layers * model.qk_norm
-    tables = vocab_size * model.width * (1 if model.tied_embeddings else 2)
-    kinds = layer_kinds(model, moe)
-    total, active = (sum(_layer_matmuls(model, moe, kind, chosen) for kind in kinds) for chosen in (moe.num_experts, moe.top_k))
-    return total + norms + tables, active + norms + tables
+    found = list(_weights(model, moe, vocab_size))
+    return sum(count for _, count, _ in found), sum(used for _, _, used in found)
 
 
 class LeastBytes(NamedTuple):

@@ -20,7 +20,7 @@ from moe_jax.moe.layer import LayerStats, LayerTables, MoE
 from moe_jax.moe.router import RouterStats
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.sharding import axes_of, gather, param
-from moe_jax.spmd import all_gather
+from moe_jax.spmd import all_gather, psum
 
 
 class LayerKind(NamedTuple):
@@ -268,8 +268,8 @@ def embed(table: nnx.Param, tokens_BS: Int[Array, "B S"], dtype: Any) -> Float[A
     if split and lax.axis_size(split) > 1:
         x_RND = lax.all_gather(x_ND, split, to="invarying")
         x_ND = jnp.take_along_axis(x_RND, (ids_N // columns)[None, :, None], axis=0)[0]
-    elif split:
-        x_ND = lax.psum(x_ND, split)
+    else:
+        x_ND = psum(x_ND, split)
     return x_ND.reshape(*tokens_BS.shape, -1)
 
 

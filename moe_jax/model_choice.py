@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from moe_jax.compile_cache import use_compile_cache
 from moe_jax.errors import UserError
 from moe_jax.schema import DevicesConfig, MeshConfig
 
@@ -46,7 +47,8 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
+def one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
+    """Raises UserError where an option has a value that is not among `values`."""
     if value is not None and value not in values:
         raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(values)}.")
 
@@ -75,8 +77,8 @@ class ModelChoice:
     fallback: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("--dtype", self.dtype, DTYPES)
-        _one_of("--quantize", self.quantize, QUANTIZED)
+        one_of("--dtype", self.dtype, DTYPES)
+        one_of("--quantize", self.quantize, QUANTIZED)
         mesh = self.mesh_config
         if self.memory is not None:
             parse_bytes(self.memory)
@@ -99,6 +101,7 @@ class ModelChoice:
 
     def open(self) -> Opened:
         """Starts the devices and loads the model."""
+        use_compile_cache()
         start_devices(self.mesh_config, self.simulate)
         from moe_jax.loading import open_model
         from moe_jax.speed import Stopwatch

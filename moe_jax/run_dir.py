@@ -24,10 +24,20 @@ from moe_jax.schema import Config
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 # What a run writes.
-CONTENTS = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "report.html", "plots", "tensorboard")
+CONTENTS = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "report.html",
+    "plots",
+    "tensorboard",
+    "tokenizer",
+    "hf_config.json",
+)
 
 # What a resumed run must share with its beginning: sections and keys, but for those that only say how to compute.
-FIXED = ("model", "moe", "data", "train.seed", "train.global_batch", "train.seq_len", "optimizer.name")
+FIXED = ("init_from", "model", "moe", "data", "train.seed", "train.global_batch", "train.seq_len", "optimizer.name")
 FREE = ("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below")
 
 
@@ -58,6 +68,12 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
         raise UserError(
             f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with --overwrite, or name another."
         )
+
+
+def tokenizer_spec(run_dir: Path, config: Config) -> str:
+    """What `load_tokenizer` takes for a run: the tokenizer that it keeps for itself, else what data.tokenizer names."""
+    kept = run_dir / "tokenizer"
+    return str(kept) if kept.is_dir() else config.data.tokenizer
 
 
 def clear(run_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """Speed of a model: prefill and decoding apart, each against what it is worth, without the time that compiling takes.
 
-figures = bench(loaded, prompt=512, generated=128, batch=1)
+figures = bench(loaded, Session(loaded, batch=1), prompt=512, generated=128)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_jax.bandwidth import read_bandwidth
 from moe_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from moe_jax.loading import LoadedModel, Session
+    from moe_jax.session import LoadedModel, Session
 
 COMPILING = "/jax/core/compile/"
 
@@ -63,8 +63,8 @@ class Stopwatch:
         self.seconds = max(time.perf_counter() - self._start - self.compiling, 1e-9)
 
 
-def bench(loaded: LoadedModel, *, prompt: int = 512, generated: int = 128, batch: int = 1, repeats: int = 5) -> dict[str, Any]:
-    """Median speeds over `repeats` after a warm-up, for `batch` rows of random tokens.
+def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated: int = 128, repeats: int = 5) -> dict[str, Any]:
+    """Median speeds over `repeats` after a warm-up, for a session's rows of random tokens.
 
     Returns: `prefill_*` of `prompt` tokens a row; `decode_*` of `generated` steps after them, a token a row each, always the
     likeliest; `first_token_seconds`, the prefill and the choice of a token; bytes that a step has to read, the rate at
@@ -73,14 +73,12 @@ def bench(loaded: LoadedModel, *, prompt: int = 512, generated: int = 128, batch
     Raises:
       UserError: the rows would not fit the context.
     """
-    from moe_jax.loading import Session
-
     if prompt + generated > loaded.context:
         raise UserError(
             f"-p {prompt} and -g {generated} make {prompt + generated} tokens and the model's context is {loaded.context}: lower them."
         )
     compiled = compile_clock().seconds
-    session = Session(loaded, batch)
+    batch = len(session.lengths)
     rows = np.random.default_rng(0).integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt)).tolist()
     _decode(session, _prefill(session, rows), min(2, generated))  # the warm-up: compiles both
     prefills, first_tokens, steps = [], [], []

@@ -49,8 +49,12 @@ def all_to_all(x: jax.Array, axis: str) -> jax.Array:
 
 
 def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of them."""
-    return lax.psum(x, axes) if axes else x
+    """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of them.
+
+    Where one device is alone and nothing tracks which values vary (`Engine`), no collective is left.
+    """
+    alone = lax.axis_size(axes) == 1 and vma(x).isdisjoint(axes) if axes else True
+    return x if alone else lax.psum(x, axes)
 
 
 def once(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

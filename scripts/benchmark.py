@@ -3,6 +3,7 @@
     python scripts/benchmark.py train --data 2 --expert 4 --batch 8 --seq 256     whole training steps, 8 simulated devices
     python scripts/benchmark.py train --batch 4 --seq 256                         the same model on one device
     python scripts/benchmark.py layer                                             one MoE layer, forward and backward
+    python scripts/benchmark.py generate --against transformers                   prefill and decoding, side by side
     python scripts/benchmark.py compile --data 2 --expert 4 --depths 8 24         compile time against depth
 
 docs/benchmarks.md says what each figure means.
@@ -23,11 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 
-from moe_jax import benchmark
+from moe_jax import benchmark, generation_benchmark
 from moe_jax.errors import UserError
 from moe_jax.huge_pages import VARIABLE, restart_with_huge_pages
 
-COMMANDS = {"train": benchmark.train, "layer": benchmark.layer, "compile": benchmark.compile_depths}
+COMMANDS = {
+    "train": benchmark.train,
+    "layer": benchmark.layer,
+    "compile": benchmark.compile_depths,
+    "generate": generation_benchmark.generate,
+}
 
 
 def positive(text: str) -> int:
@@ -44,9 +50,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in COMMANDS:
         example = f"example: python scripts/benchmark.py {name} --data 2 --expert 4 --json {name}.json"
         command = commands.add_parser(name, epilog=example, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        shared_options(command, sized=name != "layer")
+        shared_options(command, sized=name not in ("layer", "generate"))
         if name != "compile":
             command.add_argument("--steps", type=positive, default=5, help="timed repeats")
+        if name == "generate":
+            generation_options(command)
+            continue
+        if name != "compile":
             command.add_argument("--warmup", type=positive, default=2, help="repeats before them")
         if name == "layer":
             command.add_argument("--tokens", type=positive, help="tokens over all devices")
@@ -95,6 +105,20 @@ def model_options(command: argparse.ArgumentParser) -> None:
     add("--bias-rate", type=float, default=0.0, help="step of the balance bias: with a long --warmup load becomes even")
 
 
+def generation_options(command: argparse.ArgumentParser) -> None:
+    """Options of `generate`; sizes that are not given depend on the platform."""
+    add = command.add_argument
+    for name in ("layers", "heads", "kv-heads", "head-dim", "vocab"):
+        add(f"--{name}", type=positive, help=f"{name.replace('-', ' ')} of the model")
+    add("--prompt", type=positive, default=1024, help="tokens to read")
+    add("--generated", type=positive, default=64, help="tokens to generate")
+    add("--batch", type=positive, default=1, help="rows at a time")
+    add("--quantize", choices=("int8", "int4"), help="hold experts and projections in 8 or 4 bits")
+    add("--against", choices=("transformers",), help="measure transformers too, in turns")
+    add("--turns", type=positive, default=2, help="with --against: how often each is measured; medians are shown")
+    add("--python", default=sys.executable, help="with --against: an interpreter that has torch and transformers")
+
+
 def readable(name: str, value: Any) -> str:
     """A figure for the table: bytes in MiB, rates with their prefix."""
     if name == "collectives":
@@ -105,7 +129,7 @@ def readable(name: str, value: Any) -> str:
         return f"{value / 2**20:,.2f} MiB"
     if "flops" in name and value > 1e6:
         return f"{value / 1e9:,.1f} G{'FLOP/s' if name.endswith('second') else 'FLOP'}"
-    if name.startswith("mfu") or name.endswith("fraction"):
+    if name.startswith(("mfu", "share")) or name.endswith("fraction"):
         return f"{value:.2%}"
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 

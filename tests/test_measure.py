@@ -20,11 +20,12 @@ from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers
 from moe_jax.moe.dispatch import pool_capacity
 from moe_jax.placement.table import contiguous
-from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
+from moe_jax.schema import LatentConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.step import Program
 
 BENCHMARK_MODEL = ModelConfig(num_layers=8, width=512, num_heads=8, num_kv_heads=4, head_dim=64)
 BENCHMARK_MOE = MoEConfig(num_experts=32, top_k=4, hidden=384)
+LATENT = {"num_kv_heads": 4, "qk_norm": False, "latent": LatentConfig(kv_rank=16, q_rank=24, rope_width=8, value_width=24)}
 TINY = {"num_layers": 3, "width": 64, "num_heads": 4, "num_kv_heads": 2}
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmark.py"
 
@@ -78,6 +79,10 @@ def test_the_benchmark_shape_has_174_and_42_million_parameters():
         ({"tied_embeddings": False, "qk_norm": False}, {"first_dense": 1}),
         ({"head_dim": 32}, {"shared_experts": 2, "shared_gate": True, "every": 2}),
         ({"num_kv_heads": 4}, {"dense_layers": (0, 1, 2)}),
+        ({"qkv_bias": True, "out_bias": True, "sinks": True}, {"router_bias": True, "expert_bias": True}),
+        ({"qk_norm_over": "width", "mlp_bias": True}, {"first_dense": 1, "shared_experts": 1, "shared_hidden": 48}),
+        (LATENT, {"first_dense": 1, "shared_experts": 2}),
+        (LATENT | {"latent": LatentConfig(kv_rank=16, rope_width=8, value_width=24), "qkv_bias": True}, {}),
     ],
 )
 def test_parameter_counts_equal_those_of_a_program(model, moe):
@@ -85,7 +90,7 @@ def test_parameter_counts_equal_those_of_a_program(model, moe):
     program = make_program(model, moe, data=2, expert=4)
     total, active = measure.parameter_counts(model, moe, 96)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
-    assert total - active == count_moe_layers(model, moe) * 6 * 3 * 64 * 32
+    assert total - active == count_moe_layers(model, moe) * 6 * (3 * 64 * 32 + moe.expert_bias * (2 * 32 + 64))
 
 
 def test_model_flops_by_hand():
@@ -95,6 +100,16 @@ def test_model_flops_by_hand():
     dense, experts = 3 * 8 * 16, 8 * 4 + (2 + 1) * 3 * 8 * 6
     scores = 2 * (2 * 8 * (1 + 2 + 3) / 3)  # two matmuls of 2 heads of 4 with 1, 2 and 3 keys
     assert measure.model_flops(model, moe, 10, 3) == 2 * (2 * attention + dense + experts + 10 * 8) + 2 * scores
+
+
+def test_model_flops_of_latent_attention_by_hand():
+    latent = LatentConfig(kv_rank=5, q_rank=3, rope_width=2, value_width=6)
+    model = ModelConfig(num_layers=1, width=8, num_heads=2, num_kv_heads=2, head_dim=4, qk_norm=False, qkv_bias=True, latent=latent)
+    moe = MoEConfig(num_experts=4, top_k=2, hidden=6, shared_experts=1, shared_hidden=10)
+    attention = 8 * 3 + 3 * 2 * (4 + 2) + 8 * (5 + 2) + 5 * 2 * (4 + 6) + 2 * 6 * 8
+    experts = 8 * 4 + 2 * 3 * 8 * 6 + 3 * 8 * 10
+    scores = 2 * 2 * ((4 + 2) + 6) * (1 + 2 + 3) / 3
+    assert measure.model_flops(model, moe, 10, 3) == 2 * (attention + experts + 10 * 8) + scores
 
 
 def test_a_window_limits_what_is_visible():

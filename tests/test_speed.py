@@ -8,7 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from fake_model import Loaded, install
+from fake_model import Loaded, Session, install
 
 from moe_jax import speed
 from moe_jax.bandwidth import read_bandwidth
@@ -52,7 +52,7 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = Loaded(lambda tokens: 65, engine=engine)
     install(monkeypatch, loaded)
     monkeypatch.setattr(speed, "read_bandwidth", lambda devices: 1e6 * devices)
-    found = speed.bench(loaded, prompt=12, generated=5, batch=2, repeats=3)
+    found = speed.bench(loaded, Session(loaded, 2), prompt=12, generated=5, repeats=3)
     assert [len(feed) for feed in loaded.feeds[::2]] == [12, 1, 1] + [12, 1, 1, 1, 1, 1] * 3  # the warm-up, then repeats
     assert all(0 <= token < 256 for feed in loaded.feeds for token in feed)
     assert found["prefill_tokens_per_second"] == pytest.approx(24 / found["prefill_seconds"])
@@ -61,7 +61,7 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["share_of_floor"] == pytest.approx(2.0 / found["decode_ms_per_step"])
     assert found["first_token_seconds"] >= found["prefill_seconds"] > 0 and found["peak_bytes"] > 2**20
     with pytest.raises(UserError, match="-p 199 and -g 2 make 201 tokens and the model's context is 200"):
-        speed.bench(loaded, prompt=199, generated=2)
+        speed.bench(loaded, Session(loaded), prompt=199, generated=2)
 
 
 def test_read_bandwidth_is_plausible() -> None:

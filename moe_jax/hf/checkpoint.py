@@ -92,6 +92,12 @@ class Checkpoint:
             self._dtypes[path] = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         return self._dtypes[path]
 
+    def file_bytes(self, path: str) -> int:
+        """Bytes that the tensors of a leaf take in the files."""
+        found = self._layout.plans[path]
+        parts = ("_blocks", "_scales") if found.stored.mxfp4 else ("",)
+        return sum(self._shards.nbytes(name + part) for name in found.tensors(self._layout.experts) for part in parts)
+
     def leaf(self, path: str, index: Index | None = None) -> np.ndarray:
         """A part of a leaf; the whole without an `index`.
 

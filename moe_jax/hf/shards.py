@@ -44,6 +44,10 @@ class Shards:
         """The type of a tensor's values."""
         return np.dtype(DTYPES[self.entries[name].dtype])
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in its file."""
+        return math.prod(self.entries[name].shape) * self.dtype(name).itemsize
+
     def read(self, name: str, shape: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor in memory of its own: `box` cuts the tensor after it is reshaped to `shape`.
 

@@ -23,7 +23,7 @@ from moe_jax.ops.grouped_matmul import Impl
 from moe_jax.ops.linear import join, project
 from moe_jax.schema import MoEConfig
 from moe_jax.sharding import axes_of, gather, param
-from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, once, vary
+from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, once, psum, vary
 
 
 class LayerTables(NamedTuple):
@@ -149,7 +149,7 @@ class MoE(nnx.Module):
         if self.config.shared_experts:
             split = axes_of(self.shared_down, "hidden")
             y_TD = y_TD + once(self._shared(x_TD), tuple(axis for axis in axes if axis not in split))
-        return lax.psum(vary(y_TD, axes), axes).reshape(x_BSD.shape)
+        return psum(vary(y_TD, axes), axes).reshape(x_BSD.shape)
 
 
 def pooled_exchange(

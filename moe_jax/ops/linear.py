@@ -25,9 +25,9 @@ Kind = Literal["float", "int8", "int4"]
 class Matrix:
     """Weights for inference, [..., outputs, inputs]: all inputs in the last dim; leading dims stack matrices.
 
-    Kinds: `float` values are the weights; `int8` values times a scale an output, [..., outputs]; `int4` two values a byte
-    (the even input in the low half), [..., outputs, inputs / 2], each less 8, times a scale a group of inputs,
-    [..., outputs, inputs / group].
+    Kinds: `float` values are the weights; `int8` values times a scale an output, [..., outputs]; `int4` two values a byte,
+    [..., outputs, inputs / 2], each less 8, times a scale a group of inputs, [..., outputs, inputs / group]. The first half of
+    a group is in the low halves of its bytes and the second half in the high ones.
     """
 
     values: Any
@@ -53,8 +53,8 @@ def quantize(weights: jax.Array, kind: Kind, group: int = 64) -> Matrix:
     grouped = weights.reshape(*weights.shape[:-1], width // group, group)
     scale = (jnp.max(jnp.abs(grouped), axis=-1) / 7).astype(jnp.bfloat16)
     steps = jnp.clip(jnp.round(grouped / _safe(scale.astype(jnp.float32))[..., None]), -8, 7) + 8
-    steps = steps.astype(jnp.uint8).reshape(weights.shape)
-    return Matrix(steps[..., 0::2] | (steps[..., 1::2] << 4), scale, "int4")
+    low, high = jnp.split(steps.astype(jnp.uint8), 2, axis=-1)
+    return Matrix((low | (high << 4)).reshape(*weights.shape[:-1], width // 2), scale, "int4")
 
 
 def _safe(scale: jax.Array) -> jax.Array:
@@ -68,10 +68,15 @@ def dequantize(matrix: Matrix, dtype: Any) -> jax.Array:
         return matrix.values.astype(dtype)
     if matrix.kind == "int8":
         return matrix.values.astype(dtype) * matrix.scale[..., None].astype(dtype)
-    low, high = (matrix.values & 15).astype(jnp.int8), (matrix.values >> 4).astype(jnp.int8)
-    steps = jnp.stack([low, high], axis=-1).reshape(*matrix.values.shape[:-1], -1) - 8
-    grouped = steps.reshape(*steps.shape[:-1], matrix.scale.shape[-1], -1).astype(dtype) * matrix.scale[..., None].astype(dtype)
-    return grouped.reshape(steps.shape)
+    grouped = jnp.concatenate(_halves(matrix, dtype), axis=-1) * matrix.scale[..., None].astype(dtype)
+    return grouped.reshape(*matrix.values.shape[:-1], -1)
+
+
+def _halves(matrix: Matrix, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Steps of the first and the second half of each group of an int4 matrix, [..., outputs, groups, group / 2]."""
+    bytes_ = matrix.values.reshape(*matrix.values.shape[:-1], matrix.scale.shape[-1], -1)
+    low, high = (bytes_ & 15).astype(jnp.int8) - 8, (bytes_ >> 4).astype(jnp.int8) - 8
+    return low.astype(dtype), high.astype(dtype)
 
 
 def project(x: jax.Array, w: jax.Array | Matrix) -> jax.Array:
@@ -93,7 +98,17 @@ def apply(x: jax.Array, matrix: Matrix) -> jax.Array:
     if matrix.kind == "int8":  # a scale an output: it can wait until after the product
         product = _contract(x, matrix.values.reshape(math.prod(outputs), -1).astype(x.dtype))
         return (product * matrix.scale.reshape(-1).astype(x.dtype)).reshape(*x.shape[:-1], *outputs)
+    if matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1:
+        return _int4_row(x, matrix).reshape(*x.shape[:-1], *outputs)
     return _contract(x, dequantize(matrix, x.dtype).reshape(math.prod(outputs), -1)).reshape(*x.shape[:-1], *outputs)
+
+
+def _int4_row(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """One row times an int4 matrix, f32 sums. As one reduction, not a dot: XLA:CPU then unpacks in registers, eight times as fast."""
+    (low, high), groups = _halves(matrix, jnp.float32), matrix.scale.shape[-1]
+    first, second = jnp.split(x.reshape(groups, -1).astype(jnp.float32), 2, axis=-1)
+    parts = (low * first + high * second) * matrix.scale.astype(jnp.float32)[..., None]
+    return jnp.sum(parts, axis=(-1, -2)).astype(x.dtype)
 
 
 def _contract(x: jax.Array, w: jax.Array) -> jax.Array:

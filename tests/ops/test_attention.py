@@ -9,39 +9,44 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import make_mesh
-from moe_jax.ops.attention import MAX_BLOCKS, attention
+from moe_jax.ops.attention import MAX_BLOCKS, attention, cached_attention
 from moe_jax.schema import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 BATCH, GROUPS, HEAD = 2, 2, 8
 BLOCK = 16
-jitted = jax.jit(attention, static_argnames=("window", "impl"))
+jitted = jax.jit(attention, static_argnames=("window", "impl", "scale"))
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr("moe_jax.ops.attention.MIN_BLOCK", BLOCK)
+    monkeypatch.setattr("moe_jax.ops.attention.CACHE_BLOCK", BLOCK)
 
 
-def by_hand(q, k, v, segments, window):
+def by_hand(q, k, v, segments, window, scale=None, sinks=None):
     """The definition, in float64, query by query."""
-    out = np.zeros(q.shape)
     batch, length, heads, width = q.shape
+    out = np.zeros((batch, length, heads, v.shape[-1]))
+    scale = width**-0.5 if scale is None else scale
     for b, i, h in np.ndindex(batch, length, heads):
         first = 0 if window is None else max(0, i - window + 1)
         seen = [j for j in range(first, i + 1) if segments[b, j] == segments[b, i]]
         g = h // (heads // k.shape[2])
-        scores = np.array([q[b, i, h] @ k[b, j, g] for j in seen], np.float64) / np.sqrt(width)
-        weights = np.exp(scores - scores.max())
-        out[b, i, h] = weights / weights.sum() @ v[b, seen, g]
+        scores = np.array([q[b, i, h] @ k[b, j, g] for j in seen], np.float64) * scale
+        top = scores.max() if sinks is None else max(scores.max(), sinks[h])
+        weights = np.exp(scores - top)
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[h] - top))
+        out[b, i, h] = weights / total @ v[b, seen, g]
     return out
 
 
-def operands(length: int, heads: int, seed: int = 0) -> tuple[jax.Array, ...]:
+def operands(length: int, heads: int, seed: int = 0, value_width: int = HEAD) -> tuple[jax.Array, ...]:
     """q, k, v, and segments: documents of uneven lengths, then padding, different in each sequence."""
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((BATCH, length, n, HEAD)).astype(np.float32) for n in (heads, GROUPS, GROUPS))
+    sizes = ((heads, HEAD), (GROUPS, HEAD), (GROUPS, value_width))
+    q, k, v = (rng.standard_normal((BATCH, length, *size)).astype(np.float32) for size in sizes)
     segments = np.ones((BATCH, length), np.int32)
     segments[0, length // 3 :], segments[0, length - length // 7 :] = 2, 0
     segments[1, length // 2 + 1 :] = 2
@@ -78,6 +83,35 @@ def test_blockwise_equals_reference(length, heads, window):
     want = jax.jit(partial(value_and_gradients, "reference"))()
     for got, expected, name in zip(jax.jit(partial(value_and_gradients, "blockwise"))(), want, ("out", "dq", "dk", "dv"), strict=True):
         np.testing.assert_allclose(got, expected, atol=3e-5, err_msg=name)
+
+
+SINKS = jnp.array([0.5, -1.0, 3.0, 40.0])  # the last takes nearly all weight
+
+
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("value_width", [HEAD - 2, HEAD + 5])
+def test_sinks_scale_and_values_of_another_width(impl, window, value_width):
+    q, k, v, segments = operands(2 * BLOCK + 3, heads=4, value_width=value_width)
+    out = jitted(q, k, v, segments, window=window, scale=0.7, sinks_H=SINKS, impl=impl)
+    np.testing.assert_allclose(out, by_hand(*map(np.asarray, (q, k, v, segments)), window, 0.7, np.asarray(SINKS)), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, BLOCK + 9])
+def test_blockwise_gradients_with_sinks_scale_and_values_of_another_width(window):
+    *qkv, segments = operands(3 * BLOCK - 1, heads=4, value_width=5)
+    dout = jnp.array(np.random.default_rng(1).standard_normal((*qkv[0].shape[:3], 5)).astype(np.float32))
+
+    def value_and_gradients(impl):
+        fn = lambda q, k, v, sinks: attention(q, k, v, segments, window=window, scale=0.7, sinks_H=sinks, impl=impl)  # noqa: E731
+        out, pull = jax.vjp(fn, *qkv, SINKS)
+        return out, *pull(dout)
+
+    want = jax.jit(partial(value_and_gradients, "reference"))()
+    names = ("out", "dq", "dk", "dv", "dsinks")
+    for got, expected, name in zip(jax.jit(partial(value_and_gradients, "blockwise"))(), want, names, strict=True):
+        np.testing.assert_allclose(got, expected, atol=3e-5, err_msg=name)
+    assert np.abs(want[-1][:3]).min() > 0.1  # a gradient that is there to be missed
 
 
 @pytest.mark.parametrize("impl", ["reference", "blockwise"])
@@ -123,3 +157,69 @@ def test_inside_shard_map():
 def test_unknown_back_end_is_refused(unchecked):
     with pytest.raises(ValueError, match="fancy"):
         attention(*operands(4, heads=2), impl="fancy")
+
+
+# Over a cache
+
+cached = jax.jit(cached_attention, static_argnames=("window", "value_width", "scale"))
+PLACES, LAYERS = 4 * BLOCK, 3
+POSITIONS = {
+    "a token each, in the first block": [[0], [5]],
+    "at a block's end and after it": [[BLOCK - 1], [BLOCK]],
+    "rows far apart": [[2 * BLOCK - 1], [2]],
+    "the last place": [[PLACES - 1], [2 * BLOCK]],
+    "several tokens over an edge": [[*range(BLOCK - 2, BLOCK + 3)], [*range(5)]],
+    "padding beyond the last place": [[*range(PLACES - 3, PLACES + 2)], [*range(2 * BLOCK - 3, 2 * BLOCK + 2)]],
+}
+
+
+@pytest.mark.parametrize("form", ["plain", "sinks", "values in keys"])
+@pytest.mark.parametrize("window", [None, 1, 5, BLOCK, BLOCK + 9])
+def test_a_cache_equals_the_definition(form, window):
+    """For positions of all kinds; other layers and what lies beyond a row's position are large numbers that would show."""
+    rng = np.random.default_rng(3)
+    q_all, k, v, _ = operands(PLACES, heads=4, seed=3, value_width=6)
+    sinks = SINKS if form == "sinks" else None
+    v = k[..., :6] if form == "values in keys" else v
+    want = by_hand(*map(np.asarray, (q_all, k, v)), np.ones((BATCH, PLACES), np.int32), window, 0.7, None if sinks is None else SINKS)
+    for name, rows in POSITIONS.items():
+        positions = np.array(rows, np.int32)
+        inside = np.minimum(positions, PLACES - 1)
+        q = np.take_along_axis(np.asarray(q_all), inside[..., None, None], axis=1)
+        beyond = np.arange(PLACES) > inside.max(axis=1)[:, None]
+        keys, values = (rng.uniform(-50, 50, (LAYERS, *np.moveaxis(a, 1, 2).shape)).astype(np.float32) for a in (k, v))
+        for stored, new in ((keys, k), (values, v)):
+            kept = np.moveaxis(np.where(beyond[..., None, None], np.float32(50), new), 1, 2)
+            stored[1] = kept
+        options = {"window": window, "scale": 0.7, "sinks_H": sinks}
+        keys = jnp.asarray(np.swapaxes(keys, -1, -2))
+        if form == "values in keys":
+            out = cached(jnp.asarray(q), keys, None, 1, positions, value_width=6, **options)
+        else:
+            out = cached(jnp.asarray(q), keys, jnp.asarray(values), 1, positions, **options)
+        true = positions < PLACES
+        np.testing.assert_allclose(out[true], np.take_along_axis(want, inside[..., None, None], axis=1)[true], atol=2e-5, err_msg=name)
+        assert np.all(np.isfinite(out))
+
+
+def test_blocks_of_a_cache_that_nobody_sees_are_not_read():
+    """Neither those past the last position nor those before every window: NaN there would reach the result."""
+    q, k, v, _ = (np.asarray(a) for a in operands(PLACES, heads=4, seed=4))
+    positions = np.array([[2 * BLOCK + 3], [2 * BLOCK + 1]], np.int32)
+    keys, values = (
+        np.full((1, BATCH, GROUPS, HEAD, PLACES), np.nan, np.float32),
+        np.full((1, BATCH, GROUPS, PLACES, HEAD), np.nan, np.float32),
+    )
+    near = slice(BLOCK, 3 * BLOCK)  # a window of a block reaches back into the second block
+    keys[0, ..., near], values[0, :, :, near] = np.moveaxis(k, 1, 3)[..., near], np.swapaxes(v, 1, 2)[:, :, near]
+    out = cached(jnp.asarray(q[:, :1]), jnp.asarray(keys), jnp.asarray(values), 0, positions, window=BLOCK)
+    assert np.all(np.isfinite(out))
+
+
+def test_half_precision_over_a_cache():
+    q, k, v, _ = operands(PLACES, heads=4, seed=5)
+    positions = np.array([[3 * BLOCK], [7]], np.int32)
+    arrays = (q[:, :1], jnp.moveaxis(k, 1, 3)[None], jnp.swapaxes(v, 1, 2)[None])
+    half = cached(*(a.astype(jnp.bfloat16) for a in arrays), 0, positions)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), cached(*arrays, 0, positions), atol=0.05)

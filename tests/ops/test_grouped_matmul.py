@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import make_mesh
-from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD, grouped_matmul
+from moe_jax.ops.grouped_matmul import FEW_ROWS, SMALL_TILE, TILE, TILE_GRAD, grouped_matmul
+from moe_jax.ops.linear import Matrix, dequantize, quantize
 from moe_jax.schema import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -139,6 +140,60 @@ def test_inside_shard_map(operands, impl):
     grads = [gradients_by_hand(x[rows], w, dy[rows], s) for rows, s in parts]
     np.testing.assert_allclose(dx, np.concatenate([dx for dx, _ in grads]), atol=2e-5)
     np.testing.assert_allclose(dw, sum(dw for _, dw in grads), atol=1e-4)
+
+
+# A Matrix, for inference
+
+SERVED = {
+    "empty": [0, 0, 0, 0, 0],
+    "one row": [0, 0, 1, 0, 0],
+    "a row each": [1, 1, 1, 1, 1],
+    "small tile": [SMALL_TILE, 0, SMALL_TILE + 1, SMALL_TILE - 1, 3],
+    "skew": [0, 0, 0, 0, 2 * TILE],
+    "tile": [TILE - 1, TILE, 0, TILE + 1, 5],
+}
+STACKED = 3  # layers whose matrices stand one after another; the second is used
+
+
+@pytest.fixture(scope="module", params=["float", "int8", "int4"])
+def banks(request) -> tuple[Matrix, np.ndarray]:
+    """Matrices [3 x G, 2, F/2, D], and the weights [G, D, F] that those of the second layer stand for."""
+    w = np.random.default_rng(1).standard_normal((STACKED * GROUPS, 2, HIDDEN // 2, WIDTH)).astype(np.float32)
+    matrix = quantize(jnp.asarray(w), request.param, 8)
+    plain = np.asarray(dequantize(matrix, jnp.float32)).reshape(STACKED, GROUPS, HIDDEN, WIDTH)
+    return matrix, plain[1].swapaxes(1, 2)
+
+
+@pytest.fixture(scope="module")
+def served():
+    """Rows one by one, as `auto` has it for few, and tiles, of both sizes."""
+    return jax.jit(grouped_matmul, static_argnames=("impl",))
+
+
+@pytest.mark.parametrize("rows", [FEW_ROWS, SMALL_TILE * GROUPS, ROWS])
+@pytest.mark.parametrize("impl", ["rows", "tiled"])
+def test_a_matrix_equals_the_definition(served, banks, operands, impl, rows):
+    matrix, plain = banks
+    for name, sizes in SERVED.items():
+        if sum(sizes) <= rows:
+            y = served(operands[0][:rows], matrix, np.array(sizes, np.int32), first=GROUPS, impl=impl)
+            np.testing.assert_allclose(y, by_hand(operands[0][:rows], plain, sizes), atol=3e-5, err_msg=name)
+            assert not np.any(np.asarray(y)[sum(sizes) :]), name
+
+
+@pytest.mark.parametrize("impl", ["rows", "tiled"])
+def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(served, banks, operands, impl):
+    x, sizes = operands[0][:FEW_ROWS].copy(), [60, 0, 3, 20, 0]
+    x[sum(sizes) :] = np.nan
+    y = np.asarray(served(x, banks[0], np.array(sizes, np.int32), first=GROUPS, impl=impl))
+    assert not np.any(y[sum(sizes) :]) and np.all(np.isfinite(y))
+
+
+def test_auto_takes_rows_for_few_and_tiles_for_more(served, banks, operands):
+    sizes = np.array([20, 0, 50, 7, 3], np.int32)
+    for rows, impl in ((FEW_ROWS, "rows"), (FEW_ROWS + 1, "tiled")):
+        text = [jax.jit(partial(grouped_matmul, impl=i)).lower(operands[0][:rows], banks[0], sizes).as_text() for i in ("auto", impl)]
+        assert text[0] == text[1]
 
 
 def test_unknown_back_end_is_refused(unchecked):

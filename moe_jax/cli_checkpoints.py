@@ -1,0 +1,106 @@
+"""The commands that take checkpoints in and out: convert, export and inspect; `cli.py` adds them to `moe-jax`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_jax.cli_models import AsJson, Dtype, Fallback, Mesh, Quantize, Step
+from moe_jax.console import explained_disk_errors, say
+from moe_jax.errors import UserError
+from moe_jax.model_choice import DTYPES, QUANTIZED, one_of, parse_bytes, parse_mesh
+
+Out = Annotated[Path, typer.Argument(show_default=False, help="Folder to write; it must not exist.")]
+Group = Annotated[int, typer.Option(metavar="N", min=2, help="Inputs that share a scale with int4.")]
+
+
+def convert(
+    model: Annotated[Path, typer.Argument(metavar="DIR", show_default=False, help="Hugging Face folder or run.")],
+    out: Out,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    group: Group = 64,
+    step: Step = None,
+    fallback: Fallback = False,
+) -> None:
+    """Save a model as it is held for inference, to load fast.
+
+    All of it must fit into memory once; the result opens on any mesh.
+    """
+    _check(dtype, quantize)
+    _refuse_existing(out)
+    from moe_jax.converting import convert as write
+
+    with explained_disk_errors(out):
+        say(write(model, out, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="Run or converted folder.")],
+    out: Out,
+    dtype: Dtype = None,
+    step: Step = None,
+    fallback: Fallback = False,
+) -> None:
+    """Write a Hugging Face folder that transformers loads.
+
+    All weights must fit into memory once.
+    """
+    _check(dtype, None)
+    _refuse_existing(out)
+    from moe_jax.publish import publish
+
+    with explained_disk_errors(out):
+        say(publish(run, out, dtype=dtype, step=step, fallback=fallback))
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="DIR", show_default=False, help="Hugging Face, run or converted folder, or YAML.")],
+    mesh: Mesh = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    group: Group = 64,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", show_default=False, help="A device's, such as 24GiB; exit 1 if less.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a sequence.  [default: the model's]")] = None,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Sequences at a time.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model takes on a mesh, from its headers alone."""
+    _check(dtype, quantize)
+    axes = None if mesh is None else parse_mesh(mesh)
+    limit = None if memory is None else parse_bytes(memory)
+    from moe_jax.description import describe
+    from moe_jax.inspection import inspect as plan
+    from moe_jax.inspection import print_inspection, to_json
+
+    with explained_disk_errors(model):
+        described = describe(model)
+    found = plan(described, mesh=axes, dtype=dtype, quantize=quantize, group=group, memory=limit, context=context, batch=batch)
+    if as_json:
+        print(to_json(found))
+    else:
+        print_inspection(found)
+    raise typer.Exit(1 if found.fits is False else 0)
+
+
+def _check(dtype: str | None, quantize: str | None) -> None:
+    one_of("--dtype", dtype, DTYPES)
+    one_of("--quantize", quantize, QUANTIZED)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already: name another folder, or delete it.")
+
+
+# Each command: its name, its function and the example that its help ends with.
+COMMANDS: list[tuple[str, Callable[..., None], str]] = [
+    ("convert", convert, "moe-jax convert Qwen3-30B-A3B qwen-int4 --quantize int4"),
+    ("export", export, "moe-jax export runs/first first-hf --dtype bfloat16"),
+    ("inspect", inspect, "moe-jax inspect Qwen3-30B-A3B --mesh expert=2 --memory 24GiB"),
+]

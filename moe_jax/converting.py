@@ -1,0 +1,31 @@
+"""A model saved as it is held for inference (converted.py), from any form that it can be opened in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_jax import converted
+from moe_jax.console import gibibytes
+from moe_jax.description import describe
+from moe_jax.errors import UserError
+from moe_jax.loading import device_bytes, find_folder, open_model
+
+
+def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: int, step: int | None, fallback: bool) -> str:
+    """Opens a Hugging Face folder or a run on one device and writes it to the new folder `out`; returns a sentence about it.
+
+    Arguments as those of `open_model`. The device holds the whole model while it is written. Raises UserError for what
+    cannot be opened, where `out` exists, and where its disk has no room; nothing is left of `out` then.
+    """
+    if converted.is_converted(path):
+        raise UserError(f"{path} is converted already: name the folder or the run that it was made from.")
+    if out.exists():
+        raise UserError(f"{out} exists already: name another folder, or delete it.")
+    path = find_folder(path)
+    described = describe(path)
+    loaded = open_model(path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback)
+    converted.write(out, loaded, described.tokenizer, group, quantize or "float", described.hf_config)
+    size = gibibytes(sum(device_bytes(loaded.engine).values()))
+    kept = loaded.engine.dtype.name if quantize is None else f"{quantize} and {loaded.engine.dtype.name}"
+    return f"{out}: {size} of weights in {kept}, from {path}."
