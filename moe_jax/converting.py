@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from moe_jax.console import gibibytes
 from moe_jax.description import describe
 from moe_jax.errors import UserError
 from moe_jax.loading import device_bytes, find_folder, open_model
+from moe_jax.model_choice import HUB_NAME
 
 
 def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: int, step: int | None, fallback: bool) -> str:
@@ -22,6 +24,8 @@ def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: i
         raise UserError(f"{path} is converted already: name the folder or the run that it was made from.")
     if out.exists():
         raise UserError(f"{out} exists already: name another folder, or delete it.")
+    if not path.exists() and not re.fullmatch(HUB_NAME, str(path)):
+        raise UserError(f"{path} does not exist: give a Hugging Face folder or a run directory.")
     path = find_folder(path)
     described = describe(path)
     loaded = open_model(path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback)

@@ -28,6 +28,7 @@ from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers, expert_layers
+from moe_jax.ops import linear
 from moe_jax.packing import Leaf, bytes_of
 from moe_jax.placement.table import EMPTY, contiguous
 from moe_jax.run_dir import tokenizer_spec
@@ -41,6 +42,7 @@ __all__ = ["LoadedModel", "Session", "open_model"]
 Read = Callable[[str, tuple[Any, ...]], np.ndarray]
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
+_quantize = jax.jit(linear.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
 
 
 def open_model(
@@ -181,8 +183,9 @@ def _pack_piece(leaf: Leaf, order: tuple[int, ...], cut: list[Any], read: Read) 
     values = read(leaf.path, tuple(whole[order.index(dim)] for dim in range(len(order)))).transpose(order)
     if leaf.kind == "float":
         return jax.tree.unflatten(jax.tree.structure(leaf.abstract()), [values])
+    flat = np.ascontiguousarray(values).reshape(*values.shape[: -leaf.inputs], -1)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        packed = jax.tree.map(np.asarray, jax.jit(leaf.pack)(jnp.asarray(np.ascontiguousarray(values))))
+        packed = jax.tree.map(np.asarray, _quantize(jnp.asarray(flat), leaf.kind, leaf.group))
     if leaf.kind == "int8":
         apart = packed.values.reshape(values.shape)[(..., *cut[-leaf.inputs :])]
         packed = dataclasses.replace(packed, values=apart)
