@@ -292,6 +292,6 @@ def check_memory(engine: Engine, memory: int | None) -> None:
     if free is not None and needed > free:
         where = "in all" if needed > max(held.values()) else "on each device"
         raise UserError(
-            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, --dtype bfloat16 "
-            "or a --mesh with more devices."
+            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, "
+            "--dtype bfloat16 or a --mesh with more devices."
         )

@@ -78,10 +78,10 @@ def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated
             f"-p {prompt} and -g {generated} make {prompt + generated} tokens and the model's context is {loaded.context}: lower them."
         )
     compiled = compile_clock().seconds
-    batch = len(session.lengths)
+    batch, devices = len(session.lengths), loaded.engine.mesh.size
     rows = np.random.default_rng(0).integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt)).tolist()
     _decode(session, _prefill(session, rows), min(2, generated))  # the warm-up: compiles both
-    prefills, first_tokens, steps = [], [], []
+    prefills, first_tokens, steps, rates = [], [], [], []
     for _ in range(repeats):
         start = time.perf_counter()
         logits_BV = _prefill(session, rows)
@@ -89,9 +89,9 @@ def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated
         np.argmax(logits_BV, axis=-1)
         first_tokens.append(time.perf_counter() - start)
         steps += _decode(session, logits_BV, generated)
+        rates.append(read_bandwidth(devices))  # in turns with the steps: on a shared machine it changes by the minute
     prefill, step = statistics.median(prefills), statistics.median(steps)
-    devices = loaded.engine.mesh.size
-    needed, rate = loaded.engine.decode_bytes(batch), read_bandwidth(devices)
+    needed, rate = loaded.engine.decode_bytes(batch), statistics.median(rates)
     return {
         "model": loaded.name,
         "prompt_tokens": prompt,

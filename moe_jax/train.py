@@ -6,6 +6,7 @@ train(load_config("configs/tiny.yaml", []), Path("runs/tiny"))
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import __version__, measure, relayout, run_dir
+from moe_jax import __version__, initial, measure, relayout, run_dir
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import dump_config
 from moe_jax.data import Corpus, load_corpus
@@ -43,9 +44,11 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     """
     use_devices(config.devices)
     mesh = make_mesh(config.mesh)
+    config = initial.resolve(config, directory, resume=resume)
     run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
-    corpus = load_corpus(config.data, config.train.seq_len, config.train.seed)
-    vocab_size = _vocab_size(config, corpus)
+    tokenizer = run_dir.tokenizer_spec(directory, config) if resume else config.data.tokenizer
+    corpus = load_corpus(dataclasses.replace(config.data, tokenizer=tokenizer), config.train.seq_len, config.train.seed)
+    vocab_size = initial.vocabulary(config, corpus)
     processes = (jax.process_index(), jax.process_count())
     batches = corpus.train_batches(config.train.global_batch, *processes)
     held_out = corpus.validation_batches(config.train.global_batch, config.train.eval_batches, *processes)
@@ -65,7 +68,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
         accumulation=config.train.accumulation,
     )
     if saved is None:
-        state = jax.block_until_ready(program.init(config.train.seed))
+        state = initial.first_state(program, config)
     else:
         restored = relayout.restore(checkpoints, program, saved, step=None, fallback=fallback)
         for problem in restored.skipped:
@@ -80,6 +83,8 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     if overwrite and not resume:
         run_dir.clear(directory)
     run_dir.write_description(directory, config, environment)
+    if saved is None:
+        initial.keep(directory, config)
     _Job(config, directory, program, checkpoints, corpus, environment, held_out).run(state, batches)
 
 
@@ -254,16 +259,6 @@ def _finish_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _vocab_size(config: Config, corpus: Corpus) -> int:
-    """The model's vocabulary: as configured, or the tokenizer's. Raises UserError where it does not fit."""
-    size = config.model.vocab_size or corpus.tokenizer.vocab_size
-    if size < corpus.tokenizer.num_ids:
-        raise UserError(f"model.vocab_size={size} is less than the tokenizer's {corpus.tokenizer.num_ids}: raise it, or leave it out.")
-    if size % config.mesh.tensor:
-        raise UserError(f"mesh.tensor={config.mesh.tensor} does not divide the vocabulary of {size}: set model.vocab_size to a multiple.")
-    return size
 
 
 def _not_finite(step: int, in_row: int) -> UserError:

@@ -159,7 +159,8 @@ def test_quantised_weights_compute_as_what_they_stand_for(name: str, kind: str) 
     small = load(data, {}, quantization=kind, group=4)
     assert sum(a.nbytes for a in jax.tree.leaves(small.params)) < 0.6 * sum(leaf.nbytes for leaf in data.leaves.values())
     is_matrix = lambda value: isinstance(value, Matrix)  # noqa: E731
-    plain = jax.tree.map(lambda m: Matrix(dequantize(m, jnp.float32)) if is_matrix(m) else m, small.params, is_leaf=is_matrix)
+    floats = lambda tree: jax.tree.map(lambda m: Matrix(dequantize(m, jnp.float32)) if is_matrix(m) else m, tree, is_leaf=is_matrix)  # noqa: E731
+    plain = jax.jit(floats)(small.params)
     stood_for = write(data, dataclasses.replace(small, engine=make_engine(data, {}), params=plain))
     assert_same(write(data, small), stood_for)
     assert_same(write(data, load(data, {"expert": 2, "tensor": 2}, quantization=kind, group=4)), stood_for)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "moe_jax"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
 
 # Who may see the whole configuration: those who build it, and the jobs.
-WHOLE_CONFIG = {f"moe_jax.{name}" for name in ("config", "schema", "train", "run_dir", "generate", "cli", "benchmark")}
+WHOLE_CONFIG = {f"moe_jax.{name}" for name in ("config", "schema", "initial", "train", "run_dir", "generate", "cli", "benchmark")}
 
 # The rooms from the ground up; a module imports from its own floor or from those below it.
 FLOORS = [
