@@ -60,7 +60,8 @@ class Engine:
 
         Raises UserError where the mesh does not divide the model.
         """
-        self.model = dataclasses.replace(model, compute_dtype=dtype)
+        compute: dict[str, Any] = {"compute_dtype": dtype}
+        self.model = dataclasses.replace(model, **compute)
         self.moe, self.mesh, self.placement, self.vocab_size = moe, mesh, placement, vocab_size
         self.dtype = jnp.dtype(dtype)
         _check_mesh(model, moe, mesh)
@@ -159,7 +160,7 @@ class Engine:
 
     @cached_property
     def _cache_specs(self) -> Cache:
-        spec = P(None, "data", self.kv_axes or None, None, None)
+        spec: Any = P(None, "data", self.kv_axes or None, None, None)
         one = LayerCache(spec, None if self.model.latent.kv_rank else spec)
         return [[one for _ in kinds] for kinds, _ in stack_layers(layer_kinds(self.model, self.moe))]
 
@@ -210,7 +211,8 @@ class Engine:
         """Final hidden states of whole sequences, through a cache that is thrown away."""
         transformer = nnx.merge(self.graph, params)
         parts = lax.axis_size(self.kv_axes) if self.kv_axes else 1
-        empty = self._zeros(*turn.tokens.shape, parts)
+        batch, length = turn.tokens.shape
+        empty = self._zeros(batch, length, parts)
         empty = jax.tree.map(lambda a: lax.pcast(a, ("data", *self.kv_axes), to="varying"), empty)
         return transformer, transformer.extend(turn, tables, empty, fresh=True)[0]
 
@@ -240,7 +242,8 @@ class Engine:
         """Sum of the negative log-likelihoods, nats, of targets where `mask_BS` is 1, and their number. B a multiple of `data`."""
         tokens_BS = np.asarray(tokens_BS, np.int32)
         rows, length = tokens_BS.shape
-        turn = Turn(tokens_BS, np.zeros(rows, np.int32), np.full(rows, length, np.int32))
+        start_B, length_B = np.zeros(rows, np.int32), np.full(rows, length, np.int32)
+        turn = Turn(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
         nats, count = self._score(params, tables, turn, np.asarray(targets_BS, np.int32), np.asarray(mask_BS, np.float32))
         return float(nats), float(count)
 

@@ -7,7 +7,7 @@ place; place m holds position m.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
             out_BSHQ = cached_attention(q_BSHQ, cache.keys, cache.values, layer, turn.positions, **self._options())
         return self._out(out_BSHQ), cache
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         sinks = gather(self.sinks) if self.config.sinks else None
         return {"window": self.window, "scale": self.config.attention_scale, "sinks_H": sinks}
 
@@ -191,7 +191,7 @@ class LatentAttention(nnx.Module):
         up_CHN = gather(self.kv_up, x_BSD.dtype)
         q_BSHC = jnp.einsum("bshn,chn->bshc", q_BSHQ[..., :head], up_CHN[..., :head])
         q_BSHC = jnp.concatenate([q_BSHC, q_BSHQ[..., head:]], axis=-1)
-        options = {"value_width": rank, "window": self.window, "scale": self._scale()}
+        options: dict[str, Any] = {"value_width": rank, "window": self.window, "scale": self._scale()}
         out_BSHC = cached_attention(q_BSHC, cache.keys, None, layer, turn.positions, **options)
         return self._out(jnp.einsum("bshc,chu->bshu", out_BSHC, up_CHN[..., head:])), cache
 
@@ -223,7 +223,7 @@ class LatentAttention(nnx.Module):
         rope_BSHR = jnp.broadcast_to(c_BS1C[..., rank:], (*both_BSHN.shape[:3], c_BS1C.shape[-1] - rank))
         rope_BSHR = vary(rope_BSHR, vma(both_BSHN))
         keys = jnp.concatenate([both_BSHN[..., :head], rope_BSHR], axis=-1)
-        options = {"window": self.window, "scale": self._scale(), "impl": self.config.attention}
+        options: dict[str, Any] = {"window": self.window, "scale": self._scale(), "impl": self.config.attention}
         return attention(q_BSHQ, keys, both_BSHN[..., head:], segments_BS, **options)
 
     def _out(self, out_BSHU: jax.Array) -> jax.Array:

@@ -42,6 +42,7 @@ __all__ = ["LoadedModel", "Session", "open_model"]
 Read = Callable[[str, tuple[Any, ...]], np.ndarray]
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
+QUANTIZED_AT_ONCE = 1 << 16  # weights: quantising takes a few times their memory
 _quantize = jax.jit(linear.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
 
 
@@ -162,14 +163,14 @@ def _read_part(engine: Engine, leaf: Leaf, order: tuple[int, ...], index: tuple[
     bounds = [range(*part.indices(size)) for part, size in zip(index, leaf.ordered, strict=True)]
     small = leaf._replace(shape=tuple(len(bounds[order.index(dim)]) for dim in range(len(order))))
     out = jax.tree.map(lambda a: _aligned(a.shape, a.dtype), small.abstract())
-    stacked = leaf.path.startswith("stacks/")
-    bank = "/experts/" in leaf.path
-    for place in itertools.product(*(range(len(bounds[dim])) for dim in range(stacked + bank))):
+    stacked, bank = leaf.path.startswith("stacks/"), "/experts/" in leaf.path
+    apart = stacked + bank + leaf.path.endswith("gate_up")  # leading dims along which a checkpoint has a tensor for each entry
+    for place in itertools.product(*(range(len(bounds[dim])) for dim in range(apart))):
         at = [bounds[dim][number] for dim, number in enumerate(place)]
         cut: list[Any] = [slice(bound.start, bound.stop) for bound in bounds]
         cut[: len(at)] = [slice(number, number + 1) for number in at]
         if bank:
-            cut[1] = np.array([_expert_in(engine, leaf.path, *at)])
+            cut[1] = np.array([_expert_in(engine, leaf.path, *at[:2])])
         piece = _pack_piece(leaf, order, cut, read)
         jax.tree.map(lambda to, value, place=place: to.__setitem__(place, value.reshape(to[place].shape)), out, piece)
     return out
@@ -183,9 +184,11 @@ def _pack_piece(leaf: Leaf, order: tuple[int, ...], cut: list[Any], read: Read) 
     values = read(leaf.path, tuple(whole[order.index(dim)] for dim in range(len(order)))).transpose(order)
     if leaf.kind == "float":
         return jax.tree.unflatten(jax.tree.structure(leaf.abstract()), [values])
-    flat = np.ascontiguousarray(values).reshape(*values.shape[: -leaf.inputs], -1)
+    rows = values.reshape(math.prod(values.shape[: -leaf.inputs]), -1)
+    step = max(1, QUANTIZED_AT_ONCE // rows.shape[1])
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        packed = jax.tree.map(np.asarray, _quantize(jnp.asarray(flat), leaf.kind, leaf.group))
+        blocks = [_quantize(jnp.asarray(rows[at : at + step]), leaf.kind, leaf.group) for at in range(0, len(rows), step)]
+    packed = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
     if leaf.kind == "int8":
         apart = packed.values.reshape(values.shape)[(..., *cut[-leaf.inputs :])]
         packed = dataclasses.replace(packed, values=apart)

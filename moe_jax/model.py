@@ -173,7 +173,8 @@ class Transformer(nnx.Module):
         after, done = [], 0
         for stack, stored in zip(self.stacks, cache, strict=True):
             moes = sum(kind.moe for kind in stack.kinds)
-            graph, banks, state = nnx.split(stack, nnx.PathContains("experts"), ...)
+            split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
+            graph, banks, state = split
             repeats = jax.tree.leaves(state)[0].shape[0]
             layer_tables = _for_units(tables, done, repeats, moes)
             run = partial(_extend_unit, graph, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks), repeats, turn, fresh)

@@ -154,11 +154,13 @@ class Config:
                 raise UserError(f"mesh.tensor={mesh.tensor} does not divide model.{key}={value}: change one of them.")
         if self.moe.hidden % mesh.tensor:
             raise UserError(f"mesh.tensor={mesh.tensor} does not divide moe.hidden={self.moe.hidden}: change one of them.")
-        if model.width % (mesh.data * mesh.expert):
-            raise UserError(
-                f"model.width={model.width} is not divisible by mesh.data x mesh.expert = {mesh.data * mesh.expert}, over which "
-                "parameters are sharded: change one of them."
-            )
+        ranks = {"latent.q_rank": model.latent.q_rank or 0, "latent.kv_rank": model.latent.kv_rank}
+        for key, size in {"width": model.width, **ranks}.items():
+            if size % (mesh.data * mesh.expert):
+                raise UserError(
+                    f"model.{key}={size} is not divisible by mesh.data x mesh.expert = {mesh.data * mesh.expert}, over which "
+                    "parameters are sharded: change one of them."
+                )
         part = self.train.accumulation * mesh.data * mesh.expert
         if self.train.global_batch % part:
             raise UserError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.engine import Cache, Engine
@@ -86,24 +87,27 @@ class Session:
         counts, fresh = [len(part) for part in parts], not any(self.lengths)
         width = max(counts)
         width = 1 if width == 1 and not fresh else bucket(width, SHORTEST_TURN)
-        self._make_room(max(self.lengths) + width)
-        turn = Turn(np.zeros((self._rows, width), np.int32), np.zeros(self._rows, np.int32), np.zeros(self._rows, np.int32))
+        cache = self._with_room(max(self.lengths) + width)
+        tokens_BS = np.zeros((self._rows, width), np.int32)
+        start_B, length_B = np.zeros((2, self._rows), np.int32)
         for row, part in enumerate(parts):
-            turn.tokens[row, : len(part)] = part
-            turn.start[row], turn.length[row] = self.lengths[row], len(part)
-        logits_BV, self._cache = self._engine.extend(self._loaded.params, self._loaded.tables, self._cache, turn, fresh=fresh)
+            tokens_BS[row, : len(part)] = part
+            start_B[row], length_B[row] = self.lengths[row], len(part)
+        turn = Turn(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
+        logits_BV, self._cache = self._engine.extend(self._loaded.params, self._loaded.tables, cache, turn, fresh=fresh)
         found = np.asarray(logits_BV)
         self.lengths = [have + more for have, more in zip(self.lengths, counts, strict=True)]
         return found
 
-    def _make_room(self, length: int) -> None:
-        if length <= self._room:
-            return
-        self._room = bucket(length, SHORTEST_CACHE)
-        if self._cache is None:
-            self._cache = self._engine.new_cache(self._rows, self._room)
-        else:
-            self._cache = self._engine.grow_cache(self._cache, self._room)
+    def _with_room(self, length: int) -> Cache:
+        """The cache, with places for `length` tokens of a row."""
+        if self._cache is None or length > self._room:
+            self._room = bucket(length, SHORTEST_CACHE)
+            if self._cache is None:
+                self._cache = self._engine.new_cache(self._rows, self._room)
+            else:
+                self._cache = self._engine.grow_cache(self._cache, self._room)
+        return self._cache
 
     def rewind(self, row: int, length: int) -> None:
         """Forgets a row's tokens from number `length` on."""

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax.ops.linear import Matrix
 from moe_jax.spmd import all_gather
@@ -44,7 +44,7 @@ RULES: Rules = {
 GATHERED = ("width", "slot_width")
 
 
-def serving_rules(mesh: Mesh, heads: int, kv_heads: int, hiddens: tuple[int, ...], vocab: int) -> Rules:
+def serving_rules(mesh: Mesh | AbstractMesh, heads: int, kv_heads: int, hiddens: tuple[int, ...], vocab: int) -> Rules:
     """The table for inference: each group of dimensions over `expert` and `tensor` together where they divide it, else over `tensor`.
 
     `hiddens` are the hidden widths of dense and shared feed-forward parts. What `tensor` does not divide either stays whole;

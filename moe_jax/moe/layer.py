@@ -97,7 +97,7 @@ class MoE(nnx.Module):
         tokens, top_k = slot_TK.shape
         capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
         route = Route(ranks, num_slots, capacity, config.swiglu_limit, config.grouped_matmul)
-        args: tuple[Any, ...] = vary((x_TD, weight_TK, self.experts.weights(x_TD.dtype)), AXES)
+        args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, self.experts.weights(x_TD.dtype)), AXES)
         valid_TK = slot_TK < num_slots
         alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
         if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):
@@ -173,7 +173,8 @@ def pooled_exchange(
 
 def gather_exchange(route: Route, x_TD: jax.Array, weight_TK: jax.Array, weights: tuple[Any, ...], slot_TK: jax.Array) -> jax.Array:
     """All tokens of the axis visit every rank, which computes its own slots' part of the sum; [T, D]. Drops nothing."""
-    y_ND = own_share(route, *(all_gather(a, "expert", 0) for a in (x_TD, weight_TK)), weights, all_gather(slot_TK, "expert", 0))
+    x_ND, weight_NK, slot_NK = (all_gather(a, "expert", 0) for a in (x_TD, weight_TK, slot_TK))
+    y_ND = own_share(route, x_ND, weight_NK, weights, slot_NK)
     if route.ranks == 1:
         return y_ND
     start = lax.axis_index("expert") * x_TD.shape[0]

@@ -87,7 +87,7 @@ def cached_attention(
     """`attention` over one layer of a cache whose place m holds the key and value of position m, for queries at any positions.
 
     A query sees the places up to its own position, so what lies beyond may be anything finite. Without `values` they are the
-    first `value_width` entries of the keys. Only the blocks of places that some query may see are read, one after another,
+    first `value_width` entries of the keys, by default all. Only the blocks of places that some query may see are read, one after another,
     with a running softmax (Milakov and Gimelshein, 2018). Not differentiable.
     """
     scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
@@ -96,7 +96,7 @@ def cached_attention(
     batch, length, heads, _ = q_BSHQ.shape
     groups, _, places = keys.shape[2:]
     block = math.gcd(places, CACHE_BLOCK)
-    width = value_width if values is None else values.shape[-1]
+    width = values.shape[-1] if values is not None else value_width or keys.shape[3]
     q = q_BSHQ.reshape(batch, length, groups, -1, q_BSHQ.shape[-1])
     q = jnp.moveaxis(q, 1, 3).reshape(batch, groups, -1, q.shape[-1])  # rows: heads of the group, then positions
     position = jnp.tile(position_BS, (1, heads // groups))[:, None, :, None]
