@@ -18,19 +18,18 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 def build(options: dict[str, Any]) -> Any:
     """The model, with the fastest experts that transformers has on CPU."""
-    config = Qwen3MoeConfig(
-        vocab_size=options["vocab"],
-        hidden_size=options["width"],
-        num_hidden_layers=options["layers"],
-        num_attention_heads=options["heads"],
-        num_key_value_heads=options["kv_heads"],
-        head_dim=options["head_dim"],
-        num_experts=options["experts"],
-        num_experts_per_tok=options["top_k"],
-        moe_intermediate_size=options["expert_hidden"],
-        norm_topk_prob=True,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "vocab_size": options["vocab"],
+        "hidden_size": options["width"],
+        "num_hidden_layers": options["layers"],
+        "num_attention_heads": options["heads"],
+        "num_key_value_heads": options["kv_heads"],
+        "head_dim": options["head_dim"],
+        "num_experts": options["experts"],
+        "num_experts_per_tok": options["top_k"],
+        "moe_intermediate_size": options["expert_hidden"],
+    }
+    config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, tie_word_embeddings=True)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = Qwen3MoeForCausalLM(config)

@@ -3,7 +3,8 @@
 Back ends: `reference` multiplies every row by every matrix and selects (for tests); `ragged` is
 `lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled` walks
 each group in tiles of rows with plain matmuls, fast on CPU; `rows` takes one row after another, for the few rows of
-decoding, where reading weights is all the time. `auto` takes `rows` for a `Matrix` and few rows, else `ragged` on GPU and
+decoding, where reading weights is all the time. For a `Matrix` all but `rows` and `ragged` mean tiles. `auto` takes `rows` for a
+`Matrix` and few rows, else `ragged` on GPU and
 TPU and `tiled` elsewhere. Measurements behind the tile sizes are in docs/benchmarks.md.
 """
 
@@ -49,8 +50,11 @@ def grouped_matmul(
     """
     accelerated = jax.default_backend() in ("gpu", "tpu")
     if isinstance(w_GDF, Matrix):
-        few = impl == "rows" or (impl == "auto" and x_ND.shape[0] <= FEW_ROWS)
-        return _matrix_rows(x_ND, w_GDF, sizes_G, first) if few else _matrix_tiles(x_ND, w_GDF, sizes_G, first)
+        if impl == "rows" or (impl == "auto" and x_ND.shape[0] <= FEW_ROWS):
+            return _matrix_rows(x_ND, w_GDF, sizes_G, first)
+        if impl == "ragged" or (impl == "auto" and accelerated):
+            return _matrix_ragged(x_ND, w_GDF, sizes_G, first)
+        return _matrix_tiles(x_ND, w_GDF, sizes_G, first)
     if impl == "auto":
         impl = "ragged" if accelerated else "tiled"
     x_ND, w_GDF, sizes_G = vary_alike(x_ND, w_GDF.astype(x_ND.dtype), sizes_G)
@@ -90,6 +94,15 @@ def _matrix_rows(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Arra
         return lax.dynamic_update_slice_in_dim(y, apply(x, _one(w, group)).reshape(1, -1), i, 0)
 
     return lax.fori_loop(0, ends_G[-1], row, zeros(x_ND.shape[0]))
+
+
+def _matrix_ragged(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Array | int) -> jax.Array:
+    """`lax.ragged_dot` over the groups' matrices, dequantised all at once."""
+    x_ND, w, sizes_G, _ = _varying(x_ND, w, sizes_G)
+    groups = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, sizes_G.shape[0]), w)
+    dense = dequantize(groups, x_ND.dtype)
+    w_GDF = jnp.swapaxes(dense.reshape(dense.shape[0], -1, dense.shape[-1]), 1, 2)
+    return _mask_tail(_ragged(x_ND, w_GDF, sizes_G), sizes_G)
 
 
 def _matrix_tiles(x_ND: jax.Array, w: Matrix, sizes_G: jax.Array, first: jax.Array | int) -> jax.Array:
