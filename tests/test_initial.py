@@ -83,7 +83,9 @@ def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> 
     exported = open_model(tmp_path / "out")
     assert hf.read_config(tmp_path / "out").config["model_type"] == case.split("-")[0]
     assert hf.read_config(tmp_path / "out").context == checkpoint.context
-    for one, other in zip(jax.tree.leaves((loaded.params, loaded.tables)), jax.tree.leaves((exported.params, exported.tables)), strict=True):
+    for one, other in zip(
+        jax.tree.leaves((loaded.params, loaded.tables)), jax.tree.leaves((exported.params, exported.tables)), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 

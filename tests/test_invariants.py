@@ -97,6 +97,19 @@ def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulat
     np.testing.assert_allclose(state.tables.bias_E, alone[0].tables.bias_E, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "in 2 parts"])
+def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(parts):
+    moe = dict(aux_loss=0.5, aux_over="model", z_loss=0.0)
+    (_, (want,)), (_, (got,)) = (
+        run(program, steps=1)
+        for program in (make_program(moe=moe), make_program(2, 2, moe=moe | dict(dispatch="pooled"), accumulation=parts))
+    )
+    assert_same([got], [want])
+    stats = want.figures.layers.router
+    share, prob = (np.mean(a / a.sum(axis=1, keepdims=True), axis=0) for a in (stats.load_E, stats.prob_E))
+    np.testing.assert_allclose(want.figures.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5)
+
+
 def moved(program: Program, state: TrainState, new: Placement) -> TrainState:
     """A state with its experts, and their moments, in the slots of another table."""
     sources = slot_sources(program.placement, new)
