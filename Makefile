@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types docs lock clean
+.PHONY: help install demo test test-live lint format types docs lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 	@echo "Another Python: make PYTHON=python3.12 demo"
 
 install: $(VENV)/.installed ## Create .venv and install the package into it
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed ## Train configs/tiny.yaml on 8 simulated devices into 
 
 test: $(VENV)/.installed-dev ## Run the tests
 	@$(BIN)/python -m pytest
+
+test-live: $(VENV)/.installed-torch ## Compare with transformers itself, for which torch is installed
+	@$(BIN)/python -m pytest tests/hf/test_live.py
 
 lint: $(VENV)/.installed-dev ## Check style and formatting
 	@$(BIN)/ruff check .
@@ -63,3 +66,8 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml requirements.lock
 	@echo "Installing moe-jax with its development tools (about a minute)"
 	@$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-torch: $(VENV)/.installed-dev
+	@echo "Installing torch (up to 2 GB where the index has no CPU build)"
+	@$(INSTALL) -e '.[dev,torch]' || { echo "make: torch cannot be installed here, so transformers itself was not run: see the torch extra in pyproject.toml" >&2; exit 1; }
+	@touch $@

@@ -120,6 +120,9 @@ class ModelConfig:
             raise UserError(
                 f"model.num_heads={self.num_heads} does not divide model.width={self.width}: change one, or set model.head_dim."
             )
+        if self.attention == "cudnn" and (self.sinks or self.latent.kv_rank):
+            what = "model.sinks=true" if self.sinks else f"model.latent.kv_rank={self.latent.kv_rank}"
+            raise UserError(f"model.attention=cudnn does not go with {what}: use auto or blockwise.")
         if self.latent.kv_rank:
             self._check_latent()
         elif round(self.head_width * self.rope.fraction) % 2:
@@ -128,6 +131,11 @@ class ModelConfig:
             )
 
     def _check_latent(self) -> None:
+        if round(self.latent.rope_width * self.rope.fraction) % 2:
+            raise UserError(
+                f"model.rope.fraction={self.rope.fraction:g} of model.latent.rope_width={self.latent.rope_width} is odd and cannot be rotated: "
+                "choose an even width."
+            )
         if self.num_kv_heads != self.num_heads:
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} must equal model.num_heads={self.num_heads} with model.latent.kv_rank set."

@@ -11,9 +11,9 @@ import typer
 from moe_jax.cli_models import AsJson, Dtype, Fallback, Mesh, Quantize, Step
 from moe_jax.console import explained_disk_errors, say
 from moe_jax.errors import UserError
-from moe_jax.model_choice import DTYPES, QUANTIZED, one_of, parse_bytes, parse_mesh
+from moe_jax.model_choice import DTYPES, QUANTIZED, check_step, one_of, parse_bytes, parse_mesh
 
-Out = Annotated[Path, typer.Argument(show_default=False, help="Folder to write; it must not exist.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; it must not exist.")]
 Group = Annotated[int, typer.Option(metavar="N", min=2, help="Inputs that share a scale with int4.")]
 
 
@@ -30,7 +30,8 @@ def convert(
 
     All of it must fit into memory once; the result opens on any mesh.
     """
-    _check(dtype, quantize)
+    _check(dtype, quantize, group)
+    check_step(model, step, fallback)
     _refuse_existing(out)
     from moe_jax.converting import convert as write
 
@@ -49,7 +50,8 @@ def export(
 
     All weights must fit into memory once.
     """
-    _check(dtype, None)
+    _check(dtype)
+    check_step(run, step, fallback)
     _refuse_existing(out)
     from moe_jax.publish import publish
 
@@ -71,7 +73,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a model takes on a mesh, from its headers alone."""
-    _check(dtype, quantize)
+    _check(dtype, quantize, group)
     axes = None if mesh is None else parse_mesh(mesh)
     limit = None if memory is None else parse_bytes(memory)
     from moe_jax.description import describe
@@ -88,9 +90,11 @@ def inspect(
     raise typer.Exit(1 if found.fits is False else 0)
 
 
-def _check(dtype: str | None, quantize: str | None) -> None:
+def _check(dtype: str | None, quantize: str | None = None, group: int = 64) -> None:
     one_of("--dtype", dtype, DTYPES)
     one_of("--quantize", quantize, QUANTIZED)
+    if group % 2:
+        raise UserError(f"--group {group} is odd, and int4 keeps two values a byte: choose an even number such as 32 or 64.")
 
 
 def _refuse_existing(out: Path) -> None:

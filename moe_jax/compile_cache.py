@@ -17,11 +17,9 @@ SHORTEST = 0.2  # seconds of compiling from which a program is kept
 
 def cache_folder() -> Path | None:
     """Where compiled programs go, or None."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen is not None:
-        return Path(chosen) if chosen else None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "moe-jax" / _processor()
+    chosen = os.environ.get(VARIABLE, Path(home) / "moe-jax")
+    return Path(chosen) / _processor() if chosen else None
 
 
 def _processor() -> str:
@@ -40,7 +38,8 @@ def use_compile_cache() -> None:
     folder = cache_folder()
     if folder is None:
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not Path("/dev/nvidiactl").exists():  # where there is a GPU, its errors are to be seen
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))

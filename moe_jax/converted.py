@@ -32,6 +32,7 @@ from moe_jax.session import LoadedModel
 from moe_jax.tokenizer_files import copy_tokenizer
 
 HEADER, FORMAT = "moe_jax.json", 1
+KEPT_CONFIG = "hf_config.json"  # of the Hugging Face model that this one comes from, for an export
 
 
 class Header(NamedTuple):
@@ -97,7 +98,7 @@ def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantizati
         if tokenizer != "bytes":
             copy_tokenizer(tokenizer, part / "tokenizer")
         if hf_config is not None:
-            (part / "hf_config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+            (part / KEPT_CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
         header = Header(
             FORMAT,
             loaded.name,
@@ -111,7 +112,7 @@ def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantizati
             group,
             "bytes" if tokenizer == "bytes" else "files",
         )
-        values = {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in header._asdict().items()}
+        values = header._asdict() | {"model": dataclasses.asdict(header.model), "moe": dataclasses.asdict(header.moe)}
         (part / HEADER).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         part.rename(out)
     except BaseException:

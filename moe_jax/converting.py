@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import converted
-from moe_jax.console import gibibytes
+from moe_jax.console import gibibytes, say
 from moe_jax.description import describe
 from moe_jax.errors import UserError
 from moe_jax.loading import device_bytes, find_folder, open_model
@@ -29,7 +29,8 @@ def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: i
     path = find_folder(path)
     described = describe(path)
     loaded = open_model(path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback)
-    converted.write(out, loaded, described.tokenizer, group, quantize or "float", described.hf_config)
     size = gibibytes(sum(device_bytes(loaded.engine).values()))
+    say(f"Writing {size} to {out}.")
+    converted.write(out, loaded, described.tokenizer, group, quantize or "float", described.hf_config)
     kept = loaded.engine.dtype.name if quantize is None else f"{quantize} and {loaded.engine.dtype.name}"
     return f"{out}: {size} of weights in {kept}, from {path}."

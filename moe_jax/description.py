@@ -26,7 +26,6 @@ KINDS = ("embedding", "attention", "dense feed-forward", "experts", "shared expe
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")  # pickles too: to be refused by name
 DTYPES = ("float32", "bfloat16")
 RUN, CONVERTED = "run", "converted folder"  # values of `Description.source`
-KEPT_CONFIG = "hf_config.json"
 
 
 class Description(NamedTuple):
@@ -85,7 +84,7 @@ def describe(path: Path) -> Description:
 
 def read_kept_config(path: Path) -> dict[str, Any] | None:
     """The config.json of the Hugging Face model that a run or a converted folder comes from; None if from none."""
-    kept = path / KEPT_CONFIG
+    kept = path / converted.KEPT_CONFIG
     try:
         return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     except ValueError as error:
@@ -95,6 +94,8 @@ def read_kept_config(path: Path) -> dict[str, Any] | None:
 def _configured(path: Path) -> Description:
     if path.is_file():
         config, source, tokenizer = load_config(path), "configuration", None
+        if config.init_from is not None:
+            raise UserError(f"{path} takes its model from init_from={config.init_from}: inspect that folder.")
     else:
         file = path / "config.yaml"
         config, source = config_from_text(file.read_text(encoding="utf-8"), str(file)), RUN

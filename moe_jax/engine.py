@@ -128,7 +128,8 @@ class Engine:
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences (a multiple of the `data` axis) of up to `length` tokens."""
-        return jax.jit(lambda: self._zeros(batch, length, 1), out_shardings=self.abstract_cache(batch, length)[1])()
+        shapes, shardings = self.abstract_cache(batch, length)
+        return jax.tree.map(lambda a, sharding: jnp.zeros(a.shape, a.dtype, device=sharding), shapes, shardings)
 
     def abstract_cache(self, batch: int, length: int) -> tuple[Any, Any]:
         """Shapes and dtypes of the arrays of `new_cache`, and their shardings."""

@@ -57,13 +57,13 @@ def evaluate(loaded: LoadedModel, text: str, window: int | None = None, special:
     if len(tokens) < 2:
         raise UserError(f"--text has {len(tokens)} tokens: give a text of at least two.")
     window = min(window, len(tokens) - 1)
-    nats, count = 0.0, 0
+    nats, count, rows = 0.0, 0, loaded.engine.mesh.shape["data"]
     columns = (TextColumn("evaluating"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[found]}"), TimeRemainingColumn())
     console = Console(stderr=True)
     with Stopwatch() as watch, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=math.ceil((len(tokens) - 1) / window), found="")
         for begin in range(0, len(tokens) - 1, window):
-            some_nats, some = loaded.engine.score(loaded.params, loaded.tables, *_window(tokens, begin, window))
+            some_nats, some = loaded.engine.score(loaded.params, loaded.tables, *_window(tokens, begin, window, rows))
             nats, count = nats + float(some_nats), count + int(some)
             if not math.isfinite(nats):
                 raise UserError("The model's loss is not finite (NaN or infinite): its weights are damaged, or try --dtype float32.")
@@ -80,12 +80,16 @@ def evaluate(loaded: LoadedModel, text: str, window: int | None = None, special:
     )
 
 
-def _window(tokens: np.ndarray, begin: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, mask) of one window, each [1, window]; the last one is filled up, so that nothing compiles anew."""
+def _window(tokens: np.ndarray, begin: int, window: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, targets, mask) of one window, each [rows, window]; the last one is filled up, so that nothing compiles anew.
+
+    It is the first row. The others, which a `data` axis needs, do not count.
+    """
     inputs, targets = tokens[begin : begin + window], tokens[begin + 1 : begin + 1 + window]
-    filled = np.zeros((2, 1, window), np.int32)
+    filled = np.zeros((2, rows, window), np.int32)
     filled[0, 0, : len(inputs)], filled[1, 0, : len(targets)] = inputs, targets
-    mask = (np.arange(window) < len(targets)).astype(np.float32)[None]
+    mask = np.zeros((rows, window), np.float32)
+    mask[0, : len(targets)] = 1
     return filled[0], filled[1], mask
 
 

@@ -75,8 +75,7 @@ def generate(args: argparse.Namespace, mesh: MeshConfig) -> dict[str, Any]:
             theirs.append(_transformers(args))
             print(f"turn {turn + 1}: " + _speeds(theirs[-1]) + "  (transformers)", flush=True)
     figures = ours[-1] | {name: statistics.median(turn[name] for turn in ours) for name in COMPARED}
-    figures["share_of_floor"] = figures["decode_tokens_per_second"] / args.batch * figures["floor_ms_per_step"] / 1e3
-    figures["decode_ms_per_step"] = args.batch / figures["decode_tokens_per_second"] * 1e3
+    figures |= {name: statistics.median(turn[name] for turn in ours) for name in ("share_of_floor", "decode_ms_per_step")}
     figures.pop("model"), figures.pop("platform")
     if args.against:
         for name in COMPARED:

@@ -21,8 +21,9 @@ import numpy as np
 
 from moe_jax.byte_progress import byte_progress
 from moe_jax.config import config_from_text, dump_value
+from moe_jax.converted import KEPT_CONFIG
 from moe_jax.data import Corpus
-from moe_jax.description import CONVERTED, KEPT_CONFIG, Description, describe
+from moe_jax.description import CONVERTED, Description, describe
 from moe_jax.errors import UserError
 from moe_jax.model import expert_layers
 from moe_jax.schema import Config, DataConfig
@@ -137,7 +138,8 @@ def _place(path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: Progr
     """One parameter on the mesh, experts in the program's slots, f32."""
     rows_of = expert_layers(program.model, program.moe)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         if "/experts/" not in path:
             return np.ascontiguousarray(weights.leaf(path, index), np.float32)
         _, stack, _, block, *_ = path.split("/")
@@ -154,14 +156,18 @@ def _place(path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: Progr
 def _begin(program: Program, params: Any, bias_LE: np.ndarray | None, seed: int) -> TrainState:
     """A state with these parameters and nothing done yet."""
     shardings = program.state_shardings
-    tables, expert_LP = make_tables(program.placement)
-    if bias_LE is not None:
-        tables = tables._replace(bias_E=jnp.asarray(bias_LE, jnp.float32))
     moments = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params)
-    zero = np.int32(0)
-    state = TrainState(zero, np.uint32(seed), None, None, tables, expert_LP, zero, zero)  # type: ignore[arg-type]
-    small = jax.device_put(state, shardings._replace(params=None, opt_state=None))
-    return jax.block_until_ready(small._replace(params=params, opt_state=moments))
+
+    def rest() -> TrainState:
+        tables, expert_LP = make_tables(program.placement)
+        if bias_LE is not None:
+            tables = tables._replace(bias_E=jnp.asarray(bias_LE, jnp.float32))
+        zero = jnp.int32(0)
+        return TrainState(zero, jnp.uint32(seed), None, None, tables, expert_LP, zero, zero)
+
+    # Compiled, so that no two of its arrays share memory: a step takes over the memory of each, and would take it twice.
+    state = jax.jit(rest, out_shardings=shardings._replace(params=None, opt_state=None))()
+    return jax.block_until_ready(state._replace(params=params, opt_state=moments))
 
 
 def keep(directory: Path, config: Config) -> None:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from moe_jax import converted, hf, relayout
 from moe_jax.byte_progress import byte_progress
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import config_from_text
+from moe_jax.description import read_kept_config
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh
@@ -51,7 +52,7 @@ def open_model(
     *,
     mesh: MeshConfig | None = None,
     dtype: str | None = None,
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: str | None = None,
     group: int = 64,
     memory: int | None = None,
     step: int | None = None,
@@ -144,6 +145,7 @@ def _read_leaf(engine: Engine, leaf: Leaf, read: Read) -> Any:
     parts: dict[Any, Any] = {}
     placed: list[list[jax.Array]] = []
     for device, index in held.addressable_devices_indices_map(leaf.ordered).items():
+        assert index is not None
         key = tuple((part.start, part.stop) for part in index)
         if key not in parts:
             parts[key] = _read_part(engine, leaf, order, index, read)
@@ -231,9 +233,10 @@ def _open_run(
     engine = Engine(config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options)
     check_memory(engine, memory)
     params, bias_LE = relayout.restore_model(checkpoints, engine, saved, step=step, fallback=fallback)
-    return LoadedModel(
-        engine, engine.pack(params), tables_of(engine, bias_LE), tokenizer, config.train.seq_len, (tokenizer.eos_id,), path.name
-    )
+    kept = read_kept_config(path)
+    ends = (tokenizer.eos_id, *(hf.eos_ids(path / "tokenizer", kept) if kept else ()))
+    tables, context = tables_of(engine, bias_LE), config.train.seq_len
+    return LoadedModel(engine, engine.pack(params), tables, tokenizer, context, tuple(dict.fromkeys(ends)), path.name)
 
 
 def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, memory: int | None) -> LoadedModel:
@@ -242,16 +245,8 @@ def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
         if asked not in (None, has):
             raise UserError(f"{option} {asked} but {path} was converted to {has}: leave the option out, or convert the model again.")
     placement = contiguous(count_moe_layers(header.model, header.moe), header.moe.num_experts, mesh.shape["expert"])
-    engine = Engine(
-        header.model,
-        header.moe,
-        mesh,
-        placement,
-        vocab_size=header.vocab_size,
-        dtype=header.dtype,
-        quantization=header.quantization,
-        group=header.group,
-    )
+    types: dict[str, Any] = {"dtype": header.dtype, "quantization": header.quantization, "group": header.group}
+    engine = Engine(header.model, header.moe, mesh, placement, vocab_size=header.vocab_size, **types)
     check_memory(engine, memory)
     params, bias_LE = converted.restore(path, engine)
     tokenizer: Tokenizer = load_tokenizer(converted.tokenizer_spec(path, header), field="--model")

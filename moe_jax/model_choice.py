@@ -53,6 +53,12 @@ def one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
         raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(values)}.")
 
 
+def check_step(path: Path, step: int | None, fallback: bool) -> None:
+    """Raises UserError where a checkpoint is chosen in what is not a run."""
+    if (step is not None or fallback) and not (path / "config.yaml").is_file():
+        raise UserError(f"--step and --fallback choose a run's checkpoint and {path} is not a run directory: leave them out.")
+
+
 class Opened(NamedTuple):
     """A model in memory."""
 
@@ -86,8 +92,7 @@ class ModelChoice:
             raise UserError(f"--simulate {self.simulate} is less than the {mesh.size} devices of --mesh {self.mesh}: raise it.")
         if not self.path.exists() and not re.fullmatch(HUB_NAME, str(self.path)):
             raise UserError(f"--model {self.path} does not exist: give a Hugging Face folder, a run directory or a converted folder.")
-        if (self.step is not None or self.fallback) and not self.is_run:
-            raise UserError(f"--step and --fallback choose a run's checkpoint and {self.path} is not a run directory: leave them out.")
+        check_step(self.path, self.step, self.fallback)
 
     @property
     def mesh_config(self) -> MeshConfig:

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax import hf
 from moe_jax.byte_progress import byte_progress
-from moe_jax.description import Description, describe
+from moe_jax.description import RUN, Description, describe
 from moe_jax.measure import parameter_counts
 from moe_jax.tokenizer import load_tokenizer
 from moe_jax.tokenizer_files import copy_tokenizer, write_byte_tokenizer
@@ -37,7 +37,7 @@ def publish(source: Path, out: Path, *, dtype: str | None = None, step: int | No
     weights = open_weights(source, described, step=step, fallback=fallback)
     total = parameter_counts(described.model, described.moe, described.vocab_size)[0]
     # A run's masters are f32 whatever it computes in.
-    wanted = dtype or (described.dtype if described.quantization == "float" and described.source != "run" else "float32")
+    wanted = dtype or ("float32" if described.source == RUN else described.dtype)
     with tempfile.TemporaryDirectory() as folder, byte_progress("exporting", total * np.dtype(_TYPES[wanted]).itemsize) as done:
         files = Path(folder) / "tokenizer"
         if described.tokenizer == "bytes":

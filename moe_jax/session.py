@@ -21,8 +21,9 @@ from moe_jax.layers import Turn
 from moe_jax.moe.layer import LayerTables
 from moe_jax.tokenizer import Tokenizer
 
-SHORTEST_TURN = 16  # tokens that a prompt is padded to at least
-SHORTEST_CACHE = 128
+SHORTEST_TURN = 16  # tokens that new ones behind others are padded to at least
+SHORTEST_CACHE = 1024  # places of a cache to begin with: only those in use are read, so room costs memory alone
+STEP = 256  # the cache of a whole context is a multiple of it
 FIRST_CHUNK, NEXT_CHUNK = 4096, 256  # tokens read at once: into an empty cache, and behind earlier tokens, whose scores are written out
 
 
@@ -40,11 +41,14 @@ class LoadedModel:
 
 
 def bucket(length: int, shortest: int) -> int:
-    """The least of `shortest` x 1, 2, 3, 4, 6, 8, 12, ... that is not less: few shapes to compile, at most half of one wasted."""
-    size = shortest
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size > shortest else size * 4 // 3 if size > shortest else size * 2
-    return size
+    """The least of `shortest` x 1, 2, 4, ... that is not less: few shapes to compile."""
+    return shortest << max(0, (-(-length // shortest) - 1).bit_length())
+
+
+def prompt_width(length: int) -> int:
+    """The least of 16, 32, 48, 64, 96, 128, 192, ... that is not less: a prompt's padding is computed, so finer steps pay."""
+    power = bucket(length, SHORTEST_TURN)
+    return power * 3 // 4 if power > 2 * SHORTEST_TURN and length <= power * 3 // 4 else power
 
 
 class Session:
@@ -54,6 +58,7 @@ class Session:
         self._loaded, self._engine = loaded, loaded.engine
         data = self._engine.mesh.shape["data"]
         self._rows = -(-batch // data) * data  # the mesh cuts rows evenly: those beyond `batch` are padding
+        self._most = -(-loaded.context // STEP) * STEP
         self._cache: Cache | None = None
         self._room = 0
         self.lengths = [0] * batch
@@ -85,9 +90,11 @@ class Session:
 
     def _extend(self, parts: Sequence[Sequence[int]]) -> np.ndarray:
         counts, fresh = [len(part) for part in parts], not any(self.lengths)
-        width = max(counts)
-        width = 1 if width == 1 and not fresh else bucket(width, SHORTEST_TURN)
-        cache = self._with_room(max(self.lengths) + width)
+        width, held = max(counts), max(self.lengths)
+        if width > 1 or fresh:
+            padded = prompt_width(width) if fresh else bucket(width, SHORTEST_TURN)
+            width = max(width, min(padded, self._most - held))
+        cache = self._with_room(held + width)
         tokens_BS = np.zeros((self._rows, width), np.int32)
         start_B, length_B = np.zeros((2, self._rows), np.int32)
         for row, part in enumerate(parts):
@@ -102,7 +109,8 @@ class Session:
     def _with_room(self, length: int) -> Cache:
         """The cache, with places for `length` tokens of a row."""
         if self._cache is None or length > self._room:
-            self._room = bucket(length, SHORTEST_CACHE)
+            # More than the context only where a short row's new tokens, padded behind the longest row, would not fit.
+            self._room = max(min(bucket(length, SHORTEST_CACHE), self._most), -(-length // STEP) * STEP)
             if self._cache is None:
                 self._cache = self._engine.new_cache(self._rows, self._room)
             else:

@@ -140,6 +140,8 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
     except Exception as error:  # what a folder may lack raises errors of many kinds, with no common base
         raise _unreadable(given, error) from error
     vocabulary = inner.get_vocab()
+    if not vocabulary:  # what transformers makes of a folder without a tokenizer's files
+        raise UserError(f"{given} holds no tokenizer: download its tokenizer.json, or name a folder that has one.")
 
     def encode_batch(texts: Sequence[str], special: bool = False) -> list[list[int]]:
         # verbose=False: no warning about texts longer than the model that the tokenizer was made for.

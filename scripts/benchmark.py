@@ -56,6 +56,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if name == "generate":
             generation_options(command)
             continue
+        command.add_argument("--capacity-factor", type=float, default=1.25, help="rows of a pool over the even share")
+        command.add_argument("--dropless", action="store_true", help="drop nothing: further rounds for what does not fit")
         if name != "compile":
             command.add_argument("--warmup", type=positive, default=2, help="repeats before them")
         if name == "layer":
@@ -78,8 +80,6 @@ def shared_options(command: argparse.ArgumentParser, sized: bool) -> None:
         add(f"--{axis}", type=positive, default=1, help=f"devices on the {axis} axis of the mesh")
     add("--simulate", type=positive, help="simulated CPU devices, also where an accelerator is; on CPU as many as the mesh has")
     add("--json", type=Path, help="file for the figures")
-    add("--capacity-factor", type=float, default=1.25, help="rows of a pool over the even share")
-    add("--dropless", action="store_true", help="drop nothing: further rounds for what does not fit")
     add("--grouped-matmul", default="auto", choices=("auto", "reference", "ragged", "tiled"), help="back end")
     add("--width", type=positive, default=512 if sized else None, help="model width")
     add("--experts", type=positive, default=32 if sized else None, help="experts a layer")

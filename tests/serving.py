@@ -28,10 +28,10 @@ PROMPTS = (5, 3)  # tokens of the two rows' prompts
 LENGTH = 10  # and of the texts, which go on greedily
 
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # experts that 4 and 8 ranks do not divide, a dense layer, shared experts behind a gate
+    # experts that 4 and 8 ranks do not divide, a dense layer, shared experts (that 8 ranks do not divide) behind a gate
     "experts": (
         dict(num_layers=3, num_heads=8, num_kv_heads=4),
-        dict(num_experts=6, top_k=2, first_dense=1, shared_experts=2, shared_gate=True),
+        dict(num_experts=6, top_k=2, first_dense=1, shared_experts=2, shared_hidden=20, shared_gate=True),
     ),
     # as gpt-oss: biases everywhere, sinks, a window in every other layer, clamped experts; heads that 4 ranks do not divide
     "biases": (

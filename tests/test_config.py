@@ -98,7 +98,7 @@ def test_override_values_are_yaml():
         ("moe: {seed: 1}", ["did you mean train.seed?"]),
         ("train.steps: 3", ["write it as `steps:` under `train:`"]),
         ("checkpoint: {zzzz: 1}", ["the keys of checkpoint are every, keep_last, keep_best"]),
-        ("12: 3", ["no key '12'", "the keys are name, model"]),
+        ("12: 3", ["no key '12'", "the keys are name, init_from, model"]),
         ("train: {steps: many}", ["run.yaml", "train.steps='many'", "a whole number, >= 1"]),
         ("train: {steps: true}", ["train.steps=true", "a whole number"]),
         ("train: {steps: 2.5}", ["train.steps=2.5", "a whole number"]),

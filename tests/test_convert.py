@@ -79,6 +79,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     folder = make_folder("llama-plain", tmp_path / "in")
     out = to_converted(folder, tmp_path / "out", quantize="int8")
 
+    capsys.readouterr()
+
     def refused(*arguments: object) -> str:
         assert call(*arguments) == 2
         out, err = capsys.readouterr()
@@ -92,9 +94,9 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "groups of 48" in refused("convert", folder, tmp_path / "again", "--quantize", "int4", "--group", "48")
     assert "has no config.json" in refused("convert", tmp_path, tmp_path / "again")
     assert not (tmp_path / "again").exists() and not list(tmp_path.glob("*.part"))
-    with pytest.raises(UserError, match="--dtype bfloat16 but .* was converted to float32"):
+    with pytest.raises(UserError, match=r"--dtype bfloat16 but .* was converted to float32"):
         open_model(out, dtype="bfloat16")
-    with pytest.raises(UserError, match="--quantize int4 but .* was converted to int8"):
+    with pytest.raises(UserError, match=r"--quantize int4 but .* was converted to int8"):
         open_model(out, quantize="int4")
     header = out / "moe_jax.json"
     header.write_text(header.read_text().replace('"format": 1', '"format": 9'))
@@ -112,11 +114,11 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for patched in ((Checkpoints, "_commit"), (converted, "copy_tokenizer")):
-        with monkeypatch.context() as patch, pytest.raises((UserError, OSError), match="too full|No space"):
+        with monkeypatch.context() as patch, pytest.raises((UserError, OSError), match=r"too full|No space"):
             patch.setattr(*patched, full)
             to_converted(folder, tmp_path / "out")
         assert {path.name for path in tmp_path.iterdir()} == {"in"}
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="its disk has 0.0 MiB left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"its disk has 0\.0 MiB left"):
         patch.setattr(converted.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
         to_converted(folder, tmp_path / "out")
     (tmp_path / "out.part").mkdir()  # left by one that was killed

@@ -6,10 +6,10 @@ shows how to add one. No pickle is loaded and no code of a checkpoint is run.
 
 from __future__ import annotations
 
-from moe_jax.hf.architecture import Architecture, is_hf_folder, read_config
+from moe_jax.hf.architecture import Architecture, eos_ids, is_hf_folder, read_config
 from moe_jax.hf.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.hf.describe import config_of
 from moe_jax.hf.export import export
 from moe_jax.hf.families import FAMILIES
 
-__all__ = ["FAMILIES", "Architecture", "Checkpoint", "config_of", "export", "is_hf_folder", "open_checkpoint", "read_config"]
+__all__ = ["FAMILIES", "Architecture", "Checkpoint", "config_of", "eos_ids", "export", "is_hf_folder", "open_checkpoint", "read_config"]

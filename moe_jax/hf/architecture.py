@@ -43,7 +43,7 @@ def read_config(folder: Path | str) -> Architecture:
     config = _read_json(folder / CONFIG)
     family, model, moe = map_config(config, str(folder / CONFIG))
     context = Keys(config, str(folder / CONFIG)).get("max_position_embeddings", int)
-    return Architecture(folder, config, family.model_type, model, moe, model.vocab_size or 0, context, _eos_ids(folder, config))
+    return Architecture(folder, config, family.model_type, model, moe, model.vocab_size or 0, context, eos_ids(folder, config))
 
 
 def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig, MoEConfig]:
@@ -63,8 +63,8 @@ def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig,
     return family, model, moe
 
 
-def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """transformers stops at those of generation_config.json if it names any."""
+def eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens that end a text: transformers stops at those of the folder's generation_config.json if it names any."""
     path = folder / "generation_config.json"
     found = _read_json(path).get("eos_token_id") if path.is_file() else None
     found = config.get("eos_token_id") if found is None else found

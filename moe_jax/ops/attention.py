@@ -43,7 +43,8 @@ def attention(
 
     H is a multiple of G: query head h reads key head h // (H/G). Scores are multiplied by `scale`, by default Q**-0.5,
     and kept in f32. `window` limits how many tokens back a query sees, itself included. `sinks_H` are scores of one more
-    key a head, whose value is zero (gpt-oss, 2025). The result has q's dtype. Raises ValueError for an unknown `impl`.
+    key a head, whose value is zero (gpt-oss, 2025). The result has q's dtype. Raises ValueError for an
+    unknown `impl`, and where cudnn cannot do what is asked.
     """
     scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
@@ -58,6 +59,8 @@ def attention(
         return _blockwise(q_BSHQ, k_BSGQ, v_BSGU, vary(sinks_H.astype(jnp.float32), vma(q_BSHQ)), segments_BS, window, scale)
     mask_BSS = visible(segments_BS, 0, segments_BS.shape[1], 0, segments_BS.shape[1], window)
     if impl == "cudnn":
+        if sinks_H is not None or v_BSGU.shape[-1] != q_BSHQ.shape[-1]:
+            raise ValueError("impl='cudnn' knows neither sinks nor values of another width: use blockwise")
         return jax.nn.dot_product_attention(q_BSHQ, k_BSGQ, v_BSGU, mask=mask_BSS[:, None], scale=scale, implementation="cudnn")
     if impl == "reference":
         return _reference(q_BSHQ, k_BSGQ, v_BSGU, mask_BSS, scale, sinks_H)

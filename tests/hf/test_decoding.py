@@ -63,6 +63,16 @@ def test_prefill_of_rows_of_different_lengths(case: tuple[Reader, dict[str, np.n
     assert_same(found, wanted["right"])
 
 
+def test_prefill_of_all_beginnings(case: tuple[Reader, dict[str, np.ndarray]]) -> None:
+    """Logits after each token of one row, and after all tokens of each. Dynamic rotary scaling depends on what follows a token."""
+    reader, wanted = case
+    rows, length = wanted["tokens"].shape
+    assert_same(reader.prefill(list(wanted["tokens"]))[0], wanted["last"])
+    if reader.engine.model.rope.scaling != "dynamic":
+        for ends in np.arange(1, length + 1).reshape(-1, rows):
+            assert_same(reader.prefill([wanted["tokens"][0, :end] for end in ends])[0], wanted["logits"][ends - 1])
+
+
 def test_greedy_text(case: tuple[Reader, dict[str, np.ndarray]]) -> None:
     """In all rows at once. With dynamic rotary scaling keys stay in the cache as they were rotated at first, as in transformers."""
     reader, wanted = case

@@ -27,9 +27,9 @@ def by_hand(matrix: Matrix) -> np.ndarray:
     values, scale = np.asarray(matrix.values), np.asarray(matrix.scale, np.float32)
     if matrix.kind == "int8":
         return values * scale[..., None]
-    found = np.empty((*values.shape[:-1], 2 * values.shape[-1]), np.float32)
-    found[..., 0::2], found[..., 1::2] = values % 16, values // 16
-    return (found - 8) * np.repeat(scale, found.shape[-1] // scale.shape[-1], axis=-1)
+    grouped = values.reshape(*scale.shape, -1)
+    steps = np.concatenate([grouped % 16, grouped // 16], axis=-1).astype(np.float32) - 8
+    return (steps * scale[..., None]).reshape(*values.shape[:-1], -1)
 
 
 def test_int8_is_half_a_step_of_each_output_off_at_most(weights):
@@ -65,7 +65,7 @@ def test_the_layout_is_the_documented_one(weights, kind):
 
 def test_int4_by_hand():
     matrix = quantize(jnp.array([[7.0, -7.0, 3.4, 0.0, 14.0, 2.0, -1.2, -14.0]]), "int4", 4)
-    np.testing.assert_array_equal(matrix.values, [[15 + 16 * 1, 11 + 16 * 8, 15 + 16 * 9, 7 + 16 * 1]])
+    np.testing.assert_array_equal(matrix.values, [[15 + 16 * 11, 1 + 16 * 8, 15 + 16 * 7, 9 + 16 * 1]])
     np.testing.assert_array_equal(matrix.scale.astype(jnp.float32), [[1.0, 2.0]])
     np.testing.assert_array_equal(dequantize(matrix, jnp.float32), [[7, -7, 3, 0, 14, 2, -2, -14]])
 
