@@ -189,7 +189,8 @@ class MoEConfig:
     z_loss: float = setting(default=0.001, help="Coefficient of the router z-loss.", ge=0)
     aux_loss: float = setting(default=0.01, help="Coefficient of the Switch load-balancing loss over the whole batch.", ge=0)
     aux_over: Literal["layer", "model"] = setting(
-        default="layer", help="aux_loss: a loss for each layer, summed; or one of shares and scores averaged over the layers (transformers)."
+        default="layer",
+        help="aux_loss: a loss for each layer, summed; or one of shares and scores averaged over the layers (transformers).",
     )
     sequence_aux_loss: float = setting(default=0.0, help="Coefficient of the same loss within each sequence.", ge=0)
     variance_loss: float = setting(default=0.0, help="Coefficient of the variance over experts of usage (mean score times E).", ge=0)

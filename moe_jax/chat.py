@@ -25,6 +25,7 @@ from moe_jax.sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
     from moe_jax.loading import LoadedModel
+    from moe_jax.tokenizer import Tokenizer
 
 HELP = """/reset   forget the conversation (not the system prompt)
 /quit    leave; so does Ctrl-D
@@ -32,11 +33,16 @@ HELP = """/reset   forget the conversation (not the system prompt)
 Ctrl-C stops a reply. Anything else is said to the model."""
 
 
-def chat_ids(loaded: LoadedModel, messages: list[dict[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Tokens of a conversation up to the reply. Raises UserError where the tokenizer has no chat template or it refuses."""
-    if loaded.tokenizer.chat is None:
-        raise UserError(f"{loaded.name}: its tokenizer has no chat template; use `moe-jax generate` without --system-prompt.")
-    return loaded.tokenizer.chat(messages)
+    if tokenizer.chat is None:
+        raise UserError("--model: its tokenizer has no chat template; use `moe-jax generate` without --system-prompt.")
+    return tokenizer.chat(messages)
+
+
+def check_template(tokenizer: Tokenizer, system: str | None) -> None:
+    """Raises UserError where a conversation could not begin, before there is one."""
+    chat_ids(tokenizer, [*first_messages(system), {"role": "user", "content": "?"}])
 
 
 def first_messages(system: str | None) -> list[dict[str, str]]:
@@ -56,7 +62,7 @@ class Conversation:
         self.figures = Figures()
         """Of the last reply."""
         self.messages = first_messages(system)
-        chat_ids(loaded, [*self.messages, {"role": "user", "content": "?"}])  # refused now, and not after the first question
+        check_template(loaded.tokenizer, system)
         self._loaded, self._system, self._max_tokens, self._stop = loaded, system, max_tokens, stop
         self._reader = Reader(Session(loaded))
         self._sampler = Sampler(options, loaded.tokenizer.num_ids)
@@ -75,7 +81,7 @@ class Conversation:
           UserError: the conversation exceeds the context; it is then as it was before.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        ids = chat_ids(self._loaded, asked)
+        ids = chat_ids(self._loaded.tokenizer, asked)
         if len(ids) >= self._loaded.context:
             raise UserError(
                 f"The conversation has {len(ids)} tokens with this message and the model's context is {self._loaded.context}: "

@@ -21,6 +21,7 @@ from moe_jax.model_choice import ModelChoice
 if TYPE_CHECKING:
     from moe_jax.evaluate import Evaluation
     from moe_jax.sampling import SamplingOptions
+    from moe_jax.tokenizer import Tokenizer
 
 
 def _option(*names: str, metavar: str | None = None, help: str, **bounds: Any) -> Any:
@@ -32,6 +33,7 @@ Model = Annotated[Path, _option("--model", metavar="DIR", help="Hugging Face fol
 Mesh = Annotated[str | None, _option("--mesh", metavar="AXES", help="Devices, such as expert=4,tensor=2.")]
 Dtype = Annotated[str | None, _option("--dtype", metavar="TYPE", help="float32 or bfloat16.")]
 Quantize = Annotated[str | None, _option("--quantize", metavar="TYPE", help="Weights in int8 or int4.")]
+Group = Annotated[int, typer.Option("--group", metavar="N", min=2, help="int4: weights that share a scale.")]
 Memory = Annotated[str | None, _option("--memory", metavar="SIZE", help="Refuse to take more a device, such as 24GiB.")]
 Simulate = Annotated[int | None, _option("--simulate", metavar="N", min=1, help="Simulated CPU devices.  [default: on CPU, the mesh's]")]
 Step = Annotated[int | None, _option("--step", metavar="N", min=0, help="Checkpoint step of a run; the newest if not given.")]
@@ -67,13 +69,14 @@ def generate(
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    group: Group = 64,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
     fallback: Fallback = False,
 ) -> None:
     """Continue a text with a model, on stdout; speeds on stderr."""
-    choice = ModelChoice(_one_place(run_dir, model), mesh, dtype, quantize, memory, simulate, step, fallback)
+    choice = ModelChoice(_one_place(run_dir, model), mesh, dtype, quantize, memory, simulate, step, fallback, group)
     text = prompt_from_stdin() if prompt == "-" else prompt
     options = _sampling(0.0 if greedy else temperature, top_p, top_k, min_p, repetition_penalty, seed)
     _check_texts(text, stop)
@@ -113,20 +116,27 @@ def _sampling(
 
 def _generate(choice: ModelChoice, prompt: str, options: SamplingOptions, system: str | None, max_tokens: int, stop: list[str]) -> None:
     """Streams the text to stdout, then speeds and memory to stderr."""
-    opened = choice.open()
-    from moe_jax import measure
     from moe_jax.chat import chat_ids, first_messages
-    from moe_jax.generate import Figures, Reader
+    from moe_jax.generate import Figures, Reader, check_length
     from moe_jax.generate import generate as pieces
+
+    def tokens(tokenizer: Tokenizer) -> list[int]:
+        if system is not None:
+            return chat_ids(tokenizer, [*first_messages(system), {"role": "user", "content": prompt}])
+        # Training gives a run's model no start token.
+        return tokenizer.encode(prompt) if choice.is_run else tokenizer.encode_prompt(prompt)
+
+    def check(tokenizer: Tokenizer, context: int) -> None:
+        if not choice.is_run:
+            check_length(tokens(tokenizer), context)
+
+    opened = choice.open(check)
+    from moe_jax import measure
     from moe_jax.loading import Session
     from moe_jax.sampling import Sampler
 
-    loaded = opened.model
-    if system is not None:
-        ids = chat_ids(loaded, [*first_messages(system), {"role": "user", "content": prompt}])
-    else:  # training gives a run's model no start token
-        ids = loaded.tokenizer.encode(prompt) if choice.is_run else loaded.tokenizer.encode_prompt(prompt)
-    figures = Figures()
+    loaded, figures = opened.model, Figures()
+    ids = tokens(loaded.tokenizer)
     sampler = Sampler(options, loaded.tokenizer.num_ids)
     limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "slide": choice.is_run, "reply": system is not None}
     write_pieces(pieces(loaded, Reader(Session(loaded)), ids, sampler, figures=figures, **limits))
@@ -152,18 +162,19 @@ def chat(
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    group: Group = 64,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
     fallback: Fallback = False,
 ) -> None:
     """Talk with a model: /help, /reset, /quit; Ctrl-C stops a reply."""
-    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback)
+    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
     options = _sampling(0.0 if greedy else temperature, top_p, top_k, min_p, repetition_penalty, seed)
     _check_texts("?", stop)
-    opened = choice.open()
-    from moe_jax.chat import Conversation, run_chat
+    from moe_jax.chat import Conversation, check_template, run_chat
 
+    opened = choice.open(lambda tokenizer, context: check_template(tokenizer, system_prompt))
     conversation = Conversation(opened.model, options, system=system_prompt, max_tokens=max_tokens, stop=stop or [])
     say(f"{opened.model.name}, loaded in {opened.seconds:,.1f} s, context {opened.model.context:,} tokens")
     with explained_disk_errors(Path("standard output")):
@@ -177,6 +188,7 @@ def evaluate(
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    group: Group = 64,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
@@ -184,7 +196,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a text: nats a token, bits a byte."""
-    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback)
+    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
     found = {"model": str(model), "text": str(text), "quantize": quantize, **_evaluated(choice, text, window)._asdict()}
     if as_json:
         print(json.dumps(found, indent=2))
@@ -215,6 +227,7 @@ def bench(
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    group: Group = 64,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
@@ -222,7 +235,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure reading a prompt and generating, apart."""
-    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback)
+    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
     figures: dict[str, Any] = {"quantize": quantize}
     if text:
         # One model in memory at a time, so each is opened for itself.

@@ -10,7 +10,8 @@ from moe_jax import converted
 from moe_jax.console import gibibytes, say
 from moe_jax.description import describe
 from moe_jax.errors import UserError
-from moe_jax.loading import device_bytes, find_folder, open_model
+from moe_jax.loading import find_folder, open_model
+from moe_jax.memory import device_bytes
 from moe_jax.model_choice import HUB_NAME
 
 

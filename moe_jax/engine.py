@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
@@ -33,7 +33,7 @@ from moe_jax.ops.linear import Kind
 from moe_jax.packing import BACKWARD, Leaf, bytes_of, plan
 from moe_jax.placement.table import Placement
 from moe_jax.schema import ModelConfig, MoEConfig
-from moe_jax.sharding import apply_rules, axes_of, serving_rules, specs
+from moe_jax.sharding import apply_rules, axes_of, named, serving_rules, specs
 from moe_jax.spmd import psum
 
 DONATES = ("cpu", "gpu", "cuda", "rocm", "tpu")  # platforms that reuse a given buffer; elsewhere each step copies the cache
@@ -67,13 +67,21 @@ class Engine:
         _check_mesh(model, moe, mesh)
         abstract = nnx.eval_shape(lambda: Transformer(self.model, moe, vocab_size, rngs=nnx.Rngs(0)))
         hiddens = (model.hidden, moe.shared_width or model.hidden)
-        rules = serving_rules(mesh, model.num_heads, model.num_kv_heads, hiddens, vocab_size)
+        rules = serving_rules(
+            mesh,
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_inputs=model.num_heads * model.value_width,
+            hiddens=hiddens,
+            vocab=vocab_size,
+            group=group if quantization == "int4" else 1,
+        )
         apply_rules(abstract, rules)
         self.kv_axes = () if model.latent.kv_rank else rules["kv_heads"]
         self.graph, variables = nnx.split(abstract)
         self.leaves = self._plan(variables, quantization, group)
         self.param_specs = self.tree({path: leaf.held_spec() for path, leaf in self.leaves.items()})
-        self.param_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.param_specs, is_leaf=lambda x: isinstance(x, P))
+        self.param_shardings = named(mesh, self.param_specs)
 
     def _plan(self, variables: Any, kind: Kind, group: int) -> dict[str, Leaf]:
         found = {}
@@ -114,16 +122,27 @@ class Engine:
             total += size * touched / self.placement.num_slots if "/experts/" in path else size
         return round(total)
 
-    def pack(self, params: Any) -> Any:
-        """Weights to serve from training parameters with experts in the engine's slots; one leaf after another is replaced."""
+    def check_tokens(self, largest: int) -> None:
+        """Refuses tokens that the model has no row for, which would read as nothing."""
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"The text has token {largest} and the model a vocabulary of {self.vocab_size}: its tokenizer is another model's."
+            )
+
+    def pack(self, params: Any, *, consume: bool = False) -> Any:
+        """Weights to serve from training parameters with experts in the engine's slots.
+
+        With `consume` the parameters are given up, one after another, so that both are never in memory whole.
+        """
         packed = {}
         for path, leaf in self.leaves.items():
             value = params
             for key in path.split("/"):
                 value = value[int(key) if key.isdigit() else key]
-            shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
-            make = jax.jit(lambda a, leaf=leaf: leaf.pack(a if leaf.order is None else a.transpose(leaf.order)), out_shardings=shardings)
-            packed[path] = jax.block_until_ready(make(value))
+            pack = lambda a, leaf=leaf: leaf.pack(a if leaf.order is None else a.transpose(leaf.order))  # noqa: E731
+            packed[path] = jax.block_until_ready(jax.jit(pack, out_shardings=named(self.mesh, leaf.held_spec()))(value))
+            if consume:
+                value.delete()
         return self.tree(packed)
 
     def new_cache(self, batch: int, length: int) -> Cache:
@@ -133,7 +152,7 @@ class Engine:
 
     def abstract_cache(self, batch: int, length: int) -> tuple[Any, Any]:
         """Shapes and dtypes of the arrays of `new_cache`, and their shardings."""
-        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._cache_specs, is_leaf=lambda x: isinstance(x, P))
+        shardings = named(self.mesh, self._cache_specs)
         return jax.eval_shape(lambda: self._zeros(batch, length, 1)), shardings
 
     def _zeros(self, batch: int, length: int, parts: int) -> Cache:
@@ -234,14 +253,22 @@ class Engine:
             split = axes_of(transformer.head_parameter, "vocab")
             hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
             args = (hidden_TD, transformer.head_weights(), targets_BS.reshape(-1), mask_BS.reshape(-1))
-            return lax.psum((linear_cross_entropy(*args, axis=split or None), jnp.sum(mask_BS)), "data")
+            axis = split if split and lax.axis_size(split) > 1 else None
+            nats = linear_cross_entropy(*args, axis=axis)
+            if axis is None:
+                nats = psum(nats, split)  # over one device, for its type alone
+            return psum(nats, ("data",)), psum(jnp.sum(mask_BS), ("data",))
 
         in_specs = (self.param_specs, P(), TURN_SPEC, P("data"), P("data"))
-        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P()))
+        return jax.jit(self._shard_map(local, in_specs, P()))
 
     def score(self, params: Any, tables: LayerTables, tokens_BS: Any, targets_BS: Any, mask_BS: Any) -> tuple[float, float]:
-        """Sum of the negative log-likelihoods, nats, of targets where `mask_BS` is 1, and their number. B a multiple of `data`."""
+        """Sum of the negative log-likelihoods, nats, of targets where `mask_BS` is 1, and their number. B a multiple of `data`.
+
+        Raises UserError for tokens that the model does not have.
+        """
         tokens_BS = np.asarray(tokens_BS, np.int32)
+        self.check_tokens(max(np.max(tokens_BS, initial=0), np.max(targets_BS, initial=0)))
         rows, length = tokens_BS.shape
         start_B, length_B = np.zeros(rows, np.int32), np.full(rows, length, np.int32)
         turn = Turn(*map(jnp.asarray, (tokens_BS, start_B, length_B)))

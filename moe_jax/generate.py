@@ -106,8 +106,8 @@ def generate(
     figures = Figures() if figures is None else figures
     if not prompt:
         raise UserError(EMPTY_PROMPT)
-    if len(prompt) > loaded.context and not slide:
-        raise UserError(f"The prompt has {len(prompt)} tokens and the model's context {loaded.context}: shorten it.")
+    if not slide:
+        check_length(prompt, loaded.context)
     text = TextStream(loaded.tokenizer, stop, after=() if reply else prompt)
     prompt = prompt[-loaded.context :]
     with Stopwatch() as watch:
@@ -129,6 +129,12 @@ def generate(
     else:
         figures.ended = "end"
     yield text.finish()
+
+
+def check_length(prompt: Sequence[int], context: int) -> None:
+    """Raises UserError for a prompt that the context has no room for."""
+    if len(prompt) > context:
+        raise UserError(f"The prompt has {len(prompt)} tokens and the model's context {context}: shorten it.")
 
 
 def _limit(figures: Figures, text: TextStream, max_tokens: int, full: bool) -> Literal["stop", "tokens", "context"] | None:

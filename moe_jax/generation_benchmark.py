@@ -21,6 +21,7 @@ from moe_jax.model import count_moe_layers
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
 from moe_jax.session import LoadedModel, Session
+from moe_jax.sharding import named
 from moe_jax.speed import bench
 from moe_jax.step import make_tables
 from moe_jax.tokenizer import load_tokenizer
@@ -38,10 +39,9 @@ def random_params(engine: Engine) -> Any:
     """Weights drawn on the devices that hold them, one parameter after another."""
     found = {}
     for number, (path, leaf) in enumerate(engine.leaves.items()):
-        shardings = jax.tree.map(lambda spec: NamedSharding(engine.mesh, spec), leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
         key = jax.random.fold_in(jax.random.key(0), number)
         draw = lambda key, leaf=leaf: leaf.pack(0.02 * jax.random.normal(key, leaf.ordered, jnp.float32))  # noqa: E731
-        found[path] = jax.block_until_ready(jax.jit(draw, out_shardings=shardings)(key))
+        found[path] = jax.block_until_ready(jax.jit(draw, out_shardings=named(engine.mesh, leaf.held_spec()))(key))
     return engine.tree(found)
 
 

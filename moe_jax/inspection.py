@@ -25,7 +25,7 @@ from moe_jax.model import count_moe_layers, layer_kinds
 from moe_jax.packing import bytes_of
 from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.schema import MeshConfig
-from moe_jax.session import SHORTEST_CACHE, bucket
+from moe_jax.session import room
 from moe_jax.spmd import AXES
 
 
@@ -95,7 +95,7 @@ def inspect(
     held = by_kind(engine.leaves, lambda path: _device_bytes(engine, path))
     context = context or described.context
     rows = -(-batch // mesh.data) * mesh.data
-    cache = _cache_bytes(engine, rows, bucket(context, SHORTEST_CACHE), whole=False)
+    cache = _cache_bytes(engine, rows, room(context, context), whole=False)
     total = sum(held.values()) + cache
     return Inspection(
         name=described.name,

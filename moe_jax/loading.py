@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from moe_jax.config import config_from_text
 from moe_jax.description import read_kept_config
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
+from moe_jax.memory import check_memory
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers, expert_layers
 from moe_jax.ops import linear
@@ -35,13 +35,15 @@ from moe_jax.placement.table import EMPTY, contiguous
 from moe_jax.run_dir import tokenizer_spec
 from moe_jax.schema import MeshConfig
 from moe_jax.session import LoadedModel, Session
+from moe_jax.sharding import named
 from moe_jax.step import make_tables
 from moe_jax.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["LoadedModel", "Session", "open_model"]
 
 Read = Callable[[str, tuple[Any, ...]], np.ndarray]
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+HUB_COPIES = ("*/*",)  # folders with the same weights in other forms
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
 QUANTIZED_AT_ONCE = 1 << 16  # weights: quantising takes a few times their memory
 _quantize = jax.jit(linear.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
@@ -58,28 +60,44 @@ def open_model(
     step: int | None = None,
     fallback: bool = False,
     context: int | None = None,
+    check: Callable[[Tokenizer, int], None] | None = None,
 ) -> LoadedModel:
     """A model on a mesh. Raises UserError, one sentence, for whatever is wrong with the folder, the mesh or the memory.
 
     Args:
       path: a folder, or `org/name` on the Hugging Face hub, which is downloaded.
-      mesh: the devices, by default one; those beyond it stay unused on CPU.
+      mesh: the devices, by default one; those beyond it stay unused.
       dtype: of weights, activations and cache; by default float32 on CPU and bfloat16 elsewhere.
       quantize: hold experts and projections in 8 or 4 bits; `group` inputs share a scale with int4.
       memory: bytes that a device may use for weights; by default what the platform reports.
       step, fallback: which checkpoint of a run, as in `Checkpoints.restore_latest`.
       context: tokens that a sequence may have, if not as many as the model was made for.
+      check: called with the tokenizer and the context before weights are read; it may refuse.
     """
     path, mesh = Path(path), mesh or MeshConfig()
-    devices = make_mesh(mesh, jax.devices()[: mesh.size] if jax.default_backend() == "cpu" else None)
+    devices = make_mesh(mesh, jax.devices()[: mesh.size])
     options = {"quantization": quantize or "float", "group": group}
     if converted.is_converted(path):
-        loaded = _open_converted(path, devices, dtype, quantize, memory)
+        loaded = _open_converted(path, devices, dtype, quantize, Before(memory, context, check))
     elif (path / "config.yaml").is_file():
-        loaded = _open_run(path, devices, _dtype(dtype), options, memory, step, fallback)
+        loaded = _open_run(path, devices, _dtype(dtype), options, Before(memory, context, check), step, fallback)
     else:
-        loaded = _open_hf(find_folder(path), devices, _dtype(dtype), options, memory)
+        loaded = _open_hf(find_folder(path), devices, _dtype(dtype), options, Before(memory, context, check))
     return loaded if context is None else dataclasses.replace(loaded, context=context)
+
+
+class Before(NamedTuple):
+    """What is looked at before weights are read."""
+
+    memory: int | None
+    context: int | None
+    check: Callable[[Tokenizer, int], None] | None
+
+    def look(self, engine: Engine, tokenizer: Tokenizer, context: int, *, packs: bool = False) -> None:
+        """Raises UserError where the weights do not fit, or `check` refuses."""
+        check_memory(engine, self.memory, packs=packs)
+        if self.check is not None:
+            self.check(tokenizer, self.context or context)
 
 
 def _dtype(asked: str | None) -> str:
@@ -94,7 +112,7 @@ def find_folder(path: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES)))
     except Exception as error:  # no network, no such model, no leave: errors of many libraries, with no common base
         cause = " ".join(str(error).split())[:160]
         raise UserError(f"--model {name} is no folder here and cannot be fetched from the hub ({cause}): check the name.") from error
@@ -103,13 +121,13 @@ def find_folder(path: Path) -> Path:
 # Hugging Face folders
 
 
-def _open_hf(folder: Path, mesh: Mesh, dtype: str, options: dict[str, Any], memory: int | None) -> LoadedModel:
+def _open_hf(folder: Path, mesh: Mesh, dtype: str, options: dict[str, Any], before: Before) -> LoadedModel:
     checkpoint = hf.open_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder), field="--model")
     moe = checkpoint.moe
     placement = contiguous(count_moe_layers(checkpoint.model, moe), moe.num_experts, mesh.shape["expert"])
     engine = Engine(checkpoint.model, moe, mesh, placement, vocab_size=checkpoint.vocab_size, dtype=dtype, **options)
-    check_memory(engine, memory)
+    before.look(engine, tokenizer, checkpoint.context)
     params = read_params(engine, checkpoint.leaf)
     return LoadedModel(
         engine, params, tables_of(engine, checkpoint.bias_LE()), tokenizer, checkpoint.context, checkpoint.eos_ids, folder.name
@@ -150,9 +168,8 @@ def _read_leaf(engine: Engine, leaf: Leaf, read: Read) -> Any:
         if key not in parts:
             parts[key] = _read_part(engine, leaf, order, index, read)
         placed.append([jax.device_put(array, device) for array in jax.tree.leaves(parts[key])])
-    abstract, specs = leaf.abstract(), leaf.held_spec()
-    shapes, structure = jax.tree.flatten(abstract)
-    shardings = [NamedSharding(engine.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))]
+    shapes, structure = jax.tree.flatten(leaf.abstract())
+    shardings = jax.tree.leaves(named(engine.mesh, leaf.held_spec()))
     arrays = [
         jax.make_array_from_single_device_arrays(shape.shape, sharding, list(shards))
         for shape, sharding, shards in zip(shapes, shardings, zip(*placed, strict=True), strict=True)
@@ -188,8 +205,7 @@ def _pack_piece(leaf: Leaf, order: tuple[int, ...], cut: list[Any], read: Read) 
         return jax.tree.unflatten(jax.tree.structure(leaf.abstract()), [values])
     rows = values.reshape(math.prod(values.shape[: -leaf.inputs]), -1)
     step = max(1, QUANTIZED_AT_ONCE // rows.shape[1])
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        blocks = [_quantize(jnp.asarray(rows[at : at + step]), leaf.kind, leaf.group) for at in range(0, len(rows), step)]
+    blocks = [_quantize(jnp.asarray(rows[at : at + step]), leaf.kind, leaf.group) for at in range(0, len(rows), step)]
     packed = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
     if leaf.kind == "int8":
         apart = packed.values.reshape(values.shape)[(..., *cut[-leaf.inputs :])]
@@ -216,9 +232,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 # Run directories and converted folders
 
 
-def _open_run(
-    path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], memory: int | None, step: int | None, fallback: bool
-) -> LoadedModel:
+def _open_run(path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], before: Before, step: int | None, fallback: bool) -> LoadedModel:
     """A run's checkpoint on any mesh, whatever mesh it was trained on. Choices are dropless, else a token could depend on padding."""
     config = config_from_text((path / "config.yaml").read_text(encoding="utf-8"), str(path / "config.yaml"))
     tokenizer = load_tokenizer(tokenizer_spec(path, config))
@@ -231,15 +245,15 @@ def _open_run(
     placement = relayout.choose_placement(saved, count_moe_layers(config.model, moe), moe.num_experts, mesh.shape["expert"], 0)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     engine = Engine(config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options)
-    check_memory(engine, memory)
+    before.look(engine, tokenizer, config.train.seq_len, packs=True)
     params, bias_LE = relayout.restore_model(checkpoints, engine, saved, step=step, fallback=fallback)
     kept = read_kept_config(path)
     ends = (tokenizer.eos_id, *(hf.eos_ids(path / "tokenizer", kept) if kept else ()))
     tables, context = tables_of(engine, bias_LE), config.train.seq_len
-    return LoadedModel(engine, engine.pack(params), tables, tokenizer, context, tuple(dict.fromkeys(ends)), path.name)
+    return LoadedModel(engine, engine.pack(params, consume=True), tables, tokenizer, context, tuple(dict.fromkeys(ends)), path.name)
 
 
-def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, memory: int | None) -> LoadedModel:
+def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, before: Before) -> LoadedModel:
     header = converted.read_header(path)
     for option, asked, has in (("--dtype", dtype, header.dtype), ("--quantize", quantize, header.quantization)):
         if asked not in (None, has):
@@ -247,49 +261,7 @@ def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
     placement = contiguous(count_moe_layers(header.model, header.moe), header.moe.num_experts, mesh.shape["expert"])
     types: dict[str, Any] = {"dtype": header.dtype, "quantization": header.quantization, "group": header.group}
     engine = Engine(header.model, header.moe, mesh, placement, vocab_size=header.vocab_size, **types)
-    check_memory(engine, memory)
+    tokenizer = load_tokenizer(converted.tokenizer_spec(path, header), field="--model")
+    before.look(engine, tokenizer, header.context)
     params, bias_LE = converted.restore(path, engine)
-    tokenizer: Tokenizer = load_tokenizer(converted.tokenizer_spec(path, header), field="--model")
     return LoadedModel(engine, params, tables_of(engine, bias_LE), tokenizer, header.context, header.eos_ids, header.name)
-
-
-# Memory
-
-
-def device_bytes(engine: Engine) -> dict[jax.Device, int]:
-    """Bytes of weights that each device of the mesh holds."""
-    held = dict.fromkeys(engine.mesh.devices.flat, 0)
-    for shape, sharding in _held(engine):
-        size = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
-        for device in held:
-            held[device] += size
-    return held
-
-
-def _held(engine: Engine) -> Iterator[tuple[Any, NamedSharding]]:
-    for leaf in engine.leaves.values():
-        specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
-        for shape, spec in zip(jax.tree.leaves(leaf.abstract()), specs, strict=True):
-            yield shape, NamedSharding(engine.mesh, spec)
-
-
-def check_memory(engine: Engine, memory: int | None) -> None:
-    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes a device, or in what there is."""
-    held = device_bytes(engine)
-    needed = max(held.values())
-    free = memory
-    if free is None:
-        device = jax.local_devices()[0]
-        statistics = device.memory_stats() or {}
-        if "bytes_limit" in statistics:
-            free = statistics["bytes_limit"]
-        elif sys.platform == "linux" and device.platform == "cpu":  # simulated devices share the machine's memory
-            text = Path("/proc/meminfo").read_text()
-            free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
-            needed = sum(held.values())
-    if free is not None and needed > free:
-        where = "in all" if needed > max(held.values()) else "on each device"
-        raise UserError(
-            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, "
-            "--dtype bfloat16 or a --mesh with more devices."
-        )

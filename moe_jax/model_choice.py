@@ -6,6 +6,7 @@ What can be checked without JAX is checked when a `ModelChoice` is made, so that
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +17,7 @@ from moe_jax.schema import DevicesConfig, MeshConfig
 
 if TYPE_CHECKING:
     from moe_jax.loading import LoadedModel
+    from moe_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int8", "int4")
@@ -81,6 +83,7 @@ class ModelChoice:
     simulate: int | None = None
     step: int | None = None
     fallback: bool = False
+    group: int = 64
 
     def __post_init__(self) -> None:
         one_of("--dtype", self.dtype, DTYPES)
@@ -104,8 +107,8 @@ class ModelChoice:
         """Whether it is a directory that `moe-jax train` wrote."""
         return (self.path / "config.yaml").is_file()
 
-    def open(self) -> Opened:
-        """Starts the devices and loads the model."""
+    def open(self, check: Callable[[Tokenizer, int], None] | None = None) -> Opened:
+        """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before weights are read."""
         use_compile_cache()
         start_devices(self.mesh_config, self.simulate)
         from moe_jax.loading import open_model
@@ -120,6 +123,8 @@ class ModelChoice:
                 memory=None if self.memory is None else parse_bytes(self.memory),
                 step=self.step,
                 fallback=self.fallback,
+                group=self.group,
+                check=check,
             )
         return Opened(loaded, watch.seconds, watch.compiling)
 

@@ -86,7 +86,9 @@ def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dty
     wanted: Kind = "float" if name in FLOAT else kind
     if wanted == "int4" and (last // parts) % group:
         of = f"{last}, of which each device has {last // parts}" if parts > 1 else str(last)
-        raise UserError(f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs ({of}): use --quantize int8.")
+        raise UserError(
+            f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs ({of}): use --group 32 or --quantize int8."
+        )
     leaf_dtype = jnp.float32 if "router" in path else dtype
     return Leaf(path, shape, spec, order, inputs, wanted, group, leaf_dtype)
 

@@ -45,6 +45,15 @@ def bucket(length: int, shortest: int) -> int:
     return shortest << max(0, (-(-length // shortest) - 1).bit_length())
 
 
+def room(length: int, context: int) -> int:
+    """Places of a cache for `length` tokens: 1,024, 2,048 and so on, but no more than the context, in whole steps.
+
+    More than the context only where a short row's new tokens, padded behind the longest row, would not fit.
+    """
+    steps = lambda tokens: -(-tokens // STEP) * STEP  # noqa: E731
+    return max(min(bucket(length, SHORTEST_CACHE), steps(context)), steps(length))
+
+
 def prompt_width(length: int) -> int:
     """The least of 16, 32, 48, 64, 96, 128, 192, ... that is not less: a prompt's padding is computed, so finer steps pay."""
     power = bucket(length, SHORTEST_TURN)
@@ -58,7 +67,7 @@ class Session:
         self._loaded, self._engine = loaded, loaded.engine
         data = self._engine.mesh.shape["data"]
         self._rows = -(-batch // data) * data  # the mesh cuts rows evenly: those beyond `batch` are padding
-        self._most = -(-loaded.context // STEP) * STEP
+        self._most = room(loaded.context, loaded.context)
         self._cache: Cache | None = None
         self._room = 0
         self.lengths = [0] * batch
@@ -66,7 +75,8 @@ class Session:
     def feed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Appends tokens (at least one) to each row; f32 logits [B, V] after the last of each.
 
-        Raises UserError where a row would exceed the model's context; nothing has changed then.
+        Raises UserError where a row would exceed the model's context, or has a token that the model does not; nothing has
+        changed then.
         """
         counts = [len(row) for row in tokens]
         if len(counts) != len(self.lengths) or not all(counts):
@@ -76,6 +86,7 @@ class Session:
             raise UserError(
                 f"{longest} tokens exceed the context of {self._loaded.context} tokens of {self._loaded.name}: shorten the text."
             )
+        self._engine.check_tokens(max(max(row) for row in tokens))
         logits_BV = np.empty((len(counts), self._engine.vocab_size), np.float32)
         done = 0
         while done < max(counts):
@@ -109,8 +120,7 @@ class Session:
     def _with_room(self, length: int) -> Cache:
         """The cache, with places for `length` tokens of a row."""
         if self._cache is None or length > self._room:
-            # More than the context only where a short row's new tokens, padded behind the longest row, would not fit.
-            self._room = max(min(bucket(length, SHORTEST_CACHE), self._most), -(-length // STEP) * STEP)
+            self._room = room(length, self._loaded.context)
             if self._cache is None:
                 self._cache = self._engine.new_cache(self._rows, self._room)
             else:

@@ -12,13 +12,12 @@ each matrix, and dense layers are split over `expert` too, since all its devices
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.ops.linear import Matrix
 from moe_jax.spmd import all_gather
@@ -44,21 +43,24 @@ RULES: Rules = {
 GATHERED = ("width", "slot_width")
 
 
-def serving_rules(mesh: Mesh | AbstractMesh, heads: int, kv_heads: int, hiddens: tuple[int, ...], vocab: int) -> Rules:
-    """The table for inference: each group of dimensions over `expert` and `tensor` together where they divide it, else over `tensor`.
+def serving_rules(
+    mesh: Mesh | AbstractMesh, *, heads: int, kv_heads: int, head_inputs: int, hiddens: tuple[int, ...], vocab: int, group: int = 1
+) -> Rules:
+    """The table for inference: each kind of dims over `expert` and `tensor` together where they divide it, else over `tensor`.
 
-    `hiddens` are the hidden widths of dense and shared feed-forward parts. What `tensor` does not divide either stays whole;
-    heads that it does not divide are the caller's to refuse.
+    `head_inputs` is the number of attention's outputs that its output projection sums over, `hiddens` the hidden widths of dense
+    and shared feed-forward parts; `group` of these share a scale and stay together on a device where `expert` is concerned. What
+    `tensor` does not divide either stays whole; heads that it does not divide are the caller's to refuse.
     """
 
-    def split(*sizes: int) -> tuple[str, ...]:
-        for axes in (("expert", "tensor"), ("tensor",)):
-            if all(size % math.prod(mesh.shape[axis] for axis in axes) == 0 for size in sizes):
-                return axes
-        return ()
+    def split(sizes: tuple[int, ...], inputs: tuple[int, ...] = ()) -> tuple[str, ...]:
+        both, tensor = mesh.shape["expert"] * mesh.shape["tensor"], mesh.shape["tensor"]
+        if all(size % both == 0 for size in sizes) and all(size % (both * group) == 0 for size in inputs):
+            return ("expert", "tensor")
+        return ("tensor",) if all(size % tensor == 0 for size in sizes) else ()
 
-    attention = split(heads, kv_heads)
-    changed = {"heads": attention, "kv_heads": attention, "hidden": split(*hiddens), "vocab": split(vocab)}
+    attention = split((heads, kv_heads), (head_inputs,))
+    changed = {"heads": attention, "kv_heads": attention, "hidden": split(hiddens, hiddens), "vocab": split((vocab,))}
     return RULES | {"width": (), "slot_width": ()} | changed
 
 
@@ -116,6 +118,11 @@ def gather(parameter: nnx.Param, dtype: Any = None) -> Any:
 def axes_of(parameter: nnx.Param, name: str) -> tuple[str, ...]:
     """Mesh axes over which a parameter's dimension `name` is sharded: a product that contracts it is a part of a sum over them."""
     return parameter.get_metadata("mesh_axes")[parameter.get_metadata("axes").index(name)]
+
+
+def named(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """NamedShardings on a mesh from a tree of PartitionSpecs."""
+    return jax.tree.map(lambda one: NamedSharding(mesh, one), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def specs(variables: Any) -> Any:

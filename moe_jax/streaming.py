@@ -35,6 +35,8 @@ class TextStream:
             raise UserError("--stop is empty: give the text to stop at, or leave it out.")
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # Special tokens decode to nothing, so a stop string that is one of them is told by its id.
+        self._stop_ids = {tokenizer.special_ids[string] for string in stop if string in tokenizer.special_ids}
         # Decoding begins at the tokens of the last piece and not at the text's beginning: time a token stays the same.
         self._tokens, self._before = list(after), len(after)
         self._decoded = tokenizer.decode(self._tokens)
@@ -42,6 +44,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that one more token makes certain; often empty."""
+        if token in self._stop_ids:
+            rest = self.finish()
+            self.stopped = True
+            return rest
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         # A character may need several tokens: an unfinished one decodes to a replacement mark.

@@ -7,10 +7,11 @@ template is rendered by transformers in Jinja's sandbox.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Tokenizer:
     """Id that starts a text, where the tokenizer has one."""
     special: Callable[[str], list[int]] | None = None
     """Ids of a text with the start and end tokens that the tokenizer adds of itself; None where it adds none."""
+    special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Ids of the tokens that `decode` leaves out, by their text."""
     chat: Callable[[list[dict[str, str]]], list[int]] | None = None
     """Ids of a conversation up to where the assistant's reply begins, by the chat template; None where there is none.
 
@@ -153,6 +156,7 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
         encode_batch=encode_batch,
         decode_known=lambda ids: inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
         bos_id=inner.bos_token_id,
+        special_ids=dict(zip(inner.all_special_tokens, inner.all_special_ids, strict=True)),
         special=lambda text: encode_batch([text], special=True)[0],
         chat=functools.partial(_render_chat, given, inner) if inner.chat_template else None,
     )

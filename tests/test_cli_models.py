@@ -84,7 +84,7 @@ def test_eval_and_bench(capsys, tmp_path, model):
     model.engine = types.SimpleNamespace(
         score=lambda params, tables, tokens, targets, mask: (next(scores) * mask.sum(), mask.sum()),
         decode_bytes=lambda batch: 10**6,
-        mesh=types.SimpleNamespace(size=1),
+        mesh=types.SimpleNamespace(size=1, shape={"data": 1}),
     )
     (tmp_path / "text").write_text("some text")
     text = ("--text", tmp_path / "text")

@@ -29,7 +29,7 @@ def loaded(scored: list) -> Loaded:
         scored.append((tokens, targets, mask))
         return np.float32((targets * mask).sum() / 1000), np.float32(mask.sum())
 
-    return Loaded(lambda tokens: 0, context=64, engine=types.SimpleNamespace(score=score))
+    return Loaded(lambda tokens: 0, context=64, engine=types.SimpleNamespace(score=score, mesh=types.SimpleNamespace(shape={"data": 1})))
 
 
 @pytest.mark.parametrize("window", [None, 64, 14, 5, 1])

@@ -18,9 +18,10 @@ from moe_jax import converting, hf
 from moe_jax.description import KINDS, by_kind, describe, kind_of
 from moe_jax.errors import UserError
 from moe_jax.inspection import Inspection, inspect, ranges
-from moe_jax.loading import device_bytes, open_model
+from moe_jax.loading import open_model
+from moe_jax.memory import device_bytes
 from moe_jax.schema import MeshConfig
-from moe_jax.session import SHORTEST_CACHE, Session, bucket
+from moe_jax.session import Session, room
 
 # As published with the model (https://huggingface.co/Qwen/Qwen3-30B-A3B).
 QWEN3_30B_A3B = {
@@ -127,8 +128,8 @@ def test_figures_are_those_of_the_loaded_model(case: str, mesh: MeshConfig, opti
     first = jax.devices()[0]
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(loaded.params) for shard in leaf.addressable_shards if shard.device == first)
     assert held == total(found.held_bytes)
-    room = Session(loaded, batch=3)  # what a session of three rows asks the engine for
-    kept = loaded.engine.new_cache(room._rows, bucket(200, SHORTEST_CACHE))
+    session = Session(loaded, batch=3)  # what a session of three rows asks the engine for
+    kept = loaded.engine.new_cache(session._rows, room(200, 200))
     cache = sum(shard.data.nbytes for leaf in jax.tree.leaves(kept) for shard in leaf.addressable_shards if shard.device == first)
     assert cache == found.cache_bytes
     if case == "qwen3_moe-mixed":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from serving import VOCAB, draw, tree
 
-from moe_jax import hf, loading
+from moe_jax import hf, loading, memory
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh
@@ -74,7 +74,7 @@ def test_a_process_reads_what_its_devices_hold(folder: tuple[Path, dict[str, np.
     engine = make_engine(mesh)
     itemsize = next(iter(leaves.values())).dtype.itemsize
     whole = jax.sharding.NamedSharding.addressable_devices_indices_map
-    for device, held in loading.device_bytes(engine).items():
+    for device, held in memory.device_bytes(engine).items():
         own = lambda sharding, shape, device=device: {device: whole(sharding, shape)[device]}  # noqa: E731
         monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
         monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, arrays: arrays[0])
@@ -94,7 +94,7 @@ def test_devices_hold_what_was_planned(folder: tuple[Path, dict[str, np.ndarray]
     for array in found:
         for shard in array.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    assert held == loading.device_bytes(engine)
+    assert held == memory.device_bytes(engine)
 
 
 def test_packing_training_weights_gives_what_is_read(folder: tuple[Path, dict[str, np.ndarray]]) -> None:
@@ -107,10 +107,10 @@ def test_packing_training_weights_gives_what_is_read(folder: tuple[Path, dict[st
 
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     engine = make_engine({"expert": 2})
-    needed = max(loading.device_bytes(engine).values())
-    loading.check_memory(engine, needed)
+    needed = max(memory.device_bytes(engine).values())
+    memory.check_memory(engine, needed)
     with pytest.raises(UserError, match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16 or a --mesh"):
-        loading.check_memory(engine, needed - 1)
+        memory.check_memory(engine, needed - 1)
 
 
 # Memory
@@ -122,7 +122,7 @@ PEAK = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from moe_jax import hf, loading
+from moe_jax import hf, loading, memory
 from moe_jax.engine import Engine
 from moe_jax.mesh import make_mesh
 from moe_jax.placement.table import contiguous
@@ -141,7 +141,7 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = status("VmRSS")
 params = loading.read_params(engine, checkpoint.leaf)
 jax.block_until_ready(params)
-print(status("VmHWM") - before, sum(loading.device_bytes(engine).values()))
+print(status("VmHWM") - before, sum(memory.device_bytes(engine).values()))
 """
 
 

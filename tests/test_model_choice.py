@@ -45,7 +45,7 @@ def test_sizes_that_are_none(text: str) -> None:
         ({"mesh": "expert=4", "simulate": 2}, "--simulate 2 is less than the 4 devices of --mesh expert=4"),
         ({"memory": "much"}, "--memory 'much'"),
         ({"step": 3}, "is not a run directory"),
-        ({"fallback": True}, "is not a run directory"),
+        ({"fallback": True, "group": 64, "check": None}, "is not a run directory"),
         ({"path": Path("nowhere")}, "--model nowhere does not exist"),
         ({"path": Path("/no/where/at/all")}, "--model /no/where/at/all does not exist"),
     ],

@@ -10,7 +10,7 @@ from serving import VOCAB, Case, assert_same, case, load
 
 from moe_jax import session as module
 from moe_jax.errors import UserError
-from moe_jax.session import LoadedModel, Session, bucket
+from moe_jax.session import LoadedModel, Session, bucket, prompt_width
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,37 @@ def loaded(data: Case) -> LoadedModel:
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few shapes to compile, and edges that short texts cross: chunks of 4 and 2 tokens, rooms of 8, 16 and 24."""
-    for name, value in {"SHORTEST_TURN": 2, "SHORTEST_CACHE": 8, "FIRST_CHUNK": 4, "NEXT_CHUNK": 2}.items():
+    for name, value in {"SHORTEST_TURN": 2, "SHORTEST_CACHE": 8, "STEP": 8, "FIRST_CHUNK": 4, "NEXT_CHUNK": 2}.items():
         monkeypatch.setattr(module, name, value)
 
 
 def test_buckets() -> None:
     sizes = [bucket(length, 16) for length in range(1, 3000)]
+    assert sorted(set(sizes)) == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    assert all(size >= length and (size == 16 or size < 2 * length) for length, size in enumerate(sizes, 1))
+
+
+def test_widths_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORTEST_TURN", 16)
+    sizes = [prompt_width(length) for length in range(1, 3000)]
     assert sorted(set(sizes)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072]
-    assert all(size >= length and (size == 16 or size <= 2 * length) for length, size in enumerate(sizes, 1))
+    assert all(size >= length and (size <= 32 or size <= 1.5 * length) for length, size in enumerate(sizes, 1))
+
+
+def test_near_the_end_of_the_context_nothing_is_lost(data: Case, loaded: LoadedModel) -> None:
+    """A short row's new tokens, padded behind a long row, need more room than the context has."""
+    a, b = (list(map(int, text)) for text in data.texts)
+    session = Session(loaded, batch=2)
+    session.feed([a[:9], b[:1]])
+    found = session.feed([a[9:10], b[1:9]])
+    assert_same(found, np.stack([data.logits[0, 9], data.logits[1, 8]]))
+
+
+def test_tokens_of_another_tokenizer_are_refused(loaded: LoadedModel) -> None:
+    session = Session(loaded)
+    with pytest.raises(UserError, match=f"token {VOCAB + 5} and the model a vocabulary of {VOCAB}"):
+        session.feed([[1, VOCAB + 5]])
+    assert session.lengths == [0]
 
 
 def test_prompts_of_different_lengths_then_a_token_at_a_time(data: Case, loaded: LoadedModel) -> None:

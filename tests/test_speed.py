@@ -48,12 +48,12 @@ def test_spans_within_spans_count_once() -> None:
 
 
 def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = types.SimpleNamespace(decode_bytes=lambda batch: batch * 1000, mesh=types.SimpleNamespace(size=1))
+    engine = types.SimpleNamespace(decode_bytes=lambda batch: batch * 1000, mesh=types.SimpleNamespace(size=1, shape={"data": 1}))
     loaded = Loaded(lambda tokens: 65, engine=engine)
     install(monkeypatch, loaded)
     monkeypatch.setattr(speed, "read_bandwidth", lambda devices: 1e6 * devices)
     found = speed.bench(loaded, Session(loaded, 2), prompt=12, generated=5, repeats=3)
-    assert [len(feed) for feed in loaded.feeds[::2]] == [12, 1, 1] + [12, 1, 1, 1, 1, 1] * 3  # the warm-up, then repeats
+    assert [len(feed) for feed in loaded.feeds[::2]] == [12, 1, 1, 1, 1, 1, 12, 1] + [12, 1, 1, 1, 1, 1] * 3  # the warm-up, then repeats
     assert all(0 <= token < 256 for feed in loaded.feeds for token in feed)
     assert found["prefill_tokens_per_second"] == pytest.approx(24 / found["prefill_seconds"])
     assert found["decode_tokens_per_second"] == pytest.approx(2000 / found["decode_ms_per_step"])

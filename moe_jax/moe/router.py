@@ -83,7 +83,8 @@ class Router(nnx.Module):
 
     def _score(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits and scores [B, S, E]."""
-        logits_BSE = project(x_BSD, gather(self.weight))
+        # A GPU's default for f32 is TF32, whose rounding could choose other experts.
+        logits_BSE = project(x_BSD, gather(self.weight), precision=lax.Precision.HIGHEST)
         if self.config.router_bias:
             logits_BSE = logits_BSE + gather(self.bias)
         logits_BSE = logits_BSE / self.config.temperature

@@ -2,10 +2,10 @@
 
 Back ends: `reference` multiplies every row by every matrix and selects (for tests); `ragged` is
 `lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled` walks
-each group in tiles of rows with plain matmuls, fast on CPU; `rows` takes one row after another, for the few rows of
-decoding, where reading weights is all the time. For a `Matrix` all but `rows` and `ragged` mean tiles. `auto` takes `rows` for a
-`Matrix` and few rows, else `ragged` on GPU and
-TPU and `tiled` elsewhere. Measurements behind the tile sizes are in docs/benchmarks.md.
+each group in tiles of rows with plain matmuls, fast on CPU; `rows`, for a `Matrix` alone, takes one row after
+another, for the few rows of decoding, where reading weights is all the time. `auto` takes `rows` for a `Matrix`
+and few rows, else `ragged` on GPU and TPU and `tiled` elsewhere. Measurements behind the tile sizes are in
+docs/benchmarks.md and docs/log.md.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def grouped_matmul(
             return _matrix_rows(x_ND, w_GDF, sizes_G, first)
         if impl == "ragged" or (impl == "auto" and accelerated):
             return _matrix_ragged(x_ND, w_GDF, sizes_G, first)
+        if impl not in ("auto", "tiled", "reference"):
+            raise _unknown(impl)
         return _matrix_tiles(x_ND, w_GDF, sizes_G, first)
     if impl == "auto":
         impl = "ragged" if accelerated else "tiled"
@@ -67,7 +69,11 @@ def grouped_matmul(
         return _reference(x_ND, w_GDF, sizes_G)
     if impl == "ragged":
         return _mask_tail(_ragged(x_ND, w_GDF, sizes_G), sizes_G)
-    raise ValueError(f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled (rows needs a Matrix)")
+    raise _unknown(impl)
+
+
+def _unknown(impl: str) -> ValueError:
+    return ValueError(f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled (rows needs a Matrix)")
 
 
 def _one(w: Matrix, index: jax.Array) -> Matrix:

@@ -79,11 +79,12 @@ def _halves(matrix: Matrix, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return low.astype(dtype), high.astype(dtype)
 
 
-def project(x: jax.Array, w: jax.Array | Matrix) -> jax.Array:
-    """x [..., D] times [D, *outputs]: [..., *outputs], in x's dtype."""
+def project(x: jax.Array, w: jax.Array | Matrix, *, precision: lax.Precision | None = None) -> jax.Array:
+    """x [..., D] times [D, *outputs]: [..., *outputs], in x's dtype; f32 products as exact as `precision` says."""
     if isinstance(w, Matrix):
-        return apply(x, w)
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+        return apply(x, w, precision=precision)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def join(x: jax.Array, w: jax.Array | Matrix, inputs: int = 1) -> jax.Array:
@@ -92,28 +93,30 @@ def join(x: jax.Array, w: jax.Array | Matrix, inputs: int = 1) -> jax.Array:
     return apply(flat, w if isinstance(w, Matrix) else Matrix(w.reshape(w.shape[0], -1)))
 
 
-def apply(x: jax.Array, matrix: Matrix) -> jax.Array:
+def apply(x: jax.Array, matrix: Matrix, *, precision: lax.Precision | None = None) -> jax.Array:
     """x [..., I] times a `Matrix` [*outputs, I]: [..., *outputs], in x's dtype."""
     outputs = matrix.values.shape[:-1]
+    rows = math.prod(outputs)
     if matrix.kind == "int8":  # a scale an output: it can wait until after the product
-        product = _contract(x, matrix.values.reshape(math.prod(outputs), -1).astype(x.dtype))
-        return (product * matrix.scale.reshape(-1).astype(x.dtype)).reshape(*x.shape[:-1], *outputs)
-    if matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1:
-        return _int4_row(x, matrix).reshape(*x.shape[:-1], *outputs)
-    return _contract(x, dequantize(matrix, x.dtype).reshape(math.prod(outputs), -1)).reshape(*x.shape[:-1], *outputs)
+        product = _contract(x, matrix.values.reshape(rows, -1).astype(x.dtype), precision) * matrix.scale.reshape(-1)
+    elif matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1:
+        product = _int4_row(x, matrix)
+    else:
+        product = _contract(x, dequantize(matrix, x.dtype).reshape(rows, -1), precision)
+    return product.astype(x.dtype).reshape(*x.shape[:-1], *outputs)
 
 
 def _int4_row(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """One row times an int4 matrix, f32 sums. As one reduction, not a dot: XLA:CPU then unpacks in registers, eight times as fast."""
+    """One row times an int4 matrix, in f32. As one reduction, not a dot: XLA:CPU then unpacks in registers, eight times as fast."""
     (low, high), groups = _halves(matrix, jnp.float32), matrix.scale.shape[-1]
     first, second = jnp.split(x.reshape(groups, -1).astype(jnp.float32), 2, axis=-1)
     parts = (low * first + high * second) * matrix.scale.astype(jnp.float32)[..., None]
-    return jnp.sum(parts, axis=(-1, -2)).astype(x.dtype)
+    return jnp.sum(parts, axis=(-1, -2))
 
 
-def _contract(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., I] times w [O, I]: [..., O]. One row alone is a matrix-vector product, which XLA:CPU runs at memory speed."""
+def _contract(x: jax.Array, w: jax.Array, precision: lax.Precision | None) -> jax.Array:
+    """x [..., I] times w [O, I]: f32 [..., O]. One row alone is a matrix-vector product, which XLA:CPU runs at memory speed."""
+    options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
     if math.prod(x.shape[:-1]) == 1:
-        y = lax.dot_general(w, x.reshape(-1), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
-    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+        return lax.dot_general(w, x.reshape(-1), (((1,), (0,)), ((), ())), **options).reshape(*x.shape[:-1], -1)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), **options)

@@ -1,0 +1,71 @@
+"""Whether a model's weights fit, said before any of them is read."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.engine import Engine
+from moe_jax.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
+
+
+def device_bytes(engine: Engine) -> dict[jax.Device, int]:
+    """Bytes of weights that each device of the mesh holds."""
+    held = dict.fromkeys(engine.mesh.devices.flat, 0)
+    for shape, sharding in _held(engine):
+        size = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+        for device in held:
+            held[device] += size
+    return held
+
+
+def _held(engine: Engine) -> Iterator[tuple[Any, NamedSharding]]:
+    for leaf in engine.leaves.values():
+        specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
+        for shape, spec in zip(jax.tree.leaves(leaf.abstract()), specs, strict=True):
+            yield shape, NamedSharding(engine.mesh, spec)
+
+
+def check_memory(engine: Engine, memory: int | None, *, packs: bool = False) -> None:
+    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes a device, or in what there is.
+
+    With `packs` they are read as f32 masters first, which may be more. The cache is not counted: it grows with the text.
+    """
+    held = device_bytes(engine)
+    if packs:
+        masters = sum(4 * math.prod(NamedSharding(engine.mesh, leaf.spec).shard_shape(leaf.shape)) for leaf in engine.leaves.values())
+        held = {device: max(size, masters) for device, size in held.items()}
+    needed = max(held.values())
+    free = memory
+    if free is None:
+        device = jax.local_devices()[0]
+        statistics = device.memory_stats() or {}
+        if "bytes_limit" in statistics:
+            free = statistics["bytes_limit"]
+        elif sys.platform == "linux" and device.platform == "cpu":  # simulated devices share the machine's memory
+            free = _free_memory()
+            needed = sum(held.values())
+    if free is not None and needed > free:
+        where = "in all" if needed > max(held.values()) else "on each device"
+        raise UserError(
+            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, "
+            "--dtype bfloat16 or a --mesh with more devices."
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that this machine, or the container that this process is in, can still give."""
+    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
