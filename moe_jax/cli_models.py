@@ -16,7 +16,7 @@ import typer
 
 from moe_jax.console import explained_disk_errors, gibibytes, prompt_from_stdin, rates, say, write_pieces
 from moe_jax.errors import UserError
-from moe_jax.model_choice import ModelChoice
+from moe_jax.model_choice import ModelChoice, require_run
 
 if TYPE_CHECKING:
     from moe_jax.evaluate import Evaluation
@@ -91,12 +91,6 @@ def _one_place(run_dir: Path | None, model: Path | None) -> Path:
     if run_dir is not None:
         require_run(run_dir)
     return run_dir or model  # type: ignore[return-value]
-
-
-def require_run(run_dir: Path) -> None:
-    """Raises UserError where `run_dir` is not the directory of a run."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a `moe-jax train`.")
 
 
 def _check_texts(prompt: str, stop: list[str] | None) -> None:

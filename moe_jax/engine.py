@@ -268,7 +268,7 @@ class Engine:
         Raises UserError for tokens that the model does not have.
         """
         tokens_BS = np.asarray(tokens_BS, np.int32)
-        self.check_tokens(max(np.max(tokens_BS, initial=0), np.max(targets_BS, initial=0)))
+        self.check_tokens(int(max(np.max(tokens_BS, initial=0), np.max(targets_BS, initial=0))))
         rows, length = tokens_BS.shape
         start_B, length_B = np.zeros(rows, np.int32), np.full(rows, length, np.int32)
         turn = Turn(*map(jnp.asarray, (tokens_BS, start_B, length_B)))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.model_choice import require_run
 from moe_jax.sampling import Sampler, SamplingOptions
 from moe_jax.speed import Stopwatch
 from moe_jax.streaming import TextStream
@@ -172,6 +173,7 @@ def generate_run(
     """
     if not prompt:
         raise UserError(EMPTY_PROMPT)  # before anything is read
+    require_run(run_dir)
     from moe_jax.loading import Session, open_model
 
     loaded = open_model(run_dir, step=step, fallback=fallback)

@@ -39,19 +39,17 @@ OWN = frozenset(
         "model.attention",
         "moe.capacity_factor",
         "moe.dropless",
-        "moe.input_noise",
         "moe.expert_dropout",
         "moe.bias_rate",
-        "moe.z_loss",
-        "moe.aux_loss",
-        "moe.aux_over",
-        "moe.sequence_aux_loss",
         "moe.variance_loss",
         "moe.dispatch",
         "moe.gather_below",
         "moe.grouped_matmul",
     ]
 )
+
+# Keys that the other model says how it was trained with, where the configuration leaves them at their defaults.
+LOSSES = frozenset(("moe.input_noise", "moe.z_loss", "moe.aux_loss", "moe.aux_over", "moe.sequence_aux_loss"))
 
 
 def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
@@ -101,7 +99,7 @@ def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
     values = {}
     for field in dataclasses.fields(ours):
         key, mine, other = f"{prefix}{field.name}", getattr(ours, field.name), getattr(theirs, field.name)
-        if key in OWN:
+        if key in OWN or (key in LOSSES and mine != field.default):
             continue
         if dataclasses.is_dataclass(mine):
             values[field.name] = _adopt(mine, other, f"{key}.", origin)

@@ -61,6 +61,12 @@ def check_step(path: Path, step: int | None, fallback: bool) -> None:
         raise UserError(f"--step and --fallback choose a run's checkpoint and {path} is not a run directory: leave them out.")
 
 
+def require_run(run_dir: Path) -> None:
+    """Raises UserError where `run_dir` is not the directory of a run."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a `moe-jax train`.")
+
+
 class Opened(NamedTuple):
     """A model in memory."""
 

@@ -67,9 +67,9 @@ def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> 
     config = config_from_text((run / "config.yaml").read_text())
     checkpoint = hf.open_checkpoint(origin)
     assert config.model == dataclasses.replace(checkpoint.model, vocab_size=VOCAB)
-    assert config.moe == dataclasses.replace(
-        checkpoint.moe, **{key.removeprefix("moe."): getattr(config.moe, key[4:]) for key in initial.OWN if key.startswith("moe.")}
-    )
+    kept = [key.removeprefix("moe.") for key in (*initial.OWN, "moe.aux_loss", "moe.z_loss") if key.startswith("moe.")]
+    assert config.moe == dataclasses.replace(checkpoint.moe, **{key: getattr(config.moe, key) for key in kept})
+    assert config.moe.aux_loss == 0.0 and config.moe.aux_over == checkpoint.moe.aux_over  # the one was set, the other was not
     lines = tiny_run.training_lines(run)
     assert lines[0]["ce_loss"] == pytest.approx(first_loss(origin, config, str(run / "tokenizer")), rel=1e-5)
     assert lines[2]["loss"] < lines[0]["loss"]

@@ -157,7 +157,7 @@ def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path)
 def test_the_command(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("inspect", qwen, "--mesh", "expert=2", "--quantize", "int4", "--memory", "24GiB") == 0
     out = capsys.readouterr().out
-    assert "30,532,122,624" in out and "It fits: 10.27 GiB of 24.00 GiB" in out and "64-127" in out
+    assert "30,532,122,624" in out and "It fits: 9.90 GiB of 24.00 GiB" in out and "64-127" in out
     assert max(map(len, out.splitlines())) <= 80 and "\033" not in out and "\u2502" not in out
     assert call("inspect", qwen, "--mesh", "expert=2", "--memory", "24GiB", "--json") == 1
     found = json.loads(capsys.readouterr().out)

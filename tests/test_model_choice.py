@@ -45,7 +45,7 @@ def test_sizes_that_are_none(text: str) -> None:
         ({"mesh": "expert=4", "simulate": 2}, "--simulate 2 is less than the 4 devices of --mesh expert=4"),
         ({"memory": "much"}, "--memory 'much'"),
         ({"step": 3}, "is not a run directory"),
-        ({"fallback": True, "group": 64, "check": None}, "is not a run directory"),
+        ({"fallback": True}, "is not a run directory"),
         ({"path": Path("nowhere")}, "--model nowhere does not exist"),
         ({"path": Path("/no/where/at/all")}, "--model /no/where/at/all does not exist"),
     ],
@@ -73,6 +73,8 @@ def test_the_engine_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
             "memory": 2**30,
             "step": 7,
             "fallback": True,
+            "group": 64,
+            "check": None,
         }
     ]
     assert ModelChoice(Path("someone/some-model")).mesh_config == MeshConfig()  # a name on the hub: the engine's to find
