@@ -173,6 +173,9 @@ def chat(
     say(f"{opened.model.name}, loaded in {opened.seconds:,.1f} s, context {opened.model.context:,} tokens")
     with explained_disk_errors(Path("standard output")):
         run_chat(conversation, opened.model.context)
+    from moe_jax import measure
+
+    say(f"peak memory {gibibytes(measure.peak_bytes())}")
 
 
 def evaluate(
@@ -193,7 +196,8 @@ def evaluate(
     choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
     found = {"model": str(model), "text": str(text), "quantize": quantize, **_evaluated(choice, text, window)._asdict()}
     if as_json:
-        print(json.dumps(found, indent=2))
+        beyond = found["perplexity"] == float("inf")  # which JSON cannot say
+        print(json.dumps(found | {"perplexity": None} if beyond else found, indent=2))
         return
     print(f"perplexity      {found['perplexity']:,.4f}")
     print(f"nats a token    {found['nats_per_token']:.5f}")

@@ -52,7 +52,8 @@ def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig,
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)}.")
     family, keys = FAMILIES[kind], Keys(config, where)
-    keys.get("max_position_embeddings", int)
+    if keys.get("max_position_embeddings", int) < 1:
+        raise keys.refuse("max_position_embeddings", "leaves no room for a token")
     try:
         model, moe = family.read(keys)
     except UserError as error:

@@ -115,6 +115,8 @@ def read_rope(keys: Keys, theta: float = 10_000.0) -> RopeConfig:
     keys.get("rope_theta", float, theta)  # one that rope_parameters overrides is taken too
     keys.get("partial_rotary_factor", float, None)
     original = keys.get("original_max_position_embeddings", int, None) or scaling.get("original_max_position_embeddings", int, None)
+    if original is not None and original < 1:
+        raise scaling.refuse("original_max_position_embeddings", "is no length")
     scaling.harmless("finetuned", *_ALL_ROPE_KEYS)
     if kind != "default":
         # The dynamic kind stretches beyond the context that the config states, whatever the original one was.
@@ -143,6 +145,8 @@ def rope_factor(keys: Keys) -> float:
     if kind == "yarn" and scaling.values.get("factor") is None:
         original = keys.get("original_max_position_embeddings", int, None) or scaling.get("original_max_position_embeddings", int)
         scaling.harmless("factor")
+        if original < 1:
+            raise scaling.refuse("original_max_position_embeddings", "is no length")
         return keys.get("max_position_embeddings", int) / original
     return scaling.get("factor", float)
 
