@@ -28,7 +28,7 @@ def to_converted(path: Path, out: Path, *, dtype: str | None = None, quantize: s
     return out
 
 
-def same(a: LoadedModel, b: LoadedModel) -> None:
+def assert_same(a: LoadedModel, b: LoadedModel) -> None:
     """Weights and tables are bitwise alike, and lie alike."""
     for x, y in zip(jax.tree.leaves((a.params, a.tables)), jax.tree.leaves((b.params, b.tables)), strict=True):
         assert x.dtype == y.dtype and x.sharding == y.sharding
@@ -51,7 +51,7 @@ def test_a_converted_folder_opens_as_the_one_it_was_made_from(case: str, options
     out = to_converted(folder, tmp_path / "out", **options)
     for mesh in (MeshConfig(), MeshConfig(expert=2, tensor=2)):
         before, after = open_model(folder, mesh=mesh, **options), open_model(out, mesh=mesh)
-        same(before, after)
+        assert_same(before, after)
     if options.get("quantize") == "int8":
         np.testing.assert_array_equal(Session(before).feed(PROMPT), Session(after).feed(PROMPT))
     assert after.tokenizer.encode("é") == [0xC3, 0xA9]
@@ -62,7 +62,7 @@ def test_a_converted_folder_opens_as_the_one_it_was_made_from(case: str, options
 def test_experts_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
     folder = make_folder("qwen3_moe-mixed", tmp_path / "in")
     out, mesh = to_converted(folder, tmp_path / "out"), MeshConfig(expert=4)
-    same(open_model(folder, mesh=mesh), open_model(out, mesh=mesh))
+    assert_same(open_model(folder, mesh=mesh), open_model(out, mesh=mesh))
 
 
 def test_a_run_converts_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_a_run_converts_too(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert call("convert", run, tmp_path / "out", "--step", "3") == 0
     assert "of weights in float32" in capsys.readouterr().err
     loaded = open_model(tmp_path / "out")
-    same(open_model(run, step=3), loaded)
+    assert_same(open_model(run, step=3), loaded)
     assert loaded.context == 32 and loaded.tokenizer.encode("a") == [97]
     assert json.loads((tmp_path / "out" / "moe_jax.json").read_text())["tokenizer"] == "bytes"
 
