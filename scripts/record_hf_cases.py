@@ -94,9 +94,10 @@ def load(folder: Path) -> Any:
     extra = {}
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         extra["quantization_config"] = Mxfp4Config(dequantize=True)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True, **extra
     )
+    model, report = loaded
     wrong = {kind: names for kind, names in report.items() if names}
     if wrong:
         raise SystemExit(f"{folder}: transformers does not take these tensors as they are: {wrong}.")
