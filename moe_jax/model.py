@@ -93,13 +93,19 @@ class Block(nnx.Module):
         self, x_BSD: jax.Array, turn: Turn, tables: LayerTables | None, cache: LayerCache, repeat: jax.Array, *, repeats: int, fresh: bool
     ) -> tuple[jax.Array, LayerCache]:
         """New tokens through the layer. The cache and the experts' weights are those of all repeats, of which this is one."""
-        y_BSD, cache = self.attention.extend(self.attention_norm(x_BSD), turn, cache, repeat, fresh=fresh)
-        x_BSD = x_BSD + y_BSD
-        h_BSD = self.mlp_norm(x_BSD)
+        x_BSD, h_BSD, cache = self.attend(x_BSD, turn, cache, repeat, fresh=fresh)
         if isinstance(self.mlp, FeedForward):
             return x_BSD + self.mlp(h_BSD), cache
         assert tables is not None
         return x_BSD + self.mlp.serve(h_BSD, turn.valid, tables, repeat, repeats), cache
+
+    def attend(
+        self, x_BSD: jax.Array, turn: Turn, cache: LayerCache, repeat: jax.Array, *, fresh: bool
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """`extend` up to the feed-forward part: the residual stream, that part's input, and the cache."""
+        y_BSD, cache = self.attention.extend(self.attention_norm(x_BSD), turn, cache, repeat, fresh=fresh)
+        x_BSD = x_BSD + y_BSD
+        return x_BSD, self.mlp_norm(x_BSD), cache
 
 
 class Unit(nnx.Module):
@@ -141,7 +147,7 @@ class Transformer(nnx.Module):
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         x_BSD = embed(self.embedding, batch.tokens, dtype)
-        per_layer = (tables, full, jnp.arange(tables.replicas_E.shape[0]))
+        per_layer = (tables, full, jnp.arange(tables.start_E.shape[0]))
         done, stats = 0, []
         for stack in self.stacks:
             moes = sum(kind.moe for kind in stack.kinds)

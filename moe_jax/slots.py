@@ -1,4 +1,4 @@
-"""Parameters and gradients of experts, which live in slots: laying out, merging replicas, the norm.
+"""Parameters and gradients of experts, which live in slots: laying out, summing over replicas, the norm.
 
 In a tree of parameters the experts of block j of stack i are arrays [repeats, P, ...]; `expert_layers` says which MoE
 layers, and so which rows of a table [L, P], its repeats are.
@@ -7,6 +7,7 @@ layers, and so which rows of a table [L, P], its repeats are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from moe_jax.annotations import Array, Float, Int
 from moe_jax.model import expert_layers
 from moe_jax.placement.table import EMPTY
 from moe_jax.schema import ModelConfig, MoEConfig
-from moe_jax.spmd import AXES, vma
+from moe_jax.spmd import AXES, vary, vma
 
 Layers = dict[tuple[int, int], list[int]]
 
@@ -43,36 +44,70 @@ def take_slots(weights: jax.Array, source_RP: np.ndarray) -> jax.Array:
     return jax.vmap(lambda w, s: w.at[s].get(mode="fill", fill_value=0))(weights, source)
 
 
-def merge_replicas(grads: Any, model: ModelConfig, moe: MoEConfig, expert_LP: Int[Array, "L P"]) -> Any:
-    """Gradients with those of an expert's replicas summed in each of them."""
-    for experts, rows in _experts(grads, expert_layers(model, moe)):
-        expert_RP = expert_LP[rows]
-        same_RPP = (expert_RP[:, :, None] == expert_RP[:, None]) & (expert_RP != EMPTY)[:, :, None]
+def sum_replicas(grads: Any, expert_LP: Int[Array, "L P"], num_experts: int, layers: Layers) -> Any:
+    """Gradients with the sum over an expert's replicas in each of them; inside `shard_map`, with this rank's columns of the table.
+
+    A layer of P slots has at most P - E replicated experts: as many rows, and not the bank, are summed over the `expert` axis.
+    The sum is the same array on every rank, so replicas that were equal stay so bit for bit.
+    """
+    extra = min(expert_LP.shape[1] * lax.axis_size("expert") - num_experts, num_experts)
+    if extra == 0:
+        return grads
+    held_LPE = expert_LP[:, :, None] == jnp.arange(num_experts)
+    replicas_LE = lax.psum(jnp.sum(held_LPE, axis=1), "expert")
+    summed_LX = jnp.argsort(replicas_LE <= 1, axis=1, stable=True)[:, :extra]  # the replicated experts, then any others
+    mine_LPX = (
+        jnp.take_along_axis(held_LPE, summed_LX[:, None], axis=2) & (jnp.take_along_axis(replicas_LE, summed_LX, axis=1) > 1)[:, None]
+    )
+    slot_LX, here_LX = jnp.argmax(mine_LPX, axis=1), jnp.any(mine_LPX, axis=1)
+    for experts, rows in _experts(grads, layers):
         for name, g in experts.items():
-            experts[name] = jnp.einsum("lpq,lq...->lp...", same_RPP.astype(g.dtype), g, precision=lax.Precision.HIGHEST)
+            experts[name] = lax.fori_loop(0, len(rows), partial(_sum_layer, slot_LX[rows], here_LX[rows]), vary(g, ("expert",)))
     return grads
 
 
-def shares(expert_LP: Int[Array, "L P"]) -> Float[Array, "L P"]:
-    """For each slot one over the number of its expert's replicas; 0 for an empty slot."""
-    same_LPP = expert_LP[:, :, None] == expert_LP[:, None]
-    return (expert_LP != EMPTY).astype(jnp.float32) / jnp.sum(same_LPP, axis=-1).astype(jnp.float32)
+def _sum_layer(slot_RX: jax.Array, here_RX: jax.Array, repeat: jax.Array, g: jax.Array) -> jax.Array:
+    """One layer's rows [X, ...] of this rank, or zeros where it holds none, summed over ranks and put back."""
+    slot_X, here_X = slot_RX[repeat], here_RX[repeat]
+    here = here_X.reshape(-1, *(1,) * (g.ndim - 2))
+    total_X = lax.psum(jnp.where(here, g[repeat, slot_X], 0.0), "expert")
+
+    def put(x: jax.Array, g: jax.Array) -> jax.Array:
+        row = jnp.where(here_X[x], total_X[x], g[repeat, slot_X[x]])
+        return lax.dynamic_update_slice(g, row[None, None], (repeat, slot_X[x], *(0,) * (g.ndim - 2)))
+
+    return lax.fori_loop(0, slot_X.shape[0], put, g)
 
 
-def norm(grads: Any, share_LP: Float[Array, "L P"] | None, layers: Layers) -> Float[Array, ""]:
-    """Global norm of sharded gradients, each expert counted once; call it inside `shard_map`.
+def norm(grads: Any, expert_LP: Int[Array, "L P"], num_experts: int, layers: Layers) -> Float[Array, ""]:
+    """Global norm of sharded gradients, each expert counted once; inside `shard_map`, with this rank's columns of the table.
 
-    `share_LP` holds the local columns of `shares`, or is None where every slot holds an expert of its own.
+    Squares of experts are added in logical order, so that the norm does not change, not even by rounding, when they move.
     """
-    rows_of = {id(g): rows for experts, rows in _experts(grads, layers) for g in experts.values()}
+    first_LP = _first_replicas(expert_LP, num_experts)
     sums: dict[frozenset[str], jax.Array] = {}
+    expert_leaves = set()
+    for experts, rows in _experts(grads, layers):
+        for g in experts.values():
+            expert_leaves.add(id(g))
+            squares = jnp.where(first_LP[rows], _square_sums(g, 2), 0.0)
+            by_expert = jnp.sum(jnp.where(expert_LP[rows][..., None] == jnp.arange(num_experts), squares[..., None], 0.0), axis=1)
+            total = jnp.sum(lax.psum(by_expert, tuple(axis for axis in AXES if axis in vma(by_expert))))
+            sums[frozenset()] = sums[frozenset()] + total if frozenset() in sums else total
     for g in jax.tree.leaves(grads):
-        rows = rows_of.get(id(g))
-        squares = _square_sums(g, 1 if rows is None else 2)
-        total = jnp.sum(squares if rows is None or share_LP is None else squares * share_LP[rows])
-        sums[vma(g)] = sums[vma(g)] + total if vma(g) in sums else total
+        if id(g) not in expert_leaves:
+            total = jnp.sum(_square_sums(g, 1))
+            sums[vma(g)] = sums[vma(g)] + total if vma(g) in sums else total
     whole = [lax.psum(total, tuple(axis for axis in AXES if axis in axes)) if axes else total for axes, total in sums.items()]
     return jnp.sqrt(sum(whole[1:], whole[0]))
+
+
+def _first_replicas(expert_LP: jax.Array, num_experts: int) -> jax.Array:
+    """Which of this rank's slots are the first of their expert; a rank holds an expert at most once. Bool [L, P/R]."""
+    held_LE = jnp.any(expert_LP[:, :, None] == jnp.arange(num_experts), axis=1)
+    rank = lax.axis_index("expert")
+    first_LE = lax.pmin(jnp.where(held_LE, rank, lax.axis_size("expert")), "expert")
+    return (expert_LP != EMPTY) & (jnp.take_along_axis(first_LE, jnp.maximum(expert_LP, 0), axis=1) == rank)
 
 
 def _square_sums(g: jax.Array, dims: int) -> jax.Array:

@@ -187,7 +187,7 @@ class Program:
                 return layers.router
 
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), lax.map(sums, parts))
-        layers, experts = tables.replicas_E.shape
+        layers, experts = tables.start_E.shape
         tokens = jnp.broadcast_to(lax.psum(jnp.sum(parts.segments > 0), BATCH_AXES), (layers,))
         nothing = jnp.zeros(layers)
         return RouterStats(jnp.zeros((layers, experts), jnp.int32), jnp.zeros((layers, experts)), nothing, nothing, nothing, tokens)
@@ -199,10 +199,7 @@ class Program:
         in_specs = (self.param_specs, BATCH_SPEC, P(), P())
         sharded = jax.shard_map(self._gradients, mesh=self.mesh, in_specs=in_specs, out_specs=(self.param_specs, P()))
         grads, figures = sharded(state.params, batch, state.tables, key)
-        share_LP = None
-        if self.has_moe and self.placement.num_slots > self.moe.num_experts:
-            grads, share_LP = slots.merge_replicas(grads, self.model, self.moe, state.expert_LP), slots.shares(state.expert_LP)
-        norm = self._norm(grads, share_LP)
+        grads, norm = self._merge(grads, state.expert_LP)
         ok = jnp.isfinite(norm) & jnp.isfinite(figures.loss)
         clip = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
         lr = jnp.float32(self.schedule(state.step))
@@ -218,11 +215,16 @@ class Program:
         after = TrainState(state.step + 1, state.seed, params, opt_state, tables, state.expert_LP, skipped, in_row)
         return after, StepFigures(figures.loss, figures, norm, lr, skipped, in_row)
 
-    def _norm(self, grads: Any, share_LP: jax.Array | None) -> jax.Array:
-        layers = expert_layers(self.model, self.moe)
-        in_specs = (self.param_specs, None if share_LP is None else P(None, "expert"))
-        local = jax.shard_map(lambda g, share: slots.norm(g, share, layers), mesh=self.mesh, in_specs=in_specs, out_specs=P())
-        return local(grads, share_LP)
+    def _merge(self, grads: Any, expert_LP: jax.Array) -> tuple[Any, jax.Array]:
+        """Gradients summed over the replicas of each expert, and their global norm."""
+        experts, layers = self.moe.num_experts, expert_layers(self.model, self.moe)
+
+        def local(grads: Any, expert_LP: jax.Array) -> tuple[Any, jax.Array]:
+            grads = slots.sum_replicas(grads, expert_LP, experts, layers)
+            return grads, slots.norm(grads, expert_LP, experts, layers)
+
+        specs = (self.param_specs, P(None, "expert"))
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(self.param_specs, P()))(grads, expert_LP)
 
     @cached_property
     def train_step(self):
@@ -251,11 +253,15 @@ class Program:
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")))
 
 
-def make_tables(placement: Placement) -> tuple[LayerTables, jax.Array]:
-    """A placement as the arrays that a step takes, with a zero bias, and the expert in each slot."""
+def make_tables(placement: Placement, hosts: int = 1) -> tuple[LayerTables, jax.Array]:
+    """A placement as the arrays that a step takes, with a zero bias, and the expert in each slot.
+
+    Tokens of ranks on one of `hosts` use replicas there, where there are any; inference, where all see all tokens, takes 1.
+    """
     layers = placement.physical_to_logical.shape[0]
-    slots_LER, replicas_LE = jnp.asarray(placement.logical_to_physical()), jnp.asarray(placement.replica_count())
-    return LayerTables(slots_LER, replicas_LE, jnp.zeros((layers, placement.num_experts))), jnp.asarray(placement.physical_to_logical)
+    slots_LNP, start_LE, replicas_LNE = map(jnp.asarray, placement.routing(hosts))
+    tables = LayerTables(slots_LNP, start_LE, replicas_LNE, jnp.zeros((layers, placement.num_experts)))
+    return tables, jnp.asarray(placement.physical_to_logical)
 
 
 def _sum_parts(figures: Figures) -> Figures:

@@ -89,7 +89,7 @@ def test_experts_anywhere(which: str) -> None:
         placement = contiguous(layers, experts, 2, redundant_slots=1)
     else:
         rng = np.random.default_rng(2)
-        placement = Placement(np.stack([rng.permutation([*range(experts), -1, 3, 0, -1]) for _ in range(layers)]), experts)
+        placement = Placement(np.stack([[-1, *rng.permutation(experts), 3, 0, -1] for _ in range(layers)]), experts, 2)
     assert_same(write(data, load(data, {"expert": 2}, placement=placement)), wanted(data))
 
 

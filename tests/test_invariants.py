@@ -170,11 +170,11 @@ class TestPlacement:
         own = program.placement.physical_to_logical
         tables = {
             "contiguous": own,
-            "shuffled": np.stack([row[rng.permutation(row.size)] for row in own]),
-            "replicas": np.array([[*rng.permutation(EXPERTS), 4, 4, 4, 4], [*rng.permutation(EXPERTS), 0, 0, 1, 2]]),
+            "shuffled": np.stack([row.reshape(4, 3)[rng.permutation(4)][:, rng.permutation(3)].reshape(-1) for row in own]),
+            "replicas": np.array([[4, 0, 7, 4, 1, 2, 4, 3, 5, 4, 6, -1], [0, 3, 1, 0, 4, 1, 0, 5, 2, 6, 7, 2]]),
             "no replicas": np.array([[-1, *range(4), -1, -1, *range(4, 8), -1]] * 2),
         }
-        state = moved(program, start, Placement(tables[kind], EXPERTS))
+        state = moved(program, start, Placement(tables[kind], EXPERTS, 4))
         state, figures = run(program, state)
         assert_same(figures, alone[1])
         assert program.train_step._cache_size() == 1
@@ -183,12 +183,12 @@ class TestPlacement:
             down = np.asarray(state.params["stacks"][0]["blocks"][0]["mlp"]["experts"]["down"][layer])
             for expert in range(EXPERTS):
                 held = down[table == expert]
-                np.testing.assert_allclose(held, np.broadcast_to(held[0], held.shape), rtol=1e-6)
+                np.testing.assert_array_equal(held, np.broadcast_to(held[0], held.shape))
             assert not np.any(down[table == -1])
 
     def test_moving_experts_in_the_middle_of_a_run_changes_nothing(self, alone, program, start):
         state, before = run(program, start, steps=1)
-        swapped = Placement(np.stack([np.roll(row, 5) for row in program.placement.physical_to_logical]), EXPERTS)
+        swapped = Placement(np.stack([np.roll(row, 6) for row in program.placement.physical_to_logical]), EXPERTS, 4)
         state = moved(program, state, swapped)
         figures = list(before)
         for step in range(1, STEPS):
@@ -265,7 +265,7 @@ class TestPlacement:
 def test_tables_that_differ_between_layers_of_a_pattern(pattern):
     """Each MoE layer's table, weights and merged gradients must meet, wherever stacking put the layer."""
     program = make_program(1, 2, moe=PATTERN_MOE, model=PATTERN, redundant=1)
-    table = Placement(np.array([[1, 0, 2, 3, 3, -1], [3, 2, 0, 1, 0, 0], [2, 3, 1, 1, 0, 2]]), 4)
+    table = Placement(np.array([[1, 0, 3, 2, 3, -1], [3, 2, 0, 1, 0, -1], [2, 3, 1, 1, 0, 2]]), 4, 2)
     _, figures = run(program, moved(program, program.init(7), table))
     assert_same(figures, pattern[1])
 
@@ -284,7 +284,7 @@ def test_each_layer_has_its_own_bias(pattern_program):
 
 def test_initial_experts_follow_a_table_whose_layers_differ():
     """A table of a planner: each slot starts with its expert, replicas alike, as in the contiguous table."""
-    table = Placement(np.array([[1, 0, 2, 3, 3, -1], [3, 2, 0, 1, 0, 0]]), 4)
+    table = Placement(np.array([[1, 0, 3, 2, 3, -1], [3, 2, 0, 1, 0, -1]]), 4, 2)
     settings = dict(num_experts=4)
     plain = make_program(1, 1, moe=settings).init(0).params["stacks"][0]["blocks"][0]["mlp"]["experts"]
     placed = make_program(1, 2, moe=settings, placement=table).init(0).params["stacks"][0]["blocks"][0]["mlp"]["experts"]

@@ -96,13 +96,16 @@ def combine_rows(
 
 
 def choose_slots(
-    expert_TK: Int[Array, "T K"], slots_ER: Int[Array, "E R"], replicas_E: Int[Array, " E"], num_slots: int
+    expert_TK: Int[Array, "T K"], slots_P: Int[Array, " P"], start_E: Int[Array, " E"], replicas_E: Int[Array, " E"], turn: jax.Array | int
 ) -> Int[Array, "T K"]:
-    """The slot for each choice of a logical expert: replicas take turns by token. Expert E (padding) gives slot P."""
-    num_experts = slots_ER.shape[0]
+    """The slot for each choice of a logical expert: replicas take turns by token, from `turn` on. Expert E (padding) gives slot P.
+
+    `slots_P` lists slots by expert; those of expert e that these tokens may use are `replicas_E[e]` from `start_E[e]` on.
+    """
+    num_experts, num_slots = start_E.shape[0], slots_P.shape[0]
     expert = jnp.minimum(expert_TK, num_experts - 1)
-    turn_TK = jnp.arange(expert_TK.shape[0], dtype=jnp.int32)[:, None] % replicas_E[expert]
-    return jnp.where(expert_TK < num_experts, slots_ER[expert, turn_TK], num_slots).astype(jnp.int32)
+    turn_TK = (jnp.arange(expert_TK.shape[0], dtype=jnp.int32)[:, None] + turn) % replicas_E[expert]
+    return jnp.where(expert_TK < num_experts, slots_P[start_E[expert] + turn_TK], num_slots).astype(jnp.int32)
 
 
 def queue_choices(slot_TK: Int[Array, "T K"], weight_TK: Float[Array, "T K"], num_slots: int, ranks: int) -> Queue:

@@ -29,9 +29,20 @@ from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, once, psum, v
 class LayerTables(NamedTuple):
     """What routing needs besides weights, of one layer or stacked over layers: data, so a change compiles nothing."""
 
-    slots_ER: Int[Array, "... E R"]  # slots of each expert's replicas
-    replicas_E: Int[Array, "... E"]
+    slots_NP: Int[Array, "... N P"]  # for the tokens of each host: slots by expert, those on the host first, empty ones last
+    start_E: Int[Array, "... E"]  # where each expert's begin
+    replicas_NE: Int[Array, "... N E"]  # how many of them the host's tokens use: those on the host, or all where it has none
     bias_E: Float[Array, "... E"]  # balance bias
+
+
+class Flow(NamedTuple):
+    """Choices counted where they come from and where they go; ranks are those of the `expert` axis, summed over `data`."""
+
+    traffic_RE: Int[Array, "R E"]  # by source rank and logical expert
+    sent_RR: Int[Array, "R R"]  # that an expert computed, by source and destination rank
+    dropped_RR: Int[Array, "R R"]  # for which the pool was full, which happens at the source alone
+    computed_NR: Int[Array, "N R"]  # rows that each device's experts computed, by data row and rank
+    slot_P: Int[Array, " P"]  # by slot, dropped ones included
 
 
 class LayerStats(NamedTuple):
@@ -40,9 +51,18 @@ class LayerStats(NamedTuple):
     router: RouterStats
     aux_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
-    kept: Int[Array, ""]  # choices that an expert computed
-    dropped: Int[Array, ""]  # choices for which the pool was full at the source
+    flow: Flow
     rounds: Int[Array, ""]
+
+    @property
+    def kept(self) -> Any:
+        """Choices that an expert computed."""
+        return self.flow.sent_RR.sum((-2, -1))
+
+    @property
+    def dropped(self) -> Any:
+        """Choices that none did."""
+        return self.flow.dropped_RR.sum((-2, -1))
 
 
 class Route(NamedTuple):
@@ -82,38 +102,38 @@ class MoE(nnx.Module):
         `full` are the router's sums over the whole batch when this is a part of it; `keys_B` turns noise on.
         """
         routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
-        stats = total(stats)
+        load_E, stats = stats.load_E, total(stats)
         aux, z = balance.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        num_slots = self.experts.down.get_value().shape[0] * lax.axis_size("expert")
-        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_ER, tables.replicas_E, num_slots)
-        y_TD, kept, dropped, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK, num_slots)
+        rank, ranks = lax.axis_index("expert"), lax.axis_size("expert")
+        host = rank * tables.slots_NP.shape[0] // ranks
+        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_NP[host], tables.start_E, tables.replicas_NE[host], rank)
+        num_slots = tables.slots_NP.shape[1]
+        y_TD, room, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK, num_slots)
         y_TD = lax.psum(y_TD + self._shared(x_TD), "tensor")
-        return y_TD.reshape(x_BSD.shape), LayerStats(stats, aux, z, kept, dropped, rounds)
+        return y_TD.reshape(x_BSD.shape), LayerStats(stats, aux, z, flow(load_E, slot_TK, num_slots, room), rounds)
 
     def _exchange(self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array, num_slots: int) -> tuple[jax.Array, ...]:
-        """Routed output [T, D] (a part of a sum over `tensor`), kept, dropped, rounds."""
+        """Routed output [T, D] (a part of a sum over `tensor`), rows that each rank takes from this device, rounds."""
         config, ranks = self.config, lax.axis_size("expert")
         tokens, top_k = slot_TK.shape
         capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
         route = Route(ranks, num_slots, capacity, config.swiglu_limit, config.grouped_matmul)
         args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, self.experts.weights(x_TD.dtype)), AXES)
-        valid_TK = slot_TK < num_slots
         alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
         if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):
-            kept_TK, rounds = valid_TK, jnp.int32(1)
+            room, rounds = jnp.int32(tokens * top_k), jnp.int32(1)
             y_TD = gather_exchange(route, *args, slot_TK)
         else:
             queue = dispatch.queue_choices(slot_TK, weight_TK, num_slots, ranks)
             if config.dropless:
                 rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, BATCH_AXES) // capacity))
-                kept_TK = valid_TK & (queue.position_TK < rounds * capacity)
+                room = rounds * capacity
                 y_TD = in_rounds(partial(pooled_exchange, route), rounds, args, vary(queue, AXES))
             else:
-                kept_TK, rounds = valid_TK & (queue.position_TK < capacity), jnp.int32(1)
+                room, rounds = jnp.int32(capacity), jnp.int32(1)
                 y_TD = pooled_exchange(route, *args, vary(queue, AXES), 0)
-        kept, dropped = lax.psum((jnp.sum(kept_TK), jnp.sum(valid_TK & ~kept_TK)), BATCH_AXES)
-        return y_TD, kept, dropped, rounds
+        return y_TD, room, rounds
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """The shared experts' output (a part of a sum over `tensor`), or a zero."""
@@ -142,14 +162,48 @@ class MoE(nnx.Module):
         weights = self.experts.weights(x_TD.dtype)
         local = jax.tree.leaves(weights)[0].shape[0] // repeats
         num_slots = local * lax.axis_size("expert")
-        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_ER, tables.replicas_E, num_slots)
+        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_NP[0], tables.start_E, tables.replicas_NE[0], 0)
         route = Route(lax.axis_size("expert"), num_slots, 0, self.config.swiglu_limit, self.config.grouped_matmul)
         y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * local)
+        return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape)
+
+    def choice_rows(self, x_TD: Float[Array, "T D"], slot_TK: Int[Array, "T K"]) -> Float[Array, "TK D"]:
+        """On one device, the output of each choice's expert, unweighted; zeros for a choice of slot P, which no expert is in.
+
+        The experts are those that this layer holds: P may be fewer than there are.
+        """
+        weights = self.experts.weights(x_TD.dtype)
+        route = Route(1, jax.tree.leaves(weights)[0].shape[0], 0, self.config.swiglu_limit, self.config.grouped_matmul)
+        y_MD, _, inverse_TK = own_rows(route, x_TD, weights, slot_TK)
+        return y_MD[inverse_TK.reshape(-1)]
+
+    def join_choices(
+        self, x_TD: Float[Array, "T D"], row_MD: Float[Array, "TK D"], weight_TK: Float[Array, "T K"]
+    ) -> Float[Array, "T D"]:
+        """What `serve` gives, from the sum of `choice_rows` over parts of the experts."""
+        choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
+        y_TD = dispatch.combine_rows(row_MD, weight_TK, choice_M, choice_M.reshape(weight_TK.shape))
+        return self._with_shared(y_TD, x_TD)
+
+    def _with_shared(self, y_TD: jax.Array, x_TD: jax.Array) -> jax.Array:
+        """The routed experts' output with that of the shared ones, summed over devices that hold parts of it."""
         axes = ("expert", "tensor")
         if self.config.shared_experts:
             split = axes_of(self.shared_down, "hidden")
             y_TD = y_TD + once(self._shared(x_TD), tuple(axis for axis in axes if axis not in split))
-        return psum(vary(y_TD, axes), axes).reshape(x_BSD.shape)
+        return psum(vary(y_TD, axes), axes)
+
+
+def flow(load_E: jax.Array, slot_TK: jax.Array, num_slots: int, room: jax.Array) -> Flow:
+    """The counts over the mesh, from this device's choices by expert and slot; each rank takes `room` rows from a device."""
+    ranks, rows = lax.axis_size("expert"), lax.axis_size("data")
+    slot_P = jnp.sum(slot_TK.reshape(-1, 1) == jnp.arange(num_slots), axis=0, dtype=jnp.int32)
+    asked_R = jnp.sum(slot_P.reshape(ranks, -1), axis=1)
+    kept_R = jnp.minimum(asked_R, room)
+    # Everyone adds a table with only its own line filled.
+    mine_R1 = (jnp.arange(ranks) == lax.axis_index("expert"))[:, None].astype(jnp.int32)
+    mine_N1 = (jnp.arange(rows) == lax.axis_index("data"))[:, None].astype(jnp.int32)
+    return lax.psum(Flow(mine_R1 * load_E, mine_R1 * kept_R, mine_R1 * (asked_R - kept_R), mine_N1 * kept_R, slot_P), BATCH_AXES)
 
 
 def pooled_exchange(
@@ -185,6 +239,14 @@ def own_share(
     route: Route, x_ND: jax.Array, weight_NK: jax.Array, weights: tuple[Any, ...], slot_NK: jax.Array, first: jax.Array | int = 0
 ) -> jax.Array:
     """The part of each token's sum over its choices that this rank's slots compute; [N, D]. Slot 0 here has weights number `first`."""
+    y_MD, order_M, inverse_NK = own_rows(route, x_ND, weights, slot_NK, first)
+    return dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
+
+
+def own_rows(
+    route: Route, x_ND: jax.Array, weights: tuple[Any, ...], slot_NK: jax.Array, first: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Outputs of this rank's slots by slot [N*K, D], zeros at the end for choices of others; the choice in each row; the row of each."""
     slots = route.slots // route.ranks
     local_NK = slot_NK - lax.axis_index("expert") * slots
     local_NK = jnp.where((local_NK >= 0) & (local_NK < slots), local_NK, slots)
@@ -192,7 +254,7 @@ def own_share(
     inverse_NK = inverse_M.reshape(local_NK.shape)
     rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
     y_MD = apply_experts(rows_MD, sizes_P, weights, limit=route.limit, impl=route.impl, first=first)
-    return dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
+    return y_MD, order_M, inverse_NK
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax.errors import UserError
 
 EMPTY = -1
-VERSION = 1
+VERSION = 2
 
 
 def count_slots(num_experts: int, ranks: int, redundant_slots: int = 0) -> int:
@@ -25,18 +25,23 @@ def count_slots(num_experts: int, ranks: int, redundant_slots: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """For each MoE layer the expert in each slot, int32 [L, P] with EMPTY (-1) for none.
+    """For each MoE layer the expert in each slot, int32 [L, P] with EMPTY (-1) for none; rank r holds slots r*P/R to (r+1)*P/R - 1.
 
-    Raises UserError, naming layer and expert, if an expert is missing or a slot names one that is not there.
+    Raises UserError, naming layer and expert, if an expert is missing, a slot names one that is not there, or a device
+    would hold one twice, which serves nothing.
     """
 
     physical_to_logical: np.ndarray
     num_experts: int
+    ranks: int
 
     def __post_init__(self) -> None:
-        table = np.asarray(self.physical_to_logical, np.int32)
-        if table.ndim != 2:
-            raise UserError(f"The placement table has shape {table.shape}: it must be [layers, slots].")
+        table = np.array(self.physical_to_logical, np.int32)
+        if table.ndim != 2 or self.ranks < 1 or table.shape[1] % self.ranks:
+            raise UserError(
+                f"The placement table has shape {table.shape}: it must be [layers, slots], as many slots on each of {self.ranks} devices."
+            )
+        table.flags.writeable = False
         object.__setattr__(self, "physical_to_logical", table)
         for layer, slots in enumerate(table):
             wrong = slots[(slots < EMPTY) | (slots >= self.num_experts)]
@@ -45,6 +50,13 @@ class Placement:
             missing = np.setdiff1d(np.arange(self.num_experts), slots)
             if missing.size:
                 raise UserError(f"Placement of layer {layer} leaves expert {missing[0]} without a slot: give each expert one.")
+        held = np.sort(self.by_rank, axis=-1)
+        twice = np.argwhere((held[..., 1:] == held[..., :-1]) & (held[..., 1:] != EMPTY))
+        if twice.size:
+            layer, rank, at = twice[0]
+            raise UserError(
+                f"Placement of layer {layer} has expert {held[layer, rank, at]} twice on device {rank}: put its replica on another."
+            )
 
     @property
     def num_slots(self) -> int:
@@ -52,24 +64,34 @@ class Placement:
         return self.physical_to_logical.shape[1]
 
     @property
+    def by_rank(self) -> np.ndarray:
+        """The table as [L, R, P/R]."""
+        layers, slots = self.physical_to_logical.shape
+        return self.physical_to_logical.reshape(layers, self.ranks, slots // self.ranks)
+
+    @property
     def empty_slots(self) -> int:
         """Slots of a layer that hold nothing, at most over layers."""
         return int(np.max(np.sum(self.physical_to_logical == EMPTY, axis=1), initial=0))
 
-    @property
-    def max_replicas(self) -> int:
-        """Replicas that one expert can have in a table of this shape; static, so that tables can change without recompiling."""
-        return self.num_slots - self.num_experts + 1
+    def first_slot(self) -> np.ndarray:
+        """The first slot of each expert, int32 [L, E]."""
+        return np.argmax(self.physical_to_logical[:, None, :] == np.arange(self.num_experts)[:, None], axis=-1).astype(np.int32)
+
+    def slots_of(self, layer: int, expert: int) -> np.ndarray:
+        """The slots that hold an expert, ascending."""
+        return np.flatnonzero(self.physical_to_logical[layer] == expert)
 
     def logical_to_physical(self) -> np.ndarray:
-        """Slots of each expert, int32 [L, E, max_replicas]; places beyond its replica count repeat its first slot."""
-        layers = self.physical_to_logical.shape[0]
-        slots = np.zeros((layers, self.num_experts, self.max_replicas), np.int32)
+        """Slots of each expert, ascending, int32 [L, E, largest replica count]; EMPTY beyond an expert's own."""
+        counts = self.replica_count()
+        slots = np.full((*counts.shape, int(counts.max(initial=1))), EMPTY, np.int32)
+        order = np.argsort(self.physical_to_logical, axis=1, kind="stable")
         for layer, table in enumerate(self.physical_to_logical):
-            for expert in range(self.num_experts):
-                held = np.flatnonzero(table == expert)
-                slots[layer, expert] = held[0]
-                slots[layer, expert, : held.size] = held
+            ordered = order[layer][np.sum(table == EMPTY) :]
+            expert = table[ordered]
+            turn = np.arange(ordered.size) - (np.cumsum(counts[layer]) - counts[layer])[expert]
+            slots[layer, expert, turn] = ordered
         return slots
 
     def replica_count(self) -> np.ndarray:
@@ -77,41 +99,81 @@ class Placement:
         held = self.physical_to_logical[:, :, None] == np.arange(self.num_experts)
         return np.asarray(np.sum(held, axis=1), np.int32)
 
+    def routing(self, hosts: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The table as routing reads it, for tokens of each of `hosts`, which hold equal runs of ranks.
+
+        Slots by expert, those on the host first and empty ones last, int32 [L, N, P]; where each expert's begin [L, E]; how many
+        of them the host's tokens use [L, N, E]: those on the host, or all where it has none.
+        """
+        table, counts = self.physical_to_logical, self.replica_count()
+        host_P = np.arange(self.num_slots) * hosts // self.num_slots
+        away_NP = host_P != np.arange(hosts)[:, None]
+        expert_LP = np.where(table == EMPTY, self.num_experts, table)
+        slots_LNP = np.argsort(2 * expert_LP[:, None] + away_NP, axis=-1, kind="stable")
+        held = expert_LP[..., None] == np.arange(self.num_experts)  # [L, P, E]
+        near_LNE = np.stack([np.sum(held[:, host_P == host], axis=1) for host in range(hosts)], axis=1)
+        replicas_LNE = np.where(near_LNE > 0, near_LNE, counts[:, None])
+        return slots_LNP.astype(np.int32), (np.cumsum(counts, axis=1) - counts).astype(np.int32), replicas_LNE.astype(np.int32)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form that `from_json` reads."""
         return {
             "version": VERSION,
             "num_experts": self.num_experts,
+            "ranks": self.ranks,
             "num_slots": self.num_slots,  # what an empty table (no MoE layers) does not show
             "physical_to_logical": self.physical_to_logical.tolist(),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
-        """Reads `to_json`'s form. Raises UserError for another version."""
-        if value.get("version") != VERSION:
+        """Reads `to_json`'s form, and version 1's, which does not name devices. Raises UserError for another version."""
+        if value.get("version") not in (1, VERSION):
             raise UserError(f"The placement table has version {value.get('version')!r}: this program reads version {VERSION}.")
         table = np.array(value["physical_to_logical"], np.int32).reshape(-1, value["num_slots"])
-        return cls(table, value["num_experts"])
+        return cls(table, value["num_experts"], value.get("ranks", 1))
 
 
 def contiguous(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:
-    """The default: equal runs of experts a rank; the last ranks' spare slots stay empty.
+    """The default: equal runs of experts a rank, owner = expert // share; the last ranks' spare slots stay empty.
 
-    Redundant slots hold replicas of the rank's own experts in turn (a planner does better).
+    A rank's redundant slots hold replicas of the experts that come after its own (a planner does better).
     """
     share = -(-num_experts // ranks)
-    table = np.full((ranks, count_slots(num_experts, ranks, redundant_slots) // ranks), EMPTY, np.int32)
-    for rank in range(ranks):
-        own = np.arange(rank * share, min((rank + 1) * share, num_experts))
-        table[rank, : own.size] = own
-        if own.size:
-            table[rank, share:] = own[np.arange(redundant_slots) % own.size]
-    return Placement(np.tile(table.reshape(1, -1), (layers, 1)), num_experts)
+    first = np.arange(ranks)[:, None] * share
+    own = first + np.arange(share)
+    own = np.where(own < num_experts, own, EMPTY)
+    after = first + share + np.arange(redundant_slots)
+    after = np.where(share + np.arange(redundant_slots) < num_experts, after % num_experts, EMPTY)  # none that it has already
+    return _every_layer(np.concatenate([own, after], axis=1), layers, num_experts)
+
+
+def round_robin(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:
+    """Experts dealt out one by one, owner = expert % ranks; a rank's redundant slots hold replicas of the next rank's first experts."""
+    share, rank = -(-num_experts // ranks), np.arange(ranks)[:, None]
+    own = rank + np.arange(share) * ranks
+    after = (rank + 1) % ranks + np.arange(redundant_slots) * ranks
+    if ranks == 1:
+        after = np.full_like(after, num_experts)
+    table_RN = np.concatenate([own, after], axis=1)
+    return _every_layer(np.where(table_RN < num_experts, table_RN, EMPTY), layers, num_experts)
+
+
+def _every_layer(table_RN: np.ndarray, layers: int, num_experts: int) -> Placement:
+    return Placement(np.tile(table_RN.reshape(1, -1), (layers, 1)), num_experts, len(table_RN))
 
 
 def slot_sources(old: Placement, new: Placement) -> np.ndarray:
-    """For each slot of `new` the slot of `old` with the same expert's weights, int32 [L, P]; EMPTY for empty slots."""
-    first = old.logical_to_physical()[:, :, 0]
+    """For each slot of `new` the slot of `old` with the same expert's weights, int32 [L, P]; EMPTY for empty slots.
+
+    A slot that keeps its expert is its own source; else the source is on the same device, if one there has the expert.
+    """
     table = new.physical_to_logical
-    return np.where(table == EMPTY, EMPTY, np.take_along_axis(first, np.maximum(table, 0), axis=1)).astype(np.int32)
+    sources = np.take_along_axis(old.first_slot(), np.maximum(table, 0), axis=1)
+    if old.num_slots == new.num_slots and old.ranks == new.ranks:
+        before, after = old.by_rank, new.by_rank
+        same_LRNM = after[..., :, None] == before[..., None, :]
+        here = np.argmax(same_LRNM, axis=-1) + np.arange(old.ranks)[:, None] * before.shape[-1]
+        sources = np.where(np.any(same_LRNM, axis=-1), here, sources.reshape(after.shape)).reshape(table.shape)
+        sources = np.where(table == old.physical_to_logical, np.arange(table.shape[1]), sources)
+    return np.where(table == EMPTY, EMPTY, sources).astype(np.int32)

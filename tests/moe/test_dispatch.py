@@ -88,10 +88,10 @@ def test_invert_ignores_places_past_the_end():
 
 
 def test_replicas_take_turns_and_padding_goes_nowhere():
-    slots = jnp.array([[0, 0], [1, 3], [2, 2]], jnp.int32)
+    slots, start, replicas = (jnp.array(a, jnp.int32) for a in ([0, 1, 3, 2], [0, 1, 3], [1, 2, 1]))
     expert = jnp.array([[1, 0], [1, 2], [3, 3], [1, 0], [0, 1]], jnp.int32)
-    chosen = choose_slots(expert, slots, jnp.array([1, 2, 1], jnp.int32), num_slots=4)
-    assert chosen.tolist() == [[1, 0], [3, 2], [4, 4], [3, 0], [0, 1]]
+    assert choose_slots(expert, slots, start, replicas, 0).tolist() == [[1, 0], [3, 2], [4, 4], [3, 0], [0, 1]]
+    assert choose_slots(expert, slots, start, replicas, 5).tolist() == [[3, 0], [1, 2], [4, 4], [1, 0], [0, 3]]
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class Layer:
             "experts": {name: in_slots(p[name], table) for name in ("gate_up", "down")},
             **{name: p[name] for name in ("shared_gate_up", "shared_down", "shared_gate")},
         }
-        tables = LayerTables(jnp.array(placement.logical_to_physical()[0]), jnp.array(placement.replica_count()[0]), bias)
+        tables = LayerTables(*(jnp.array(a[0]) for a in placement.routing()), bias)
         y, stats, (grads, dx) = self.run(params, case.x, case.valid, tables, case.dy)
         experts = {name: np.asarray(g) for name, g in grads.pop("experts").items()}
         assert all(not np.any(g[table == EMPTY]) for g in experts.values())
@@ -119,8 +119,8 @@ def assert_equal(got: tuple[Any, Any, Any], want: tuple[Any, Any]) -> None:
         np.testing.assert_allclose(got[2][name], gradient, atol=1e-4, err_msg=f"gradient of {name}")
 
 
-def table(*slots: int) -> Placement:
-    return Placement(np.array([slots], np.int32), EXPERTS)
+def table(*slots: int, ranks: int = 1) -> Placement:
+    return Placement(np.array([slots], np.int32), EXPERTS, ranks)
 
 
 SHUFFLED = (5, 2, 7, 0, 3, 6, 1, 4)
@@ -130,12 +130,16 @@ MANY = dict(dispatch="pooled", dropless=True)
 LAYERS = {
     "1x1, alone": (MeshConfig(), table(*range(8)), dict(dropless=True)),
     "1x1, pooled in rounds": (MeshConfig(), table(*SHUFFLED), dict(**MANY, capacity_factor=0.4)),
-    "8x1, reference matmul": (MeshConfig(data=8), table(*REPLICAS), dict(**MANY, grouped_matmul="reference")),
-    "1x8, rounds": (MeshConfig(expert=8), table(*SHUFFLED), dict(**MANY, capacity_factor=0.7)),
-    "2x4, large pools": (MeshConfig(data=2, expert=4), table(*REPLICAS), dict(dispatch="pooled", capacity_factor=50.0)),
-    "2x4, gathered": (MeshConfig(data=2, expert=4), table(*REPLICAS), dict(dispatch="gather")),
-    "2x2x2, rounds": (MeshConfig(data=2, expert=2, tensor=2), table(*SHUFFLED), dict(**MANY, capacity_factor=0.3)),
-    "1x4x2, gathered, ragged matmul": (MeshConfig(expert=4, tensor=2), table(*range(8)), dict(dispatch="gather", grouped_matmul="ragged")),
+    "8x1, reference matmul": (MeshConfig(data=8), table(*SHUFFLED, EMPTY), dict(**MANY, grouped_matmul="reference")),
+    "1x8, rounds": (MeshConfig(expert=8), table(*SHUFFLED, ranks=8), dict(**MANY, capacity_factor=0.7)),
+    "2x4, large pools": (MeshConfig(data=2, expert=4), table(*REPLICAS, ranks=4), dict(dispatch="pooled", capacity_factor=50.0)),
+    "2x4, gathered": (MeshConfig(data=2, expert=4), table(*REPLICAS, ranks=4), dict(dispatch="gather")),
+    "2x2x2, rounds": (MeshConfig(data=2, expert=2, tensor=2), table(*SHUFFLED, ranks=2), dict(**MANY, capacity_factor=0.3)),
+    "1x4x2, gathered, ragged matmul": (
+        MeshConfig(expert=4, tensor=2),
+        table(*range(8), ranks=4),
+        dict(dispatch="gather", grouped_matmul="ragged"),
+    ),
 }
 
 
@@ -177,7 +181,7 @@ def kept_choices(case: Case, placement: Placement, data: int, ranks: int, capaci
 
 @pytest.mark.parametrize(("data", "ranks", "factor", "capacity"), [(1, 1, 0.25, 24), (2, 4, 0.5, 2)])
 def test_a_capacity_drops_the_least_wanted_and_counts_them(case, data, ranks, factor, capacity):
-    placement = table(*SHUFFLED)
+    placement = table(*SHUFFLED, ranks=ranks)
     y, stats, grads = Layer(MeshConfig(data=data, expert=ranks), placement, dispatch="pooled", capacity_factor=factor)(case)
     kept = kept_choices(case, placement, data, ranks, capacity)
     assert_equal((y, stats, grads), expected(case, kept_NE=jnp.array(kept, jnp.float32)))
@@ -196,17 +200,17 @@ def test_empty_slots_where_the_axis_does_not_divide_the_experts(case):
 
 
 def test_another_placement_compiles_nothing_and_changes_nothing(case):
-    layer = Layer(MeshConfig(expert=4), table(*REPLICAS), **MANY)
+    layer = Layer(MeshConfig(expert=4), table(*REPLICAS, ranks=4), **MANY)
     first = layer(case)
-    for slots in ((0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0), (1, 1, 1, 0, 2, 3, 7, 6, 5, 4, 5, 6), (*SHUFFLED, *[EMPTY] * 4)):
-        y, stats, grads = layer(case, placement=table(*slots))
+    for slots in ((0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0), (1, 0, 2, 1, 3, 7, 6, 5, 1, 4, 5, 6), (*SHUFFLED, *[EMPTY] * 4)):
+        y, stats, grads = layer(case, placement=table(*slots, ranks=4))
         assert_equal((y, stats, grads), (first[0], first[2]))
         np.testing.assert_array_equal(stats.router.load_E, first[1].router.load_E)
     assert layer.run._cache_size() == 1
 
 
 def test_half_precision_is_close(case):
-    layer = Layer(MeshConfig(expert=4), table(*SHUFFLED), **MANY)
+    layer = Layer(MeshConfig(expert=4), table(*SHUFFLED, ranks=4), **MANY)
     half = case._replace(x=case.x.astype(jnp.bfloat16), dy=case.dy.astype(jnp.bfloat16))
     y, stats, grads = layer(half)
     assert y.dtype == grads["x"].dtype == jnp.bfloat16 and grads["gate_up"].dtype == jnp.float32
