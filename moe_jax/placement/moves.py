@@ -1,0 +1,91 @@
+"""The schedule of a migration: which expert goes from which device to which, in what order. Numpy only.
+
+A migration runs in calls of one compiled program. In a call every device first copies the experts that it must send aside, up to
+a budget, and then in each turn sends one of them `shift` ranks further and receives one from `shift` ranks before. Moves of
+all layers share turns, so that most devices have something to send in most turns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.placement.table import EMPTY, Placement, slot_sources
+
+NOTHING = -1
+
+
+class Call(NamedTuple):
+    """One call of the program: what each rank copies aside (G places), and then its part in each of the turns (I places)."""
+
+    send_layer_RG: np.ndarray  # int32: layer and local slot of each expert to copy aside; NOTHING where there are fewer
+    send_slot_RG: np.ndarray
+    turns: np.ndarray  # int32 scalar: the places beyond are not used
+    shift_I: np.ndarray  # int32: ranks that every expert of the turn travels; 0 stays on its device
+    row_RI: np.ndarray  # int32: which of the copies a rank sends; some copy or other where it has nothing to send
+    layer_RI: np.ndarray  # int32: where the expert that a rank receives goes; NOTHING where none is meant
+    slot_RI: np.ndarray
+
+
+def moves_between(old: Placement, new: Placement) -> np.ndarray:
+    """The (layer, slot it comes from, slot it goes to) of each expert that `new` has where `old` has not, int [M, 3]."""
+    sources_LP = slot_sources(old, new)
+    layer, slot = np.nonzero((sources_LP != np.arange(new.num_slots)) & (sources_LP != EMPTY))
+    return np.stack([layer, sources_LP[layer, slot], slot], axis=1)
+
+
+def schedule(old: Placement, new: Placement, budget: int) -> list[Call]:
+    """Calls that turn `old` into `new`, each with at most `budget` (at least P/R) copies a device and R x `budget` turns.
+
+    All moves of a layer are in one call, whose copies are made before anything is written: their order does not matter.
+    """
+    share = old.num_slots // old.ranks
+    assert (old.ranks, old.num_slots) == (new.ranks, new.num_slots) and budget >= share
+    by_layer: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for layer, source, slot in moves_between(old, new).tolist():
+        by_layer[layer].append((layer, source, slot))
+    calls: list[Call] = []
+    group: list[tuple[int, int, int]] = []
+    for moves in by_layer.values():
+        if group and not _fits(group + moves, old.ranks, share, budget):
+            calls.append(_call(group, old.ranks, share, budget))
+            group = []
+        group = group + moves
+    return calls + ([_call(group, old.ranks, share, budget)] if group else [])
+
+
+def _fits(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int) -> bool:
+    copies = np.bincount([source // share for _, source in {(layer, source) for layer, source, _ in moves}], minlength=ranks)
+    return bool(np.max(copies) <= budget) and sum(_turns(moves, ranks, share).values()) <= ranks * budget
+
+
+def _turns(moves: list[tuple[int, int, int]], ranks: int, share: int) -> dict[int, int]:
+    """Turns that each shift takes, ascending: as many as its busiest sender has moves."""
+    queues = Counter(((slot // share - source // share) % ranks, source // share) for _, source, slot in moves)
+    return {shift: max(queues[shift, rank] for rank in range(ranks)) for shift in sorted({shift for shift, _ in queues})}
+
+
+def _call(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int) -> Call:
+    empty = lambda size: np.full((ranks, size), NOTHING, np.int32)  # noqa: E731
+    send_layer, send_slot = empty(budget), empty(budget)
+    row, layer_of, slot_of = np.zeros((ranks, ranks * budget), np.int32), empty(ranks * budget), empty(ranks * budget)
+    turns = _turns(moves, ranks, share)
+    start = dict(zip(turns, np.cumsum([0, *turns.values()]).tolist(), strict=False))
+    copies: dict[tuple[int, int], int] = {}
+    used, next_turn = Counter[int](), Counter[tuple[int, int]]()
+    for layer, source, slot in moves:
+        rank, receiver = source // share, slot // share
+        if (layer, source) not in copies:
+            copies[layer, source] = used[rank]
+            send_layer[rank, used[rank]], send_slot[rank, used[rank]] = layer, source % share
+            used[rank] += 1
+        shift = (receiver - rank) % ranks
+        turn = start[shift] + next_turn[shift, rank]
+        next_turn[shift, rank] += 1
+        row[rank, turn], layer_of[receiver, turn], slot_of[receiver, turn] = copies[layer, source], layer, slot % share
+    shifts = np.repeat(list(turns), list(turns.values())).astype(np.int32)
+    padded = np.zeros(ranks * budget, np.int32)
+    padded[: shifts.size] = shifts
+    return Call(send_layer, send_slot, np.int32(shifts.size), padded, row, layer_of, slot_of)
