@@ -40,7 +40,7 @@ def all_figures(history: History) -> dict[str, Figure]:
 def loss(history: History) -> Figure:
     """Training cross-entropy, each line faint and a running mean strong, with the validation losses."""
     ce = history.column("ce_loss")
-    figure, (ax,) = _figure(history, "cross-entropy (nats/token)")
+    figure, (ax,) = step_figure(history, "cross-entropy (nats/token)")
     ends = [_smooth_line(ax, history, ce, BLUE, "training {:.3f}")]
     title = f"Training loss from {first(ce):.2f} to {last(running_mean(ce)[0]):.2f}" if len(ce) > 1 else f"Training loss {first(ce):.2f}"
     if history.validation:
@@ -50,7 +50,7 @@ def loss(history: History) -> Figure:
         title += f", validation loss to {last(val_loss):.2f}"
     ax.set_title(title, loc="left", fontsize=12)
     _log_if_wide(ax, ce)
-    _name_ends(ax, ends)
+    name_ends(ax, ends)
     return figure
 
 
@@ -59,7 +59,7 @@ def expert_load(history: History) -> Figure:
     count = len(history.layers)
     shown = np.linspace(0, count - 1, min(count, MAX_PANELS)).round().astype(int)
     edges, ratio_BLE = relative_load(history.column("step"), history.load_NLE, MAX_BINS)
-    norm, ticks = _load_scale(ratio_BLE)
+    norm, ticks = load_scale(ratio_BLE)
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="black")
     across = min(len(shown), 3 if len(shown) > 4 else 2)
     down = math.ceil(len(shown) / across)
@@ -91,25 +91,25 @@ def expert_load(history: History) -> Figure:
 
 def load_imbalance(history: History) -> Figure:
     """The fullest expert's excess over the mean, a line a MoE layer."""
-    figure, (ax,) = _figure(history, "max load / mean load - 1")
-    ends, latest = _layer_lines(ax, history, history.max_violation_NL)
+    figure, (ax,) = step_figure(history, "max load / mean load - 1")
+    ends, latest = layer_lines(ax, history, history.max_violation_NL)
     title = f"A layer's fullest expert ended {np.mean(latest):.0%} above the mean, on average over layers"
     ax.set_title(title, loc="left", fontsize=12)
     ax.set_ylim(bottom=0)
-    _name_ends(ax, ends)
+    name_ends(ax, ends)
     return figure
 
 
 def router_entropy(history: History) -> Figure:
     """Router entropy, a line a MoE layer, and its maximum ln E, dashed."""
     experts = history.load_NLE.shape[2]
-    figure, (ax,) = _figure(history, "router entropy (nats)")
-    ends, latest = _layer_lines(ax, history, history.router_entropy_NL)
+    figure, (ax,) = step_figure(history, "router entropy (nats)")
+    ends, latest = layer_lines(ax, history, history.router_entropy_NL)
     ax.axhline(math.log(experts), color=GREY, linestyle="--", linewidth=1.2)
     title = f"Router entropy ended at {np.mean(latest):.2f} nats, averaged over layers (uniform: ln {experts} = {math.log(experts):.2f})"
     ax.set_title(title, loc="left", fontsize=12)
     if ends:
-        _name_ends(ax, [*ends, (f"ln {experts}", math.log(experts), GREY)])
+        name_ends(ax, [*ends, (f"ln {experts}", math.log(experts), GREY)])
     return figure
 
 
@@ -117,20 +117,20 @@ def drop_rate(history: History) -> Figure:
     """Share of the (token, choice) assignments that found no room."""
     kept, dropped = history.column("kept"), history.column("dropped")
     share, total = dropped / np.maximum(kept + dropped, 1), history.drop_share()
-    figure, (ax,) = _figure(history, "dropped (% of assignments)")
+    figure, (ax,) = step_figure(history, "dropped (% of assignments)")
     end = _smooth_line(ax, history, share, BLUE, "{:.2%}")
     title = f"{total:.2%} of the expert assignments were dropped over the run" if total else "No expert assignment was dropped"
     ax.set_title(title, loc="left", fontsize=12)
     top = max(1.05 * float(finite(share).max(initial=0.0)), 0.01)
     ax.set_ylim(-0.03 * top, top)  # a line of zeros stays clear of the frame
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _name_ends(ax, [end])
+    name_ends(ax, [end])
     return figure
 
 
 def throughput(history: History) -> Figure:
     """Tokens/s and model FLOPs utilisation with their medians, without the lines that include a compilation."""
-    figure, axes = _figure(history, "tokens/s", "MFU (% of matmul rate)")
+    figure, axes = step_figure(history, "tokens/s", "MFU (% of matmul rate)")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for ax, name, colour, form in ((axes[0], "tokens_per_second", BLUE, "{:,.0f}"), (axes[1], "mfu", GREEN, "{:.1%}")):
@@ -143,7 +143,7 @@ def throughput(history: History) -> Figure:
         margin = 0.08 * np.ptp(seen) or 0.05 * abs(middle) or 1.0
         ax.set_ylim(max(0.0, seen.min() - margin), seen.max() + margin)
         ax.axhline(middle, color=GREY, linestyle="--", linewidth=1)
-        _name_ends(ax, [("median " + form.format(middle), middle, GREY)])
+        name_ends(ax, [("median " + form.format(middle), middle, GREY)])
     drops = f" with {history.drop_share():.2%} of assignments dropped" if history.layers else ""
     axes[0].set_title(f"Median {median(history.steady('tokens_per_second')):,.0f} tokens/s{drops}", loc="left", fontsize=12)
     return figure
@@ -152,19 +152,19 @@ def throughput(history: History) -> Figure:
 def gradient(history: History) -> Figure:
     """Global gradient norm before clipping, and the learning rate."""
     norm, rate = history.column("grad_norm"), history.column("lr")
-    figure, axes = _figure(history, "gradient norm", "learning rate")
+    figure, axes = step_figure(history, "gradient norm", "learning rate")
     ends = [_smooth_line(axes[0], history, norm, BLUE, "{:.3g}")]
     _log_if_wide(axes[0], norm)
-    _name_ends(axes[0], ends)
+    name_ends(axes[0], ends)
     _line(axes[1], history.column("step"), rate, ORANGE)
     axes[1].set_ylim(bottom=0)
-    _name_ends(axes[1], [(f"{last(rate):.2g}", last(rate), ORANGE)])
+    name_ends(axes[1], [(f"{last(rate):.2g}", last(rate), ORANGE)])
     title = f"Gradient norm (before clipping) ended at {ends[0][1]:.3g}, learning rate at {last(rate):.2g}"
     axes[0].set_title(title, loc="left", fontsize=12)
     return figure
 
 
-def _figure(history: History, *labels: str) -> tuple[Figure, list[Axes]]:
+def step_figure(history: History, *labels: str) -> tuple[Figure, list[Axes]]:
     """A figure with one panel above the other for each y label, over the run's steps."""
     figure = Figure(figsize=(WIDTH, 3.6 if len(labels) == 1 else 5.0), dpi=120, layout="constrained")
     axes = list(figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0])
@@ -201,7 +201,7 @@ def _smooth_line(ax: Axes, history: History, values: np.ndarray, colour: str, na
     return name.format(last(smooth)) + (f"\n(mean of {window})" if window > 1 else ""), last(smooth), colour
 
 
-def _layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[list[End], list[float]]:
+def layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[list[End], list[float]]:
     """A line of running means for each MoE layer, dark to bright with depth; returns names for few layers, and last values."""
     step, (smooth_NL, window) = running_mean(history.column("step"))[0], running_mean(values_NL)
     if window > 1:
@@ -221,7 +221,7 @@ def _layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[lis
     return [], latest
 
 
-def _name_ends(ax: Axes, ends: list[End]) -> None:
+def name_ends(ax: Axes, ends: list[End]) -> None:
     """Writes each line's name right of the panel at the height where it ends, moved apart where they would overlap."""
     ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
     if not ends:
@@ -254,7 +254,7 @@ def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
         ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _load_scale(ratio_BLE: np.ndarray) -> tuple[LogNorm, list[float]]:
+def load_scale(ratio_BLE: np.ndarray) -> tuple[LogNorm, list[float]]:
     """A logarithmic colour scale with 1 in its middle that holds 99% of the ratios, and its ticks."""
     positive = ratio_BLE[ratio_BLE > 0]
     spread = float(np.exp(np.quantile(np.abs(np.log(positive)), 0.99))) if positive.size else 1.0

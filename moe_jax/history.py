@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.metrics import is_number, iter_metrics
+from moe_jax.metrics import is_number, iter_metrics, max_over_mean
+
+COUNTS = ("load", "device_load", "slot_load", "dropped_to")  # lists of a layer's record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,14 @@ class History:
     train: dict[str, np.ndarray]  # float64 [N] by scalar's name, `step` among them
     after_compile: np.ndarray  # bool [N]: not the first line of a process, whose time includes its compilation
     validation: dict[str, np.ndarray]  # float64 [M] by scalar's name; empty without validation
-    events: list[dict[str, Any]]
+    events: list[dict[str, Any]]  # without those of traffic
+    traffic: dict[str, Any] | None  # the newest traffic event
     layers: list[int]  # [L] indices of the MoE layers in the model
     load_NLE: np.ndarray  # float32 counts, by logical expert
     max_violation_NL: np.ndarray
     router_entropy_NL: np.ndarray  # nats
+    device_load_NL: np.ndarray  # load of the busiest device over the mean device's
+    slot_load: list[np.ndarray]  # N of float32 [L, P] choices by slot, before drops; [L, 0] where a line has none
 
     def column(self, name: str) -> np.ndarray:
         """The training lines' scalar `name`, float64 [N]; NaN where a line lacks it."""
@@ -48,17 +53,25 @@ def read_history(path: Path) -> History:
     train: list[dict[str, Any]] = []
     validation: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
+    traffic = None
     after_compile: list[bool] = []
     fresh = True
     for record in iter_metrics(path):
-        if "event" in record:
+        if record.get("event") == "traffic":
+            traffic = record  # a matrix a layer: only the newest is kept
+        elif "event" in record:
             events.append(record)
             fresh = fresh or record["event"] == "resumed"
         elif "val_loss" in record:
             validation.append(record)
         else:
             # Python's integers take ten times the room of an array's: a long run with many experts has millions.
-            record["layers"] = [{**layer, "load": np.asarray(layer["load"], np.float32)} for layer in record.get("layers", [])]
+            record["layers"] = [
+                {name: np.asarray(value, np.float32) if name in COUNTS else value for name, value in layer.items()}
+                for layer in record.get("layers", [])
+            ]
+            for layer in record["layers"]:
+                layer["device_max_over_mean"] = max_over_mean(layer["device_load"]) if "device_load" in layer else None
             train.append(record)
             after_compile.append(not fresh)
             fresh = False
@@ -69,11 +82,46 @@ def read_history(path: Path) -> History:
         after_compile=np.array(after_compile),
         validation=_columns(validation),
         events=events,
+        traffic=traffic,
         layers=_layer_indices(train, path),
         load_NLE=_layer_load(train),
         max_violation_NL=_layer_column(train, "max_violation"),
         router_entropy_NL=_layer_column(train, "router_entropy"),
+        device_load_NL=_layer_column(train, "device_max_over_mean"),
+        slot_load=[_slot_load(record["layers"]) for record in train],
     )
+
+
+def decisions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The placement decisions among a run's events, oldest first.
+
+    Each has `realised`, the event that tells what came of it, or None, and `predicted_gain`: measured as the realised gain is
+    where there is one.
+    """
+    realised = {event["of_step"]: event for event in events if event["event"] == "placement_realised"}
+    found = []
+    for event in events:
+        if event["event"] == "placement":
+            after = realised.get(event["step"])
+            gain = after["predicted_gain"] if after else event["predicted"]["gain"]
+            found.append(event | {"realised": after, "predicted_gain": gain})
+    return found
+
+
+def link_rows(traffic: dict[str, Any]) -> np.ndarray:
+    """Rows a step from source rank to destination rank, float64 [R, R], all MoE layers of a traffic event together."""
+    return np.sum([layer["sent"] for layer in traffic["layers"]], axis=0) / max(traffic["steps"], 1)
+
+
+def describe_links(rows_RR: np.ndarray) -> str:
+    """The busiest link between two ranks, against the mean link, and the share of rows that travel at all."""
+    ranks = len(rows_RR)
+    links = np.where(np.eye(ranks, dtype=bool), 0, rows_RR)
+    if not links.any():
+        return "all rows stay on their device"
+    source, destination = np.unravel_index(links.argmax(), links.shape)
+    times = links.max() * ranks * (ranks - 1) / links.sum()
+    return f"{source} to {destination} is busiest, {links.max():,.0f} rows ({times:.2f} x mean); {links.sum() / rows_RR.sum():.0%} travel"
 
 
 def finite(values: np.ndarray) -> np.ndarray:
@@ -145,3 +193,8 @@ def _layer_column(train: list[dict[str, Any]], name: str) -> np.ndarray:
 def _layer_load(train: list[dict[str, Any]]) -> np.ndarray:
     load = np.array([[layer["load"] for layer in record["layers"]] for record in train], np.float32)
     return load if load.ndim == 3 else np.zeros((len(train), 0, 0), np.float32)
+
+
+def _slot_load(layers: list[dict[str, Any]]) -> np.ndarray:
+    load = [layer["slot_load"] for layer in layers if "slot_load" in layer]
+    return np.array(load) if load and len(load) == len(layers) else np.zeros((len(layers), 0), np.float32)

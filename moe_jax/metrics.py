@@ -25,13 +25,18 @@ from moe_jax.errors import UserError
 FILE_NAME = "metrics.jsonl"
 
 
+def max_over_mean(load: ArrayLike) -> float:
+    """How many times the mean the largest of `load` [n] counts is: 1 is even, n is all on one; 1 too where all are 0."""
+    counts = np.asarray(load, dtype=np.float64)
+    return float(counts.max() / counts.mean()) if counts.any() else 1.0
+
+
 def max_violation(load: ArrayLike) -> float:
     """How far the fullest expert is above the mean: max / mean - 1 of `load` [E] counts; 0 is even, E - 1 is all to one.
 
     Where no token was routed at all it is 0.
     """
-    counts = np.asarray(load, dtype=np.float64)
-    return float(counts.max() / counts.mean() - 1.0) if counts.any() else 0.0
+    return max_over_mean(load) - 1.0
 
 
 def dead_experts(load: ArrayLike) -> int:
@@ -97,17 +102,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iter_metrics(path))
 
 
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of metrics.jsonl, or None where it is no JSON object with an int `step`."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line of a metrics.jsonl as it stands, newline included, with its record."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: name the directory of a run that has trained.")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            record = parse_record(line)
+            if record is not None:
                 yield line.rstrip(b"\n") + b"\n", record
             elif line.endswith(b"\n"):
                 raise UserError(f"{path} line {number} is not a metrics record with a step: remove that line or restore the file.")
@@ -139,14 +150,18 @@ def _as_json(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
 
 
 def _tensorboard_scalars(record: dict[str, Any]) -> dict[str, float]:
-    """What TensorBoard shows of a record, by tag: its scalars and each layer's max_violation; nothing of an event line."""
+    """What TensorBoard shows of a record, by tag: its scalars and each layer's balance; nothing of an event line."""
     if "event" in record:
         return {}
     group = "validation" if "val_loss" in record else "train"
     scalars = {f"{group}/{name}": value for name, value in record.items() if name != "step" and is_number(value)}
     for layer in record.get("layers", []):
-        if is_number(layer["max_violation"]):
-            scalars[f"max_violation/layer_{layer['layer']}"] = layer["max_violation"]
+        figures = {name: layer.get(name) for name in ("max_violation", "dead_experts")}
+        if "device_load" in layer:
+            figures["device_load_max_over_mean"] = max_over_mean(layer["device_load"])
+        if "dropped" in layer:
+            figures["dropped_fraction"] = layer["dropped"] / max(sum(layer["load"]), 1)
+        scalars |= {f"{name}/layer_{layer['layer']}": value for name, value in figures.items() if is_number(value)}
     return scalars
 
 

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.alerts import spans
 from moe_jax.errors import UserError
-from moe_jax.history import History, finite, last, median, read_history, running_mean
+from moe_jax.history import History, decisions, finite, last, median, read_history, running_mean
 from moe_jax.metrics import FILE_NAME
+from moe_jax.placement.table import Placement
 
 NOTES = {
     "loss": "Cross-entropy without the auxiliary losses; the faint line is every logged step.",
@@ -27,9 +29,14 @@ NOTES = {
     "load_imbalance": "max_violation, the largest load over the mean load, less 1: 0 is even.",
     "router_entropy": "Entropy of the router's probabilities; the dashed line is its maximum, at which the router prefers no expert.",
     "drop_rate": "Share of the (token, choice) assignments that found no room in their pool.",
+    "device_load": "Load of the busiest device over the mean device's, in rows that its experts computed: 1 is even.",
+    "placement_effect": "Rows of each rank over their mean, all layers together; max/mean is a layer's, averaged over layers.",
+    "link_traffic": "Rows a step between ranks in the newest window, all layers together: red is more than the mean link, blue less.",
+    "replica_use": "How replicas shared their expert's choices, before drops; the number in a part is the rank that holds it.",
     "throughput": "The first step of each process includes compilation and is left off the scale and out of the medians.",
     "gradient": "Global norm over all parameters, before clipping, and the learning rate of the schedule.",
 }
+NEWEST_ROWS = 50  # of decisions and of alerts
 KINDS = ("dense_parameters", "expert_parameters", "dense_optimizer", "expert_optimizer")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5c5c5c; --page: #fff; --line: #d8d8d8; --panel: #f6f6f6; }
@@ -58,10 +65,11 @@ def write_report(run_dir: Path) -> Path:
     config = _read_text(run_dir / "config.yaml")
     environment = _read_environment(run_dir / "environment.json")
     from moe_jax.figures import all_figures  # matplotlib takes most of a second, which other commands need not wait
+    from moe_jax.placement_figures import placement_figures
 
     pictures = {}
     (run_dir / "plots").mkdir(exist_ok=True)
-    for name, figure in all_figures(history).items():
+    for name, figure in (all_figures(history) | placement_figures(history, _newest_table(run_dir, history))).items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         pictures[name] = picture.getvalue()
@@ -95,6 +103,7 @@ def _page(name: str, history: History, config: str, environment: dict[str, Any],
 {_bytes_table(environment.get("bytes_per_device", {}))}
 <h2>Over training</h2>
 {no_experts}{figures}
+{_placement_table(decisions(history.events))}{_alerts_table(spans(history.events))}
 <details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>
 <details><summary>Environment</summary><pre>{html.escape(json.dumps(environment, indent=2))}</pre></details>
 </body>
@@ -148,6 +157,55 @@ def _bytes_table(bytes_per_device: dict[str, dict[str, int]]) -> str:
         cells = "".join(f"<td>{_binary(count)}</td>" for count in [*held, sum(held)])
         rows.append(f"<tr><th>{html.escape(who)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="bytes"><tr><th>device</th>{header}<th>sum</th></tr>\n' + "\n".join(rows) + "</table></div>"
+
+
+def _placement_table(made: list[dict[str, Any]]) -> str:
+    """What was decided about the experts' places, newest last."""
+    rows = []
+    for decision in made[-NEWEST_ROWS:]:
+        realised, seconds = decision["realised"], decision.get("seconds")
+        rows.append(
+            [
+                f"{decision['step']:,}",
+                "moved" if decision["accepted"] else "refused",
+                f"{decision['strategy']}: {decision['why']}",
+                f"{decision['predicted_gain']:.1%}",
+                f"{realised['realised_gain']:.1%}" if realised else "not measured",
+                f"{decision['moves']:,}",
+                _binary(decision["bytes"]),
+                f"{decision['seconds_estimated']:.3g} estimated" if seconds is None else f"{seconds:.3g}",
+            ]
+        )
+    header = ["step", "decision", "why", "predicted gain", "realised gain", "moves", "bytes", "seconds"]
+    return _table("Placement decisions", header, rows, len(made))
+
+
+def _alerts_table(found: list[dict[str, Any]]) -> str:
+    rows = [
+        [f"{alert['step']:,}", alert["text"], "not over" if alert["until"] is None else f"{alert['until']:,}"]
+        for alert in found[-NEWEST_ROWS:]
+    ]
+    return _table("Alerts", ["step", "what was seen", "over at step"], rows, len(found))
+
+
+def _table(title: str, header: list[str], rows: list[list[str]], total: int) -> str:
+    """A titled table of the newest rows of `total`; nothing where there are none."""
+    if not rows:
+        return ""
+    some = f" (the newest {len(rows):,} of {total:,})" if len(rows) < total else ""
+    lines = ["".join(f"<th>{name}</th>" for name in header), *("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<h2>{title}{some}</h2>\n<div class="wide"><table>{body}</table></div>\n'
+
+
+def _newest_table(run_dir: Path, history: History) -> Placement | None:
+    """The newest checkpoint's placement, where slots outnumber experts and choices by slot were logged."""
+    if not any(load_LP.shape[1] > history.load_NLE.shape[2] for load_LP in history.slot_load):
+        return None
+    from moe_jax.checkpoint import Checkpoints  # brings Orbax
+    from moe_jax.relayout import saved_placement
+
+    return saved_placement(Checkpoints(run_dir / "checkpoints", 1, 0), None, fallback=True)
 
 
 def _number(value: float, form: str = ".4f") -> str:

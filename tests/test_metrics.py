@@ -8,6 +8,7 @@ import math
 import struct
 from pathlib import Path
 
+import monitored_run
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_jax.errors import UserError
-from moe_jax.history import read_history, relative_load, running_mean
-from moe_jax.metrics import MetricsWriter, dead_experts, max_violation, read_metrics
+from moe_jax.history import decisions, describe_links, link_rows, read_history, relative_load, running_mean
+from moe_jax.metrics import MetricsWriter, dead_experts, max_over_mean, max_violation, read_metrics
 
 
 def write(run_dir: Path, records: list[dict], resume_step: int | None = None) -> Path:
@@ -55,6 +56,7 @@ def scalars(file: list[Event]) -> dict[tuple[int, str], float]:
 )
 def test_load_figures_in_closed_form(load: list[int], violation: float, dead: int) -> None:
     assert max_violation(load) == violation
+    assert max_over_mean(load) == 1 + violation
     assert max_violation(np.array(load, np.int32)) == violation
     assert dead_experts(load) == dead
 
@@ -168,6 +170,40 @@ def test_tensorboard_holds_scalars_and_purges_on_resume(tmp_path: Path) -> None:
     starts = [event.step for event in second if event.HasField("session_log") and event.session_log.status == SessionLog.START]
     assert starts == [2]
     assert [event for event in first if event.HasField("session_log")] == []
+
+
+def test_tensorboard_shows_the_balance_of_each_layer(tmp_path: Path) -> None:
+    write(tmp_path, [monitored_run.training(1), monitored_run.decision(1)])
+    (file,) = events(tmp_path)
+    shown = {tag: value for (_, tag), value in scalars(file).items()}
+    assert shown["train/device_load_max_over_mean"] == shown["device_load_max_over_mean/layer_1"] == pytest.approx(30 / 23.75)
+    assert shown["dropped_fraction/layer_0"] == pytest.approx(0.05) and shown["dead_experts/layer_0"] == 0
+    assert shown["train/dropped_fraction"] == pytest.approx(0.05)
+
+
+def test_history_of_placement(tmp_path: Path) -> None:
+    records = [
+        training(1, layers=[{**monitored_run.training(1)["layers"][0], "layer": 1}]),
+        training(2, load=(1, 1, 1, 1)),
+        *monitored_run.whole_run(1)[-3:],
+    ]
+    records += [monitored_run.traffic(5), monitored_run.decision(2), monitored_run.decision(3), monitored_run.realised(4, 2)]
+    history = read_history(write(tmp_path, records))
+    np.testing.assert_array_equal(history.device_load_NL, [[30 / 23.75], [math.nan]])
+    assert [load_LP.tolist() for load_LP in history.slot_load] == [[monitored_run.SLOT_LOAD], [[]]]
+    assert history.traffic == monitored_run.traffic(5) and "traffic" not in [event["event"] for event in history.events]
+    made = decisions(history.events)
+    assert [(decision["step"], decision["realised"] and decision["realised"]["realised_gain"]) for decision in made] == [
+        (2, 0.2),
+        (3, None),
+    ]
+
+
+def test_links_are_described_in_closed_form() -> None:
+    rows_RR = link_rows(monitored_run.traffic(5))
+    np.testing.assert_array_equal(rows_RR, [[30, 30], [10, 30]])
+    assert describe_links(rows_RR) == "0 to 1 is busiest, 30 rows (1.50 x mean); 40% travel"
+    assert describe_links(np.diag([3.0, 4.0])) == describe_links(np.ones((1, 1))) == "all rows stay on their device"
 
 
 def test_history_sorts_records_into_columns(tmp_path: Path) -> None:

@@ -11,12 +11,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax.numpy as jnp
+import monitored_run
+import numpy as np
 import pytest
 
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.errors import UserError
 from moe_jax.figures import all_figures, expert_load, load_imbalance
 from moe_jax.history import read_history
 from moe_jax.metrics import MetricsWriter
+from moe_jax.placement.table import Placement
+from moe_jax.placement_figures import placement_figures
 from moe_jax.report import write_report
 
 ENVIRONMENT = {
@@ -192,6 +198,78 @@ def test_no_run_directory_and_damaged_environment(tmp_path: Path) -> None:
         (tmp_path / "environment.json").write_text(damaged)
         with pytest.raises(UserError, match=r"environment\.json .*restore the file"):
             write_report(tmp_path)
+
+
+PLACEMENT_FIGURES = {"device_load", "placement_effect", "link_traffic", "replica_use"}
+
+
+def monitored(run_dir: Path, records: list[dict], table: Placement | None = None) -> Path:
+    """A run with `records` and, with `table`, a checkpoint that has it."""
+    make_run(run_dir, steps=0)
+    (run_dir / "metrics.jsonl").unlink()
+    writer = MetricsWriter(run_dir)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    if table is not None:
+        checkpoints = Checkpoints(run_dir / "checkpoints", 1, 0)
+        checkpoints.save(6, {"x": jnp.zeros(1)}, {"placement": table.to_json()}, None)
+        checkpoints.close()
+    return run_dir
+
+
+def titles(run_dir: Path, table: Placement | None) -> dict[str, str]:
+    figures = placement_figures(read_history(run_dir / "metrics.jsonl"), table)
+    return {name: figure.get_suptitle() or figure.axes[0].get_title(loc="left") for name, figure in figures.items()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_of_a_run_with_placement(tmp_path: Path) -> None:
+    run_dir = monitored(tmp_path / "run", monitored_run.whole_run(), monitored_run.TABLE)
+    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    assert {plot.stem for plot in (run_dir / "plots").iterdir()} > PLACEMENT_FIGURES
+    reason = "balanced: the gain pays <at once>"
+    assert ["2", "moved", reason, "25.0%", "20.0%", "3", "3.0 MiB", "0.05"] in page.rows
+    refused = "balanced: the gain of 1% is below placement.min_gain=0.02"
+    assert ["3", "refused", refused, "24.0%", "not measured", "3", "3.0 MiB", "0.04 estimated"] in page.rows
+    assert ["2", "Layer 0: device 3 computes 5.00 times the mean load.", "4"] in page.rows
+    assert ["4", "Layer 1: device 3 computes 5.00 times the mean load.", "not over"] in page.rows
+    assert titles(run_dir, monitored_run.TABLE) == {
+        "device_load": "Busiest device, averaged over layers: 1.26 times the mean load at first, 1.26 times at the end",
+        "placement_effect": "Load by device before and after the move: step 2 gained 20% (25% predicted)",
+        "link_traffic": "Links at step 6: 0 to 1 is busiest, 30 rows (1.50 x mean); 40% travel",
+        "replica_use": "4 replicated experts took 70% of the choices at step 6; the fullest replica 1.00 x even",
+    }
+
+
+def test_pictures_only_of_what_was_recorded(tmp_path: Path) -> None:
+    run_dir = monitored(tmp_path / "run", [*monitored_run.whole_run()[:2], monitored_run.decision(2, accepted=False)])
+    assert titles(run_dir, None).keys() == {"device_load"}
+    # Another table than the one that the line's choices went by: experts 1 and 3 have the replicas.
+    other = Placement(np.array([[0, 1, 3, 2, 1, 3]] * 2), 4, 2)
+    assert titles(run_dir, other).keys() == {"device_load"}
+    text = write_report(monitored(tmp_path / "first", [monitored_run.training(1)])).read_text(encoding="utf-8")
+    assert "Placement decisions" not in text and "Alerts" not in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_ranks_layers_and_decisions_are_drawn(tmp_path: Path) -> None:
+    ranks, layers = 24, 9
+    records: list[dict] = []
+    for step in range(1, 70):
+        line, move = monitored_run.training(step), monitored_run.decision(step)
+        line["layers"] = [line["layers"][0] | {"layer": layer, "device_load": list(range(1, 49))} for layer in range(layers)]
+        for when in ("before", "after"):
+            move["predicted"][f"device_load_{when}"] = list(range(1, ranks + 1))
+        records += [line, move, monitored_run.alert(step, step)]
+    sent = [[(source + 1) * (to % 3) for to in range(ranks)] for source in range(ranks)]
+    records.append({"event": "traffic", "step": 69, "steps": 1, "layers": [{"layer": 0, "sent": sent}]})
+    run_dir = monitored(tmp_path / "run", records)
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert page.count("(the newest 50 of 69)") == 2
+    found = titles(run_dir, None)
+    assert found["placement_effect"] == "Load by device before and after the newest 4 of 69 moves"
+    assert found["link_traffic"].startswith("Links at step 69: 23 to 2 is busiest, 48 rows")
 
 
 def test_matplotlib_waits_until_a_report_is_drawn() -> None:
