@@ -35,7 +35,13 @@ from moe_jax import checksum, named_arrays
 from moe_jax.errors import CorruptCheckpoint, UserError
 
 FORMAT = 1
-Adapt = Callable[[str, jax.Array], Any]
+
+
+class Adapt(NamedTuple):
+    """How stored arrays become those of a target that lays them out otherwise."""
+
+    concerns: Callable[[str], bool]  # by path: arrays to change even where the shapes agree
+    change: Callable[[str, jax.Array], Any]  # a path like "params/blocks/moe/gate_up" and the stored array, whole on every device
 
 
 class Restored(NamedTuple):
@@ -216,8 +222,8 @@ class Checkpoints:
         """The state of a step with the structure, dtypes and shardings of `target`, every byte of it verified.
 
         `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. An array whose stored
-        shape differs is read whole onto every device and goes through `adapt(path, array)`, with a path like
-        "params/blocks/moe/gate_up"; what that returns is placed as the target says. With `partial` the target
+        shape differs, or which `adapt` concerns, is read whole onto every device and goes through it; what that
+        returns is placed as the target says. With `partial` the target
         may leave arrays out, such as the optimizer's for sampling.
         Raises `CorruptCheckpoint` naming the file or array that is damaged, `UserError` for no such step and for
         arrays that are missing, unexpected, of another dtype or, without `adapt`, of another shape.
@@ -230,14 +236,16 @@ class Checkpoints:
             stored = manifest["arrays"]
             named_arrays.match(path, wanted, stored, adapt is not None, partial)
             checksum.verify_directory(path, manifest)
-            asked = {name: named_arrays.as_stored(wanted[name], stored[name]["shape"]) for name in wanted}
+            reshaped = {name for name, leaf in wanted.items() if tuple(stored[name]["shape"]) != leaf.shape}
+            changed = reshaped | {name for name in wanted if adapt is not None and adapt.concerns(name)}
+            asked = {name: named_arrays.whole(leaf, stored[name]["shape"]) if name in changed else leaf for name, leaf in wanted.items()}
             arrays = named_arrays.read(path / "state", asked)
             for name, found in checksum.checksum_texts(arrays).items():
                 if found != stored[name]["checksum"]:
                     raise CorruptCheckpoint(f"array {name} of {path} does not hold the values that were saved")
-        for name, leaf in wanted.items():
-            if adapt is not None and arrays[name].shape != leaf.shape:
-                arrays[name] = named_arrays.place(name, adapt(name, arrays[name]), leaf)
+        for name in changed:
+            assert adapt is not None
+            arrays[name] = named_arrays.place(name, adapt.change(name, arrays[name]), wanted[name])
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
 
     def restore_latest(

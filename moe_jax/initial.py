@@ -129,7 +129,7 @@ def first_state(program: Program, config: Config) -> TrainState:
             return array
 
         params = jax.tree.map_with_path(place, shapes, shardings)
-    return _begin(program, params, weights.bias_LE, config.train.seed)
+    return begin(program, params, weights.bias_LE, config.train.seed)
 
 
 def _place(path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: Program, weights: Weights) -> jax.Array:
@@ -151,13 +151,13 @@ def _place(path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: Progr
     return jax.make_array_from_callback(shape.shape, sharding, part)
 
 
-def _begin(program: Program, params: Any, bias_LE: np.ndarray | None, seed: int) -> TrainState:
+def begin(program: Program, params: Any, bias_LE: np.ndarray | None, seed: int) -> TrainState:
     """A state with these parameters and nothing done yet."""
     shardings = program.state_shardings
     moments = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params)
 
     def rest() -> TrainState:
-        tables, expert_LP = make_tables(program.placement)
+        tables, expert_LP = make_tables(program.placement, program.hosts)
         if bias_LE is not None:
             tables = tables._replace(bias_E=jnp.asarray(bias_LE, jnp.float32))
         zero = jnp.int32(0)

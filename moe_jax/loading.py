@@ -29,6 +29,7 @@ from moe_jax.errors import UserError
 from moe_jax.memory import check_memory
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers, expert_layers
+from moe_jax.offload import check_size, offload
 from moe_jax.ops import linear
 from moe_jax.packing import Leaf, bytes_of
 from moe_jax.placement.table import EMPTY, contiguous
@@ -60,6 +61,7 @@ def open_model(
     step: int | None = None,
     fallback: bool = False,
     context: int | None = None,
+    expert_cache: int | None = None,
     check: Callable[[Tokenizer, int], None] | None = None,
 ) -> LoadedModel:
     """A model on a mesh. Raises UserError, one sentence, for whatever is wrong with the folder, the mesh or the memory.
@@ -72,17 +74,23 @@ def open_model(
       memory: bytes that a device may use for weights; by default what the platform reports.
       step, fallback: which checkpoint of a run, as in `Checkpoints.restore_latest`.
       context: tokens that a sequence may have, if not as many as the model was made for.
+      expert_cache: experts a layer that the device keeps, the others in host memory (offload.py); by default it holds all.
       check: called with the tokenizer and the context before weights are read; it may refuse.
     """
     path, mesh = Path(path), mesh or MeshConfig()
     devices = make_mesh(mesh, jax.devices()[: mesh.size])
     options = {"quantization": quantize or "float", "group": group}
+    before = Before(memory, context, check, expert_cache)
     if converted.is_converted(path):
-        loaded = _open_converted(path, devices, dtype, quantize, Before(memory, context, check))
+        loaded = _open_converted(path, devices, dtype, quantize, before)
     elif (path / "config.yaml").is_file():
-        loaded = _open_run(path, devices, _dtype(dtype), options, Before(memory, context, check), step, fallback)
+        loaded = _open_run(path, devices, _dtype(dtype), options, before, step, fallback)
     else:
-        loaded = _open_hf(find_folder(path), devices, _dtype(dtype), options, Before(memory, context, check))
+        loaded = _open_hf(find_folder(path), devices, _dtype(dtype), options, before)
+    if expert_cache is not None:
+        assert isinstance(loaded.engine, Engine)
+        engine, params = offload(loaded.engine, loaded.params, expert_cache)
+        loaded = dataclasses.replace(loaded, engine=engine, params=params)
     return loaded if context is None else dataclasses.replace(loaded, context=context)
 
 
@@ -92,10 +100,13 @@ class Before(NamedTuple):
     memory: int | None
     context: int | None
     check: Callable[[Tokenizer, int], None] | None
+    expert_cache: int | None = None
 
     def look(self, engine: Engine, tokenizer: Tokenizer, context: int, *, packs: bool = False) -> None:
-        """Raises UserError where the weights do not fit, or `check` refuses."""
-        check_memory(engine, self.memory, packs=packs)
+        """Raises UserError where the weights do not fit, the experts' cache cannot be, or `check` refuses."""
+        if self.expert_cache is not None:
+            check_size(engine, self.expert_cache)
+        check_memory(engine, self.memory, packs=packs, expert_cache=self.expert_cache)
         if self.check is not None:
             self.check(tokenizer, self.context or context)
 
@@ -128,7 +139,7 @@ def _open_hf(folder: Path, mesh: Mesh, dtype: str, options: dict[str, Any], befo
     placement = contiguous(count_moe_layers(checkpoint.model, moe), moe.num_experts, mesh.shape["expert"])
     engine = Engine(checkpoint.model, moe, mesh, placement, vocab_size=checkpoint.vocab_size, dtype=dtype, **options)
     before.look(engine, tokenizer, checkpoint.context)
-    params = read_params(engine, checkpoint.leaf)
+    params = read_params(engine, checkpoint.leaf, experts_on_host=before.expert_cache is not None)
     return LoadedModel(
         engine, params, tables_of(engine, checkpoint.bias_LE()), tokenizer, checkpoint.context, checkpoint.eos_ids, folder.name
     )
@@ -142,16 +153,21 @@ def tables_of(engine: Engine, bias_LE: Any) -> Any:
     return jax.device_put(tables, NamedSharding(engine.mesh, P()))
 
 
-def read_params(engine: Engine, read: Read) -> Any:
+def read_params(engine: Engine, read: Read, *, experts_on_host: bool = False) -> Any:
     """The engine's weights from `read(path, index)`, which gives parts of training parameters in logical expert order.
 
-    `index` has a slice for each dim, or an array of expert ids (-1 for none, which reads as zeros).
+    `index` has a slice for each dim, or an array of expert ids (-1 for none, which reads as zeros). On one device experts can
+    be left where they were read to, as numpy arrays, for `offload`.
     """
     sizes = {path: bytes_of(leaf) for path, leaf in engine.leaves.items()}
     found: dict[str, Any] = {}
     with byte_progress("loading", sum(sizes.values())) as done:
         for path, leaf in engine.leaves.items():
-            found[path] = _read_leaf(engine, leaf, read)
+            if experts_on_host and "/experts/" in path:
+                order = leaf.order or tuple(range(len(leaf.shape)))
+                found[path] = _read_part(engine, leaf, order, tuple(slice(None) for _ in order), read)
+            else:
+                found[path] = _read_leaf(engine, leaf, read)
             done(sizes[path])
     return engine.tree(found)
 
@@ -242,7 +258,7 @@ def _open_run(path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], befor
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
     moe = dataclasses.replace(config.moe, dropless=True)
-    placement = relayout.choose_placement(saved, count_moe_layers(config.model, moe), moe.num_experts, mesh.shape["expert"], 0)
+    placement = relayout.serving_placement(saved, mesh.shape["expert"])
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     engine = Engine(config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options)
     before.look(engine, tokenizer, config.train.seq_len, packs=True)
@@ -263,5 +279,5 @@ def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
     engine = Engine(header.model, header.moe, mesh, placement, vocab_size=header.vocab_size, **types)
     tokenizer = load_tokenizer(converted.tokenizer_spec(path, header), field="--model")
     before.look(engine, tokenizer, header.context)
-    params, bias_LE = converted.restore(path, engine)
+    params, bias_LE = converted.restore(path, engine, experts_on_host=before.expert_cache is not None)
     return LoadedModel(engine, params, tables_of(engine, bias_LE), tokenizer, header.context, header.eos_ids, header.name)

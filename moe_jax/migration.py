@@ -1,6 +1,6 @@
 """Moving experts, with their optimizer moments, between slots while training goes on.
 
-    migration = Migration(program, hosts=1)
+    migration = Migration(program)
     state, moved = migration(state, old, new)        # the same experts, elsewhere; the old state's memory is used again
 
 One compiled program does every migration (placement/moves.py schedules its calls): what moves is data. Each turn sends one
@@ -44,9 +44,9 @@ class Moved(NamedTuple):
 class Migration:
     """Moves the experts of a program's states."""
 
-    def __init__(self, program: Program, hosts: int = 1):
+    def __init__(self, program: Program):
         """Raises UserError where the optimizer keeps moments that cannot move with an expert."""
-        self.program, self.hosts = program, hosts
+        self.program = program
         shapes, specs = (_by_path(tree) for tree in (program.abstract_state, program.state_shardings))
         slots = program.placement.num_slots
         found = {path: (leaf, specs[path].spec) for path, leaf in shapes.items() if EXPERTS.search(path) and leaf.ndim > 1}
@@ -61,9 +61,9 @@ class Migration:
         self.paths = {path: spec for path, (_, spec) in found.items() if "expert" in spec}
         self.whole = sorted(found.keys() - self.paths.keys())  # small factored moments, which every device holds whole
         self.expert_bytes = sum(leaf.size // (leaf.shape[0] * slots) * leaf.dtype.itemsize for leaf, _ in found.values())
+        self.bytes_a_turn = self.expert_bytes // (program.mesh.shape["data"] * program.mesh.shape["tensor"])  # that a device sends
         share = slots // program.placement.ranks
-        shards = program.mesh.shape["data"] * program.mesh.shape["tensor"]
-        self.budget = max(share, min(4 * share, BUDGET_BYTES // max(self.expert_bytes // shards, 1)))
+        self.budget = max(share, min(4 * share, BUDGET_BYTES // max(self.bytes_a_turn, 1)))
         layers = expert_layers(program.model, program.moe)
         count = sum(map(len, layers.values()))
         self.blocks = list(layers)
@@ -89,7 +89,7 @@ class Migration:
         for path in self.whole:
             banks[path] = jax.device_put(self._take(path, np.asarray(leaves[path]), sources), leaves[path].sharding)
         state = jax.tree.map_with_path(lambda path, leaf: banks.get(_text(path), leaf), state)
-        tables, expert_LP = make_tables(new, self.hosts)
+        tables, expert_LP = make_tables(new, self.program.hosts)
         replicated = NamedSharding(self.program.mesh, P())
         tables, expert_LP = jax.device_put((tables, expert_LP), replicated)
         state = state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)

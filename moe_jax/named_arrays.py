@@ -66,10 +66,8 @@ def match(path: Path, wanted: dict[str, Any], stored: dict[str, Any], adaptable:
             raise UserError(f"array {name} of {path} has shape {shape} where the model has {leaf.shape}: {other}")
 
 
-def as_stored(leaf: jax.ShapeDtypeStruct, shape: list[int]) -> jax.ShapeDtypeStruct:
-    """How to read an array: as the target wants it, or of its stored shape on every device."""
-    if tuple(shape) == leaf.shape:
-        return leaf
+def whole(leaf: jax.ShapeDtypeStruct, shape: list[int]) -> jax.ShapeDtypeStruct:
+    """How to read an array that is to be changed: in its stored shape, on every device."""
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, PartitionSpec()))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint import Checkpoints, Restored
+from moe_jax.checkpoint import Adapt, Checkpoints, Restored
 from moe_jax.engine import Engine
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.model import count_moe_layers, expert_layers
+from moe_jax.moe.layer import LayerTables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.slots import take_slots
@@ -23,14 +23,21 @@ from moe_jax.step import Program, TrainState, make_tables
 EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")
 
 
-def choose_placement(saved: Placement | None, layers: int, num_experts: int, ranks: int, redundant_slots: int) -> Placement:
-    """The saved table where it fits the mesh's number of slots, else (or without one) the contiguous one."""
-    fresh = contiguous(layers, num_experts, ranks, redundant_slots)
-    return saved if saved is not None and saved.num_slots == fresh.num_slots else fresh
+def serving_placement(saved: Placement, ranks: int) -> Placement:
+    """The table to serve by: experts as they lie in the checkpoint where they fill as many slots, else the contiguous one."""
+    layers, experts = saved.physical_to_logical.shape[0], saved.num_experts
+    fresh = contiguous(layers, experts, ranks)
+    return Placement(saved.physical_to_logical, experts, ranks) if saved.num_slots == fresh.num_slots == experts else fresh
 
 
 def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) -> Placement | None:
-    """The table of the newest readable checkpoint (of `step`, if given); None without checkpoints.
+    """The table of the newest readable checkpoint, as `saved_meta` finds it."""
+    meta = saved_meta(checkpoints, step, fallback)
+    return None if meta is None else Placement.from_json(meta["placement"])
+
+
+def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> dict[str, Any] | None:
+    """What the newest readable checkpoint (of `step`, if given) holds besides arrays; None without checkpoints.
 
     Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all are.
     """
@@ -39,7 +46,7 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
         if step is not None and candidate > step:
             continue
         try:
-            return Placement.from_json(checkpoints.read_meta(candidate)["placement"])
+            return checkpoints.read_meta(candidate)
         except CorruptCheckpoint as error:
             if not fallback:
                 raise
@@ -52,7 +59,7 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
 def restore(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
     """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
     adapt = adapter(program.model, program.moe, saved, program.placement)
-    found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback)
+    found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback, partial=True)
     _check_placement(found, saved)
     return found._replace(state=_with_tables(program, found.state))
 
@@ -81,31 +88,35 @@ def _check_placement(found: Restored, saved: Placement) -> None:
 
 
 def _target(program: Program) -> TrainState:
-    return jax.tree.map(
+    """What is read: all but the tables that follow from the placement."""
+    target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         program.abstract_state,
         program.state_shardings,
     )
+    return target._replace(tables=LayerTables(None, None, None, target.tables.bias_E), expert_LP=None)
 
 
 def _with_tables(program: Program, state: TrainState) -> TrainState:
     """The restored bias beside the tables of the program's placement."""
-    tables, expert_LP = make_tables(program.placement)
-    tables = tables._replace(bias_E=state.tables.bias_E)
+    tables, expert_LP = make_tables(program.placement, program.hosts)
     replicated = program.state_shardings.expert_LP
-    return state._replace(tables=jax.device_put(tables, replicated), expert_LP=jax.device_put(expert_LP, replicated))
+    tables, expert_LP = jax.device_put((tables, expert_LP), replicated)
+    return state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
 
 
-def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Callable[[str, jax.Array], Any]:
-    """What the checkpoint asks for arrays of another shape: expert arrays [repeats, P, ...] by slot, tables as they will be."""
+def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Adapt:
+    """Expert arrays [repeats, P, ...] of one table for another; none is touched where both say the same."""
+    same = np.array_equal(old.physical_to_logical, new.physical_to_logical)
     sources_LP = slot_sources(old, new)
     layers = expert_layers(model, moe)
-    tables, expert_LP = make_tables(new)
 
-    def adapt(path: str, array: jax.Array) -> Any:
-        if found := EXPERTS.search(path):
-            rows = np.array(layers[int(found[1]), int(found[2])])
-            return take_slots(array, sources_LP[rows])
-        return {"tables/slots_ER": tables.slots_ER, "expert_LP": expert_LP}[path]
+    def change(path: str, array: jax.Array) -> jax.Array:
+        found = EXPERTS.search(path)
+        assert found is not None, path
+        if array.ndim < 2:  # a placeholder of adafactor's
+            return array
+        rows = np.array(layers[int(found[1]), int(found[2])])
+        return take_slots(array, sources_LP[rows])
 
-    return adapt
+    return Adapt(lambda path: not same and EXPERTS.search(path) is not None, change)

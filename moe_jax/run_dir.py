@@ -28,6 +28,7 @@ CONTENTS = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "traffic.json",
     "checkpoints",
     "report.html",
     "plots",

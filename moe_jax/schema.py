@@ -20,11 +20,43 @@ from moe_jax.settings import section, setting
 
 @section
 class PlacementConfig:
-    """Where experts live."""
+    """Where experts live, and when they move."""
 
     SECTION = "placement."
 
+    strategy: Literal["contiguous", "round_robin", "balanced", "topology_aware", "custom"] = setting(
+        default="contiguous",
+        help="Runs of experts a device; dealt out one by one; by measured load; by load and links; or the table in `file`.",
+    )
     redundant_slots: int = setting(default=0, help="Slots a device beyond its share of experts, for replicas.", ge=0)
+    max_experts_per_device: int | None = setting(default=None, help="Most slots a device may have; null sets no limit.", ge=1)
+    replan_every: int = setting(
+        default=0, help="Steps between decisions to move experts, by the load measured since; 0 never moves any.", ge=0
+    )
+    min_gain: float = setting(
+        default=0.05, help="Least predicted fall of the busiest device's load, as a share of it, for which experts move.", ge=0, le=1
+    )
+    file: str | None = setting(default=None, help="JSON table for `custom`, as `moe-jax placement plan --out` writes it.")
+    topology: str | None = setting(
+        default=None, help="YAML file with hosts, links and memory; null takes one host a process and assumed links."
+    )
+
+    def check(self) -> None:
+        planned = self.strategy in ("balanced", "topology_aware")
+        if self.replan_every and not planned:
+            raise UserError(
+                f"placement.replan_every={self.replan_every} needs a strategy that plans, and placement.strategy={self.strategy} "
+                "does not: choose balanced or topology_aware, or leave replan_every at 0."
+            )
+        if planned and self.replan_every < 2:
+            raise UserError(
+                f"placement.strategy={self.strategy} with placement.replan_every={self.replan_every} would never plan: set replan_every to the "
+                "steps, at least 2, whose load a plan is to follow."
+            )
+        if (self.strategy == "custom") != (self.file is not None):
+            raise UserError(
+                f"placement.strategy={self.strategy} with placement.file={self.file or 'null'}: a file goes with custom, and custom needs one."
+            )
 
 
 @section
@@ -123,6 +155,18 @@ class CheckpointConfig:
 
 
 @section
+class MonitorConfig:
+    """Limits; a training line that passes one raises an alert. 0 turns one off."""
+
+    SECTION = "monitor."
+
+    device_load: float = setting(default=4.0, help="Load of a layer's busiest device over the mean load of its devices.", ge=0)
+    max_violation: float = setting(default=8.0, help="Load of a layer's busiest expert over the mean load of its experts, less 1.", ge=0)
+    dead_experts: float = setting(default=0.5, help="Share of a layer's experts that no token of the step chose.", ge=0, le=1)
+    dropped: float = setting(default=0.3, help="Share of the step's (token, choice) assignments that found no room.", ge=0, le=1)
+
+
+@section
 class Config:
     """Everything: only `train.py`, the command line and their like see it whole."""
 
@@ -141,6 +185,7 @@ class Config:
     optimizer: OptimizerConfig = setting(default=OptimizerConfig(), help="The optimizer.")
     train: TrainConfig = setting(default=TrainConfig(), help="The run.")
     checkpoint: CheckpointConfig = setting(default=CheckpointConfig(), help="Checkpoints.")
+    monitor: MonitorConfig = setting(default=MonitorConfig(), help="When training raises an alert.")
 
     def check(self) -> None:
         mesh, model, simulate = self.mesh, self.model, self.devices.simulate
@@ -161,6 +206,12 @@ class Config:
                     f"model.{key}={size} is not divisible by mesh.data x mesh.expert = {mesh.data * mesh.expert}, over which "
                     "parameters are sharded: change one of them."
                 )
+        share, most = -(-self.moe.num_experts // mesh.expert) + self.placement.redundant_slots, self.placement.max_experts_per_device
+        if most is not None and share > most:
+            raise UserError(
+                f"placement.max_experts_per_device={most} but {self.moe.num_experts} experts over mesh.expert={mesh.expert} with "
+                f"placement.redundant_slots={self.placement.redundant_slots} take {share} slots a device: raise it, or use more devices."
+            )
         part = self.train.accumulation * mesh.data * mesh.expert
         if self.train.global_batch % part:
             raise UserError(

@@ -88,8 +88,11 @@ class Program:
         vocab_size: int,
         steps: int,
         accumulation: int = 1,
+        hosts: int = 1,
     ):
+        """`placement` is where experts start; states may come to have others of its shape. `hosts` share the `expert` axis evenly."""
         self.model, self.moe, self.mesh, self.placement = model, moe, mesh, placement
+        self.hosts = hosts
         self.vocab_size, self.accumulation, self.clip_norm = vocab_size, accumulation, optimizer.clip_norm
         self.has_moe = count_moe_layers(model, moe) > 0
         abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
@@ -110,7 +113,7 @@ class Program:
         # Drawn in logical order, so that the initial experts depend on neither mesh nor placement.
         params = nnx.to_pure_dict(nnx.state(self._build(jax.random.key(seed))))
         params = slots.lay_out(params, self.model, self.moe, self.placement.physical_to_logical)
-        tables, expert_LP = make_tables(self.placement)
+        tables, expert_LP = make_tables(self.placement, self.hosts)
         zero = jnp.int32(0)
         return TrainState(zero, jnp.uint32(seed), params, self.optimizer.init(params), tables, expert_LP, zero, zero)
 

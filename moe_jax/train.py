@@ -19,16 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import __version__, initial, measure, relayout, run_dir
+from moe_jax import __version__, initial, measure, relayout, run_dir, starting
+from moe_jax.alerts import Alerts
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import dump_config
 from moe_jax.data import Corpus, load_corpus
 from moe_jax.errors import UserError
 from moe_jax.generate import generate_run
 from moe_jax.mesh import make_mesh, use_devices
-from moe_jax.metrics import FILE_NAME, MetricsWriter, dead_experts, max_violation
-from moe_jax.model import count_moe_layers, layer_kinds
+from moe_jax.metrics import FILE_NAME, MetricsWriter, iter_metrics
+from moe_jax.model import layer_kinds
+from moe_jax.placement.table import Placement
 from moe_jax.progress import RunProgress
+from moe_jax.records import Links, training_record, write_traffic
+from moe_jax.replanning import Replanner, sentence
 from moe_jax.report import write_report
 from moe_jax.schema import Config
 from moe_jax.step import Program, StepFigures, TrainState
@@ -54,9 +58,10 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     held_out = corpus.validation_batches(config.train.global_batch, config.train.eval_batches, *processes)
 
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
-    saved = relayout.saved_placement(checkpoints, None, fallback) if resume else None
-    layers = count_moe_layers(config.model, config.moe)
-    placement = relayout.choose_placement(saved, layers, config.moe.num_experts, config.mesh.expert, config.placement.redundant_slots)
+    kept = relayout.saved_meta(checkpoints, None, fallback) if resume else None
+    saved = None if kept is None else Placement.from_json(kept["placement"])
+    topology = starting.topology(config)
+    placement = starting.placement(config, topology, saved, None if kept is None else kept.get("replanning"))
     program = Program(
         config.model,
         config.moe,
@@ -66,7 +71,10 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
         vocab_size=vocab_size,
         steps=config.train.steps,
         accumulation=config.train.accumulation,
+        hosts=len(np.unique(topology.host_of_rank(config.mesh.expert, config.mesh.tensor))),
     )
+    starting.check_memory(topology, program)
+    replanner = Replanner(config.placement, topology, program)
     if saved is None:
         state = initial.first_state(program, config)
     else:
@@ -77,6 +85,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
         if restored.step > config.train.steps:
             raise UserError(f"train.steps={config.train.steps} but the run in {directory} has done {restored.step}: give more steps.")
         state = restored.state
+        replanner.restore(restored.meta.get("replanning"))
         batches.set_state(restored.meta["data"])
 
     environment = _environment(config, corpus, program, state, vocab_size)
@@ -85,7 +94,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     run_dir.write_description(directory, config, environment)
     if saved is None:
         initial.keep(directory, config)
-    _Job(config, directory, program, checkpoints, corpus, environment, held_out).run(state, batches)
+    _Job(config, directory, program, replanner, checkpoints, corpus, environment, held_out).run(state, batches)
 
 
 class _Job:
@@ -96,18 +105,22 @@ class _Job:
         config: Config,
         directory: Path,
         program: Program,
+        replanner: Replanner,
         checkpoints: Checkpoints,
         corpus: Corpus,
         environment: dict[str, Any],
         held_out: list[dict[str, np.ndarray]],
     ):
         self.config, self.directory, self.program = config, directory, program
-        self.checkpoints, self.corpus, self.environment = checkpoints, corpus, environment
+        self.replanner, self.checkpoints, self.corpus, self.environment = replanner, checkpoints, corpus, environment
+        self.links, self.alerts = Links(), Alerts(config.monitor)
         rows = len(held_out[0]["tokens"])
         self.first_sequence = jax.process_index() * rows
         self.held_out = [program.shard(batch, self.first_sequence) for batch in held_out]
         self.moe_layers = [i for i, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe]
-        self.flops_per_token = measure.TRAINING * measure.model_flops(config.model, config.moe, program.vocab_size, config.train.seq_len)
+        self.tokens = config.train.global_batch * config.train.seq_len
+        flops = measure.TRAINING * measure.model_flops(config.model, config.moe, program.vocab_size, config.train.seq_len)
+        self.model_flops = self.tokens * flops / environment["matmul_flops_per_second"]
         self.skipped = 0
 
     def run(self, state: TrainState, batches: Any) -> None:
@@ -123,6 +136,9 @@ class _Job:
                 rate = self.environment["matmul_flops_per_second"]
                 writer.write({"step": start, "event": "resumed", "matmul_flops_per_second": rate})
                 progress.say(f"Resuming {self.directory} after step {start}.")
+                for line in iter_metrics(self.directory / FILE_NAME):  # so that what has been raised is not raised again
+                    if "layers" in line and "event" not in line:
+                        self.alerts.check(line)
             seconds, since = 0.0, 0
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
@@ -130,17 +146,26 @@ class _Job:
                 # Waits, so that the time is the step's, a signal during it is seen below, and no two steps are under way
                 # at once, which simulated devices can wait in for ever (see checksum_texts).
                 figures = jax.device_get(figures)
-                seconds, since = seconds + time.perf_counter() - began, since + 1
+                took = time.perf_counter() - began
+                seconds, since = seconds + took, since + 1
+                state = self._place(writer, progress, step, state, figures, took)
                 stopping, broken = bool(signals), int(figures.skipped_in_row) >= config.train.max_skipped
                 evaluates = step % config.train.eval_every == 0 or step == steps
                 saves = step % config.checkpoint.every == 0 or step == steps or stopping or broken
                 if not (step % config.train.log_every == 0 or evaluates or saves):
                     continue
-                record = self._record(step, figures, seconds / since)
+                record = training_record(
+                    step, figures, seconds / since, tokens=self.tokens, model_flops=self.model_flops, layers=self.moe_layers
+                )
                 seconds, since = 0.0, 0
                 self._note_skips(writer, step, figures)
                 writer.write(record)
                 progress.train(record)
+                for alert in self.alerts.check(record):
+                    writer.write(alert)
+                    progress.say(alert["text"])
+                if (evaluates or saves) and self.moe_layers:
+                    writer.write(self.links.event(step, self.moe_layers))
                 val_loss = None
                 if evaluates:
                     validation = self._validate(step, state)
@@ -150,6 +175,8 @@ class _Job:
                 if saves:
                     # Written before the save, so that the lines up to a checkpoint are whole whenever it counts.
                     writer.write({"step": step, "event": "checkpoint"})
+                    if self.moe_layers and jax.process_index() == 0:
+                        write_traffic(self.directory, step, self.replanner.load_window(), self.moe_layers)
                     self.checkpoints.save(step, state, self._meta(batches), val_loss)
                 if broken:
                     raise _not_finite(step, int(figures.skipped_in_row))
@@ -157,47 +184,22 @@ class _Job:
                     break
         self._end(step if stopping and step < steps else None)
 
-    def _record(self, step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:
-        """A training line of metrics.jsonl; see docs/metrics.md."""
-        train = self.config.train
-        tokens = train.global_batch * train.seq_len
-        layers = [] if figures.figures.layers is None else self._layer_records(figures)
-        kept = 0 if figures.figures.layers is None else int(np.sum(figures.figures.layers.kept))
-        dropped = sum(layer["dropped"] for layer in layers)
-        return {
-            "step": step,
-            "loss": float(figures.loss),
-            "ce_loss": float(figures.figures.ce_loss),
-            "aux_loss": float(figures.figures.aux_loss),
-            "z_loss": float(figures.figures.z_loss),
-            "grad_norm": float(figures.grad_norm),
-            "lr": float(figures.lr),
-            "tokens": step * tokens,
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "mfu": tokens * self.flops_per_token / seconds / self.environment["matmul_flops_per_second"],
-            "kept": kept,
-            "dropped": dropped,
-            "dropped_fraction": dropped / max(kept + dropped, 1),
-            "skipped": int(figures.skipped),
-            "layers": layers,
-        }
-
-    def _layer_records(self, figures: StepFigures) -> list[dict[str, Any]]:
-        stats = figures.figures.layers
-        assert stats is not None
-        return [
-            {
-                "layer": layer,
-                "load": stats.router.load_E[i].tolist(),
-                "max_violation": max_violation(stats.router.load_E[i]),
-                "dead_experts": dead_experts(stats.router.load_E[i]),
-                "router_entropy": float(stats.router.entropy[i]) / max(int(stats.router.tokens[i]), 1),
-                "dropped": int(stats.dropped[i]),
-                "rounds": int(stats.rounds[i]),
-            }
-            for i, layer in enumerate(self.moe_layers)
-        ]
+    def _place(
+        self, writer: MetricsWriter, progress: RunProgress, step: int, state: TrainState, figures: StepFigures, seconds: float
+    ) -> TrainState:
+        """Counts a step's traffic; moves experts where it is time to and pays, and tells of it."""
+        layers = figures.figures.layers
+        if layers is None:
+            return state
+        self.links.add(layers.flow)
+        self.replanner.observe(layers.flow, seconds)
+        if step == self.config.train.steps:  # nothing would come of it
+            return state
+        state, events = self.replanner.turn(step, state)
+        for event in events:
+            writer.write(event)
+            progress.say(sentence(event))
+        return state
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any]:
         began = time.perf_counter()
@@ -212,7 +214,8 @@ class _Job:
             "config": dump_config(self.config),
             "data": batches.get_state(),
             "corpus_hash": self.corpus.hash,
-            "placement": self.program.placement.to_json(),
+            "placement": self.replanner.placement.to_json(),
+            "replanning": self.replanner.to_json(),
         }
 
     def _note_skips(self, writer: MetricsWriter, step: int, figures: StepFigures) -> None:

@@ -68,8 +68,7 @@ def _of_run(path: Path, described: Description, step: int | None, fallback: bool
     if saved is None:
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
-    layers = count_moe_layers(described.model, described.moe)
-    engine = _engine(described, relayout.choose_placement(saved, layers, described.moe.num_experts, 1, 0), "float32")
+    engine = _engine(described, relayout.serving_placement(saved, 1), "float32")
     tree, bias_LE = relayout.restore_model(checkpoints, engine, saved, step=step, fallback=fallback)
     arrays = {name: np.asarray(value) for name, value in zip(engine.leaves, _flat(engine, tree), strict=True)}
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))

@@ -4,6 +4,7 @@
     python scripts/benchmark.py train --batch 4 --seq 256                         the same model on one device
     python scripts/benchmark.py layer                                             one MoE layer, forward and backward
     python scripts/benchmark.py generate --against transformers                   prefill and decoding, side by side
+    python scripts/benchmark.py placement --expert 8                              device load, drops, time before and after experts move
     python scripts/benchmark.py compile --data 2 --expert 4 --depths 8 24         compile time against depth
 
 docs/benchmarks.md says what each figure means.
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 
-from moe_jax import benchmark, generation_benchmark
+from moe_jax import benchmark, generation_benchmark, placement_benchmark
 from moe_jax.errors import UserError
 from moe_jax.huge_pages import VARIABLE, restart_with_huge_pages
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "layer": benchmark.layer,
     "compile": benchmark.compile_depths,
     "generate": generation_benchmark.generate,
+    "placement": placement_benchmark.placement,
 }
 
 
@@ -65,6 +67,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--f32-weights", action="store_true", help="hold weights in f32 and convert them in each pass")
         else:
             model_options(command)
+        if name == "placement":
+            placement_options(command)
         if name == "train":
             command.add_argument("--against-dropless", action="store_true", help="also compile the other of capacity and dropless: memory")
             command.add_argument("--count-flops", action="store_true", help="also count the FLOPs that this program and one device's spend")
@@ -117,6 +121,15 @@ def generation_options(command: argparse.ArgumentParser) -> None:
     add("--against", choices=("transformers",), help="measure transformers too, in turns")
     add("--turns", type=positive, default=2, help="with --against: how often each is measured; medians are shown")
     add("--python", default=sys.executable, help="with --against: an interpreter that has torch and transformers")
+
+
+def placement_options(command: argparse.ArgumentParser) -> None:
+    """Options of `placement`, and a model small enough for eight simulated devices."""
+    command.add_argument("--strategy", default="balanced", choices=("balanced", "topology_aware"), help="planner")
+    command.add_argument("--redundant-slots", type=int, default=1, help="slots a device for replicas")
+    command.add_argument("--skew", type=float, default=1.2, help="Zipf exponent of the tokens' frequencies")
+    command.add_argument("--turns", type=positive, default=3, help="how often each table takes its turn")
+    command.set_defaults(width=128, expert_hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, vocab=1024, batch=16, seq=128)
 
 
 def readable(name: str, value: Any) -> str:

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "moe_jax"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
 
 # Who may see the whole configuration: those who build it, and the jobs.
-WHOLE_CONFIG = {f"moe_jax.{name}" for name in ("config", "schema", "initial", "train", "run_dir", "generate", "cli", "benchmark")}
+JOBS = ("starting", "initial", "train", "run_dir", "generate", "cli", "benchmark", "resize", "run_arrays")
+WHOLE_CONFIG = {f"moe_jax.{name}" for name in ("config", "schema", *JOBS)}
 
 # The rooms from the ground up; a module imports from its own floor or from those below it.
 FLOORS = [
@@ -28,7 +29,7 @@ FLOORS = [
     {"step"},
 ]
 # What has no floor here, the jobs and their helpers, stands on top of all of them.
-NUMERIC = {"jax", "flax", "numpy", "optax"}
+NUMERIC = {"jax", "flax", "numpy", "scipy", "optax"}  # jax itself needs scipy
 # flax itself imports rich and yaml.
 UNNEEDED = ("pydantic", "grain", "orbax", "typer", "transformers", "tokenizers", "matplotlib", "tensorboardX", "jaxtyping")
 

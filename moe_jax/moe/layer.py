@@ -177,9 +177,7 @@ class MoE(nnx.Module):
         y_MD, _, inverse_TK = own_rows(route, x_TD, weights, slot_TK)
         return y_MD[inverse_TK.reshape(-1)]
 
-    def join_choices(
-        self, x_TD: Float[Array, "T D"], row_MD: Float[Array, "TK D"], weight_TK: Float[Array, "T K"]
-    ) -> Float[Array, "T D"]:
+    def join_choices(self, x_TD: Float[Array, "T D"], row_MD: Float[Array, "TK D"], weight_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:
         """What `serve` gives, from the sum of `choice_rows` over parts of the experts."""
         choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
         y_TD = dispatch.combine_rows(row_MD, weight_TK, choice_M, choice_M.reshape(weight_TK.shape))

@@ -1,0 +1,64 @@
+"""Planning where experts live, from the traffic that was measured: one function for all strategies, in numpy alone.
+
+    table = plan("topology_aware", traffic_LRE, ranks=8, redundant_slots=1, topology=topology, present=table)
+
+The same arguments always give the same table.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.placement.balanced import balanced
+from moe_jax.placement.relabel import relabel
+from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
+from moe_jax.placement.topology import Topology, one_host
+from moe_jax.placement.topology_aware import link_rows_by_part, topology_aware
+
+STRATEGIES = ("contiguous", "round_robin", "balanced", "topology_aware")
+
+
+def plan(
+    strategy: str,
+    traffic_LRE: np.ndarray,
+    *,
+    ranks: int,
+    redundant_slots: int,
+    topology: Topology | None,
+    present: Placement | None,
+    groups: int = 1,
+    tensor: int = 1,
+) -> Placement:
+    """The table of a strategy for `ranks` devices, each with `redundant_slots` slots beyond its share of the experts.
+
+    `traffic_LRE` are the choices that tokens of each source rank made of each expert. Of them `balanced` uses the sum over
+    sources alone; `topology_aware` takes sources as alike where there are not `ranks` of them. Both fill every slot, and put
+    as much as they can where `present` has it. Without a topology all devices are on one host. `groups` are the router's
+    expert groups, which `balanced` keeps on one host each where they divide among hosts; `tensor` is the size of that mesh axis.
+
+    Raises UserError for an unknown strategy, or a topology that does not match the mesh.
+    """
+    layers, sources, num_experts = traffic_LRE.shape
+    if strategy in ("contiguous", "round_robin"):
+        return (contiguous if strategy == "contiguous" else round_robin)(layers, num_experts, ranks, redundant_slots)
+    if strategy not in STRATEGIES:
+        raise UserError(f"There is no placement strategy {strategy!r} to plan with: choose one of {', '.join(STRATEGIES)}.")
+    traffic_LRE = np.asarray(traffic_LRE, np.float64)
+    if sources != ranks:
+        traffic_LRE = np.repeat(traffic_LRE.sum(1, keepdims=True) / ranks, ranks, axis=1)
+    host_R = one_host(ranks) if topology is None else topology.host_of_rank(ranks, tensor)
+    hosts, weight = int(host_R[-1]) + 1, 1.0 if topology is None else topology.between_weight
+    slots = count_slots(num_experts, ranks, redundant_slots) // ranks
+    full = present is not None and not present.empty_slots and present.by_rank.shape == (layers, ranks, slots)
+    present_LRS = present.by_rank if present is not None and full else None
+    if strategy == "balanced":
+        table_LRS = balanced(traffic_LRE.sum(1), ranks, slots, hosts, groups, present_LRS)
+    else:
+        table_LRS = topology_aware(traffic_LRE, slots, hosts, weight, present_LRS)
+    new = Placement(table_LRS.reshape(layers, ranks * slots), num_experts, ranks)
+    if present is None:
+        return new
+    if strategy == "balanced":
+        return relabel(new, present, hosts, swap_hosts=True)
+    return relabel(new, present, hosts, rows_LHDD=link_rows_by_part(table_LRS, traffic_LRE, hosts))

@@ -1,0 +1,84 @@
+"""Where experts are when a run starts or goes on: the table, what connects the devices, and whether there is room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.model import count_moe_layers
+from moe_jax.placement.plan import plan
+from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
+from moe_jax.placement.topology import Topology
+from moe_jax.replanning import Window
+from moe_jax.schema import Config
+from moe_jax.step import Program
+from moe_jax.topology_file import read_topology
+
+# Where no file says what the links carry, these are assumed by platform, bytes/s: within a host a device, between hosts a host.
+LINKS = {"cpu": (4e9, 1e9), "gpu": (4.5e11, 2e11), "tpu": (4e11, 1e11)}
+
+
+def topology(config: Config) -> Topology:
+    """That of placement.topology; else a host for each process, with links as they are commonly.
+
+    Raises UserError for a file that cannot be read or does not match the mesh.
+    """
+    if config.placement.topology is not None:
+        found = read_topology(Path(config.placement.topology).expanduser(), devices=config.mesh.size)
+    else:
+        hosts = jax.process_count() if config.mesh.size % jax.process_count() == 0 else 1
+        within, between = LINKS.get(jax.devices()[0].platform, LINKS["gpu"])
+        found = Topology(hosts, config.mesh.size // hosts, within, between, latency_within=1e-6, latency_between=1e-5)
+    found.host_of_rank(config.mesh.expert, config.mesh.tensor)  # refuses hosts that cut the mesh's rows
+    return found
+
+
+def placement(config: Config, topology: Topology, saved: Placement | None, kept: dict[str, Any] | None) -> Placement:
+    """The table to begin with. `saved` and `kept` are a resumed run's table and what its `Replanner` kept.
+
+    A strategy that plans follows the saved table where it fits the mesh, else plans by the load that was measured, else begins
+    contiguous. The others say what their table is. Raises UserError for a custom table that does not fit.
+    """
+    layers, experts, ranks = count_moe_layers(config.model, config.moe), config.moe.num_experts, config.mesh.expert
+    chosen, redundant = config.placement, config.placement.redundant_slots
+    if chosen.strategy == "custom":
+        from moe_jax.load_files import read_table
+
+        path = Path(str(chosen.file)).expanduser()
+        return read_table(path, layers=layers, num_experts=experts, ranks=ranks, max_experts_per_device=chosen.max_experts_per_device)
+    if chosen.strategy == "round_robin":
+        return round_robin(layers, experts, ranks, redundant)
+    if chosen.strategy == "contiguous":
+        return contiguous(layers, experts, ranks, redundant)
+    if saved is not None and (saved.ranks, saved.num_slots) == (ranks, count_slots(experts, ranks, redundant)):
+        return saved
+    if kept is None:
+        return contiguous(layers, experts, ranks, redundant)
+    load_LE = Window.from_json(kept["window"]).traffic_LRE.sum(1)
+    traffic_LRE = np.repeat(load_LE[:, None] / ranks, ranks, axis=1)  # what these ranks will send is not known
+    return plan(
+        chosen.strategy,
+        traffic_LRE,
+        ranks=ranks,
+        redundant_slots=redundant,
+        topology=topology,
+        present=None,
+        groups=config.moe.num_groups,
+        tensor=config.mesh.tensor,
+    )
+
+
+def check_memory(topology: Topology, program: Program) -> None:
+    """Refuses a training state that a device of the topology has no room for."""
+    shapes, shardings = jax.tree.leaves(program.abstract_state), jax.tree.leaves(program.state_shardings)
+    held = sum(np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in zip(shapes, shardings, strict=True))
+    if topology.memory is not None and held > topology.memory:
+        slots = program.placement.num_slots // program.placement.ranks
+        raise UserError(
+            f"placement.topology gives a device {topology.memory:,} bytes of memory, but weights and moments, with {slots} experts a layer "
+            f"on each, take {held:,.0f}: use more devices or fewer placement.redundant_slots."
+        )
