@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli_models import AsJson, Dtype, Fallback, Mesh, Quantize, Step
+from moe_jax.cli_models import AsJson, Dtype, ExpertCache, Fallback, Mesh, Quantize, Step
 from moe_jax.console import explained_disk_errors, say
 from moe_jax.errors import UserError
 from moe_jax.model_choice import DTYPES, QUANTIZED, check_step, one_of, parse_bytes, parse_mesh
@@ -65,6 +65,7 @@ def inspect(
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = 64,
+    expert_cache_size: ExpertCache = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", show_default=False, help="A device's, such as 24GiB; exit 1 if less.")
     ] = None,
@@ -82,7 +83,8 @@ def inspect(
 
     with explained_disk_errors(model):
         described = describe(model)
-    found = plan(described, mesh=axes, dtype=dtype, quantize=quantize, group=group, memory=limit, context=context, batch=batch)
+    types: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "group": group}
+    found = plan(described, mesh=axes, **types, memory=limit, context=context, batch=batch, expert_cache=expert_cache_size)
     if as_json:
         print(to_json(found))
     else:

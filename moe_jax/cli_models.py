@@ -16,7 +16,7 @@ import typer
 
 from moe_jax.console import explained_disk_errors, gibibytes, prompt_from_stdin, rates, say, write_pieces
 from moe_jax.errors import UserError
-from moe_jax.model_choice import ModelChoice, require_run
+from moe_jax.model_choice import ModelChoice, Opened, require_run
 
 if TYPE_CHECKING:
     from moe_jax.evaluate import Evaluation
@@ -34,6 +34,7 @@ Mesh = Annotated[str | None, _option("--mesh", metavar="AXES", help="Devices, su
 Dtype = Annotated[str | None, _option("--dtype", metavar="TYPE", help="float32 or bfloat16.")]
 Quantize = Annotated[str | None, _option("--quantize", metavar="TYPE", help="Weights in int8 or int4.")]
 Group = Annotated[int, typer.Option("--group", metavar="N", min=2, help="int4: weights that share a scale.")]
+ExpertCache = Annotated[int | None, _option("--expert-cache-size", metavar="N", min=1, help="Keep N experts a layer on the device.")]
 Memory = Annotated[str | None, _option("--memory", metavar="SIZE", help="Refuse to take more a device, such as 24GiB.")]
 Simulate = Annotated[int | None, _option("--simulate", metavar="N", min=1, help="Simulated CPU devices.  [default: on CPU, the mesh's]")]
 Step = Annotated[int | None, _option("--step", metavar="N", min=0, help="Checkpoint step of a run; the newest if not given.")]
@@ -70,13 +71,14 @@ def generate(
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = 64,
+    expert_cache_size: ExpertCache = None,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
     fallback: Fallback = False,
 ) -> None:
     """Continue a text with a model, on stdout; speeds on stderr."""
-    choice = ModelChoice(_one_place(run_dir, model), mesh, dtype, quantize, memory, simulate, step, fallback, group)
+    choice = ModelChoice(_one_place(run_dir, model), mesh, dtype, quantize, memory, simulate, step, fallback, group, expert_cache_size)
     text = prompt_from_stdin() if prompt == "-" else prompt
     options = _sampling(0.0 if greedy else temperature, top_p, top_k, min_p, repetition_penalty, seed)
     _check_texts(text, stop)
@@ -139,6 +141,14 @@ def _generate(choice: ModelChoice, prompt: str, options: SamplingOptions, system
     say(rates(figures, loaded.context))
     compiled = opened.compile_seconds + figures.compile_seconds
     say(f"loaded in {opened.seconds:,.1f} s, compiled in {compiled:,.1f} s; peak memory {gibibytes(measure.peak_bytes())}")
+    _say_experts(choice, opened)
+
+
+def _say_experts(choice: ModelChoice, opened: Opened) -> None:
+    """What --expert-cache-size came to."""
+    if choice.expert_cache is not None:
+        counts = opened.model.engine.counts  # type: ignore[union-attr]
+        say(f"experts: {counts.hit_rate:.1%} found on the device, {gibibytes(counts.bytes_per_token)} fetched a token")
 
 
 def chat(
@@ -157,13 +167,14 @@ def chat(
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = 64,
+    expert_cache_size: ExpertCache = None,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
     fallback: Fallback = False,
 ) -> None:
     """Talk with a model: /help, /reset, /quit; Ctrl-C stops a reply."""
-    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
+    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group, expert_cache_size)
     options = _sampling(0.0 if greedy else temperature, top_p, top_k, min_p, repetition_penalty, seed)
     _check_texts("?", stop)
     from moe_jax.chat import Conversation, check_template, run_chat
@@ -176,6 +187,7 @@ def chat(
     from moe_jax import measure
 
     say(f"peak memory {gibibytes(measure.peak_bytes())}")
+    _say_experts(choice, opened)
 
 
 def evaluate(
@@ -186,6 +198,7 @@ def evaluate(
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = 64,
+    expert_cache_size: ExpertCache = None,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
@@ -193,7 +206,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a text: nats a token, bits a byte."""
-    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
+    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group, expert_cache_size)
     found = {"model": str(model), "text": str(text), "quantize": quantize, **_evaluated(choice, text, window)._asdict()}
     if as_json:
         beyond = found["perplexity"] == float("inf")  # which JSON cannot say
@@ -211,7 +224,10 @@ def _evaluated(choice: ModelChoice, text: Path, window: int | None) -> Evaluatio
     from moe_jax.evaluate import read_text
 
     content = read_text(text)  # before anything is loaded
-    return score(choice.open().model, content, window, special=not choice.is_run)  # training gives a run no start token
+    opened = choice.open()
+    found = score(opened.model, content, window, special=not choice.is_run)  # training gives a run no start token
+    _say_experts(choice, opened)
+    return found
 
 
 def bench(
@@ -226,6 +242,7 @@ def bench(
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = 64,
+    expert_cache_size: ExpertCache = None,
     memory: Memory = None,
     simulate: Simulate = None,
     step: Step = None,
@@ -233,7 +250,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure reading a prompt and generating, apart."""
-    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group)
+    choice = ModelChoice(model, mesh, dtype, quantize, memory, simulate, step, fallback, group, expert_cache_size)
     figures: dict[str, Any] = {"quantize": quantize}
     if text:
         # One model in memory at a time, so each is opened for itself.
@@ -245,18 +262,21 @@ def bench(
     from moe_jax.speed import bench as run_bench
 
     figures |= run_bench(opened.model, Session(opened.model, batch), prompt=prompt, generated=generated, repeats=repeats)
+    if expert_cache_size is not None:
+        figures |= opened.model.engine.figures()  # type: ignore[union-attr]
     figures |= {"load_seconds": opened.seconds, "compile_seconds": figures["compile_seconds"] + opened.compile_seconds}
     if as_json:
         print(json.dumps(figures, indent=2))
         return
     for name, value in figures.items():
-        print(f"{name:28} {_readable(name, value)}")
+        if not name.endswith("_by_layer"):
+            print(f"{name:28} {_readable(name, value)}")
 
 
 def _readable(name: str, value: Any) -> str:
     if "bytes" in name:
         return gibibytes(value) + ("/s" if name.endswith("per_second") else "")
-    if name.startswith("share"):
+    if name.startswith("share") or name.endswith("hit_rate"):
         return f"{value:.1%}"
     return f"{value:,.4g}" if isinstance(value, float) else "none" if value is None else str(value)
 

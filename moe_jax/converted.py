@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import relayout
@@ -26,9 +26,11 @@ from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.model import count_moe_layers
 from moe_jax.ops.linear import Kind
+from moe_jax.packing import Leaf
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.session import LoadedModel
+from moe_jax.sharding import named
 from moe_jax.tokenizer_files import copy_tokenizer
 
 HEADER, FORMAT = "moe_jax.json", 1
@@ -127,10 +129,20 @@ def _check_room(out: Path, part: Path, params: Any) -> None:
         raise UserError(f"{out} needs {gibibytes(needed)} and its disk has {gibibytes(free)} left: free some space, or name another disk.")
 
 
-def restore(path: Path, engine: Engine) -> tuple[Any, jax.Array]:
-    """Weights in the engine's slots, and the selection bias [L, E]. Raises CorruptCheckpoint where bytes are damaged."""
-    abstract = engine.tree({name: leaf.abstract() for name, leaf in engine.leaves.items()})
-    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, engine.param_shardings)
+def restore(path: Path, engine: Engine, *, experts_on_host: bool = False) -> tuple[Any, jax.Array]:
+    """Weights in the engine's slots, and the selection bias [L, E]. Raises CorruptCheckpoint where bytes are damaged.
+
+    On one device experts can be left in the host's memory, for `offload`.
+    """
+
+    def target(name: str, leaf: Leaf) -> Any:
+        shapes, shardings = leaf.abstract(), named(engine.mesh, leaf.held_spec())
+        if experts_on_host and "/experts/" in name:
+            host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            shardings = jax.tree.map(lambda _: host, shapes)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+    params = engine.tree({name: target(name, leaf) for name, leaf in engine.leaves.items()})
     layers, experts = count_moe_layers(engine.model, engine.moe), engine.moe.num_experts
     bias = jax.ShapeDtypeStruct((layers, experts), jnp.float32, sharding=NamedSharding(engine.mesh, P()))
     adapt = relayout.adapter(engine.model, engine.moe, contiguous(layers, experts, 1), engine.placement)

@@ -9,6 +9,7 @@ from typing import Any
 from moe_jax import converted
 from moe_jax.console import gibibytes, say
 from moe_jax.description import describe
+from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.loading import find_folder, open_model
 from moe_jax.memory import device_bytes
@@ -30,6 +31,7 @@ def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: i
     path = find_folder(path)
     described = describe(path)
     loaded = open_model(path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback)
+    assert isinstance(loaded.engine, Engine)  # experts were not asked to stay on the host
     size = gibibytes(sum(device_bytes(loaded.engine).values()))
     say(f"Writing {size} to {out}.")
     converted.write(out, loaded, described.tokenizer, group, quantize or "float", described.hf_config)

@@ -216,8 +216,12 @@ class Engine:
     def _local_extend(self, params: Any, tables: LayerTables, cache: Cache, turn: Turn, *, fresh: bool) -> tuple[jax.Array, Cache]:
         transformer = nnx.merge(self.graph, params)
         hidden_BSD, cache = transformer.extend(turn, tables, cache, fresh=fresh)
+        return self.last_logits(transformer, hidden_BSD, turn), cache
+
+    def last_logits(self, transformer: Transformer, hidden_BSD: jax.Array, turn: Turn) -> jax.Array:
+        """Logits after each row's last new token, f32 [B, V], inside the compiled program."""
         last_B11 = jnp.maximum(turn.length - 1, 0)[:, None, None]
-        return self._logits(transformer, jnp.take_along_axis(hidden_BSD, last_B11, axis=1)[:, 0]), cache
+        return self._logits(transformer, jnp.take_along_axis(hidden_BSD, last_B11, axis=1)[:, 0])
 
     def _logits(self, transformer: Transformer, hidden_TD: jax.Array) -> jax.Array:
         """Logits over the whole vocabulary, f32 [T, V], on every device."""
@@ -249,18 +253,23 @@ class Engine:
     @cached_property
     def _score(self):
         def local(params: Any, tables: LayerTables, turn: Turn, targets_BS: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-            transformer, hidden_BSD = self._local_hidden(params, tables, turn)
-            split = axes_of(transformer.head_parameter, "vocab")
-            hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-            args = (hidden_TD, transformer.head_weights(), targets_BS.reshape(-1), mask_BS.reshape(-1))
-            axis = split if split and lax.axis_size(split) > 1 else None
-            nats = linear_cross_entropy(*args, axis=axis)
-            if axis is None:
-                nats = psum(nats, split)  # over one device, for its type alone
-            return psum(nats, ("data",)), psum(jnp.sum(mask_BS), ("data",))
+            return self.nats(*self._local_hidden(params, tables, turn), targets_BS, mask_BS)
 
         in_specs = (self.param_specs, P(), TURN_SPEC, P("data"), P("data"))
         return jax.jit(self._shard_map(local, in_specs, P()))
+
+    def nats(
+        self, transformer: Transformer, hidden_BSD: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What `score` gives, inside the compiled program."""
+        split = axes_of(transformer.head_parameter, "vocab")
+        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+        args = (hidden_TD, transformer.head_weights(), targets_BS.reshape(-1), mask_BS.reshape(-1))
+        axis = split if split and lax.axis_size(split) > 1 else None
+        nats = linear_cross_entropy(*args, axis=axis)
+        if axis is None:
+            nats = psum(nats, split)  # over one device, for its type alone
+        return psum(nats, ("data",)), psum(jnp.sum(mask_BS), ("data",))
 
     def score(self, params: Any, tables: LayerTables, tokens_BS: Any, targets_BS: Any, mask_BS: Any) -> tuple[float, float]:
         """Sum of the negative log-likelihoods, nats, of targets where `mask_BS` is 1, and their number. B a multiple of `data`.

@@ -22,6 +22,7 @@ from moe_jax.description import CONVERTED, KINDS, Description, by_kind
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.model import count_moe_layers, layer_kinds
+from moe_jax.offload import check_size
 from moe_jax.packing import bytes_of
 from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.schema import MeshConfig
@@ -71,10 +72,12 @@ def inspect(
     memory: int | None = None,
     context: int | None = None,
     batch: int = 1,
+    expert_cache: int | None = None,
 ) -> Inspection:
     """Plans a model for a mesh; arguments as those of `open_model`, `context` by default the model's own.
 
-    Raises UserError where the mesh does not divide the model, or a converted folder is asked for in another type.
+    Raises UserError where the mesh does not divide the model, a converted folder is asked for in another type, or the experts'
+    cache cannot be.
     """
     model, moe, mesh = described.model, described.moe, mesh or MeshConfig()
     if described.source == CONVERTED:
@@ -92,7 +95,9 @@ def inspect(
     single, engine = plan(MeshConfig()), plan(mesh)
     parameters = {path: math.prod(leaf.shape) for path, leaf in single.leaves.items()}
     used = lambda path: parameters[path] // moe.num_experts * moe.top_k if "/experts/" in path else parameters[path]  # noqa: E731
-    held = by_kind(engine.leaves, lambda path: _device_bytes(engine, path))
+    if expert_cache is not None:
+        check_size(engine, expert_cache)
+    held = by_kind(engine.leaves, lambda path: _device_bytes(engine, path, expert_cache))
     context = context or described.context
     rows = -(-batch // mesh.data) * mesh.data
     cache = _cache_bytes(engine, rows, room(context, context), whole=False)
@@ -116,7 +121,7 @@ def inspect(
         total_bytes=total,
         memory=memory,
         fits=None if memory is None else total <= memory,
-        notes=(*described.notes, *_notes(engine, described, context)),
+        notes=(*described.notes, *_notes(engine, described, context, expert_cache)),
     )
 
 
@@ -126,12 +131,14 @@ def _refuse_other_types(described: Description, dtype: str | None, quantize: str
             raise UserError(f"{option} {asked} but {described.name} was converted to {has}: leave the option out, or convert it again.")
 
 
-def _device_bytes(engine: Engine, path: str) -> int:
-    """Bytes of a leaf that each device of the engine's mesh holds."""
+def _device_bytes(engine: Engine, path: str, expert_cache: int | None) -> int:
+    """Bytes of a leaf that each device of the engine's mesh holds, of experts only `expert_cache` a layer if given."""
     leaf = engine.leaves[path]
     specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     pairs = zip(jax.tree.leaves(leaf.abstract()), specs, strict=True)
-    return sum(math.prod(NamedSharding(engine.mesh, spec).shard_shape(a.shape)) * a.dtype.itemsize for a, spec in pairs)
+    size = sum(math.prod(NamedSharding(engine.mesh, spec).shard_shape(a.shape)) * a.dtype.itemsize for a, spec in pairs)
+    slots = engine.placement.num_slots
+    return size if expert_cache is None or "/experts/" not in path else size // slots * min(expert_cache, slots)
 
 
 def _cache_bytes(engine: Engine, batch: int, length: int, *, whole: bool) -> int:
@@ -162,9 +169,13 @@ def ranges(numbers: Any) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
 
 
-def _notes(engine: Engine, described: Description, context: int) -> list[str]:
+def _notes(engine: Engine, described: Description, context: int, expert_cache: int | None) -> list[str]:
     """What the figures do not say by themselves."""
     found = []
+    if expert_cache is not None:
+        host = sum(bytes_of(leaf) for path, leaf in engine.leaves.items() if "/experts/" in path)
+        kept, experts = min(expert_cache, engine.moe.num_experts), engine.moe.num_experts
+        found.append(f"The device keeps {kept} of the {experts} experts of a layer, and the host's memory all of them: {gibibytes(host)}.")
     windows = [kind.window for kind in layer_kinds(engine.model, engine.moe) if kind.window]
     if windows:
         found.append(

@@ -90,6 +90,7 @@ class ModelChoice:
     step: int | None = None
     fallback: bool = False
     group: int = 64
+    expert_cache: int | None = None
 
     def __post_init__(self) -> None:
         one_of("--dtype", self.dtype, DTYPES)
@@ -130,6 +131,7 @@ class ModelChoice:
                 step=self.step,
                 fallback=self.fallback,
                 group=self.group,
+                expert_cache=self.expert_cache,
                 check=check,
             )
         return Opened(loaded, watch.seconds, watch.compiling)

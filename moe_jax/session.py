@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,9 @@ from moe_jax.errors import UserError
 from moe_jax.layers import Turn
 from moe_jax.moe.layer import LayerTables
 from moe_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moe_jax.offload import OffloadEngine
 
 SHORTEST_TURN = 16  # tokens that new ones behind others are padded to at least
 SHORTEST_CACHE = 1024  # places of a cache to begin with: only those in use are read, so room costs memory alone
@@ -31,7 +34,7 @@ FIRST_CHUNK, NEXT_CHUNK = 4096, 256  # tokens read at once: into an empty cache,
 class LoadedModel:
     """A model ready to run."""
 
-    engine: Engine
+    engine: Engine | OffloadEngine
     params: Any
     tables: LayerTables
     tokenizer: Tokenizer

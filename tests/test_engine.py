@@ -89,7 +89,10 @@ def test_experts_anywhere(which: str) -> None:
         placement = contiguous(layers, experts, 2, redundant_slots=1)
     else:
         rng = np.random.default_rng(2)
-        placement = Placement(np.stack([[-1, *rng.permutation(experts), 3, 0, -1] for _ in range(layers)]), experts, 2)
+        half = experts // 2
+        drawn = [rng.permutation(experts) for _ in range(layers)]
+        rows = [[-1, *order[:half], order[-1], order[0], *order[half:], -1] for order in drawn]
+        placement = Placement(np.array(rows), experts, 2)
     assert_same(write(data, load(data, {"expert": 2}, placement=placement)), wanted(data))
 
 

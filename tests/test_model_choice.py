@@ -74,6 +74,7 @@ def test_the_engine_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
             "step": 7,
             "fallback": True,
             "group": 64,
+            "expert_cache": None,
             "check": None,
         }
     ]
