@@ -41,23 +41,30 @@ class Window:
     earlier_LRE: np.ndarray  # those of the window's first half
     asked_LR: np.ndarray  # choices by the rank whose slot they went to, dropped ones included
     steps: int = 0
+    timed: int = 0  # steps whose time is in `seconds`: not the first of a process, which compiles
     seconds: float = 0.0
     kept: int = 0
     dropped: int = 0
 
-    def add(self, found: Flow, seconds: float, half: int) -> None:
+    def add(self, found: Flow, seconds: float | None, half: int) -> None:
         """One step's counts, stacked over layers; the first half of a window has `half` steps."""
         self.traffic_LRE += found.traffic_RE
         if self.steps < half:
             self.earlier_LRE += found.traffic_RE
         layers, ranks, _ = self.traffic_LRE.shape
         self.asked_LR += np.asarray(found.slot_P).reshape(layers, ranks, -1).sum(-1)
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        self.steps += 1
+        if seconds is not None:
+            self.timed, self.seconds = self.timed + 1, self.seconds + seconds
         self.kept, self.dropped = self.kept + int(np.sum(found.sent_RR)), self.dropped + int(np.sum(found.dropped_RR))
 
     def max_over_mean(self) -> float:
         """Of devices' loads, the mean over layers."""
         return float(np.mean(max_over_mean(self.asked_LR)))
+
+    def step_seconds(self) -> float | None:
+        """A step's time, the mean; None where none was taken."""
+        return self.seconds / self.timed if self.timed else None
 
     def dropped_fraction(self) -> float:
         """Of all choices."""
@@ -99,8 +106,8 @@ class Replanner:
         traffic = np.zeros((layers, ranks, self.placement.num_experts))
         return Window(traffic, traffic.copy(), np.zeros((layers, ranks)))
 
-    def observe(self, found: Flow, seconds: float) -> None:
-        """Counts a step's choices, given stacked over layers and on the host."""
+    def observe(self, found: Flow, seconds: float | None) -> None:
+        """Counts a step's choices, given stacked over layers and on the host; None where its time includes a compilation."""
         self.window.add(found, seconds, self.config.replan_every // 2)
 
     def turn(self, step: int, state: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -146,7 +153,7 @@ class Replanner:
             "seconds_estimated": needed,
             "seconds": None,
             "predicted": _comparison(before, after) | {"gain": gain, "seconds_per_step": before.seconds - after.seconds},
-            "measured": {"step_seconds": window.seconds / window.steps, "dropped_fraction": window.dropped_fraction()},
+            "measured": {"step_seconds": window.step_seconds(), "dropped_fraction": window.dropped_fraction()},
         }
         if event["accepted"]:
             began = time.perf_counter()
@@ -207,7 +214,7 @@ class Replanner:
             "max_over_mean_before": before,
             "max_over_mean_after": after,
             "step_seconds_before": measured["step_seconds"],
-            "step_seconds_after": window.seconds / window.steps,
+            "step_seconds_after": window.step_seconds(),
             "dropped_fraction_before": measured["dropped_fraction"],
             "dropped_fraction_after": window.dropped_fraction(),
         }

@@ -148,7 +148,7 @@ class _Job:
                 figures = jax.device_get(figures)
                 took = time.perf_counter() - began
                 seconds, since = seconds + took, since + 1
-                state = self._place(writer, progress, step, state, figures, took)
+                state = self._place(writer, progress, step, state, figures, None if step == start + 1 else took)
                 stopping, broken = bool(signals), int(figures.skipped_in_row) >= config.train.max_skipped
                 evaluates = step % config.train.eval_every == 0 or step == steps
                 saves = step % config.checkpoint.every == 0 or step == steps or stopping or broken
@@ -185,7 +185,7 @@ class _Job:
         self._end(step if stopping and step < steps else None)
 
     def _place(
-        self, writer: MetricsWriter, progress: RunProgress, step: int, state: TrainState, figures: StepFigures, seconds: float
+        self, writer: MetricsWriter, progress: RunProgress, step: int, state: TrainState, figures: StepFigures, seconds: float | None
     ) -> TrainState:
         """Counts a step's traffic; moves experts where it is time to and pays, and tells of it."""
         layers = figures.figures.layers

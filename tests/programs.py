@@ -26,6 +26,7 @@ def make_program(
     placement: Placement | None = None,
     redundant: int = 0,
     accumulation: int = 1,
+    hosts: int = 1,
 ) -> Program:
     model_config = ModelConfig(**dict(num_layers=2, width=16, num_heads=2, num_kv_heads=2, hidden=16) | (model or {}))
     moe_config = MoEConfig(**dict(num_experts=EXPERTS, top_k=TOP_K, hidden=8, dropless=True) | (moe or {}))
@@ -39,6 +40,7 @@ def make_program(
         vocab_size=VOCAB,
         steps=100,
         accumulation=accumulation,
+        hosts=hosts,
     )
 
 
