@@ -1,5 +1,5 @@
-"""The `moe-jax` command: train, report and doctor, the commands of `cli_models.py` that run a model, and those of
-`cli_checkpoints.py` that take checkpoints in and out.
+"""The `moe-jax` command: train, report, watch and doctor, the commands of `cli_models.py` that run a model, and those of
+`cli_checkpoints.py` and `cli_resize.py` that take checkpoints in and out.
 
 Thin on purpose: each command reads its arguments and calls one function of the package, imported only
 then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found something
@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from moe_jax import __version__, cli_checkpoints, cli_models
+from moe_jax import __version__, cli_checkpoints, cli_models, cli_placement, cli_resize
 from moe_jax.cli_models import Fallback, require_run
 from moe_jax.console import explained_disk_errors
 from moe_jax.errors import UserError
@@ -115,8 +115,11 @@ def _default_run_dir(name: str) -> Path:
     return Path("runs") / name
 
 
-for _name, _command, _example in (*cli_models.COMMANDS, *cli_checkpoints.COMMANDS):
+for _name, _command, _example in (*cli_models.COMMANDS, *cli_checkpoints.COMMANDS, *cli_resize.COMMANDS):
     app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
+
+
+app.add_typer(cli_placement.app, name="placement", epilog="\b\nExample:\n  moe-jax placement show runs/first")
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax report runs/first")
@@ -127,6 +130,19 @@ def report(run_dir: RunDir) -> None:
 
     with explained_disk_errors(run_dir):
         print(write_report(run_dir))
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax watch runs/first")
+def watch(
+    run_dir: RunDir,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit, as always in a pipe.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, metavar="S", help="Seconds between looks.")] = 2.0,
+) -> None:
+    """Follow a run live: progress, load, drops, moves, alerts."""
+    from moe_jax.watch import watch as follow
+
+    with explained_disk_errors(run_dir):
+        follow(run_dir, once=once, interval=interval)
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax doctor --json")

@@ -95,6 +95,11 @@ def section_from_dict(section: Any, values: Mapping[str, Any], prefix: str = "",
     return _build(section, _checked(section, values, source, prefix))
 
 
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The keys and values of a YAML file, {} if it is empty. Raises UserError for one that cannot be read or holds something else."""
+    return _parse(_read(path), str(path))
+
+
 def dump_config(config: Config) -> str:
     """The whole tree as YAML, defaults included, which `config_from_text` reads back to an equal one."""
     return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.load_files import read_table
 from moe_jax.model import count_moe_layers
 from moe_jax.placement.plan import plan
 from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
@@ -46,8 +47,6 @@ def placement(config: Config, topology: Topology, saved: Placement | None, kept:
     layers, experts, ranks = count_moe_layers(config.model, config.moe), config.moe.num_experts, config.mesh.expert
     chosen, redundant = config.placement, config.placement.redundant_slots
     if chosen.strategy == "custom":
-        from moe_jax.load_files import read_table
-
         path = Path(str(chosen.file)).expanduser()
         return read_table(path, layers=layers, num_experts=experts, ranks=ranks, max_experts_per_device=chosen.max_experts_per_device)
     if chosen.strategy == "round_robin":

@@ -88,4 +88,4 @@ def _call(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int
     shifts = np.repeat(list(turns), list(turns.values())).astype(np.int32)
     padded = np.zeros(ranks * budget, np.int32)
     padded[: shifts.size] = shifts
-    return Call(send_layer, send_slot, np.int32(shifts.size), padded, row, layer_of, slot_of)
+    return Call(send_layer, send_slot, np.array(shifts.size, np.int32), padded, row, layer_of, slot_of)

@@ -22,7 +22,7 @@ RANDOM_STARTS = 160  # most of all layers together
 LEAST_STEPS = 1000  # steps that must be left for each start where changes are drawn
 DRAWN = 8  # changes tried at each step where there are more
 PATIENCE = 250  # steps without a gain after which a layer is left
-WORK = 1.2e7  # changes drawn x ranks over all layers and steps, which bounds the time
+WORK = 1e7  # changes drawn x ranks over all layers and steps, which bounds the time
 
 
 class _Links(NamedTuple):
