@@ -114,7 +114,7 @@ class Migration:
     def _local(self, banks: dict[str, jax.Array], call: Call) -> dict[str, jax.Array]:
         rank, ranks = lax.axis_index("expert"), lax.axis_size("expert")
         copies = lax.map(lambda at: self._read(banks, at[0], at[1]), (call.send_layer_RG[rank], call.send_slot_RG[rank]))
-        sends = [lambda x: x, *(partial(_send, shift, ranks) for shift in range(1, ranks))]
+        sends: list[Any] = [lambda x: x, *(partial(_send, shift, ranks) for shift in range(1, ranks))]
 
         def turn(i: jax.Array, banks: dict[str, jax.Array]) -> dict[str, jax.Array]:
             mine = [copy[call.row_RI[rank, i]] for copy in copies]

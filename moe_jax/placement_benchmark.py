@@ -116,7 +116,9 @@ def _build(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Progra
         dispatch="pooled",
     )
     table = contiguous(args.layers, args.experts, mesh.expert, args.redundant_slots)
-    optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=1e-4)
+    optimizer = OptimizerConfig(
+        schedule="constant", warmup_steps=0, learning_rate=1e-5
+    )  # routers stay as they are: placement alone is measured
     return Program(model, moe, optimizer, make_mesh(mesh), table, vocab_size=args.vocab, steps=10_000)
 
 
