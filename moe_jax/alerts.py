@@ -48,7 +48,7 @@ class Alerts:
         self._calm: dict[tuple[str, int | None], int] = {}  # of each alert under way, the lines in a row well within its limit
 
     def check(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Event lines that follow from a training line: `alert` where a limit is first passed, `alert_over` after CALM lines well within it.
+        """Event lines after a training line: `alert` where a limit is first passed, `alert_over` CALM lines well within it later.
 
         A field that the line lacks is not checked. docs/metrics.md has the events' fields.
         """

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.load_files import RUN_FILE, VERSION
 from moe_jax.metrics import dead_experts, max_violation
 from moe_jax.moe.layer import Flow, LayerStats
 from moe_jax.placement.cost import max_over_mean
 from moe_jax.replanning import Window
 from moe_jax.step import StepFigures
-
-TRAFFIC = "traffic.json"
-TRAFFIC_VERSION = 1
 
 
 def training_record(
@@ -94,7 +92,7 @@ def write_traffic(directory: Path, step: int, window: Window, layers: Sequence[i
     """Replaces the run's traffic.json, from which `moe-jax placement plan` plans."""
     text = json.dumps(
         {
-            "version": TRAFFIC_VERSION,
+            "version": VERSION,
             "step": step,
             "steps": window.steps,
             "num_experts": window.traffic_LRE.shape[-1],
@@ -102,6 +100,6 @@ def write_traffic(directory: Path, step: int, window: Window, layers: Sequence[i
             "traffic": window.traffic_LRE.astype(np.int64).tolist(),
         }
     )
-    temporary = directory / f"{TRAFFIC}.tmp"
+    temporary = directory / f"{RUN_FILE}.tmp"
     temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, directory / TRAFFIC)
+    os.replace(temporary, directory / RUN_FILE)

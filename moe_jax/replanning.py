@@ -140,6 +140,9 @@ class Replanner:
             why = f"no layer would gain placement.min_gain={self.config.min_gain:g}"
         elif saved <= needed:
             why = f"moving would take {needed:.3g} s and save {saved:.3g} s until the next decision (estimates)"
+        elif self.config.strategy == "topology_aware":
+            had, would = before.busiest + before.link, after.busiest + after.link
+            why = f"the busiest devices and links had {had:,.0f} rows a step and would have {would:,.0f}"
         else:
             why = f"the busiest device had {before.max_over_mean:.2f} times the mean load and would have {after.max_over_mean:.2f} times"
         event = {

@@ -6,7 +6,6 @@ on one rank; a mesh's own slots are laid out when the run is resumed there.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import dump_config
 from moe_jax.description import describe
 from moe_jax.errors import UserError
+from moe_jax.load_files import RUN_FILE, read_measured
 from moe_jax.mesh import make_mesh
 from moe_jax.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.model import count_moe_layers
@@ -131,15 +131,10 @@ def measured_load(run: Path, step: int, layers: list[int], num_experts: int) -> 
     In a run that was resized and has not trained since, copies have none and the others what they had before.
     Raises UserError where nothing was measured, or for another model.
     """
-    traffic = run / "traffic.json"
-    if traffic.is_file():
-        try:
-            found = json.loads(traffic.read_text(encoding="utf-8"))
-            written, counts, of = found["step"], np.array(found["traffic"], np.float64), found["layers"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{traffic} is damaged ({error!r}): restore it, or remove it (metrics.jsonl then serves).") from error
-        if written == step and counts.any():
-            return _checked(counts.sum(axis=1), traffic, of, layers, num_experts)
+    if (run / RUN_FILE).is_file():
+        found = read_measured(run)
+        if found.step == step and found.traffic_LRE.any():
+            return _checked(found.traffic_LRE.sum(axis=1), run / RUN_FILE, found.layers, layers, num_experts)
     metrics = run / FILE_NAME
     trained: list[Any] = []
     before: list[Any] = []  # what the experts had before the run was resized

@@ -386,5 +386,5 @@ def test_a_load_of_another_model_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="in layers"):
         resize(run, tmp_path / "out", Wanted(12))
     (run / "traffic.json").write_text("{")
-    with pytest.raises(UserError, match=r"traffic.json is damaged"):
+    with pytest.raises(UserError, match=r"traffic.json is not JSON"):
         resize(run, tmp_path / "out", Wanted(12))
