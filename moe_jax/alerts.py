@@ -101,7 +101,7 @@ def _readings(record: dict[str, Any]) -> Iterator[_Reading]:
         if "device_load" in layer:
             ratio, device = max_over_mean(layer["device_load"]), int(np.argmax(layer["device_load"]))
             remedy = "move experts with placement.strategy: balanced and placement.replan_every, or raise moe.aux_loss"
-            yield _Reading("device_load", number, ratio, f"device {device} computes {ratio:.2f} times the mean load", remedy)
+            yield _Reading("device_load", number, ratio, f"device {device} is asked for {ratio:.2f} times the mean load", remedy)
         expert, excess = int(load.argmax()), layer["max_violation"]
         remedy = "raise moe.aux_loss or moe.bias_rate, or give it replicas with placement.redundant_slots"
         found = f"expert {expert} has {1 + excess:.2f} times the mean load, max violation {excess:.2f}"

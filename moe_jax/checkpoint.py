@@ -249,9 +249,16 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
 
     def restore_latest(
-        self, target: Any, adapt: Adapt | None = None, step: int | None = None, fallback: bool = False, partial: bool = False
+        self,
+        target: Any,
+        adapt: Callable[[dict[str, Any]], Adapt] | None = None,
+        step: int | None = None,
+        fallback: bool = False,
+        partial: bool = False,
     ) -> Restored:
         """Restore the newest step, or `step`; with `fallback`, the newest before it that is not damaged.
+
+        `adapt` makes, from a checkpoint's meta, what `restore` takes.
 
         Raises `UserError` where there is no checkpoint, `CorruptCheckpoint` for a damaged one (with `fallback`:
         when all are damaged), and what `restore` raises.
@@ -264,7 +271,9 @@ class Checkpoints:
         skipped: list[str] = []
         for candidate in [last, *(earlier for earlier in reversed(steps) if earlier < last and fallback)]:
             try:
-                return Restored(self.restore(candidate, target, adapt, partial), self.read_meta(candidate), candidate, skipped)
+                meta = self.read_meta(candidate)
+                state = self.restore(candidate, target, None if adapt is None else adapt(meta), partial)
+                return Restored(state, meta, candidate, skipped)
             except CorruptCheckpoint as error:
                 if not fallback:
                     raise

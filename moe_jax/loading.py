@@ -262,7 +262,7 @@ def _open_run(path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], befor
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     engine = Engine(config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options)
     before.look(engine, tokenizer, config.train.seq_len, packs=True)
-    params, bias_LE = relayout.restore_model(checkpoints, engine, saved, step=step, fallback=fallback)
+    params, bias_LE = relayout.restore_model(checkpoints, engine, step=step, fallback=fallback)
     kept = read_kept_config(path)
     ends = (tokenizer.eos_id, *(hf.eos_ids(path / "tokenizer", kept) if kept else ()))
     tables, context = tables_of(engine, bias_LE), config.train.seq_len

@@ -11,6 +11,7 @@ experts that move and never the bank.
 from __future__ import annotations
 
 import re
+import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.errors import UserError
 from moe_jax.model import expert_layers
 from moe_jax.placement.moves import NOTHING, Call, moves_between, schedule
 from moe_jax.placement.table import EMPTY, Placement, slot_sources
@@ -39,28 +39,22 @@ class Moved(NamedTuple):
     bytes: int  # of the experts that changed device, with their moments, once each
     turns: int  # each sends one expert from every device, used or not, one after another
     calls: int
+    seconds: float  # without the compilation that the first one waits for
 
 
 class Migration:
     """Moves the experts of a program's states."""
 
     def __init__(self, program: Program):
-        """Raises UserError where the optimizer keeps moments that cannot move with an expert."""
-        self.program = program
+        self.program, self.compiled = program, False
         shapes, specs = (_by_path(tree) for tree in (program.abstract_state, program.state_shardings))
         slots = program.placement.num_slots
         found = {path: (leaf, specs[path].spec) for path, leaf in shapes.items() if EXPERTS.search(path) and leaf.ndim > 1}
-        for path, (leaf, _) in found.items():
-            param = shapes["params/" + path[path.index("stacks/") :]].shape
-            # Adafactor factors the two largest dims of an array where it has one moment less than dims.
-            if leaf.shape != param and 1 in np.argsort(param, stable=True)[-2:]:
-                raise UserError(
-                    f"optimizer.name=adafactor mixes the {slots} slots' moments in {path}, so that they cannot move: choose adamw or muon, "
-                    "or leave placement.replan_every at 0."
-                )
         self.paths = {path: spec for path, (_, spec) in found.items() if "expert" in spec}
         self.whole = sorted(found.keys() - self.paths.keys())  # small factored moments, which every device holds whole
-        self.expert_bytes = sum(leaf.size // (leaf.shape[0] * slots) * leaf.dtype.itemsize for leaf, _ in found.values())
+        block = next((EXPERTS.search(path) for path in found), None)
+        first = [leaf for path, (leaf, _) in found.items() if block is not None and block[0] in path]
+        self.expert_bytes = sum(leaf.size // (leaf.shape[0] * slots) * leaf.dtype.itemsize for leaf in first)  # of one layer's
         self.bytes_a_turn = self.expert_bytes // (program.mesh.shape["data"] * program.mesh.shape["tensor"])  # that a device sends
         share = slots // program.placement.ranks
         self.budget = max(share, min(4 * share, BUDGET_BYTES // max(self.bytes_a_turn, 1)))
@@ -83,6 +77,10 @@ class Migration:
         leaves = _by_path(state)
         banks = {path: leaves[path] for path in self.paths}
         calls = schedule(old, new, self.budget)
+        if calls and not self.compiled:
+            banks = jax.block_until_ready(self.run(banks, calls[0]._replace(turns=np.array(0, np.int32))))
+            self.compiled = True
+        began = time.perf_counter()
         for call in calls:
             banks = jax.block_until_ready(self.run(banks, call))
         sources = slot_sources(old, new)
@@ -94,7 +92,8 @@ class Migration:
         tables, expert_LP = jax.device_put((tables, expert_LP), replicated)
         state = state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
         turns = sum(int(np.count_nonzero(call.shift_I)) for call in calls)
-        return state, Moved(len(moves_between(old, new)), self.bytes_between(old, new), turns, len(calls))
+        jax.block_until_ready(state)
+        return state, Moved(len(moves_between(old, new)), self.bytes_between(old, new), turns, len(calls), time.perf_counter() - began)
 
     def _take(self, path: str, array: np.ndarray, sources_LP: np.ndarray) -> np.ndarray:
         match = EXPERTS.search(path)

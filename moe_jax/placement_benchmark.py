@@ -2,7 +2,8 @@
 
 `scripts/benchmark.py placement` prints it. Tables take turns (experts migrate between them), so that a machine whose speed drifts
 treats all alike: `contiguous`; `packed`, experts in order of their load, the worst there is; and `planned`, by the load that the
-first steps under `contiguous` measured. Predictions replay those steps' traffic, step by step, through the planned table.
+first steps under `contiguous` measured. Predictions replay those first steps' traffic, step by step, through the planned table, before
+it has been used; every table is then measured on batches of its own.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
     tables = {"contiguous": where} | _plan(program, first[args.warmup :], args)
     steps: dict[str, list[Measured]] = {name: [] for name in tables}
     for turn in range(args.turns):
-        for name, table in tables.items():
+        for number, (name, table) in enumerate(tables.items()):
             state, moved = migration(state, where, table)
             where = table
-            state, measured = _steps(program, state, args, 1000 * (turn + 1), args.steps)
+            state, measured = _steps(program, state, args, 1000 * (turn * len(tables) + number + 1), args.steps)
             steps[name] += measured
             line = f"{'dropless' if dropless else 'capacity'} {name:10} {statistics.median(m.seconds for m in measured):.3f} s a step"
             print(f"{line}, {np.mean([m.dropped for m in measured]):.1%} dropped, {moved.experts} experts had moved", flush=True)
-    replay = [flow(tables["planned"], m.traffic_LRE, np.zeros(mesh.expert, int)) for m in steps["contiguous"]]
+    replay = [flow(tables["planned"], m.traffic_LRE, np.zeros(mesh.expert, int)) for m in first[args.warmup :]]
     before, after = (np.mean([max_over_mean(m.asked_LRR.sum(1)).mean() for m in steps[name]]) for name in ("contiguous", "planned"))
     predicted = np.mean([max_over_mean(r.load_LR).mean() for r in replay])
     name = "dropless" if dropless else "capacity"
@@ -76,7 +77,7 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
         f"{name}_step_seconds_after": _seconds(steps["planned"]),
     }
     if dropless:
-        return found | _predict_seconds(steps, [float(np.ceil(r.sent_LRR.max((1, 2)) / capacity).clip(1).sum()) for r in replay])
+        return found | _predict_seconds(steps, [float(np.ceil(r.sent_LRR.max((1, 2)) / capacity).clip(1).sum()) for r in replay], args.skew)
     lost = [np.maximum(r.sent_LRR - capacity, 0).sum() / r.sent_LRR.sum() for r in replay]
     return found | {
         "dropped_fraction_before": float(np.mean([m.dropped for m in steps["contiguous"]])),
@@ -85,10 +86,12 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
     }
 
 
-def _predict_seconds(steps: dict[str, list[Measured]], rounds: list[float]) -> Figures:
+def _predict_seconds(steps: dict[str, list[Measured]], rounds: list[float], skew: float) -> Figures:
     """A step's time under the planned table from its predicted rounds and what a round costs, which contiguous and packed show."""
     seconds = {name: _seconds(measured) for name, measured in steps.items()}
     mean = {name: float(np.mean([m.rounds for m in measured])) for name, measured in steps.items()}
+    if mean["packed"] == mean["contiguous"]:
+        raise UserError(f"--skew {skew:g} is too even: the worst table takes as many rounds as contiguous, so a round has no price.")
     a_round = (seconds["packed"] - seconds["contiguous"]) / (mean["packed"] - mean["contiguous"])
     predicted = seconds["contiguous"] + a_round * (float(np.mean(rounds)) - mean["contiguous"])
     return {

@@ -14,8 +14,8 @@ from moe_jax.load_files import RUN_FILE, VERSION
 from moe_jax.metrics import dead_experts, max_violation
 from moe_jax.moe.layer import Flow, LayerStats
 from moe_jax.placement.cost import max_over_mean
-from moe_jax.replanning import Window
 from moe_jax.step import StepFigures
+from moe_jax.window import Window
 
 
 def training_record(
@@ -42,8 +42,8 @@ def training_record(
         "skipped": int(figures.skipped),
     }
     if stats is not None:
-        computed = np.asarray(stats.flow.computed_NR)
-        record["device_load_max_over_mean"] = float(np.mean(max_over_mean(computed.reshape(len(computed), -1))))
+        asked = np.asarray(stats.flow.asked_NR)
+        record["device_load_max_over_mean"] = float(np.mean(max_over_mean(asked.reshape(len(asked), -1))))
     return record | {"layers": [] if stats is None else _layers(stats, layers)}
 
 
@@ -59,7 +59,7 @@ def _layers(stats: LayerStats, layers: Sequence[int]) -> list[dict[str, Any]]:
             "dropped": int(stats.dropped[i]),
             "dropped_to": flow.dropped_RR[i].sum(0).tolist(),
             "rounds": int(stats.rounds[i]),
-            "device_load": flow.computed_NR[i].reshape(-1).tolist(),
+            "device_load": flow.asked_NR[i].reshape(-1).tolist(),
             "slot_load": flow.slot_P[i].tolist(),
         }
         for i, layer in enumerate(layers)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint import Adapt, Checkpoints, Restored
 from moe_jax.engine import Engine
-from moe_jax.errors import CorruptCheckpoint, UserError
+from moe_jax.errors import CorruptCheckpoint
 from moe_jax.model import count_moe_layers, expert_layers
 from moe_jax.moe.layer import LayerTables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
@@ -56,35 +56,23 @@ def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> di
     return None
 
 
-def restore(checkpoints: Checkpoints, program: Program, saved: Placement, *, step: int | None, fallback: bool) -> Restored:
+def restore(checkpoints: Checkpoints, program: Program, *, step: int | None, fallback: bool) -> Restored:
     """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
-    adapt = adapter(program.model, program.moe, saved, program.placement)
+    adapt = lambda meta: adapter(program.model, program.moe, Placement.from_json(meta["placement"]), program.placement)  # noqa: E731
     found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback, partial=True)
-    _check_placement(found, saved)
     return found._replace(state=_with_tables(program, found.state))
 
 
-def restore_model(checkpoints: Checkpoints, engine: Engine, saved: Placement, *, step: int | None, fallback: bool) -> tuple[Any, jax.Array]:
+def restore_model(checkpoints: Checkpoints, engine: Engine, *, step: int | None, fallback: bool) -> tuple[Any, jax.Array]:
     """Training parameters in the engine's slots, cut over its mesh, and the selection bias [L, E]."""
     shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=NamedSharding(engine.mesh, leaf.spec))  # noqa: E731
     params = engine.tree({path: shape(leaf) for path, leaf in engine.leaves.items()})
     whole = NamedSharding(engine.mesh, PartitionSpec())
     bias = jax.ShapeDtypeStruct((count_moe_layers(engine.model, engine.moe), engine.moe.num_experts), jnp.float32, sharding=whole)
     target = {"params": params, "tables": {"bias_E": bias}}
-    adapt = adapter(engine.model, engine.moe, saved, engine.placement)
+    adapt = lambda meta: adapter(engine.model, engine.moe, Placement.from_json(meta["placement"]), engine.placement)  # noqa: E731
     found = checkpoints.restore_latest(target, adapt, step=step, fallback=fallback, partial=True)
-    _check_placement(found, saved)
     return found.state["params"], found.state["tables"]["bias_E"]
-
-
-def _check_placement(found: Restored, saved: Placement) -> None:
-    """Refuses weights that were read by another table than their own, which a fall back over a change of mesh would do."""
-    own = Placement.from_json(found.meta["placement"])
-    if not np.array_equal(own.physical_to_logical, saved.physical_to_logical):
-        raise UserError(
-            f"--fallback came to the checkpoint of step {found.step}, whose experts lie in other slots than in the damaged ones "
-            "after it: delete the damaged steps in checkpoints/ and try again."
-        )
 
 
 def _target(program: Program) -> TrainState:

@@ -2,7 +2,7 @@
 
     replanner = Replanner(config.placement, topology, program)
     replanner.observe(flow, seconds)                       # after each step
-    state, events = replanner.turn(step, state)            # every placement.replan_every steps moves experts, if that pays
+    state, events = replanner.turn(step, state, last)      # every placement.replan_every steps moves experts, if that pays
 
 A plan is made by the whole window since the last decision, and believed where one made by the window's first half would have paid
 in its second: while routers drift, or loads only seem uneven, nothing moves. A decision follows from counts and from the rates of
@@ -11,8 +11,6 @@ the topology, never from a clock: a run that is resumed, or run again, decides a
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,57 +25,10 @@ from moe_jax.placement.table import Placement
 from moe_jax.placement.topology import Topology
 from moe_jax.schema import PlacementConfig
 from moe_jax.step import Program, TrainState
+from moe_jax.window import Window
 
 # Matmul FLOP/s of a device, by platform, assumed to turn rows into seconds: decisions must not hang on a measurement.
-ARRAYS = ("traffic_LRE", "earlier_LRE", "asked_LR")
 FLOPS = {"cpu": 3e10, "gpu": 2e14, "tpu": 1e14}
-
-
-@dataclasses.dataclass
-class Window:
-    """Sums over the steps since the last decision."""
-
-    traffic_LRE: np.ndarray  # choices by source rank and expert
-    earlier_LRE: np.ndarray  # those of the window's first half
-    asked_LR: np.ndarray  # choices by the rank whose slot they went to, dropped ones included
-    steps: int = 0
-    timed: int = 0  # steps whose time is in `seconds`: not the first of a process, which compiles
-    seconds: float = 0.0
-    kept: int = 0
-    dropped: int = 0
-
-    def add(self, found: Flow, seconds: float | None, half: int) -> None:
-        """One step's counts, stacked over layers; the first half of a window has `half` steps."""
-        self.traffic_LRE += found.traffic_RE
-        if self.steps < half:
-            self.earlier_LRE += found.traffic_RE
-        layers, ranks, _ = self.traffic_LRE.shape
-        self.asked_LR += np.asarray(found.slot_P).reshape(layers, ranks, -1).sum(-1)
-        self.steps += 1
-        if seconds is not None:
-            self.timed, self.seconds = self.timed + 1, self.seconds + seconds
-        self.kept, self.dropped = self.kept + int(np.sum(found.sent_RR)), self.dropped + int(np.sum(found.dropped_RR))
-
-    def max_over_mean(self) -> float:
-        """Of devices' loads, the mean over layers."""
-        return float(np.mean(max_over_mean(self.asked_LR)))
-
-    def step_seconds(self) -> float | None:
-        """A step's time, the mean; None where none was taken."""
-        return self.seconds / self.timed if self.timed else None
-
-    def dropped_fraction(self) -> float:
-        """Of all choices."""
-        return self.dropped / max(self.kept + self.dropped, 1)
-
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint; counts are whole numbers."""
-        return {name: value.astype(np.int64).tolist() if name in ARRAYS else value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Window:
-        """Reads `to_json`'s form."""
-        return cls(**value | {name: np.array(value[name], np.float64) for name in ARRAYS})
 
 
 class Estimate(NamedTuple):
@@ -102,25 +53,30 @@ class Replanner:
         self.decided: dict[str, Any] | None = None  # the newest decision that moved experts, until its gain has been seen
 
     def _new_window(self) -> Window:
-        layers, ranks = len(self.placement.physical_to_logical), self.placement.ranks
-        traffic = np.zeros((layers, ranks, self.placement.num_experts))
-        return Window(traffic, traffic.copy(), np.zeros((layers, ranks)))
+        return Window.empty(len(self.placement.physical_to_logical), self.placement.ranks, self.placement.num_experts)
 
     def observe(self, found: Flow, seconds: float | None) -> None:
         """Counts a step's choices, given stacked over layers and on the host; None where its time includes a compilation."""
         self.window.add(found, seconds, self.config.replan_every // 2)
 
-    def turn(self, step: int, state: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
-        """The state, its experts moved if this step decides so, and what metrics.jsonl says of it."""
-        if not self.config.replan_every or step % self.config.replan_every or not self.window.steps:
+    def turn(self, step: int, state: TrainState, last: int) -> tuple[TrainState, list[dict[str, Any]]]:
+        """The state, its experts moved if this step decides so, and what metrics.jsonl says of it; `last` is the run's last step.
+
+        The last step only tells what came of the decision before. A window too short to be tried on itself goes on.
+        """
+        due = self.config.replan_every and step % self.config.replan_every == 0 and self.window.halves
+        if not (due or (step == last and self.window.steps)):
             return state, []
         events = [self._realised(step, self.decided)] if self.decided else []
-        state, event = self._decide(step, state)
+        if step == last:
+            self.decided = None
+            return state, events
+        state, event = self._decide(step, state, min(self.config.replan_every, last - step))
         self.decided = event if event["accepted"] else None
         self.before, self.window = self.window, self._new_window()
         return state, [*events, event]
 
-    def _decide(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def _decide(self, step: int, state: TrainState, horizon: int) -> tuple[TrainState, dict[str, Any]]:
         """What is predicted is what a plan by the window's first half would have made of its second, which it did not see."""
         window, old = self.window, self.placement
         first_LRE = window.earlier_LRE
@@ -129,17 +85,19 @@ class Replanner:
         better_L = self._worth(trial, second_LRE) < (1 - self.config.min_gain) * self._worth(old, second_LRE)
         mixed = lambda table: _mix(better_L, table, old)  # noqa: E731
         new = mixed(self._plan(window.traffic_LRE))
-        steps = window.steps - min(window.steps, self.config.replan_every // 2)
-        before, after = (self.estimate(table, second_LRE / steps) for table in (old, mixed(trial)))
+        second_LRE = second_LRE / (window.steps - window.earlier)
+        before, after = (self.estimate(table, second_LRE) for table in (old, mixed(trial)))
         assert self.migration is not None
         calls = schedule(old, new, self.migration.budget)
-        gain = 1 - after.busiest / before.busiest if before.busiest else 0.0
-        needed = sum(int(call.turns) for call in calls) * self.migration.bytes_a_turn / self._slowest_link()
-        saved = (before.seconds - after.seconds) * self.config.replan_every
-        if not calls:
+        bandwidth, latency = self._slowest_link()
+        needed = sum(int(call.turns) for call in calls) * (self.migration.bytes_a_turn / bandwidth + latency)
+        saved = (before.seconds - after.seconds) * horizon
+        if not better_L.any():
             why = f"no layer would gain placement.min_gain={self.config.min_gain:g}"
+        elif not calls:
+            why = "the plan is the present table"
         elif saved <= needed:
-            why = f"moving would take {needed:.3g} s and save {saved:.3g} s until the next decision (estimates)"
+            why = f"moving would take {needed:.3g} s and save {saved:.3g} s in {horizon} steps (estimates)"
         elif self.config.strategy == "topology_aware":
             had, would = before.busiest + before.link, after.busiest + after.link
             why = f"the busiest devices and links had {had:,.0f} rows a step and would have {would:,.0f}"
@@ -155,13 +113,16 @@ class Replanner:
             "bytes": self.migration.bytes_between(old, new),
             "seconds_estimated": needed,
             "seconds": None,
-            "predicted": _comparison(before, after) | {"gain": gain, "seconds_per_step": before.seconds - after.seconds},
+            "predicted": _comparison(before, after)
+            | {
+                "gain": 1 - after.max_over_mean / before.max_over_mean,
+                "seconds_per_step": before.seconds - after.seconds,
+            },
             "measured": {"step_seconds": window.step_seconds(), "dropped_fraction": window.dropped_fraction()},
         }
         if event["accepted"]:
-            began = time.perf_counter()
             state, moved = self.migration(state, old, new)
-            event |= {"moves": moved.experts, "seconds": time.perf_counter() - began}
+            event |= {"moves": moved.experts, "seconds": moved.seconds}
             self.placement = new
         return state, event
 
@@ -196,11 +157,13 @@ class Replanner:
         seconds = (busiest * flops / FLOPS.get(platform, FLOPS["gpu"]) + link * sent / self.topology.bandwidth_within) / mesh["data"]
         return Estimate(found.load_LR.sum(0), busiest, float(np.mean(max_over_mean(found.load_LR))), link, seconds)
 
-    def _slowest_link(self) -> float:
-        """Bytes/s that a device has for a migration, at worst."""
+    def _slowest_link(self) -> tuple[float, float]:
+        """Bytes/s that a device has for a migration and seconds a message takes, at worst."""
         topology = self.topology
+        if self.host_R[-1] == 0:
+            return topology.bandwidth_within, topology.latency_within
         shared = topology.bandwidth_between / topology.devices_per_host
-        return min(topology.bandwidth_within, shared) if topology.hosts > 1 else topology.bandwidth_within
+        return min(topology.bandwidth_within, shared), topology.latency_between
 
     def _realised(self, step: int, decision: dict[str, Any]) -> dict[str, Any]:
         """What the window after a migration shows beside what was predicted."""
@@ -210,7 +173,7 @@ class Replanner:
             "step": step,
             "event": "placement_realised",
             "of_step": decision["step"],
-            "predicted_gain": 1 - predicted["max_over_mean_after"] / before,
+            "predicted_gain": predicted["gain"],
             "realised_gain": 1 - after / before,
             "device_load_before": predicted["device_load_before"],
             "device_load_after": (window.asked_LR.sum(0) / window.steps).tolist(),
@@ -225,15 +188,18 @@ class Replanner:
     # What a checkpoint keeps, so that a resumed run decides as the uninterrupted one does.
 
     def to_json(self) -> dict[str, Any] | None:
-        """The window and the decision whose gain is still to be seen; None where nothing is ever decided."""
-        return {"window": self.window.to_json(), "decided": self.decided} if self.config.replan_every else None
+        """The windows and the decision whose gain is still to be seen; None where nothing is ever decided."""
+        if not self.config.replan_every:
+            return None
+        before = None if self.before is None else self.before.to_json()
+        return {"window": self.window.to_json(), "before": before, "decided": self.decided}
 
-    def restore(self, kept: dict[str, Any] | None) -> None:
-        """Takes up `to_json`'s form; a window of another number of ranks says nothing of these and begins anew."""
-        if kept and self.config.replan_every:
-            window = Window.from_json(kept["window"])
-            if window.traffic_LRE.shape == self.window.traffic_LRE.shape:
-                self.window, self.decided = window, kept["decided"]
+    def restore(self, kept: dict[str, Any] | None, saved: Placement) -> None:
+        """Takes up `to_json`'s form, `saved` being the checkpoint's table. With another table than this one counting begins anew."""
+        same = saved.ranks == self.placement.ranks and np.array_equal(saved.physical_to_logical, self.placement.physical_to_logical)
+        if kept and same and self.config.replan_every:
+            self.window, self.decided = Window.from_json(kept["window"]), kept["decided"]
+            self.before = None if kept["before"] is None else Window.from_json(kept["before"])
 
     def load_window(self) -> Window:
         """The longer of the windows before and since the last decision."""

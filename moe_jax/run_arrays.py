@@ -64,7 +64,7 @@ def read_run(run: Path, config: Config, *, step: int | None, fallback: bool) -> 
         raise UserError(f"{checkpoints.directory} holds no checkpoint to begin with: train first, or name another run.")
     described = describe(run)
     program = host_program(config, described.vocab_size)
-    found = relayout.restore(checkpoints, program, saved, step=step, fallback=fallback)
+    found = relayout.restore(checkpoints, program, step=step, fallback=fallback)
     state = found.state
     arrays = {name: np.asarray(leaf) for name, leaf in _flat(state.params, state.opt_state).items()}
     counters = {name: int(getattr(state, name)) for name in COUNTERS}

@@ -34,7 +34,10 @@ class PlacementConfig:
         default=0, help="Steps between decisions to move experts, by the load measured since; 0 never moves any.", ge=0
     )
     min_gain: float = setting(
-        default=0.05, help="Least predicted fall of the busiest device's load, as a share of it, for which experts move.", ge=0, le=1
+        default=0.05,
+        help="Least predicted fall, as a share, for which a layer's experts move: of the busiest device's load, with topology_aware and link's.",
+        ge=0,
+        le=1,
     )
     file: str | None = setting(default=None, help="JSON table for `custom`, as `moe-jax placement plan --out` writes it.")
     topology: str | None = setting(
@@ -56,6 +59,11 @@ class PlacementConfig:
         if (self.strategy == "custom") != (self.file is not None):
             raise UserError(
                 f"placement.strategy={self.strategy} with placement.file={self.file or 'null'}: a file goes with custom, and custom needs one."
+            )
+        if self.strategy == "custom" and self.redundant_slots:
+            raise UserError(
+                f"placement.redundant_slots={self.redundant_slots} does not go with placement.strategy=custom, whose table says how many slots "
+                "there are: leave it out."
             )
 
 
@@ -207,7 +215,7 @@ class Config:
                     "parameters are sharded: change one of them."
                 )
         share, most = -(-self.moe.num_experts // mesh.expert) + self.placement.redundant_slots, self.placement.max_experts_per_device
-        if most is not None and share > most:
+        if most is not None and share > most and self.placement.strategy != "custom":
             raise UserError(
                 f"placement.max_experts_per_device={most} but {self.moe.num_experts} experts over mesh.expert={mesh.expert} with "
                 f"placement.redundant_slots={self.placement.redundant_slots} take {share} slots a device: raise it, or use more devices."

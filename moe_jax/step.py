@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import slots
 from moe_jax.annotations import Array, Float, Int
+from moe_jax.errors import UserError
 from moe_jax.layers import Batch
 from moe_jax.model import Transformer, count_moe_layers, expert_layers
 from moe_jax.moe import balance
@@ -103,8 +104,20 @@ class Program:
         self.schedule = make_schedule(optimizer, steps)
         self.optimizer = make_optimizer(optimizer, self.param_axes)
         self.abstract_state = jax.eval_shape(self._init, np.uint32(0))
+        if optimizer.name == "adafactor":
+            self._refuse_mixed_slots()
         self.state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self._state_specs())
         self.batch_sharding = NamedSharding(mesh, P(BATCH_AXES))
+
+    def _refuse_mixed_slots(self) -> None:
+        """Adafactor keeps means over the two largest dims of an array from 128 on; over slots, they would depend on the placement."""
+        for path, leaf in jax.tree.leaves_with_path(self.abstract_state.params):
+            dims = np.argsort(leaf.shape, stable=True)[-2:]
+            if "experts" in jax.tree_util.keystr(path) and 1 in dims and leaf.shape[dims[0]] >= 128:
+                raise UserError(
+                    f"optimizer.name=adafactor would mix the moments of a layer's {leaf.shape[1]} slots, whose experts are smaller "
+                    f"({' x '.join(map(str, leaf.shape[2:]))}): choose adamw or muon."
+                )
 
     def _build(self, key: jax.Array) -> Transformer:
         return Transformer(self.model, self.moe, self.vocab_size, rngs=nnx.Rngs(params=key))

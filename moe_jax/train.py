@@ -60,7 +60,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     kept = relayout.saved_meta(checkpoints, None, fallback) if resume else None
     saved = None if kept is None else Placement.from_json(kept["placement"])
-    topology = starting.topology(config)
+    topology = starting.topology(config, mesh)
     placement = starting.placement(config, topology, saved, None if kept is None else kept.get("replanning"))
     program = Program(
         config.model,
@@ -78,14 +78,14 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     if saved is None:
         state = initial.first_state(program, config)
     else:
-        restored = relayout.restore(checkpoints, program, saved, step=None, fallback=fallback)
+        restored = relayout.restore(checkpoints, program, step=None, fallback=fallback)
         for problem in restored.skipped:
             print(f"Passed over a damaged checkpoint: {problem}.")
         _check_corpus(restored.meta, corpus)
         if restored.step > config.train.steps:
             raise UserError(f"train.steps={config.train.steps} but the run in {directory} has done {restored.step}: give more steps.")
         state = restored.state
-        replanner.restore(restored.meta.get("replanning"))
+        replanner.restore(restored.meta.get("replanning"), Placement.from_json(restored.meta["placement"]))
         batches.set_state(restored.meta["data"])
 
     environment = _environment(config, corpus, program, state, vocab_size)
@@ -193,9 +193,7 @@ class _Job:
             return state
         self.links.add(layers.flow)
         self.replanner.observe(layers.flow, seconds)
-        if step == self.config.train.steps:  # nothing would come of it
-            return state
-        state, events = self.replanner.turn(step, state)
+        state, events = self.replanner.turn(step, state, self.config.train.steps)
         for event in events:
             writer.write(event)
             progress.say(sentence(event))
@@ -285,8 +283,7 @@ def _environment(config: Config, corpus: Corpus, program: Program, state: TrainS
     total, active = measure.parameter_counts(config.model, config.moe, vocab_size)
     empty = program.placement.empty_slots
     if empty:
-        experts = config.moe.num_experts
-        print(f"mesh.expert={config.mesh.expert} does not divide moe.num_experts={experts}: {empty} slots a layer stay empty.")
+        print(f"{empty} of the {program.placement.num_slots} slots a layer on mesh.expert={config.mesh.expert} devices begin empty.")
     return run_dir.describe(
         config,
         corpus_hash=corpus.hash,

@@ -69,7 +69,7 @@ def _of_run(path: Path, described: Description, step: int | None, fallback: bool
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
     engine = _engine(described, relayout.serving_placement(saved, 1), "float32")
-    tree, bias_LE = relayout.restore_model(checkpoints, engine, saved, step=step, fallback=fallback)
+    tree, bias_LE = relayout.restore_model(checkpoints, engine, step=step, fallback=fallback)
     arrays = {name: np.asarray(value) for name, value in zip(engine.leaves, _flat(engine, tree), strict=True)}
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))
 

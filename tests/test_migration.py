@@ -79,6 +79,7 @@ PROGRAMS = {
     "1x8, two arrays' patterns": dict(expert=8, **PATTERN),
     "2x2x2 with biases": dict(data=2, expert=2, tensor=2, moe=MOE | dict(expert_bias=True)),
     "2x4, replicas": dict(data=2, expert=4, redundant=2, moe=MOE),
+    "1x4, replicas on two hosts": dict(expert=4, redundant=1, moe=MOE, hosts=2),
     "adafactor": dict(expert=4, model=dict(width=128), moe=MOE | dict(hidden=128), optimizer=dict(name="adafactor"), redundant=1),
     "muon": dict(data=2, expert=2, moe=MOE, optimizer=dict(name="muon")),
     "one device": dict(moe=MOE),
@@ -99,7 +100,7 @@ def test_everything_of_an_expert_moves_and_nothing_else(settings):
         for name, values in before.items():
             np.testing.assert_array_equal(after[name], values, err_msg=name)
         np.testing.assert_array_equal(state.expert_LP, new.physical_to_logical)
-        for have, want in zip(state.tables[:3], new.routing(), strict=True):
+        for have, want in zip(state.tables[:3], new.routing(program.hosts), strict=True):
             np.testing.assert_array_equal(have, want)
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.state_shardings), strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -109,6 +110,7 @@ def test_everything_of_an_expert_moves_and_nothing_else(settings):
 
 
 def test_a_loss_curve_with_a_migration_every_five_steps_is_the_same_to_the_last_bit():
+    """Without drops and with one round, which depend on where experts are, all is in one order of arithmetic."""
     program = make_program(2, 4, moe=MOE | dict(capacity_factor=4.0))
     migration, draw = Migration(program), np.random.default_rng(1)
 
@@ -147,8 +149,9 @@ def test_replicas_come_and_go_and_lose_nothing():
         by_expert(program, state, placement)  # asserts that replicas are equal, moments included
 
 
-def test_the_compiled_program_sends_single_experts_and_gathers_nothing():
-    program = make_program(2, 4, moe=MOE, redundant=1)
+@pytest.mark.parametrize("settings", [dict(moe=MOE, redundant=1), PATTERN], ids=["one block", "two blocks"])
+def test_the_compiled_program_sends_single_experts_and_gathers_nothing(settings):
+    program = make_program(2, 4, **settings)
     migration = Migration(program)
     state = program.init(7)
     banks = {path: leaf for path, leaf in _flat(state).items() if path in migration.paths}
@@ -169,14 +172,14 @@ def test_a_single_swap_costs_two_experts():
     table = np.array(old.physical_to_logical)
     table[1, [0, 5]] = table[1, [5, 0]]
     state, moved = migration(program.init(7), old, Placement(table, EXPERTS, 4))
-    assert (moved.experts, moved.bytes, moved.turns, moved.calls) == (2, 2 * migration.expert_bytes, 1, 1)  # both go two ranks on
-    assert migration(state, Placement(table, EXPERTS, 4), Placement(table, EXPERTS, 4))[1] == (0, 0, 0, 0)
+    assert moved[:4] == (2, 2 * migration.expert_bytes, 1, 1)  # both go two ranks on
+    assert migration(state, Placement(table, EXPERTS, 4), Placement(table, EXPERTS, 4))[1][:4] == (0, 0, 0, 0)
 
 
 def test_moments_that_mix_experts_are_refused():
     settings = dict(model=dict(width=128), moe=MOE | dict(num_experts=128), optimizer=dict(name="adafactor"))
-    with pytest.raises(UserError, match="mixes the 128 slots"):
-        Migration(make_program(1, 2, **settings))
+    with pytest.raises(UserError, match="moments of a layer's 128 slots"):
+        make_program(1, 2, **settings)
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ SIZES = dict(layers=1, width=32, heads=2, kv_heads=1, head_dim=16, experts=8, ex
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    run = dict(capacity_factor=1.0, strategy="balanced", redundant_slots=1, skew=1.2, warmup=1, steps=3, turns=1)
+    run = dict(capacity_factor=1.0, strategy="balanced", redundant_slots=1, skew=2.0, warmup=1, steps=3, turns=1)
     return argparse.Namespace(**SIZES | run | changes)
 
 

@@ -41,7 +41,7 @@ class Flow(NamedTuple):
     traffic_RE: Int[Array, "R E"]  # by source rank and logical expert
     sent_RR: Int[Array, "R R"]  # that an expert computed, by source and destination rank
     dropped_RR: Int[Array, "R R"]  # for which the pool was full, which happens at the source alone
-    computed_NR: Int[Array, "N R"]  # rows that each device's experts computed, by data row and rank
+    asked_NR: Int[Array, "N R"]  # for each device's experts, by data row and rank, dropped ones included
     slot_P: Int[Array, " P"]  # by slot, dropped ones included
 
 
@@ -201,7 +201,7 @@ def flow(load_E: jax.Array, slot_TK: jax.Array, num_slots: int, room: jax.Array)
     # Everyone adds a table with only its own line filled.
     mine_R1 = (jnp.arange(ranks) == lax.axis_index("expert"))[:, None].astype(jnp.int32)
     mine_N1 = (jnp.arange(rows) == lax.axis_index("data"))[:, None].astype(jnp.int32)
-    return lax.psum(Flow(mine_R1 * load_E, mine_R1 * kept_R, mine_R1 * (asked_R - kept_R), mine_N1 * kept_R, slot_P), BATCH_AXES)
+    return lax.psum(Flow(mine_R1 * load_E, mine_R1 * kept_R, mine_R1 * (asked_R - kept_R), mine_N1 * asked_R, slot_P), BATCH_AXES)
 
 
 def pooled_exchange(

@@ -46,16 +46,16 @@ class Placement:
         for layer, slots in enumerate(table):
             wrong = slots[(slots < EMPTY) | (slots >= self.num_experts)]
             if wrong.size:
-                raise UserError(f"Placement of layer {layer} names expert {wrong[0]}: experts are 0 to {self.num_experts - 1}.")
+                raise UserError(f"Placement of MoE layer {layer} names expert {wrong[0]}: use 0 to {self.num_experts - 1}, or -1 for none.")
             missing = np.setdiff1d(np.arange(self.num_experts), slots)
             if missing.size:
-                raise UserError(f"Placement of layer {layer} leaves expert {missing[0]} without a slot: give each expert one.")
+                raise UserError(f"Placement of MoE layer {layer} leaves expert {missing[0]} without a slot: give each expert one.")
         held = np.sort(self.by_rank, axis=-1)
         twice = np.argwhere((held[..., 1:] == held[..., :-1]) & (held[..., 1:] != EMPTY))
         if twice.size:
             layer, rank, at = twice[0]
             raise UserError(
-                f"Placement of layer {layer} has expert {held[layer, rank, at]} twice on device {rank}: put its replica on another."
+                f"Placement of MoE layer {layer} has expert {held[layer, rank, at]} twice on device {rank}: put its replica on another."
             )
 
     @property
