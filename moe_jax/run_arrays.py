@@ -134,7 +134,7 @@ def measured_load(run: Path, step: int, layers: list[int], num_experts: int) -> 
     if (run / RUN_FILE).is_file():
         found = read_measured(run)
         if found.step == step and found.traffic_LRE.any():
-            return _checked(found.traffic_LRE.sum(axis=1), run / RUN_FILE, found.layers, layers, num_experts)
+            return _checked(found.traffic_LRE.sum(axis=1) * found.steps, run / RUN_FILE, found.layers, layers, num_experts)
     metrics = run / FILE_NAME
     trained: list[Any] = []
     before: list[Any] = []  # what the experts had before the run was resized
