@@ -2,8 +2,8 @@
 
 `scripts/benchmark.py placement` prints it. Tables take turns (experts migrate between them), so that a machine whose speed drifts
 treats all alike: `contiguous`; `packed`, experts in order of their load, the worst there is; and `planned`, by the load that the
-first steps under `contiguous` measured. Predictions replay those first steps' traffic, step by step, through the planned table, before
-it has been used; every table is then measured on batches of its own.
+first steps under `contiguous` measured. Predictions replay the traffic of further steps, which the plan has not seen, one by one through
+the planned table before it is used; every table is then measured on batches of its own.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
     capacity = pool_capacity(args.batch * args.seq // mesh.expert, args.top_k, mesh.expert, args.capacity_factor)
     migration, where = Migration(program), program.placement
     state = program.init(0)
-    state, first = _steps(program, state, args, 0, args.warmup + args.steps)
-    tables = {"contiguous": where} | _plan(program, first[args.warmup :], args)
+    state, first = _steps(program, state, args, 0, args.warmup + 2 * args.steps)
+    first = first[args.warmup :]
+    tables = {"contiguous": where} | _plan(program, first[: args.steps], args)
     steps: dict[str, list[Measured]] = {name: [] for name in tables}
     for turn in range(args.turns):
         for number, (name, table) in enumerate(tables.items()):
@@ -65,7 +66,7 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
             steps[name] += measured
             line = f"{'dropless' if dropless else 'capacity'} {name:10} {statistics.median(m.seconds for m in measured):.3f} s a step"
             print(f"{line}, {np.mean([m.dropped for m in measured]):.1%} dropped, {moved.experts} experts had moved", flush=True)
-    replay = [flow(tables["planned"], m.traffic_LRE, np.zeros(mesh.expert, int)) for m in first[args.warmup :]]
+    replay = [flow(tables["planned"], m.traffic_LRE, np.zeros(mesh.expert, int)) for m in first[args.steps :]]
     before, after = (np.mean([max_over_mean(m.asked_LRR.sum(1)).mean() for m in steps[name]]) for name in ("contiguous", "planned"))
     predicted = np.mean([max_over_mean(r.load_LR).mean() for r in replay])
     name = "dropless" if dropless else "capacity"
@@ -119,9 +120,8 @@ def _build(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Progra
         dispatch="pooled",
     )
     table = contiguous(args.layers, args.experts, mesh.expert, args.redundant_slots)
-    optimizer = OptimizerConfig(
-        schedule="constant", warmup_steps=0, learning_rate=1e-5
-    )  # routers stay as they are: placement alone is measured
+    # Routers stay as they are: placement alone is measured.
+    optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=1e-8)
     return Program(model, moe, optimizer, make_mesh(mesh), table, vocab_size=args.vocab, steps=10_000)
 
 

@@ -129,7 +129,7 @@ def placement_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--redundant-slots", type=int, default=1, help="slots a device for replicas")
     command.add_argument("--skew", type=float, default=1.2, help="Zipf exponent of the tokens' frequencies")
     command.add_argument("--turns", type=positive, default=3, help="how often each table takes its turn")
-    command.set_defaults(width=128, expert_hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, vocab=1024, batch=16, seq=128)
+    command.set_defaults(width=128, expert_hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, vocab=1024, batch=16, seq=128, steps=10)
 
 
 def readable(name: str, value: Any) -> str:
