@@ -33,16 +33,16 @@ def topology(config: Config, mesh: Mesh) -> Topology:
         found = read_topology(Path(config.placement.topology).expanduser(), devices=config.mesh.size)
         found.host_of_rank(config.mesh.expert, config.mesh.tensor)  # refuses hosts that cut the mesh's rows
         return found
-    hosts = config.mesh.data * _processes_a_row(mesh)
+    process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(config.mesh.data, config.mesh.expert, -1)
+    hosts = config.mesh.data * processes_a_row(process_NRT)
     if hosts == config.mesh.data:  # every row within one host, or none in equal parts: as if there were one
         hosts = 1
     within, between = LINKS.get(mesh.devices.flat[0].platform, LINKS["gpu"])
     return Topology(hosts, config.mesh.size // hosts, within, between, latency_within=1e-6, latency_between=1e-5)
 
 
-def _processes_a_row(mesh: Mesh) -> int:
-    """Processes over which each data row's ranks lie in equal runs, in the same way in all rows; 1 where they do not."""
-    process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+def processes_a_row(process_NRT: np.ndarray) -> int:
+    """Processes over which each data row's ranks lie in equal runs; 1 where they do not. Takes int [data, R, tensor]."""
     ranks = process_NRT.shape[1]
     count = len(np.unique(process_NRT[0]))
     runs_NR = process_NRT[:, :: max(ranks // count, 1), 0]

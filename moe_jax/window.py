@@ -30,7 +30,8 @@ class Window:
     @classmethod
     def empty(cls, layers: int, ranks: int, num_experts: int) -> Window:
         """One without steps."""
-        return cls(*(np.zeros((layers, ranks, num_experts)) for _ in range(2)), np.zeros((layers, ranks)))
+        traffic_LRE = np.zeros((layers, ranks, num_experts))
+        return cls(traffic_LRE, traffic_LRE.copy(), np.zeros((layers, ranks)))
 
     def add(self, found: Flow, seconds: float | None, half: int) -> None:
         """One step's counts, stacked over layers; steps are earlier ones until there are `half`."""

@@ -21,6 +21,7 @@ from moe_jax.placement.table import Placement, contiguous
 from moe_jax.placement.topology import Topology
 from moe_jax.replanning import Replanner
 from moe_jax.schema import PlacementConfig
+from moe_jax.starting import processes_a_row
 from moe_jax.step import Program, TrainState
 
 RANKS, LAYERS = 4, 2
@@ -242,6 +243,23 @@ def test_a_device_without_room_is_refused(folder: Path, tmp_path: Path) -> None:
     topology.write_text(f"hosts: 2\ndevices_per_host: 8\n{rates}")
     with pytest.raises(UserError, match="16 devices"):
         run(folder, tmp_path / "run", f"placement.topology={topology}")
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        ([[[0], [0], [0], [0]]], 1),
+        ([[[0], [0], [1], [1]]], 2),
+        ([[[0], [1], [2], [3]]], 4),
+        ([[[0], [0]], [[1], [1]]], 1),  # each row within a host
+        ([[[0], [0], [1], [1]], [[2], [2], [3], [3]]], 2),
+        ([[[0], [1], [1], [1]]], 1),  # unequal parts
+        ([[[0], [1], [0], [1]]], 1),  # not in runs
+        ([[[0, 0, 1, 1], [2, 2, 3, 3]]], 1),  # a tensor group on two hosts
+    ],
+)
+def test_hosts_are_what_the_devices_processes_show(processes, expected):
+    assert processes_a_row(np.array(processes)) == expected
 
 
 def test_two_hosts_route_as_one_to_the_same_losses() -> None:
