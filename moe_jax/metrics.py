@@ -56,8 +56,14 @@ class MetricsWriter:
     including `resume_step`, so that the file goes on as if the run had never stopped.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        """Raises UserError where a new run finds metrics.jsonl, or a resumed one finds none or a damaged one."""
+    def __init__(self, run_dir: Path, resume_step: int | None = None, *, active: bool = True) -> None:
+        """Raises UserError where a new run finds metrics.jsonl, or a resumed one finds none or a damaged one.
+
+        Of several processes one is `active`; the others' writers do nothing.
+        """
+        self._active = active
+        if not active:
+            return
         path = run_dir / FILE_NAME
         if resume_step is not None:
             _keep_until(path, resume_step)
@@ -72,6 +78,8 @@ class MetricsWriter:
         Floats are kept exactly. Numpy values become Python's own. A float that is not finite is written
         as null and named in `nonfinite`, since JSON has no NaN. OSError (a full disk) passes upward.
         """
+        if not self._active:
+            return
         nonfinite: dict[str, str] = {}
         clean = _as_json(record, "", nonfinite)
         if nonfinite:
@@ -82,6 +90,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files; needed once."""
+        if not self._active:
+            return
         try:
             self._file.close()
         finally:

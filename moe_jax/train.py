@@ -129,14 +129,16 @@ class _Job:
         steps = config.train.steps
         self.skipped = int(state.skipped)
         # A run that was killed before its first line, or never began, has no file to go on with.
-        writer = MetricsWriter(self.directory, start if start or (self.directory / FILE_NAME).exists() else None)
+        before = start if start or (self.directory / FILE_NAME).exists() else None
+        writer = MetricsWriter(self.directory, before, active=jax.process_index() == 0)
         stopping = False
         with _finish_on_signal() as signals, closing(writer), closing(self.checkpoints), RunProgress(steps, start) as progress:
             if start:
                 rate = self.environment["matmul_flops_per_second"]
                 writer.write({"step": start, "event": "resumed", "matmul_flops_per_second": rate})
                 progress.say(f"Resuming {self.directory} after step {start}.")
-                for line in iter_metrics(self.directory / FILE_NAME):  # so that what has been raised is not raised again
+                lines = iter_metrics(self.directory / FILE_NAME) if jax.process_index() == 0 else ()
+                for line in lines:  # so that what has been raised is not raised again
                     if "layers" in line and "event" not in line:
                         self.alerts.check(line)
             seconds, since = 0.0, 0

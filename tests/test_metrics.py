@@ -254,3 +254,10 @@ def test_relative_load_pools_steps_and_is_one_on_average() -> None:
     np.testing.assert_array_equal(ratio_BLE, [[[1, 1]], [[0, 2]]])
     _, one = relative_load(np.array([1.0]), load_NLE[3:], 2)
     np.testing.assert_array_equal(one, [[[0, 0]]])
+
+
+def test_the_writer_of_another_process_touches_nothing(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 3, active=False)
+    writer.write({"step": 4, "loss": 1.0})
+    writer.close()
+    assert not list(tmp_path.iterdir())
