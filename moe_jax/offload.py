@@ -221,7 +221,7 @@ class OffloadEngine:
 
     def _jit(self, local: Any, donated: tuple[int, ...] = ()) -> Any:
         """A function of the one device, compiled as `Engine` compiles: the mesh's axes have names, and nothing tracks who varies."""
-        alone = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        alone = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=self.mesh.size > 1)
         return jax.jit(alone, donate_argnums=donated if self.mesh.devices.flat[0].platform in DONATES else ())
 
 
