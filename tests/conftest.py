@@ -6,6 +6,7 @@ installed before any module of the package is imported.
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 CHECKED = ("ops", "moe", "placement", "sharding", "spmd", "rope", "layers", "model", "packing", "engine", "session", "optim", "step")
 jaxtyping.install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 25_000  # Linux allows a process 65,530 by default
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """XLA:CPU keeps some ten memory maps for each compiled program; out of them, its compiler crashes."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
