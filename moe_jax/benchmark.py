@@ -74,9 +74,13 @@ def build(args: argparse.Namespace, mesh: MeshConfig, layers: int | None = None,
 
 def random_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
     """Uniform random tokens, one document a sequence."""
-    tokens = np.random.default_rng(seed).integers(0, args.vocab, (args.batch, args.seq + 1), dtype=np.int32)
-    ones = np.ones((args.batch, args.seq), np.int32)
-    positions = np.tile(np.arange(args.seq, dtype=np.int32), (args.batch, 1))
+    return one_document(np.random.default_rng(seed).integers(0, args.vocab, (args.batch, args.seq + 1), dtype=np.int32))
+
+
+def one_document(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of whole sequences [B, S + 1], each of them one document."""
+    ones = np.ones((len(tokens), tokens.shape[1] - 1), np.int32)
+    positions = np.tile(np.arange(ones.shape[1], dtype=np.int32), (len(tokens), 1))
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segments": ones, "mask": ones.astype(np.float32)}
 
 

@@ -21,14 +21,14 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from moe_jax.errors import UserError
+from moe_jax.placement import cost
 
 FILE_NAME = "metrics.jsonl"
 
 
 def max_over_mean(load: ArrayLike) -> float:
     """How many times the mean the largest of `load` [n] counts is: 1 is even, n is all on one; 1 too where all are 0."""
-    counts = np.asarray(load, dtype=np.float64)
-    return float(counts.max() / counts.mean()) if counts.any() else 1.0
+    return float(cost.max_over_mean(np.asarray(load, dtype=np.float64)))
 
 
 def max_violation(load: ArrayLike) -> float:

@@ -10,7 +10,6 @@ experts that move and never the bank.
 
 from __future__ import annotations
 
-import re
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,10 +24,10 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.model import expert_layers
 from moe_jax.placement.moves import NOTHING, Call, moves_between, schedule
 from moe_jax.placement.table import EMPTY, Placement, slot_sources
+from moe_jax.slots import EXPERTS, take_slots
 from moe_jax.spmd import vma
-from moe_jax.step import Program, TrainState, make_tables
+from moe_jax.step import Program, TrainState
 
-EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")
 BUDGET_BYTES = 256 << 20  # a device's copies in a call, at least those of one layer
 
 
@@ -83,24 +82,22 @@ class Migration:
         began = time.perf_counter()
         for call in calls:
             banks = jax.block_until_ready(self.run(banks, call))
-        sources = slot_sources(old, new)
+        sources_LP = slot_sources(old, new)
+        sources_LP = np.where(sources_LP == EMPTY, np.arange(new.num_slots), sources_LP)  # what becomes empty keeps what it has
         for path in self.whole:
-            banks[path] = jax.device_put(self._take(path, np.asarray(leaves[path]), sources), leaves[path].sharding)
+            rows = self.block_L == self._block(path)
+            banks[path] = jax.device_put(take_slots(leaves[path], sources_LP[rows]), leaves[path].sharding)
         state = jax.tree.map_with_path(lambda path, leaf: banks.get(_text(path), leaf), state)
-        tables, expert_LP = make_tables(new, self.program.hosts)
-        replicated = NamedSharding(self.program.mesh, P())
-        tables, expert_LP = jax.device_put((tables, expert_LP), replicated)
-        state = state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
+        state = self.program.with_tables(state, new)
         turns = sum(int(np.count_nonzero(call.shift_I)) for call in calls)
         jax.block_until_ready(state)
         return state, Moved(len(moves_between(old, new)), self.bytes_between(old, new), turns, len(calls), time.perf_counter() - began)
 
-    def _take(self, path: str, array: np.ndarray, sources_LP: np.ndarray) -> np.ndarray:
+    def _block(self, path: str) -> int:
+        """The number of the block that an expert's array belongs to."""
         match = EXPERTS.search(path)
         assert match is not None
-        rows = np.flatnonzero(self.block_L == self.blocks.index((int(match[1]), int(match[2]))))
-        sources = np.where(sources_LP == EMPTY, np.arange(sources_LP.shape[1]), sources_LP)[rows]
-        return np.stack([repeat[source] for repeat, source in zip(array, sources, strict=True)])
+        return self.blocks.index((int(match[1]), int(match[2])))
 
     def _compile(self):
         call_specs = Call._make(P() for _ in Call._fields)
@@ -125,10 +122,7 @@ class Migration:
         """Paths whose experts travel in one piece, as they have one dtype and vary over the same axes: by kind and block."""
         kinds: dict[Any, list[list[str]]] = {}
         for path, bank in banks.items():
-            match = EXPERTS.search(path)
-            assert match is not None
-            block = self.blocks.index((int(match[1]), int(match[2])))
-            kinds.setdefault((bank.dtype, vma(bank)), [[] for _ in self.blocks])[block].append(path)
+            kinds.setdefault((bank.dtype, vma(bank)), [[] for _ in self.blocks])[self._block(path)].append(path)
         return list(kinds.values())
 
     def _read(self, banks: dict[str, jax.Array], layer: jax.Array, slot: jax.Array) -> list[jax.Array]:

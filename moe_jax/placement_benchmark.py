@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax.benchmark import one_document
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh
 from moe_jax.migration import Migration
@@ -158,9 +159,7 @@ def skewed_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
     """Tokens whose frequencies fall by Zipf's law with exponent `skew`, as words of a text do; one document a sequence."""
     share = np.arange(1, args.vocab + 1) ** -args.skew
     tokens = np.random.default_rng(seed).choice(args.vocab, (args.batch, args.seq + 1), p=share / share.sum()).astype(np.int32)
-    ones = np.ones((args.batch, args.seq), np.int32)
-    positions = np.tile(np.arange(args.seq, dtype=np.int32), (args.batch, 1))
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segments": ones, "mask": ones.astype(np.float32)}
+    return one_document(tokens)
 
 
 def _seconds(measured: list[Measured]) -> float:

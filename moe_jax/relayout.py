@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +17,8 @@ from moe_jax.model import count_moe_layers, expert_layers
 from moe_jax.moe.layer import LayerTables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
 from moe_jax.schema import ModelConfig, MoEConfig
-from moe_jax.slots import take_slots
-from moe_jax.step import Program, TrainState, make_tables
-
-EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")
+from moe_jax.slots import EXPERTS, take_slots
+from moe_jax.step import Program, TrainState
 
 
 def serving_placement(saved: Placement, ranks: int) -> Placement:
@@ -58,9 +56,8 @@ def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> di
 
 def restore(checkpoints: Checkpoints, program: Program, *, step: int | None, fallback: bool) -> Restored:
     """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
-    adapt = lambda meta: adapter(program.model, program.moe, Placement.from_json(meta["placement"]), program.placement)  # noqa: E731
-    found = checkpoints.restore_latest(_target(program), adapt, step=step, fallback=fallback, partial=True)
-    return found._replace(state=_with_tables(program, found.state))
+    found = checkpoints.restore_latest(_target(program), _adapt_to(program), step=step, fallback=fallback, partial=True)
+    return found._replace(state=program.with_tables(found.state, program.placement))
 
 
 def restore_model(checkpoints: Checkpoints, engine: Engine, *, step: int | None, fallback: bool) -> tuple[Any, jax.Array]:
@@ -70,8 +67,7 @@ def restore_model(checkpoints: Checkpoints, engine: Engine, *, step: int | None,
     whole = NamedSharding(engine.mesh, PartitionSpec())
     bias = jax.ShapeDtypeStruct((count_moe_layers(engine.model, engine.moe), engine.moe.num_experts), jnp.float32, sharding=whole)
     target = {"params": params, "tables": {"bias_E": bias}}
-    adapt = lambda meta: adapter(engine.model, engine.moe, Placement.from_json(meta["placement"]), engine.placement)  # noqa: E731
-    found = checkpoints.restore_latest(target, adapt, step=step, fallback=fallback, partial=True)
+    found = checkpoints.restore_latest(target, _adapt_to(engine), step=step, fallback=fallback, partial=True)
     return found.state["params"], found.state["tables"]["bias_E"]
 
 
@@ -86,12 +82,9 @@ def _target(program: Program) -> TrainState:
     return target._replace(tables=LayerTables(nothing, nothing, nothing, target.tables.bias_E), expert_LP=nothing)
 
 
-def _with_tables(program: Program, state: TrainState) -> TrainState:
-    """The restored bias beside the tables of the program's placement."""
-    tables, expert_LP = make_tables(program.placement, program.hosts)
-    replicated = program.state_shardings.expert_LP
-    tables, expert_LP = jax.device_put((tables, expert_LP), replicated)
-    return state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
+def _adapt_to(to: Program | Engine) -> Callable[[dict[str, Any]], Adapt]:
+    """From the meta of each checkpoint tried, how its own table's experts come into the slots of `to`."""
+    return lambda meta: adapter(to.model, to.moe, Placement.from_json(meta["placement"]), to.placement)
 
 
 def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Adapt:

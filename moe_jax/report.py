@@ -29,7 +29,7 @@ NOTES = {
     "load_imbalance": "max_violation, the largest load over the mean load, less 1: 0 is even.",
     "router_entropy": "Entropy of the router's probabilities; the dashed line is its maximum, at which the router prefers no expert.",
     "drop_rate": "Share of the (token, choice) assignments that found no room in their pool.",
-    "device_load": "Load of the busiest device over the mean device's, in rows that its experts computed: 1 is even.",
+    "device_load": "Load of the busiest device over the mean device's, in choices of its experts, dropped ones included: 1 is even.",
     "placement_effect": "Rows of each rank over their mean, all layers together; max/mean is a layer's, averaged over layers.",
     "link_traffic": "Rows a step between ranks in the newest window, all layers together: red is more than the mean link, blue less.",
     "replica_use": "How replicas shared their expert's choices, before drops; the number in a part is the rank that holds it.",

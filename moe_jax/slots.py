@@ -6,6 +6,7 @@ layers, and so which rows of a table [L, P], its repeats are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.spmd import AXES, vary, vma
 
 Layers = dict[tuple[int, int], list[int]]
+EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")  # in the path of an expert's array, parameter or moment
 
 
 def _experts(tree: Any, layers: Layers) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:

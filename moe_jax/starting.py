@@ -61,11 +61,9 @@ def placement(config: Config, topology: Topology, saved: Placement | None, kept:
     if chosen.strategy == "custom":
         path = Path(str(chosen.file)).expanduser()
         return read_table(path, layers=layers, num_experts=experts, ranks=ranks, max_experts_per_device=chosen.max_experts_per_device)
-    if layers == 0:
-        return contiguous(layers, experts, ranks, redundant)
     if chosen.strategy == "round_robin":
         return round_robin(layers, experts, ranks, redundant)
-    if chosen.strategy == "contiguous":
+    if chosen.strategy == "contiguous" or layers == 0:
         return contiguous(layers, experts, ranks, redundant)
     if saved is not None and (saved.ranks, saved.num_slots) == (ranks, count_slots(experts, ranks, redundant)):
         return saved
@@ -89,9 +87,11 @@ def placement(config: Config, topology: Topology, saved: Placement | None, kept:
 
 def check_memory(topology: Topology, program: Program) -> None:
     """Refuses a training state that a device of the topology has no room for."""
+    if topology.memory is None:
+        return
     shapes, shardings = jax.tree.leaves(program.abstract_state), jax.tree.leaves(program.state_shardings)
     held = sum(np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in zip(shapes, shardings, strict=True))
-    if topology.memory is not None and held > topology.memory:
+    if held > topology.memory:
         slots = program.placement.num_slots // program.placement.ranks
         raise UserError(
             f"placement.topology gives a device {topology.memory:,} bytes of memory, but weights and moments alone, with {slots} slots "

@@ -148,6 +148,11 @@ class Program:
         """A new state, sharded at birth; the same values on every mesh."""
         return jax.jit(self._init, out_shardings=self.state_shardings)(np.uint32(seed))
 
+    def with_tables(self, state: TrainState, placement: Placement) -> TrainState:
+        """The state with the tables of a placement, by which its experts lie already; the bias stays."""
+        tables, expert_LP = jax.device_put(make_tables(placement, self.hosts), self.state_shardings.expert_LP)
+        return state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
+
     def shard(self, batch: dict[str, np.ndarray], first_sequence: int = 0) -> Batch:
         """This process's rows of a batch as global arrays; `first_sequence` numbers its first row within the batch."""
         rows = len(batch["tokens"])

@@ -100,7 +100,7 @@ def _flat(engine: Engine, tree: Any) -> list[Any]:
 
 def _by_expert(engine: Engine, arrays: dict[str, np.ndarray]) -> Read:
     """Reads arrays whose experts lie in the engine's slots by expert."""
-    slots_LE = engine.placement.logical_to_physical()[:, :, 0]
+    slots_LE = engine.placement.first_slot()
     layers = expert_layers(engine.model, engine.moe)
 
     def leaf(path: str, index: Index | None = None) -> np.ndarray:

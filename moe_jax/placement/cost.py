@@ -61,7 +61,7 @@ def host_counts(placement: Placement, host_R: np.ndarray) -> np.ndarray:
 
 
 def max_over_mean(load_LR: np.ndarray) -> np.ndarray:
-    """How much busier than the mean the busiest device is, float64 [L]; 1 where nothing is to be done."""
+    """How much busier than the mean the busiest device is, float64 [L] (or a number, of [R]); 1 where nothing is to be done."""
     mean_L = load_LR.mean(-1)
     return np.where(mean_L > 0, load_LR.max(-1, initial=0) / np.where(mean_L > 0, mean_L, 1), 1.0)
 
