@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import hlo, measure
+from moe_jax.benchmarks import program_flops
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh, reserve_threads, use_devices
 from moe_jax.model import count_moe_layers
@@ -157,7 +158,7 @@ def train(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
     tokens = args.batch * args.seq
     flops = measure.TRAINING * measure.model_flops(program.model, program.moe, args.vocab, args.seq) * tokens
     total, active = measure.parameter_counts(program.model, program.moe, args.vocab)
-    least = measure.least_bytes(program, args.batch, args.seq)
+    least = program_flops.least_bytes(program, args.batch, args.seq)
     figures = {
         **speed(times, tokens, flops, rate),
         "matmul": rate_text,
@@ -192,9 +193,9 @@ def against_dropless(args: argparse.Namespace, mesh: MeshConfig, temp_bytes: int
 def count_flops(args: argparse.Namespace, mesh: MeshConfig, program: Program, compiled: Any, state: Any, flops: float) -> Figures:
     """FLOPs that the program spends, and those that one device with the same batch would spend in its place."""
 
-    def count(program: Program, compiled: Any, state: Any, mesh: MeshConfig) -> measure.ProgramFlops:
-        sizes = measure.group_sizes(program, state, program.shard(random_batch(args, 0)))
-        return measure.program_flops(compiled.as_text(), mesh.size, args.width, args.expert_hidden // mesh.tensor, sizes)
+    def count(program: Program, compiled: Any, state: Any, mesh: MeshConfig) -> program_flops.ProgramFlops:
+        sizes = program_flops.group_sizes(program, state, program.shard(random_batch(args, 0)))
+        return program_flops.program_flops(compiled.as_text(), mesh.size, args.width, args.expert_hidden // mesh.tensor, sizes)
 
     spent = count(program, compiled, state, mesh)
     found: Figures = {"program_flops": spent.total, "program_flops_padding": spent.padding, "program_over_model_flops": spent.total / flops}

@@ -18,10 +18,12 @@ from collections.abc import Generator, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from moe_jax.console import rates, say, write_pieces
+from moe_jax.console import write_pieces
 from moe_jax.errors import UserError
-from moe_jax.generate import Figures, Reader, generate
+from moe_jax.generate import Reader, generate
+from moe_jax.generation.stats import GenerationStats
 from moe_jax.sampling import Sampler, SamplingOptions
+from moe_jax.utils.progress import say
 
 if TYPE_CHECKING:
     from moe_jax.loading import LoadedModel
@@ -59,7 +61,7 @@ class Conversation:
         """Raises UserError where the tokenizer has no chat template, or it refuses the system prompt."""
         from moe_jax.loading import Session
 
-        self.figures = Figures()
+        self.figures = GenerationStats()
         """Of the last reply."""
         self.messages = first_messages(system)
         check_template(loaded.tokenizer, system)
@@ -87,7 +89,7 @@ class Conversation:
                 f"The conversation has {len(ids)} tokens with this message and the model's context is {self._loaded.context}: "
                 "/reset begins anew."
             )
-        self.figures = Figures()
+        self.figures = GenerationStats()
         said: list[str] = []
         try:
             for piece in generate(
@@ -135,7 +137,7 @@ def _answer(conversation: Conversation, text: str, context: int) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     figures = conversation.figures
-    say(rates(figures, context) + ("; /reset begins anew" if figures.ended == "context" else ""))
+    say(figures.sentence(context) + ("; /reset begins anew" if figures.ended == "context" else ""))
 
 
 def _until(interrupts: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +22,9 @@ from moe_jax.cli_models import Fallback, require_run
 from moe_jax.console import explained_disk_errors
 from moe_jax.errors import UserError
 from moe_jax.huge_pages import restart_with_huge_pages
+
+if TYPE_CHECKING:
+    from moe_jax.schema import Config
 
 app = typer.Typer(
     name="moe-jax",
@@ -106,7 +109,26 @@ def train(
     from moe_jax.train import train as run_training
 
     with explained_disk_errors(place):
-        run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
+        result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
+        if result.report is None:  # another process speaks
+            return
+        if result.stopped:
+            print(f"Stopped after step {result.step}; saved. Continue with the same command and --resume.")
+        elif tree.train.sample_prompt:
+            _print_sample(tree, place, result.sample_fits)
+        print(f"Report: {result.report}")
+
+
+def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
+    """Text of the trained model, drawn on one device."""
+    if not fits:
+        print("No sample: the parameters are not brought onto one device; use moe-jax generate.")
+        return
+    from moe_jax.generate import generate_run
+
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": None, "top_p": 0.95, "seed": config.train.seed, "step": None, "fallback": False}
+    pieces = generate_run(run_dir, config.train.sample_prompt, max_tokens=config.train.sample_tokens, **options)
+    print(f"Sample (temperature 0.8, top-p 0.95):\n{config.train.sample_prompt}{''.join(pieces)}\n")
 
 
 def _default_run_dir(name: str) -> Path:

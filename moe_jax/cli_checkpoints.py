@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from moe_jax.cli_models import AsJson, Dtype, ExpertCache, Fallback, Mesh, Quantize, Step
-from moe_jax.console import explained_disk_errors, say
+from moe_jax.console import explained_disk_errors
 from moe_jax.errors import UserError
-from moe_jax.model_choice import DTYPES, QUANTIZED, check_step, one_of, parse_bytes, parse_mesh
+from moe_jax.model_choice import DTYPES, QUANTIZED, one_of, parse_bytes, parse_mesh
+from moe_jax.model_io.source import check_step
+from moe_jax.utils.progress import say
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; it must not exist.")]
 Group = Annotated[int, typer.Option(metavar="N", min=2, help="Inputs that share a scale with int4.")]

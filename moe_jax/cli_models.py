@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_jax.console import explained_disk_errors, gibibytes, prompt_from_stdin, rates, say, write_pieces
+from moe_jax.console import explained_disk_errors, prompt_from_stdin, write_pieces
 from moe_jax.errors import UserError
-from moe_jax.model_choice import ModelChoice, Opened, require_run
+from moe_jax.model_choice import ModelChoice, Opened
+from moe_jax.model_io.source import require_run
+from moe_jax.utils.progress import say
+from moe_jax.utils.units import gibibytes
 
 if TYPE_CHECKING:
     from moe_jax.evaluate import Evaluation
@@ -113,8 +116,9 @@ def _sampling(
 def _generate(choice: ModelChoice, prompt: str, options: SamplingOptions, system: str | None, max_tokens: int, stop: list[str]) -> None:
     """Streams the text to stdout, then speeds and memory to stderr."""
     from moe_jax.chat import chat_ids, first_messages
-    from moe_jax.generate import Figures, Reader, check_length
+    from moe_jax.generate import Reader, check_length
     from moe_jax.generate import generate as pieces
+    from moe_jax.generation.stats import GenerationStats
 
     def tokens(tokenizer: Tokenizer) -> list[int]:
         if system is not None:
@@ -131,14 +135,14 @@ def _generate(choice: ModelChoice, prompt: str, options: SamplingOptions, system
     from moe_jax.loading import Session
     from moe_jax.sampling import Sampler
 
-    loaded, figures = opened.model, Figures()
+    loaded, figures = opened.model, GenerationStats()
     ids = tokens(loaded.tokenizer)
     sampler = Sampler(options, loaded.tokenizer.num_ids)
     limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "slide": choice.is_run, "reply": system is not None}
     write_pieces(pieces(loaded, Reader(Session(loaded)), ids, sampler, figures=figures, **limits))
     if sys.stdout.isatty():
         sys.stdout.write("\n")
-    say(rates(figures, loaded.context))
+    say(figures.sentence(loaded.context))
     compiled = opened.compile_seconds + figures.compile_seconds
     say(f"loaded in {opened.seconds:,.1f} s, compiled in {compiled:,.1f} s; peak memory {gibibytes(measure.peak_bytes())}")
     _say_experts(choice, opened)

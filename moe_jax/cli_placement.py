@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from moe_jax.cli_models import AsJson, Step
-from moe_jax.console import explained_disk_errors, say
+from moe_jax.console import explained_disk_errors
 from moe_jax.errors import UserError
-from moe_jax.model_choice import check_step, one_of, require_run
+from moe_jax.model_choice import one_of
+from moe_jax.model_io.source import check_step, require_run
+from moe_jax.utils.progress import say
 
 if TYPE_CHECKING:
     from moe_jax.load_files import Measured
@@ -177,11 +179,11 @@ def _read_run(run: Path, step: int | None) -> _Known:
     """The table of a run's checkpoint, by default the newest, and what its config.yaml says."""
     require_run(run)
     from moe_jax.checkpoint import Checkpoints
-    from moe_jax.config import config_from_text
     from moe_jax.model import layer_kinds
     from moe_jax.placement.table import Placement
+    from moe_jax.run_dir import read_config
 
-    config = config_from_text((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
+    config = read_config(run)
     checkpoints = Checkpoints(run / "checkpoints", 1, 0)
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):

@@ -11,7 +11,8 @@ import typer
 from moe_jax.cli_checkpoints import Out
 from moe_jax.cli_models import Fallback, Step
 from moe_jax.console import explained_disk_errors
-from moe_jax.model_choice import check_step, one_of
+from moe_jax.model_choice import one_of
+from moe_jax.model_io.source import check_step
 
 
 def _option(metavar: str, help: str, **bounds: Any) -> Any:

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 from moe_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from moe_jax.generate import Figures
-
-ENDINGS = {"context": "the context of {context} tokens is full", "interrupted": "interrupted"}
+    pass
 
 
 @contextlib.contextmanager
@@ -44,29 +42,9 @@ def write_pieces(pieces: Iterable[str]) -> str:
     return "".join(written)
 
 
-def say(text: str) -> None:
-    """A remark on stderr, dim on a terminal."""
-    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
-
-
 def prompt_from_stdin() -> str:
     """All of stdin. Raises UserError where it is not text."""
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8.") from error
-
-
-def rates(figures: Figures, context: int) -> str:
-    """One line about a generation: tokens and speed of both parts, and why it ended if not by itself."""
-    cached = f" ({figures.reused_tokens:,} of them cached)" if figures.reused_tokens else ""
-    parts = [f"prompt {figures.prompt_tokens:,} tokens{cached}, {figures.prompt_rate:,.1f} tokens/s"]
-    parts.append(f"generated {figures.tokens:,} tokens" + (f", {figures.rate:,.1f} tokens/s" if figures.steps else ""))
-    if figures.ended in ENDINGS:
-        parts.append(ENDINGS[figures.ended].format(context=f"{context:,}"))
-    return "; ".join(parts)
-
-
-def gibibytes(size: float) -> str:
-    """A size in GiB, or in MiB where it is small."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

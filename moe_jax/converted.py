@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,62 +20,17 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import relayout
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import section_from_dict
-from moe_jax.console import gibibytes
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.model import count_moe_layers
+from moe_jax.model_io.packed_header import FORMAT, HEADER, KEPT_CONFIG, Header
 from moe_jax.ops.linear import Kind
 from moe_jax.packing import Leaf
 from moe_jax.placement.table import contiguous
-from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.session import LoadedModel
 from moe_jax.sharding import named
 from moe_jax.tokenizer_files import copy_tokenizer
-
-HEADER, FORMAT = "moe_jax.json", 1
-KEPT_CONFIG = "hf_config.json"  # of the Hugging Face model that this one comes from, for an export
-
-
-class Header(NamedTuple):
-    """What OUT/moe_jax.json says."""
-
-    format: int
-    name: str
-    model: ModelConfig
-    moe: MoEConfig
-    vocab_size: int
-    context: int
-    eos_ids: tuple[int, ...]
-    dtype: str
-    quantization: Kind
-    group: int
-    tokenizer: str  # "bytes", or "files" in OUT/tokenizer
-
-
-def is_converted(path: Path) -> bool:
-    """Whether `convert` wrote this folder."""
-    return (path / HEADER).is_file()
-
-
-def read_header(path: Path) -> Header:
-    """Raises UserError for one that cannot be read."""
-    try:
-        values = json.loads((path / HEADER).read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}: convert the model again.")
-        values |= {
-            "model": section_from_dict(ModelConfig, values["model"], "model."),
-            "moe": section_from_dict(MoEConfig, values["moe"], "moe."),
-        }
-        return Header(**values | {"eos_ids": tuple(values["eos_ids"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / HEADER} is damaged ({error}): convert the model again.") from error
-
-
-def tokenizer_spec(path: Path, header: Header) -> str:
-    """What `load_tokenizer` takes."""
-    return header.tokenizer if header.tokenizer == "bytes" else str(path / "tokenizer")
+from moe_jax.utils.units import gibibytes
 
 
 def write(out: Path, loaded: LoadedModel, tokenizer: str, group: int, quantization: Kind, hf_config: dict[str, Any] | None = None) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import converted
-from moe_jax.console import gibibytes, say
 from moe_jax.description import describe
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
+from moe_jax.inference.memory import device_bytes
 from moe_jax.loading import find_folder, open_model
-from moe_jax.memory import device_bytes
-from moe_jax.model_choice import HUB_NAME
+from moe_jax.model_io import packed_header
+from moe_jax.model_io.source import HUB_NAME
+from moe_jax.utils.progress import say
+from moe_jax.utils.units import gibibytes
 
 
 def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: int, step: int | None, fallback: bool) -> str:
@@ -22,7 +24,7 @@ def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: i
     Arguments as those of `open_model`. The device holds the whole model while it is written. Raises UserError for what
     cannot be opened, where `out` exists, and where its disk has no room; nothing is left of `out` then.
     """
-    if converted.is_converted(path):
+    if packed_header.is_converted(path):
         raise UserError(f"{path} is converted already: name the folder or the run that it was made from.")
     if out.exists():
         raise UserError(f"{out} exists already: name another folder, or delete it.")

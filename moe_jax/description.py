@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax import converted, hf
-from moe_jax.config import config_from_text, load_config
+from moe_jax import hf
+from moe_jax.config import load_config
 from moe_jax.errors import UserError
 from moe_jax.hf.leaves import leaves, sizes
+from moe_jax.model_io import packed_header
 from moe_jax.ops.linear import Kind
-from moe_jax.run_dir import tokenizer_spec
+from moe_jax.run_dir import read_config, tokenizer_spec
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.tokenizer import load_tokenizer
 
@@ -69,10 +70,10 @@ def describe(path: Path) -> Description:
 
     Raises UserError for anything else, and for a folder whose headers do not agree with its config.json.
     """
-    if converted.is_converted(path):
-        header = converted.read_header(path)
+    if packed_header.is_converted(path):
+        header = packed_header.read_header(path)
         stored: dict[str, Any] = {"quantization": header.quantization, "group": header.group}
-        stored |= {"tokenizer": converted.tokenizer_spec(path, header), "hf_config": read_kept_config(path)}
+        stored |= {"tokenizer": packed_header.tokenizer_spec(path, header), "hf_config": read_kept_config(path)}
         found = (header.model, header.moe, header.vocab_size, header.context, header.dtype)
         return Description(header.name, CONVERTED, *found, **stored)
     if path.is_file() or (path / "config.yaml").is_file():
@@ -84,7 +85,7 @@ def describe(path: Path) -> Description:
 
 def read_kept_config(path: Path) -> dict[str, Any] | None:
     """The config.json of the Hugging Face model that a run or a converted folder comes from; None if from none."""
-    kept = path / converted.KEPT_CONFIG
+    kept = path / packed_header.KEPT_CONFIG
     try:
         return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     except ValueError as error:
@@ -97,8 +98,7 @@ def _configured(path: Path) -> Description:
         if config.init_from is not None:
             raise UserError(f"{path} takes its model from init_from={config.init_from}: inspect that folder.")
     else:
-        file = path / "config.yaml"
-        config, source = config_from_text(file.read_text(encoding="utf-8"), str(file)), RUN
+        config, source = read_config(path), RUN
         tokenizer = tokenizer_spec(path, config)
     tokenizer = tokenizer or config.data.tokenizer
     vocab_size = config.model.vocab_size or load_tokenizer(tokenizer).vocab_size

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.errors import UserError
 from moe_jax.layers import LayerCache, Turn
 from moe_jax.model import Transformer, layer_kinds, stack_layers
-from moe_jax.moe.layer import LayerTables
+from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
 from moe_jax.ops.linear import Kind
 from moe_jax.packing import BACKWARD, Leaf, bytes_of, plan

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_jax.errors import UserError
-from moe_jax.speed import Stopwatch
+from moe_jax.profiling.clock import Stopwatch
 
 if TYPE_CHECKING:
     from moe_jax.loading import LoadedModel

@@ -9,50 +9,22 @@ for piece in generate(loaded, reader, loaded.tokenizer.encode_prompt("def "), sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.model_choice import require_run
+from moe_jax.generation.stats import GenerationStats
+from moe_jax.model_io.source import require_run
+from moe_jax.profiling.clock import Stopwatch
 from moe_jax.sampling import Sampler, SamplingOptions
-from moe_jax.speed import Stopwatch
 from moe_jax.streaming import TextStream
 
 if TYPE_CHECKING:
     from moe_jax.loading import LoadedModel, Session
 
 EMPTY_PROMPT = "--prompt is empty: give at least one character to continue."
-
-
-@dataclass
-class Figures:
-    """What a generation took, filled in as it goes on. Seconds are without compiling."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    """Of the prompt's tokens, those that the cache held already."""
-    prompt_seconds: float = 0.0
-    tokens: int = 0
-    """Tokens of the text, the one that ends it not among them."""
-    steps: int = 0
-    """Tokens that the model read one by one; the first token needs none, being part of reading the prompt."""
-    step_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    ended: Literal["end", "stop", "tokens", "context", "interrupted"] = "interrupted"
-    """By the model, at a stop string, at `max_tokens`, at the context's end, or by whoever stopped listening."""
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens read a second; 0 if none was."""
-        return (self.prompt_tokens - self.reused_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def rate(self) -> float:
-        """Tokens generated a second; 0 if there was no step."""
-        return self.steps / self.step_seconds if self.steps else 0.0
 
 
 class Reader:
@@ -89,7 +61,7 @@ def generate(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
-    figures: Figures | None = None,
+    figures: GenerationStats | None = None,
     slide: bool = False,
     reply: bool = False,
 ) -> Iterator[str]:
@@ -104,7 +76,7 @@ def generate(
     Raises:
       UserError: the prompt is empty, or longer than the context (without `slide`), or a stop string is empty.
     """
-    figures = Figures() if figures is None else figures
+    figures = GenerationStats() if figures is None else figures
     if not prompt:
         raise UserError(EMPTY_PROMPT)
     if not slide:
@@ -138,7 +110,7 @@ def check_length(prompt: Sequence[int], context: int) -> None:
         raise UserError(f"The prompt has {len(prompt)} tokens and the model's context {context}: shorten it.")
 
 
-def _limit(figures: Figures, text: TextStream, max_tokens: int, full: bool) -> Literal["stop", "tokens", "context"] | None:
+def _limit(figures: GenerationStats, text: TextStream, max_tokens: int, full: bool) -> Literal["stop", "tokens", "context"] | None:
     """What ends the text after its newest token, if anything does."""
     if text.stopped:
         return "stop"

@@ -18,12 +18,12 @@ from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers
+from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
 from moe_jax.session import LoadedModel, Session
 from moe_jax.sharding import named
 from moe_jax.speed import bench
-from moe_jax.step import make_tables
 from moe_jax.tokenizer import load_tokenizer
 
 THEIRS = Path(__file__).resolve().parent.parent / "scripts" / "benchmark_transformers.py"

@@ -19,16 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.byte_progress import byte_progress
-from moe_jax.config import config_from_text, dump_value
-from moe_jax.converted import KEPT_CONFIG
+from moe_jax.config import dump_value
 from moe_jax.data import Corpus
 from moe_jax.description import CONVERTED, Description, describe
 from moe_jax.errors import UserError
 from moe_jax.model import expert_layers
+from moe_jax.model_io.packed_header import KEPT_CONFIG
+from moe_jax.moe.tables import make_tables
+from moe_jax.run_dir import read_config
 from moe_jax.schema import Config, DataConfig
-from moe_jax.step import Program, TrainState, make_tables
+from moe_jax.step import Program, TrainState
 from moe_jax.tokenizer_files import copy_tokenizer
+from moe_jax.utils.progress import byte_progress
 from moe_jax.weights import Weights, open_weights
 
 # Keys of the `model` and `moe` sections that say how to compute or to train: they are the configuration's own.
@@ -62,7 +64,7 @@ def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
     if config.init_from is None:
         return config
     if resume and (directory / "config.yaml").is_file():
-        before = config_from_text((directory / "config.yaml").read_text(encoding="utf-8"), str(directory / "config.yaml"))
+        before = read_config(directory)
         if before.init_from != config.init_from:
             return config  # which `claim` refuses, naming both
         model, moe, tokenizer = before.model, before.moe, before.data.tokenizer

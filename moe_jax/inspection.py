@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from moe_jax.console import gibibytes
 from moe_jax.description import CONVERTED, KINDS, Description, by_kind
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
@@ -28,6 +27,7 @@ from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.schema import MeshConfig
 from moe_jax.session import room
 from moe_jax.spmd import AXES
+from moe_jax.utils.units import gibibytes, ranges
 
 
 class Experts(NamedTuple):
@@ -156,17 +156,6 @@ def _experts(placement: Placement, mesh: MeshConfig) -> list[Experts]:
         Experts(ranges(numbers[:, rank].ravel()), ranges(slots[slots != EMPTY]), int((slots == EMPTY).sum()))
         for rank, slots in enumerate(slots_RP)
     ]
-
-
-def ranges(numbers: Any) -> str:
-    """Numbers as text, runs of neighbours as `first-last`."""
-    runs: list[list[int]] = []
-    for number in sorted(int(number) for number in numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
 
 
 def _notes(engine: Engine, described: Description, context: int, expert_cache: int | None) -> list[str]:

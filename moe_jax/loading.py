@@ -20,25 +20,26 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import converted, hf, relayout
-from moe_jax.byte_progress import byte_progress
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import config_from_text
 from moe_jax.description import read_kept_config
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
-from moe_jax.memory import check_memory
+from moe_jax.inference import restore
+from moe_jax.inference.memory import check_memory
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers, expert_layers
+from moe_jax.model_io import packed_header
+from moe_jax.moe.tables import make_tables
 from moe_jax.offload import check_size, offload
 from moe_jax.ops import linear
 from moe_jax.packing import Leaf, bytes_of
 from moe_jax.placement.table import EMPTY, contiguous
-from moe_jax.run_dir import tokenizer_spec
+from moe_jax.run_dir import read_config, tokenizer_spec
 from moe_jax.schema import MeshConfig
 from moe_jax.session import LoadedModel, Session
 from moe_jax.sharding import named
-from moe_jax.step import make_tables
 from moe_jax.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.utils.progress import byte_progress
 
 __all__ = ["LoadedModel", "Session", "open_model"]
 
@@ -81,7 +82,7 @@ def open_model(
     devices = make_mesh(mesh, jax.devices()[: mesh.size])
     options = {"quantization": quantize or "float", "group": group}
     before = Before(memory, context, check, expert_cache)
-    if converted.is_converted(path):
+    if packed_header.is_converted(path):
         loaded = _open_converted(path, devices, dtype, quantize, before)
     elif (path / "config.yaml").is_file():
         loaded = _open_run(path, devices, _dtype(dtype), options, before, step, fallback)
@@ -250,7 +251,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _open_run(path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], before: Before, step: int | None, fallback: bool) -> LoadedModel:
     """A run's checkpoint on any mesh, whatever mesh it was trained on. Choices are dropless, else a token could depend on padding."""
-    config = config_from_text((path / "config.yaml").read_text(encoding="utf-8"), str(path / "config.yaml"))
+    config = read_config(path)
     tokenizer = load_tokenizer(tokenizer_spec(path, config))
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     saved = relayout.saved_placement(checkpoints, step, fallback)
@@ -258,11 +259,11 @@ def _open_run(path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], befor
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
     moe = dataclasses.replace(config.moe, dropless=True)
-    placement = relayout.serving_placement(saved, mesh.shape["expert"])
+    placement = restore.serving_placement(saved, mesh.shape["expert"])
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     engine = Engine(config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options)
     before.look(engine, tokenizer, config.train.seq_len, packs=True)
-    params, bias_LE = relayout.restore_model(checkpoints, engine, step=step, fallback=fallback)
+    params, bias_LE = restore.restore_model(checkpoints, engine, step=step, fallback=fallback)
     kept = read_kept_config(path)
     ends = (tokenizer.eos_id, *(hf.eos_ids(path / "tokenizer", kept) if kept else ()))
     tables, context = tables_of(engine, bias_LE), config.train.seq_len
@@ -270,14 +271,14 @@ def _open_run(path: Path, mesh: Mesh, dtype: str, options: dict[str, Any], befor
 
 
 def _open_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, before: Before) -> LoadedModel:
-    header = converted.read_header(path)
+    header = packed_header.read_header(path)
     for option, asked, has in (("--dtype", dtype, header.dtype), ("--quantize", quantize, header.quantization)):
         if asked not in (None, has):
             raise UserError(f"{option} {asked} but {path} was converted to {has}: leave the option out, or convert the model again.")
     placement = contiguous(count_moe_layers(header.model, header.moe), header.moe.num_experts, mesh.shape["expert"])
     types: dict[str, Any] = {"dtype": header.dtype, "quantization": header.quantization, "group": header.group}
     engine = Engine(header.model, header.moe, mesh, placement, vocab_size=header.vocab_size, **types)
-    tokenizer = load_tokenizer(converted.tokenizer_spec(path, header), field="--model")
+    tokenizer = load_tokenizer(packed_header.tokenizer_spec(path, header), field="--model")
     before.look(engine, tokenizer, header.context)
     params, bias_LE = converted.restore(path, engine, experts_on_host=before.expert_cache is not None)
     return LoadedModel(engine, params, tables_of(engine, bias_LE), tokenizer, header.context, header.eos_ids, header.name)

@@ -16,8 +16,9 @@ from jax import lax
 
 from moe_jax.annotations import Array, Float, Int, Key
 from moe_jax.layers import Attention, Batch, FeedForward, LatentAttention, LayerCache, RMSNorm, Turn
-from moe_jax.moe.layer import LayerStats, LayerTables, MoE
+from moe_jax.moe.layer import LayerStats, MoE
 from moe_jax.moe.router import RouterStats
+from moe_jax.moe.tables import LayerTables
 from moe_jax.schema import ModelConfig, MoEConfig
 from moe_jax.sharding import axes_of, gather, param
 from moe_jax.spmd import all_gather, psum

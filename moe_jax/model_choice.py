@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.compile_cache import use_compile_cache
 from moe_jax.errors import UserError
+from moe_jax.model_io.source import HUB_NAME, check_step
 from moe_jax.schema import DevicesConfig, MeshConfig
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ QUANTIZED = ("int8", "int4")
 UNITS = {"": 1, "b": 1} | {
     f"{prefix}{unit}": base**power for power, prefix in enumerate("kmgt", start=1) for unit, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
-HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -53,18 +53,6 @@ def one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
     """Raises UserError where an option has a value that is not among `values`."""
     if value is not None and value not in values:
         raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(values)}.")
-
-
-def check_step(path: Path, step: int | None, fallback: bool) -> None:
-    """Raises UserError where a checkpoint is chosen in what is not a run."""
-    if (step is not None or fallback) and not (path / "config.yaml").is_file():
-        raise UserError(f"--step and --fallback choose a run's checkpoint and {path} is not a run directory: leave them out.")
-
-
-def require_run(run_dir: Path) -> None:
-    """Raises UserError where `run_dir` is not the directory of a run."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a `moe-jax train`.")
 
 
 class Opened(NamedTuple):
@@ -119,7 +107,7 @@ class ModelChoice:
         use_compile_cache()
         start_devices(self.mesh_config, self.simulate)
         from moe_jax.loading import open_model
-        from moe_jax.speed import Stopwatch
+        from moe_jax.profiling.clock import Stopwatch
 
         with Stopwatch() as watch:
             loaded = open_model(

@@ -27,8 +27,8 @@ from moe_jax.errors import UserError
 from moe_jax.expert_cache import Counts, ExpertCache
 from moe_jax.layers import Turn
 from moe_jax.model import count_moe_layers, embed, layer_kinds, stack_layers
-from moe_jax.moe.layer import LayerTables
 from moe_jax.moe.router import Routing
+from moe_jax.moe.tables import LayerTables
 
 
 class Parts(NamedTuple):

@@ -195,7 +195,7 @@ class _Printer:
 
 def print_table(table: Placement, layers: list[int], only: int | None) -> None:
     """Which experts each device holds in each layer, or in the layer `only` alone; layers that are alike are told once."""
-    from moe_jax.inspection import ranges
+    from moe_jax.utils.units import ranges
 
     alike: dict[bytes, list[int]] = {}
     for index, number in enumerate(layers):

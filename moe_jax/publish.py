@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax import hf
-from moe_jax.byte_progress import byte_progress
 from moe_jax.description import RUN, Description, describe
 from moe_jax.measure import parameter_counts
 from moe_jax.tokenizer import load_tokenizer
 from moe_jax.tokenizer_files import copy_tokenizer, write_byte_tokenizer
+from moe_jax.utils.progress import byte_progress
 from moe_jax.weights import open_weights
 
 _TYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}

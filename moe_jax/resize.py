@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_jax import __version__, initial
-from moe_jax.config import config_from_text, dump_value, load_config
+from moe_jax.config import dump_value, load_config
 from moe_jax.data import load_corpus
 from moe_jax.description import CONVERTED, RUN, Description, describe
 from moe_jax.errors import UserError
@@ -26,6 +26,7 @@ from moe_jax.expert_arrays import Copies, carry, choose, from_dense
 from moe_jax.hf.leaves import leaves
 from moe_jax.model import count_moe_layers, expert_layers, layer_kinds
 from moe_jax.run_arrays import COUNTERS, RunArrays, host_program, measured_load, read_run, shapes, write_run
+from moe_jax.run_dir import read_config
 from moe_jax.schema import Config, MoEConfig
 from moe_jax.weights import open_weights
 
@@ -79,10 +80,6 @@ def _check(source: Path, out: Path, wanted: Wanted) -> None:
         raise UserError(f"--noise {wanted.noise} must be a finite number that is not negative, such as {NOISE}.")
 
 
-def _run_config(run: Path) -> Config:
-    return config_from_text((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
-
-
 def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
     """The configuration with other experts, without the model that it once began from and a table of the experts it had."""
     changes |= {} if wanted.top_k is None else {"top_k": wanted.top_k}
@@ -98,7 +95,7 @@ def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
 
 def _change(run: Path, out: Path, wanted: Wanted, step: int | None, fallback: bool) -> str:
     """Another number of experts for a run that has some."""
-    config = _run_config(run)
+    config = read_config(run)
     before = config.moe.num_experts
     if wanted.experts == before:
         raise UserError(f"--experts {before} is the number that {run} has: give another.")
@@ -145,7 +142,7 @@ def _layer_line(layer: int, count_E: np.ndarray, source_E: np.ndarray, copied_E:
 def _upcycle(source: Path, out: Path, wanted: Wanted, described: Description, step: int | None, fallback: bool) -> str:
     """Experts for a dense model."""
     if described.source == RUN:
-        config = _run_config(source)
+        config = read_config(source)
         new = _upcycled(config, config.moe, wanted)
         state = read_run(source, config, step=step, fallback=fallback)
     else:

@@ -26,6 +26,7 @@ from moe_jax.placement.table import contiguous
 from moe_jax.schema import Config, MeshConfig
 from moe_jax.step import Program
 from moe_jax.tokenizer_files import copy_tokenizer
+from moe_jax.training import restore
 
 LINES = 20  # newest training lines whose loads are summed
 COUNTERS = ("step", "seed", "skipped", "skipped_in_row")  # of TrainState
@@ -64,7 +65,7 @@ def read_run(run: Path, config: Config, *, step: int | None, fallback: bool) -> 
         raise UserError(f"{checkpoints.directory} holds no checkpoint to begin with: train first, or name another run.")
     described = describe(run)
     program = host_program(config, described.vocab_size)
-    found = relayout.restore(checkpoints, program, step=step, fallback=fallback)
+    found = restore.restore(checkpoints, program, step=step, fallback=fallback)
     state = found.state
     arrays = {name: np.asarray(leaf) for name, leaf in _flat(state.params, state.opt_state).items()}
     counters = {name: int(getattr(state, name)) for name in COUNTERS}

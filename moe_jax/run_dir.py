@@ -42,6 +42,12 @@ FIXED = ("init_from", "model", "moe", "data", "train.seed", "train.global_batch"
 FREE = ("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below")
 
 
+def read_config(run_dir: Path) -> Config:
+    """The configuration of a run. Raises UserError for one that cannot be read."""
+    path = run_dir / "config.yaml"
+    return config_from_text(path.read_text(encoding="utf-8"), str(path))
+
+
 def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
     """Checks that the run may write to `run_dir`; changes nothing.
 
@@ -57,8 +63,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
     if "config.yaml" not in names:
         raise UserError(f"--run-dir {run_dir} holds something other than a run (it has no config.yaml): name another directory.")
     if resume:
-        text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-        _check_unchanged(config_from_text(text, str(run_dir / "config.yaml")), config, run_dir)
+        _check_unchanged(read_config(run_dir), config, run_dir)
     elif overwrite:
         foreign = sorted(name for name in names if name.removesuffix(".tmp") not in CONTENTS)
         if foreign:

@@ -18,7 +18,7 @@ import numpy as np
 from moe_jax.engine import Cache, Engine
 from moe_jax.errors import UserError
 from moe_jax.layers import Turn
-from moe_jax.moe.layer import LayerTables
+from moe_jax.moe.tables import LayerTables
 from moe_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.moe.layer import MoE
+from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import MoEConfig
 from moe_jax.sharding import specs
 from moe_jax.spmd import BATCH_AXES
-from moe_jax.step import make_tables
 
 
 class SingleLayer(NamedTuple):

@@ -5,7 +5,6 @@ figures = bench(loaded, Session(loaded, batch=1), prompt=512, generated=128)
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,51 +15,10 @@ import numpy as np
 from moe_jax import measure
 from moe_jax.bandwidth import read_bandwidth
 from moe_jax.errors import UserError
+from moe_jax.profiling.clock import compile_clock
 
 if TYPE_CHECKING:
     from moe_jax.session import LoadedModel, Session
-
-COMPILING = "/jax/core/compile/"
-
-
-class CompileClock:
-    """Sums the time in which JAX traces, lowers or compiles; traces within traces count once."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        """Seconds since the clock was made."""
-        self._spans: list[tuple[float, float]] = []  # apart from each other, in their order
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event: str, duration_secs: float, **details: Any) -> None:
-        if not event.startswith(COMPILING):
-            return
-        end = time.perf_counter()
-        start = end - duration_secs
-        # An event is told at its end: those that lie within it have been told before.
-        while self._spans and self._spans[-1][0] >= start:
-            inner_start, inner_end = self._spans.pop()
-            self.seconds -= inner_end - inner_start
-        self._spans.append((start, end))
-        self.seconds += duration_secs
-
-
-@functools.cache
-def compile_clock() -> CompileClock:
-    """The clock of this process; it runs from the first call on."""
-    return CompileClock()
-
-
-class Stopwatch:
-    """Measures a `with` block: `seconds` without compiling, and `compiling`."""
-
-    def __enter__(self) -> Stopwatch:
-        self._compiled, self._start = compile_clock().seconds, time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.compiling = compile_clock().seconds - self._compiled
-        self.seconds = max(time.perf_counter() - self._start - self.compiling, 1e-9)
 
 
 def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated: int = 128, repeats: int = 5) -> dict[str, Any]:

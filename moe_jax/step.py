@@ -24,8 +24,9 @@ from moe_jax.errors import UserError
 from moe_jax.layers import Batch
 from moe_jax.model import Transformer, count_moe_layers, expert_layers
 from moe_jax.moe import balance
-from moe_jax.moe.layer import LayerStats, LayerTables
+from moe_jax.moe.layer import LayerStats
 from moe_jax.moe.router import RouterStats
+from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
 from moe_jax.optim import make_optimizer, make_schedule
 from moe_jax.placement.table import Placement
@@ -272,17 +273,6 @@ class Program:
 
         in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")))
-
-
-def make_tables(placement: Placement, hosts: int = 1) -> tuple[LayerTables, jax.Array]:
-    """A placement as the arrays that a step takes, with a zero bias, and the expert in each slot.
-
-    Tokens of ranks on one of `hosts` use replicas there, where there are any; inference, where all see all tokens, takes 1.
-    """
-    layers = placement.physical_to_logical.shape[0]
-    slots_LNP, start_LE, replicas_LNE = map(jnp.asarray, placement.routing(hosts))
-    tables = LayerTables(slots_LNP, start_LE, replicas_LNE, jnp.zeros((layers, placement.num_experts)))
-    return tables, jnp.asarray(placement.physical_to_logical)
 
 
 def _sum_parts(figures: Figures) -> Figures:

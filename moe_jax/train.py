@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import dump_config
 from moe_jax.data import Corpus, load_corpus
 from moe_jax.errors import UserError
-from moe_jax.generate import generate_run
 from moe_jax.mesh import make_mesh, use_devices
 from moe_jax.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.model import layer_kinds
@@ -36,12 +35,23 @@ from moe_jax.replanning import Replanner, sentence
 from moe_jax.report import write_report
 from moe_jax.schema import Config
 from moe_jax.step import Program, StepFigures, TrainState
+from moe_jax.training import restore
 
 SAMPLE_LIMIT = 2 << 30  # bytes of parameters above which no sample is drawn on one device at the end
 
 
-def train(config: Config, directory: Path, *, resume: bool = False, overwrite: bool = False, fallback: bool = False) -> None:
-    """Trains `config` into `directory`, resuming a run there if asked; prints progress, a sample and the report's path.
+class Result(NamedTuple):
+    """What came of a training job."""
+
+    directory: Path
+    step: int  # the last one done
+    stopped: bool  # by a signal, before the last step asked for
+    report: Path | None  # of this process; only the first one draws it
+    sample_fits: bool  # whether the parameters can be brought onto one device to draw a sample
+
+
+def train(config: Config, directory: Path, *, resume: bool = False, overwrite: bool = False, fallback: bool = False) -> Result:
+    """Trains `config` into `directory`, resuming a run there if asked; prints progress and draws the report.
 
     Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint. Raises UserError for whatever the user
     can mend, before anything is compiled or written where possible.
@@ -78,7 +88,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     if saved is None:
         state = initial.first_state(program, config)
     else:
-        restored = relayout.restore(checkpoints, program, step=None, fallback=fallback)
+        restored = restore.restore(checkpoints, program, step=None, fallback=fallback)
         for problem in restored.skipped:
             print(f"Passed over a damaged checkpoint: {problem}.")
         _check_corpus(restored.meta, corpus)
@@ -94,7 +104,7 @@ def train(config: Config, directory: Path, *, resume: bool = False, overwrite: b
     run_dir.write_description(directory, config, environment)
     if saved is None:
         initial.keep(directory, config)
-    _Job(config, directory, program, replanner, checkpoints, corpus, environment, held_out).run(state, batches)
+    return _Job(config, directory, program, replanner, checkpoints, corpus, environment, held_out).run(state, batches)
 
 
 class _Job:
@@ -123,7 +133,7 @@ class _Job:
         self.model_flops = self.tokens * flops / environment["matmul_flops_per_second"]
         self.skipped = 0
 
-    def run(self, state: TrainState, batches: Any) -> None:
+    def run(self, state: TrainState, batches: Any) -> Result:
         """Steps until the last one, or until a signal; raises UserError when too many in a row were not finite."""
         config, start = self.config, int(state.step)
         steps = config.train.steps
@@ -184,7 +194,7 @@ class _Job:
                     raise _not_finite(step, int(figures.skipped_in_row))
                 if stopping:
                     break
-        self._end(step if stopping and step < steps else None)
+        return self._end(step)
 
     def _place(
         self, writer: MetricsWriter, progress: RunProgress, step: int, state: TrainState, figures: StepFigures, seconds: float | None
@@ -223,26 +233,12 @@ class _Job:
             writer.write({"step": step, "event": "skipped_step", "count": int(figures.skipped) - self.skipped})
             self.skipped = int(figures.skipped)
 
-    def _end(self, stopped: int | None) -> None:
-        """Report and sample, or, after a signal, how to go on."""
-        if jax.process_index() != 0:
-            return
-        report = write_report(self.directory)
-        if stopped is not None:
-            print(f"Stopped after step {stopped}; saved. Continue with the same command and --resume.")
-        elif self.config.train.sample_prompt:
-            self._sample()
-        print(f"Report: {report}")
-
-    def _sample(self) -> None:
+    def _end(self, step: int) -> Result:
+        """Draws the report."""
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.program.abstract_state.params))
-        if jax.process_count() > 1 or size > SAMPLE_LIMIT:
-            print("No sample: the parameters are not brought onto one device; use moe-jax generate.")
-            return
-        train = self.config.train
-        options: dict[str, Any] = {"temperature": 0.8, "top_k": None, "top_p": 0.95, "seed": train.seed, "step": None, "fallback": False}
-        pieces = generate_run(self.directory, train.sample_prompt, max_tokens=train.sample_tokens, **options)
-        print(f"Sample (temperature 0.8, top-p 0.95):\n{train.sample_prompt}{''.join(pieces)}\n")
+        report = write_report(self.directory) if jax.process_index() == 0 else None
+        fits = jax.process_count() == 1 and size <= SAMPLE_LIMIT
+        return Result(self.directory, step, step < self.config.train.steps, report, fits)
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from rich.console import ConsoleDimensions, Group
 from rich.text import Text
 
 from moe_jax.alerts import spans
-from moe_jax.console import gibibytes
 from moe_jax.history import decisions, describe_links, link_rows
 from moe_jax.metrics import is_number, max_over_mean
+from moe_jax.utils.units import gibibytes
 
 if TYPE_CHECKING:
-    from moe_jax.watch import Watched
+    from moe_jax.tracking.follow import FollowedRun
 
 RAMP, ASCII_RAMP = "▁▂▃▄▅▆▇█", ".:-=+*%#"
 COLUMNS = (("violation", 11), ("dead", 6), ("busiest dev", 13), ("dropped", 9))  # right of the load, and their widths
@@ -23,7 +23,7 @@ REPEAT = 3  # characters at most for an expert
 TALL = 34  # lines from which more decisions and alerts are shown
 
 
-def draw(run: Watched, size: ConsoleDimensions, ascii_only: bool) -> Group:
+def draw(run: FollowedRun, size: ConsoleDimensions, ascii_only: bool) -> Group:
     """The whole frame: no line wider than the terminal, and two lines fewer than it is high."""
     if run.training is None:
         missing = "its first training line" if run.steps else "a run to begin there"
@@ -74,7 +74,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
-def _progress(run: Watched, width: int, ascii_only: bool) -> Text:
+def _progress(run: FollowedRun, width: int, ascii_only: bool) -> Text:
     steps, share = run.steps or run.step, run.step / max(run.steps or run.step, 1)
     left = "" if run.step_seconds is None or run.step >= steps else f"  about {duration(run.step_seconds * (steps - run.step))} left"
     before, after = f"{run.run_dir.resolve().name}  step {run.step:,}/{steps:,} ", f" {share:.0%}{left}"
@@ -84,14 +84,14 @@ def _progress(run: Watched, width: int, ascii_only: bool) -> Text:
     return Text.assemble((before, "bold"), (full * done, "green"), (empty * (room - done), "dim"), after)
 
 
-def _loss(run: Watched, width: int, ramp: str) -> Text:
+def _loss(run: FollowedRun, width: int, ramp: str) -> Text:
     assert run.training is not None
     before = f"loss {_figure(run.training.get('ce_loss'), '.4f')} "
     after = f"  validation {_figure(run.validation['val_loss'], '.4f')} at step {run.validation['step']:,}" if run.validation else ""
     return Text.assemble(before, (sparkline(run.losses, min(width - len(before) - len(after), 100), ramp), "cyan"), after)
 
 
-def _speed(run: Watched, line: dict[str, Any]) -> Text:
+def _speed(run: FollowedRun, line: dict[str, Any]) -> Text:
     dropped = f" with {_figure(line.get('dropped_fraction'), '.2%')} dropped" if line.get("layers") else ""
     saved = "" if run.checkpoint is None else f"  saved: {run.checkpoint:,}"
     rate, mfu, norm = _figure(line.get("tokens_per_second"), ",.0f"), _figure(line.get("mfu"), ".1%"), _figure(line.get("grad_norm"), ".3g")
@@ -128,7 +128,7 @@ def _device_ratio(layer: dict[str, Any]) -> float | None:
     return max_over_mean(layer["device_load"]) if "device_load" in layer else None
 
 
-def _below(run: Watched, alerts: list[dict[str, Any]], most: int) -> list[Text]:
+def _below(run: FollowedRun, alerts: list[dict[str, Any]], most: int) -> list[Text]:
     """Links, the newest decisions, the alerts under way, and a word on how things stand."""
     lines = []
     if run.traffic:

@@ -18,13 +18,14 @@ import numpy as np
 
 from moe_jax import converted, hf, relayout
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import config_from_text
 from moe_jax.description import CONVERTED, RUN, Description
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
+from moe_jax.inference import restore
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers, expert_layers
 from moe_jax.placement.table import Placement, contiguous
+from moe_jax.run_dir import read_config
 from moe_jax.schema import MeshConfig
 
 Index = tuple[Any, ...]
@@ -62,14 +63,14 @@ def _engine(described: Description, placement: Placement, dtype: str) -> Engine:
 
 
 def _of_run(path: Path, described: Description, step: int | None, fallback: bool) -> Weights:
-    config = config_from_text((path / "config.yaml").read_text(encoding="utf-8"), str(path / "config.yaml"))
+    config = read_config(path)
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     saved = relayout.saved_placement(checkpoints, step, fallback)
     if saved is None:
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
-    engine = _engine(described, relayout.serving_placement(saved, 1), "float32")
-    tree, bias_LE = relayout.restore_model(checkpoints, engine, step=step, fallback=fallback)
+    engine = _engine(described, restore.serving_placement(saved, 1), "float32")
+    tree, bias_LE = restore.restore_model(checkpoints, engine, step=step, fallback=fallback)
     arrays = {name: np.asarray(value) for name, value in zip(engine.leaves, _flat(engine, tree), strict=True)}
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))
 

@@ -17,10 +17,11 @@ from moe_jax.layers import Turn
 from moe_jax.loading import read_params, tables_of
 from moe_jax.mesh import make_mesh
 from moe_jax.model import Transformer, count_moe_layers
+from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.schema import LatentConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.session import LoadedModel
-from moe_jax.step import Program, make_tables
+from moe_jax.step import Program
 from moe_jax.tokenizer import load_tokenizer
 
 VOCAB = 48

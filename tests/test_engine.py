@@ -16,11 +16,11 @@ from moe_jax.engine import Engine
 from moe_jax.errors import UserError
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers
+from moe_jax.moe.tables import make_tables
 from moe_jax.ops.linear import Matrix, dequantize
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
 from moe_jax.session import LoadedModel
-from moe_jax.step import make_tables
 
 ROOM, WIDTH = 16, 8
 

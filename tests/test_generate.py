@@ -10,7 +10,8 @@ import pytest
 from fake_model import END, Loaded, Session, script
 
 from moe_jax.errors import UserError
-from moe_jax.generate import Figures, Reader, generate
+from moe_jax.generate import Reader, generate
+from moe_jax.generation.stats import GenerationStats
 from moe_jax.sampling import Sampler, SamplingOptions
 
 GREEDY_OPTIONS = SamplingOptions(temperature=0.0)
@@ -33,7 +34,7 @@ def test_it_ends_at_the_end_of_the_document_or_at_a_limit() -> None:
         ([END], {}, "", "end"),
         (b"a b. c", {"stop": [". "]}, "a b", "stop"),
     ):
-        figures = Figures()
+        figures = GenerationStats()
         assert say(saying(tokens), figures=figures, **options) == text
         assert figures.ended == ended
     other = saying(list(b"abc"))
@@ -42,7 +43,7 @@ def test_it_ends_at_the_end_of_the_document_or_at_a_limit() -> None:
 
 
 def test_the_last_token_costs_no_further_pass() -> None:
-    loaded, figures = saying(b"abc"), Figures()  # a fourth would be out of range
+    loaded, figures = saying(b"abc"), GenerationStats()  # a fourth would be out of range
     assert say(loaded, max_tokens=3, figures=figures) == "abc"
     assert loaded.feeds == [[*b"go"], [*b"a"], [*b"b"]]
     assert (figures.prompt_tokens, figures.tokens, figures.steps, figures.reused_tokens) == (2, 3, 2, 0)
@@ -64,7 +65,7 @@ def test_repetition_is_counted_from_the_prompt_on() -> None:
 
 
 def test_an_interrupted_text_says_so() -> None:
-    figures = Figures()
+    figures = GenerationStats()
     loaded = saying(b"abc")
     pieces = generate(loaded, Reader(Session(loaded)), [1, 2], Sampler(GREEDY_OPTIONS), max_tokens=9, figures=figures)
     assert next(pieces) == "a"
@@ -80,7 +81,7 @@ def test_prompts_that_cannot_be() -> None:
 
 
 def test_a_full_context_ends_the_text_or_slides() -> None:
-    figures = Figures()
+    figures = GenerationStats()
     assert say(saying(b"abcdefgh", context=6), figures=figures) == "abcde" and figures.ended == "context"
 
     def count_up(tokens: Sequence[int]) -> int:

@@ -17,11 +17,12 @@ from test_cli import call
 from moe_jax import converting, hf
 from moe_jax.description import KINDS, by_kind, describe, kind_of
 from moe_jax.errors import UserError
-from moe_jax.inspection import Inspection, inspect, ranges
+from moe_jax.inference.memory import device_bytes
+from moe_jax.inspection import Inspection, inspect
 from moe_jax.loading import open_model
-from moe_jax.memory import device_bytes
 from moe_jax.schema import MeshConfig
 from moe_jax.session import Session, room
+from moe_jax.utils.units import ranges
 
 # As published with the model (https://huggingface.co/Qwen/Qwen3-30B-A3B).
 QWEN3_30B_A3B = {

@@ -14,8 +14,9 @@ from programs import EXPERTS, TOP_K, make_batch, make_program
 
 import moe_jax
 from moe_jax.model import expert_layers
+from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
-from moe_jax.step import Program, StepFigures, TrainState, make_tables
+from moe_jax.step import Program, StepFigures, TrainState
 
 # Everything that could depend on how a batch is cut: all losses, noise, and the bias that follows the load.
 MOE = dict(

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from serving import VOCAB, draw, tree
 
-from moe_jax import hf, loading, memory
+from moe_jax import hf, loading
 from moe_jax.engine import Engine
 from moe_jax.errors import UserError
+from moe_jax.inference import memory
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers
 from moe_jax.placement.table import contiguous

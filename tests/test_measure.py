@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import hlo, measure
+from moe_jax.benchmarks import program_flops
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers
 from moe_jax.moe.dispatch import pool_capacity
@@ -58,7 +59,7 @@ def step_2x4() -> Compiled:
     program = make_program(ModelConfig(**TINY), MoEConfig(num_experts=8, top_k=2, hidden=32, capacity_factor=0.75), data=2, expert=4)
     state, rows = program.init(0), program.shard(batch(8, 32))
     compiled = program.train_step.lower(state, rows).compile()
-    sizes = measure.group_sizes(program, state, rows)
+    sizes = program_flops.group_sizes(program, state, rows)
     layers = compiled(state, rows)[1].figures.layers
     return Compiled(program, compiled.as_text(), sizes, measure.memory(compiled), int(layers.kept.sum()), int(layers.dropped.sum()))
 
@@ -218,7 +219,7 @@ def test_what_is_not_a_program_is_refused():
 
 def test_all_to_all_bytes_of_a_step_are_the_pools(step_2x4):
     pool_rows = 4 * pool_capacity(32, 2, 4, 0.75)
-    least = measure.least_bytes(step_2x4.program, 8, 32)
+    least = program_flops.least_bytes(step_2x4.program, 8, 32)
     sent = [entry for entry in hlo.collectives(step_2x4.text) if entry.op == "all-to-all"]
     assert [(entry.group, entry.times, entry.dynamic) for entry in sent] == [(4, 3 * 5, False), (8, 2, False)]
     assert sent[1].bytes == least.lookup == 2 * 32 * 64 * 4
@@ -226,7 +227,7 @@ def test_all_to_all_bytes_of_a_step_are_the_pools(step_2x4):
 
 
 def test_every_parameter_is_gathered_and_scattered_as_the_floor_says(step_2x4):
-    least = measure.least_bytes(step_2x4.program, 8, 32)
+    least = program_flops.least_bytes(step_2x4.program, 8, 32)
     moved = dict.fromkeys(("all-gather", "reduce-scatter"), 0)
     for entry in hlo.collectives(step_2x4.text):
         if entry.op in moved:
@@ -238,7 +239,7 @@ def test_every_parameter_is_gathered_and_scattered_as_the_floor_says(step_2x4):
 def test_a_step_of_8_devices_computes_no_expert_twice(step_2x4):
     assert step_2x4.dropped > 0
     assert sum(step_2x4.group_sizes) == 2 * step_2x4.kept  # each group is reported for both of its matmuls
-    spent = measure.program_flops(step_2x4.text, 8, 64, 32, step_2x4.group_sizes)
+    spent = program_flops.program_flops(step_2x4.text, 8, 64, 32, step_2x4.group_sizes)
     assert spent.experts == 3 * step_2x4.kept * 2 * 3 * 64 * 32
     model, moe = step_2x4.program.model, step_2x4.program.moe
     tokens, layers = 8 * 32, model.num_layers

@@ -15,10 +15,10 @@ from hf_folder import make_folder
 from serving import Case, assert_same, case, load, make_engine
 from test_cli import call
 
-from moe_jax import memory
 from moe_jax import offload as module
 from moe_jax.errors import UserError
 from moe_jax.expert_cache import Counts, ExpertCache
+from moe_jax.inference import memory
 from moe_jax.loading import read_params, tables_of
 from moe_jax.offload import OffloadEngine, offload
 from moe_jax.packing import bytes_of

@@ -41,6 +41,7 @@ from moe_jax.metrics import read_metrics
 from moe_jax.placement.balanced import balanced
 from moe_jax.placement.table import Placement, contiguous, count_slots
 from moe_jax.step import Program
+from moe_jax.training import restore
 
 ROOT = Path(__file__).parent.parent
 BIAS = "moe.bias_rate=0.01"
@@ -287,7 +288,7 @@ def test_a_checkpoint_restores_on_every_mesh_with_its_moments(
     expected = logical(state, old)
     for data, expert, more in ((1, 1, 0), (8, 1, 0), (1, 8, 0), (2, 4, 0), (2, 4, redundant)):
         new = make_program(folder, *settings, *mesh_settings(data, expert), f"placement.redundant_slots={more}")
-        restored = relayout.restore(checkpoints, new, step=None, fallback=False).state
+        restored = restore.restore(checkpoints, new, step=None, fallback=False).state
         found = logical(restored, new)
         assert found.keys() == expected.keys()
         for name, values in expected.items():
@@ -327,7 +328,7 @@ def test_a_fallback_over_a_change_of_placement_follows_the_table_of_what_it_find
         checkpoints.save(step, program.init(0), {"placement": program.placement.to_json()}, wait=True)
         programs.append(program)
     damage(tmp_path / "step_00000002" / "state")
-    found = relayout.restore(checkpoints, programs[1], step=None, fallback=True)
+    found = restore.restore(checkpoints, programs[1], step=None, fallback=True)
     assert found.step == 1 and len(found.skipped) == 1
     expected, got = logical(programs[0].init(0), programs[0]), logical(found.state, programs[1])
     for name, values in expected.items():
@@ -435,7 +436,7 @@ def test_the_run_directory_is_complete(whole: Path, folder: Path) -> None:
 
 
 def test_a_sample_and_the_report_end_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = run(folder, tmp_path / "sampled", BIAS, "train.sample_prompt=router", "train.sample_tokens=5")
+    directory = run(folder, tmp_path / "sampled", BIAS, "train.sample_prompt=router", "train.sample_tokens=5", command=True)
     out = capsys.readouterr().out
     assert "step 6/6  loss " in out and "validation loss" in out and "\nrouter" in out
     assert out.rstrip().endswith(f"Report: {directory / 'report.html'}")
@@ -504,7 +505,7 @@ def test_a_learning_rate_that_is_far_too_high_stops_the_run(folder: Path, tmp_pa
 def restored_params(folder: Path, directory: Path) -> dict[str, np.ndarray]:
     program = make_program(folder)
     checkpoints = Checkpoints(directory / "checkpoints", 9, 1)
-    found = relayout.restore(checkpoints, program, step=None, fallback=False)
+    found = restore.restore(checkpoints, program, step=None, fallback=False)
     return logical(found.state.params, program)
 
 

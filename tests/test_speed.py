@@ -13,7 +13,7 @@ from fake_model import Loaded, Session, install
 from moe_jax import speed
 from moe_jax.bandwidth import read_bandwidth
 from moe_jax.errors import UserError
-from moe_jax.speed import COMPILING, CompileClock, Stopwatch
+from moe_jax.profiling.clock import COMPILING, CompileClock, Stopwatch
 
 
 def test_compiling_does_not_count_as_speed() -> None:

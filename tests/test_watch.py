@@ -15,7 +15,8 @@ from rich.console import Console, ConsoleDimensions
 from moe_jax import cli, watch_frame
 from moe_jax import watch as watching
 from moe_jax.errors import UserError
-from moe_jax.watch import Watched, watch
+from moe_jax.tracking.follow import FollowedRun
+from moe_jax.watch import watch
 from moe_jax.watch_frame import draw, duration, load_bars, sparkline
 
 
@@ -31,13 +32,13 @@ def add(run_dir: Path, records: list[dict]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def read(run_dir: Path) -> Watched:
-    run = Watched(run_dir)
+def read(run_dir: Path) -> FollowedRun:
+    run = FollowedRun(run_dir)
     run.read()
     return run
 
 
-def frame(run: Watched, width: int = 80, height: int = 24, ascii_only: bool = False) -> list[str]:
+def frame(run: FollowedRun, width: int = 80, height: int = 24, ascii_only: bool = False) -> list[str]:
     console = Console(file=StringIO(), width=width, height=height)
     console.print(draw(run, ConsoleDimensions(width, height), ascii_only))
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax import measure
+from moe_jax import cli, measure
 from moe_jax import train as training
 from moe_jax.config import load_config
 from moe_jax.metrics import read_metrics
@@ -76,10 +76,12 @@ def shared_program(*args: Any, **options: Any) -> Program:
     return _programs[key]
 
 
-def run(folder: Path, directory: Path, *overrides: str, fresh: bool = False, report: bool = False, **options: bool) -> Path:
+def run(
+    folder: Path, directory: Path, *overrides: str, fresh: bool = False, report: bool = False, command: bool = False, **options: bool
+) -> Path:
     """Trains in this process into `directory`, with a matmul rate that is given and not measured.
 
-    Nothing is compiled twice unless `fresh`, and no report is drawn unless asked for.
+    Nothing is compiled twice unless `fresh`, and no report is drawn unless asked for. With `command` it is `moe-jax train`.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "matmul_rate", lambda *_: (RATE, "given by the test"))
@@ -87,7 +89,13 @@ def run(folder: Path, directory: Path, *overrides: str, fresh: bool = False, rep
             patch.setattr(training, "Program", shared_program)
         if not report:
             patch.setattr(training, "write_report", lambda run_dir: run_dir / "report.html")
-        training.train(tiny(folder, *overrides), directory, **options)
+        if command:
+            settings = [word for override in overrides for word in ("--set", override)]
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["train", str(config_file(folder)), "--run-dir", str(directory), *settings])
+            assert ended.value.code == 0
+        else:
+            training.train(tiny(folder, *overrides), directory, **options)
     return directory
 
 

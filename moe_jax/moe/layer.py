@@ -19,20 +19,12 @@ from moe_jax.annotations import Array, Bool, Float, Int, Key
 from moe_jax.moe import balance, dispatch
 from moe_jax.moe.experts import Experts, apply_experts, swiglu
 from moe_jax.moe.router import Router, RouterStats, total
+from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.grouped_matmul import Impl
 from moe_jax.ops.linear import join, project
 from moe_jax.schema import MoEConfig
 from moe_jax.sharding import axes_of, gather, param
 from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, once, psum, vary
-
-
-class LayerTables(NamedTuple):
-    """What routing needs besides weights, of one layer or stacked over layers: data, so a change compiles nothing."""
-
-    slots_NP: Int[Array, "... N P"]  # for the tokens of each host: slots by expert, those on the host first, empty ones last
-    start_E: Int[Array, "... E"]  # where each expert's begin
-    replicas_NE: Int[Array, "... N E"]  # how many of them the host's tokens use: those on the host, or all where it has none
-    bias_E: Float[Array, "... E"]  # balance bias
 
 
 class Flow(NamedTuple):

@@ -20,12 +20,12 @@ from moe_jax import hf
 from moe_jax.layers import Batch
 from moe_jax.mesh import make_mesh
 from moe_jax.model import count_moe_layers
-from moe_jax.moe.layer import LayerTables
+from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops.cross_entropy import logits
 from moe_jax.placement.table import contiguous
 from moe_jax.schema import MeshConfig, OptimizerConfig
 from moe_jax.spmd import BATCH_AXES
-from moe_jax.step import BATCH_SPEC, Program, make_tables
+from moe_jax.step import BATCH_SPEC, Program
 
 # Ten times stricter than is promised: what is beyond rounding is a mistake, however small.
 TOLERANCE = 1e-5

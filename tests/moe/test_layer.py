@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import make_mesh
-from moe_jax.moe.layer import LayerStats, LayerTables, MoE
+from moe_jax.moe.layer import LayerStats, MoE
+from moe_jax.moe.tables import LayerTables
 from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.schema import MeshConfig, MoEConfig
 from moe_jax.sharding import specs

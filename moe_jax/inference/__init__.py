@@ -1,0 +1,1 @@
+"""Models that run: engine, cache, sessions, opening a model, experts that do not fit."""

@@ -1,0 +1,57 @@
+"""The header of a packed folder: what `moe-jax convert` says of the model that it saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_jax.config import section_from_dict
+from moe_jax.errors import UserError
+from moe_jax.ops.linear import Kind
+from moe_jax.schema import ModelConfig, MoEConfig
+
+HEADER, FORMAT = "moe_jax.json", 1
+
+KEPT_CONFIG = "hf_config.json"  # of the Hugging Face model that this one comes from, for an export
+
+
+class Header(NamedTuple):
+    """What OUT/moe_jax.json says."""
+
+    format: int
+    name: str
+    model: ModelConfig
+    moe: MoEConfig
+    vocab_size: int
+    context: int
+    eos_ids: tuple[int, ...]
+    dtype: str
+    quantization: Kind
+    group: int
+    tokenizer: str  # "bytes", or "files" in OUT/tokenizer
+
+
+def is_converted(path: Path) -> bool:
+    """Whether `convert` wrote this folder."""
+    return (path / HEADER).is_file()
+
+
+def read_header(path: Path) -> Header:
+    """Raises UserError for one that cannot be read."""
+    try:
+        values = json.loads((path / HEADER).read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}: convert the model again.")
+        values |= {
+            "model": section_from_dict(ModelConfig, values["model"], "model."),
+            "moe": section_from_dict(MoEConfig, values["moe"], "moe."),
+        }
+        return Header(**values | {"eos_ids": tuple(values["eos_ids"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / HEADER} is damaged ({error}): convert the model again.") from error
+
+
+def tokenizer_spec(path: Path, header: Header) -> str:
+    """What `load_tokenizer` takes."""
+    return header.tokenizer if header.tokenizer == "bytes" else str(path / "tokenizer")

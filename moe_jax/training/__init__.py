@@ -1,0 +1,1 @@
+"""The training job: step, optimizer, state, loop, placement decisions, resizing."""

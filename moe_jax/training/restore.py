@@ -1,0 +1,31 @@
+"""A run's checkpoint as the training state on any mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from moe_jax.checkpoint import Checkpoints, Restored
+from moe_jax.moe.tables import LayerTables
+from moe_jax.relayout import adapt_to
+from moe_jax.step import Program, TrainState
+
+
+def restore(checkpoints: Checkpoints, program: Program, *, step: int | None, fallback: bool) -> Restored:
+    """The whole training state on the program's mesh, tables and slots as its placement says; arguments as for `restore_latest`."""
+    found = checkpoints.restore_latest(
+        _target(program), adapt_to(program.model, program.moe, program.placement), step=step, fallback=fallback, partial=True
+    )
+    return found._replace(state=program.with_tables(found.state, program.placement))
+
+
+def _target(program: Program) -> TrainState:
+    """What is read: all but the tables that follow from the placement."""
+    target = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        program.abstract_state,
+        program.state_shardings,
+    )
+    nothing: Any = None  # in the place of an array: not read
+    return target._replace(tables=LayerTables(nothing, nothing, nothing, target.tables.bias_E), expert_LP=nothing)
