@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from moe_jax.cli import main
+from moe_jax.cli.main import main
 
 main()

@@ -25,16 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 
-from moe_jax import benchmark, generation_benchmark, placement_benchmark
+from moe_jax.benchmarks import generation, placement, training
 from moe_jax.errors import UserError
-from moe_jax.huge_pages import VARIABLE, restart_with_huge_pages
+from moe_jax.runtime.huge_pages import VARIABLE, restart_with_huge_pages
 
 COMMANDS = {
-    "train": benchmark.train,
-    "layer": benchmark.layer,
-    "compile": benchmark.compile_depths,
-    "generate": generation_benchmark.generate,
-    "placement": placement_benchmark.placement,
+    "train": training.train,
+    "layer": training.layer,
+    "compile": training.compile_depths,
+    "generate": generation.generate,
+    "placement": placement.placement,
 }
 
 
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.json and not args.json.parent.is_dir():
             raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; create it.")
-        mesh = benchmark.start_devices(args)
+        mesh = training.start_devices(args)
         figures = COMMANDS[args.command](args, mesh)
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)

@@ -40,7 +40,7 @@ def build(options: dict[str, Any]) -> Any:
 
 @torch.inference_mode()
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    """Medians over repeats after a warm-up, as moe_jax.speed takes them."""
+    """Medians over repeats after a warm-up, as moe_jax.generation.bench takes them."""
     model = build(options)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     prompt = torch.randint(0, options["vocab"], (options["batch"], options["prompt"]), device=model.device)

@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moe_jax.config import dump_value, field_types, type_text
-from moe_jax.schema import Config
-from moe_jax.settings import bounds_text
+from moe_jax.config.fields import bounds_text
+from moe_jax.config.load import dump_value, field_types, type_text
+from moe_jax.config.schema import Config
 
 TARGET = ROOT / "docs" / "configuration.md"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moe_jax.cli import main
+from moe_jax.cli.main import main
 
 if __name__ == "__main__":
     main(["generate", *sys.argv[1:]])

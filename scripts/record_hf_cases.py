@@ -25,9 +25,9 @@ from safetensors.numpy import load_file
 from transformers.utils.quantization_config import Mxfp4Config
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "hf"))
+sys.path.insert(0, str(ROOT))
 
-import cases
+from tests.support import hf_cases as cases
 
 LENGTHS = (24, 17, 9)  # of the rows of a padded batch
 PROMPT = 12

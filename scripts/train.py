@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moe_jax.cli import main
-from moe_jax.huge_pages import restart_with_huge_pages
+from moe_jax.cli.main import main
+from moe_jax.runtime.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()

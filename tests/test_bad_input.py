@@ -12,14 +12,14 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_run import config_file, copy_until, finished, lines, run, step_directory, tiny, training_lines
 
-from moe_jax import cli
-from moe_jax import train as training
-from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint.manager import Checkpoints
+from moe_jax.cli import main
 from moe_jax.errors import CorruptCheckpoint, UserError
-from moe_jax.generate import generate_run
-from moe_jax.train import train
+from moe_jax.generation.generate import generate_run
+from moe_jax.training import trainer as training
+from moe_jax.training.trainer import train
+from tests.support.tiny_run import config_file, copy_until, finished, lines, run, step_directory, tiny, training_lines
 
 GREEDY = {"max_tokens": 4, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0, "step": None, "fallback": False}
 
@@ -111,7 +111,7 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as leave:
-        cli.main(["train", str(config_file(folder)), "--set", setting, "--run-dir", str(tmp_path / "run")])
+        main.main(["train", str(config_file(folder)), "--set", setting, "--run-dir", str(tmp_path / "run")])
     signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     assert leave.value.code == 2

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import EXPERTS, TOP_K, make_batch, make_program
 
 import moe_jax
-from moe_jax.model import expert_layers
+from moe_jax.models.transformer import expert_layers
 from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
-from moe_jax.step import Program, StepFigures, TrainState
+from moe_jax.training.step import Program, StepFigures, TrainState
+from tests.support.tiny_programs import EXPERTS, TOP_K, make_batch, make_program
 
 # Everything that could depend on how a batch is cut: all losses, noise, and the bias that follows the load.
 MOE = dict(

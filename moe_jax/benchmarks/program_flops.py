@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import hlo
-from moe_jax.layers import Batch
-from moe_jax.model import count_moe_layers
+from moe_jax.models.attention import Batch
+from moe_jax.models.transformer import count_moe_layers
 from moe_jax.moe import experts
 from moe_jax.moe.dispatch import pool_capacity
-from moe_jax.ops.grouped_matmul import TILE, TILE_GRAD
-from moe_jax.sharding import GATHERED
-from moe_jax.step import Program, TrainState
+from moe_jax.ops.grouped_matmul.api import TILE, TILE_GRAD
+from moe_jax.parallel.sharding import GATHERED
+from moe_jax.profiling import hlo
+from moe_jax.training.step import Program, TrainState
 
 
 class LeastBytes(NamedTuple):

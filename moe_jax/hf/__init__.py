@@ -6,9 +6,9 @@ shows how to add one. No pickle is loaded and no code of a checkpoint is run.
 
 from __future__ import annotations
 
-from moe_jax.hf.architecture import Architecture, eos_ids, is_hf_folder, read_config
 from moe_jax.hf.checkpoint import Checkpoint, open_checkpoint
-from moe_jax.hf.describe import config_of
+from moe_jax.hf.config import Architecture, eos_ids, is_hf_folder, read_config
+from moe_jax.hf.config_writer import config_of
 from moe_jax.hf.export import export
 from moe_jax.hf.families import FAMILIES
 

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.hf import mxfp4
-from moe_jax.hf.architecture import Architecture, read_config
+from moe_jax.hf.config import Architecture, read_config
 from moe_jax.hf.families import FAMILIES
-from moe_jax.hf.leaves import Leaf, leaves, sizes
-from moe_jax.hf.names import SELECTION_BIAS, TOP, Names, Plan, plan
-from moe_jax.hf.shards import DTYPES, Shards
-from moe_jax.model import layer_kinds
-from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.hf.safetensors import DTYPES, Shards
+from moe_jax.hf.tensor_names import SELECTION_BIAS, TOP, Names, Plan, plan
+from moe_jax.models.parameters import Leaf, leaves, sizes
+from moe_jax.models.transformer import layer_kinds
 
 Index = tuple[slice | np.ndarray, ...]
 

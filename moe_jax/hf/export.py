@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.hf.architecture import CONFIG, map_config
 from moe_jax.hf.checkpoint import Layout, half_split, make_layout
-from moe_jax.hf.names import Plan
-from moe_jax.hf.shards import DTYPES, INDEX, SINGLE
+from moe_jax.hf.config import CONFIG, map_config
+from moe_jax.hf.safetensors import DTYPES, INDEX, SINGLE
+from moe_jax.hf.tensor_names import Plan
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (

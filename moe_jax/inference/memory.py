@@ -12,9 +12,9 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.engine import Engine
 from moe_jax.errors import UserError
-from moe_jax.packing import bytes_of
+from moe_jax.inference.engine import Engine
+from moe_jax.models.weight_layout import bytes_of
 
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
 

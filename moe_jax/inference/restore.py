@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.engine import Engine
-from moe_jax.model import count_moe_layers
+from moe_jax.checkpoint.expert_layout import adapt_to
+from moe_jax.checkpoint.manager import Checkpoints
+from moe_jax.inference.engine import Engine
+from moe_jax.models.transformer import count_moe_layers
 from moe_jax.placement.table import Placement, contiguous
-from moe_jax.relayout import adapt_to
 
 
 def serving_placement(saved: Placement, ranks: int) -> Placement:

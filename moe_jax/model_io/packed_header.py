@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_jax.config import section_from_dict
+from moe_jax.config.load import section_from_dict
+from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.ops.linear import Kind
-from moe_jax.schema import ModelConfig, MoEConfig
 
 HEADER, FORMAT = "moe_jax.json", 1
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.annotations import Array, Float, Int
-from moe_jax.spmd import vary_alike
+from moe_jax.parallel.collectives import vary_alike
+from moe_jax.utils.annotations import Array, Float, Int
 
 PRIORITY_VERSION = 1  # raise it when `queue_choices` orders choices differently
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.annotations import Array, Float, Int
-from moe_jax.ops.grouped_matmul import Impl, grouped_matmul
-from moe_jax.schema import MoEConfig
-from moe_jax.sharding import axes_of, bias, gather, param
-from moe_jax.spmd import once
+from moe_jax.config.model import MoEConfig
+from moe_jax.ops.grouped_matmul.api import Impl, grouped_matmul
+from moe_jax.parallel.collectives import once
+from moe_jax.parallel.sharding import axes_of, bias, gather, param
+from moe_jax.utils.annotations import Array, Float, Int
 
 ALPHA = 1.702  # of the sigmoid in gpt-oss's clamped SwiGLU
 

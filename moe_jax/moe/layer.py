@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe_jax.annotations import Array, Bool, Float, Int, Key
-from moe_jax.moe import balance, dispatch
+from moe_jax.config.model import MoEConfig
+from moe_jax.moe import dispatch, load_balancing
 from moe_jax.moe.experts import Experts, apply_experts, swiglu
 from moe_jax.moe.router import Router, RouterStats, total
 from moe_jax.moe.tables import LayerTables
-from moe_jax.ops.grouped_matmul import Impl
+from moe_jax.ops.grouped_matmul.api import Impl
 from moe_jax.ops.linear import join, project
-from moe_jax.schema import MoEConfig
-from moe_jax.sharding import axes_of, gather, param
-from moe_jax.spmd import AXES, BATCH_AXES, all_gather, all_to_all, once, psum, vary
+from moe_jax.parallel.collectives import AXES, BATCH_AXES, all_gather, all_to_all, once, psum, vary
+from moe_jax.parallel.sharding import axes_of, gather, param
+from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
 
 class Flow(NamedTuple):
@@ -95,7 +95,7 @@ class MoE(nnx.Module):
         """
         routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
         load_E, stats = stats.load_E, total(stats)
-        aux, z = balance.losses(self.config, stats, stats if full is None else full)
+        aux, z = load_balancing.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         rank, ranks = lax.axis_index("expert"), lax.axis_size("expert")
         host = rank * tables.slots_NP.shape[0] // ranks

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe_jax.annotations import Array, Bool, Float, Int, Key
+from moe_jax.config.model import MoEConfig
 from moe_jax.ops.linear import project
-from moe_jax.schema import MoEConfig
-from moe_jax.sharding import bias, gather, param
-from moe_jax.spmd import BATCH_AXES
+from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.sharding import bias, gather, param
+from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
 NEVER = -1e9  # score of a dropped-out expert: finite, so that it can still fill a place nobody else takes
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.annotations import Array, Float, Int
 from moe_jax.placement.table import Placement
+from moe_jax.utils.annotations import Array, Float, Int
 
 
 class LayerTables(NamedTuple):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.annotations import Array, Float, Int
-from moe_jax.spmd import vary, vary_alike, vma
+from moe_jax.parallel.collectives import vary, vary_alike, vma
+from moe_jax.utils.annotations import Array, Float, Int
 
 Impl = Literal["chunked", "reference"]
 Axis = str | tuple[str, ...] | None

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe_jax.errors import UserError
-from moe_jax.metrics import FILE_NAME, is_number, parse_record
-from moe_jax.run_dir import read_config
+from moe_jax.tracking.metrics import FILE_NAME, is_number, parse_record
+from moe_jax.tracking.run_dir import read_config
 
 QUIET_SECONDS = 30.0  # at least, without a new line, before the view says so
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from moe_jax.checkpoint import Checkpoints, Restored
+from moe_jax.checkpoint.expert_layout import adapt_to
+from moe_jax.checkpoint.manager import Checkpoints, Restored
 from moe_jax.moe.tables import LayerTables
-from moe_jax.relayout import adapt_to
-from moe_jax.step import Program, TrainState
+from moe_jax.training.step import Program, TrainState
 
 
 def restore(checkpoints: Checkpoints, program: Program, *, step: int | None, fallback: bool) -> Restored:

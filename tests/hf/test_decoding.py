@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cases
 import jax
 import numpy as np
 import pytest
-from test_logits import assert_same
 
 from moe_jax import hf
-from moe_jax.engine import Engine
-from moe_jax.layers import Turn
-from moe_jax.loading import read_params, tables_of
-from moe_jax.mesh import make_mesh
-from moe_jax.model import count_moe_layers
+from moe_jax.config.schema import MeshConfig
+from moe_jax.inference.engine import Engine
+from moe_jax.inference.load import read_params, tables_of
+from moe_jax.models.attention import Turn
+from moe_jax.models.transformer import count_moe_layers
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
-from moe_jax.schema import MeshConfig
+from tests.support import hf_cases as cases
+from tests.support.hf_cases import assert_same
 
 BUCKET = 24  # places of a prefill
 ROOM = 76  # places of a row's cache

@@ -8,14 +8,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, build, family
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import hf
 from moe_jax.errors import UserError
 from moe_jax.hf import mxfp4
-from moe_jax.model import Transformer
+from moe_jax.models.transformer import Transformer
+from tests.support.hf_cases import CASES, build, family
 
 Tensors = dict[str, np.ndarray]
 

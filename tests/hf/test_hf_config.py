@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from moe_jax import hf
+from moe_jax.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import UserError
-from moe_jax.hf.architecture import map_config
+from moe_jax.hf.config import map_config
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model import layer_kinds
-from moe_jax.moe.balance import switch_loss
-from moe_jax.schema import ModelConfig, MoEConfig, RopeConfig
+from moe_jax.models.transformer import layer_kinds
+from moe_jax.moe.load_balancing import switch_loss
 
 SIZES = {
     "vocab_size": 64,

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, build
 from safetensors.numpy import load_file
 
 from moe_jax import hf
+from moe_jax.config.model import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import UserError
-from moe_jax.hf.architecture import map_config
-from moe_jax.model import count_moe_layers, layer_kinds
-from moe_jax.schema import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_jax.hf.config import map_config
+from moe_jax.models.transformer import count_moe_layers, layer_kinds
+from tests.support.hf_cases import CASES, build
 
 
 def copy(checkpoint: hf.Checkpoint, out: Path, **options) -> Path:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import cases
 import numpy as np
 import pytest
 
+from tests.support import ROOT
+from tests.support import hf_cases as cases
+
 pytest.importorskip("torch", reason="compares with transformers itself, which needs torch")
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 import record_hf_cases
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cases
 import jax
 import numpy as np
 import pytest
@@ -17,18 +16,17 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from moe_jax import hf
-from moe_jax.layers import Batch
-from moe_jax.mesh import make_mesh
-from moe_jax.model import count_moe_layers
+from moe_jax.config.schema import MeshConfig, OptimizerConfig
+from moe_jax.models.attention import Batch
+from moe_jax.models.transformer import count_moe_layers
 from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops.cross_entropy import logits
+from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
-from moe_jax.schema import MeshConfig, OptimizerConfig
-from moe_jax.spmd import BATCH_AXES
-from moe_jax.step import BATCH_SPEC, Program
-
-# Ten times stricter than is promised: what is beyond rounding is a mistake, however small.
-TOLERANCE = 1e-5
+from moe_jax.training.step import BATCH_SPEC, Program
+from tests.support import hf_cases as cases
+from tests.support.hf_cases import TOLERANCE, assert_same
 
 
 class Loaded(NamedTuple):
@@ -91,12 +89,6 @@ def make_batch(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> dict[str, np.nda
 def run(loaded: Loaded, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     batch = loaded.program.shard(make_batch(tokens_BS, lengths_B))
     return jax.tree.map(np.asarray, loaded.forward(loaded.params, loaded.tables, batch))
-
-
-def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Equal but for a share of the largest entry."""
-    assert found.shape == wanted.shape
-    assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
 # What the others have, one of these has too, or it concerns the reader alone: test_decoding.py has all cases.

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import make_mesh
+from moe_jax.config.model import MoEConfig
+from moe_jax.config.schema import MeshConfig
 from moe_jax.moe.layer import LayerStats, MoE
 from moe_jax.moe.tables import LayerTables
+from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.sharding import specs
 from moe_jax.placement.table import EMPTY, Placement, contiguous
-from moe_jax.schema import MeshConfig, MoEConfig
-from moe_jax.sharding import specs
-from moe_jax.spmd import BATCH_AXES
+from tests.support import oracle
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import make_mesh
-from moe_jax.moe.balance import losses, switch_loss, update_bias, variance_loss
+from moe_jax.config.model import MoEConfig
+from moe_jax.config.schema import MeshConfig
+from moe_jax.moe.load_balancing import losses, switch_loss, update_bias, variance_loss
 from moe_jax.moe.router import Router, RouterStats, Routing, select, total
-from moe_jax.schema import MeshConfig, MoEConfig
-from moe_jax.sharding import spec
-from moe_jax.spmd import BATCH_AXES
+from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.sharding import spec
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import make_mesh
-from moe_jax.ops.attention import MAX_BLOCKS, attention, cached_attention
-from moe_jax.schema import MeshConfig
+from moe_jax.config.schema import MeshConfig
+from moe_jax.ops.attention.api import MAX_BLOCKS, attention, cached_attention
+from moe_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -21,8 +21,8 @@ jitted = jax.jit(attention, static_argnames=("window", "impl", "scale"))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("moe_jax.ops.attention.MIN_BLOCK", BLOCK)
-    monkeypatch.setattr("moe_jax.ops.attention.CACHE_BLOCK", BLOCK)
+    monkeypatch.setattr("moe_jax.ops.attention.api.MIN_BLOCK", BLOCK)
+    monkeypatch.setattr("moe_jax.ops.attention.api.CACHE_BLOCK", BLOCK)
 
 
 def by_hand(q, k, v, segments, window, scale=None, sinks=None):

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import make_mesh
+from moe_jax.config.schema import MeshConfig
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
-from moe_jax.schema import MeshConfig
+from moe_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import make_mesh
-from moe_jax.ops.grouped_matmul import FEW_ROWS, SMALL_TILE, TILE, TILE_GRAD, grouped_matmul
+from moe_jax.config.schema import MeshConfig
+from moe_jax.ops.grouped_matmul.api import FEW_ROWS, SMALL_TILE, TILE, TILE_GRAD, grouped_matmul
 from moe_jax.ops.linear import Matrix, dequantize, quantize
-from moe_jax.schema import MeshConfig
+from moe_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

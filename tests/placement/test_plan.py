@@ -6,7 +6,6 @@ import functools
 
 import numpy as np
 import pytest
-from brute import Every, placement_cost
 
 from moe_jax.errors import UserError
 from moe_jax.placement.cost import cost, flow, max_over_mean
@@ -15,6 +14,7 @@ from moe_jax.placement.relabel import moves, relabel
 from moe_jax.placement.table import EMPTY, Placement, contiguous, round_robin
 from moe_jax.placement.topology import Topology, one_host
 from moe_jax.placement.topology_aware import link_rows_by_part
+from tests.support.brute_force import Every, placement_cost
 
 every = functools.cache(Every)
 

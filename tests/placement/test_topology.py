@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.placement.files import read_topology
 from moe_jax.placement.topology import Topology, one_host
-from moe_jax.topology_file import read_topology
+from tests.support import ROOT
 
-EXAMPLE = Path(__file__).parents[2] / "configs" / "placement" / "topology.yaml"
+EXAMPLE = ROOT / "configs" / "placement" / "topology.yaml"
 
 
 def topology(hosts: int, devices: int, **changed: float) -> Topology:

@@ -14,7 +14,7 @@ from moe_jax.hf.families import (
     qwen3,
     qwen3_moe,
 )
-from moe_jax.hf.families.family import Family
+from moe_jax.hf.families.base import Family
 
 _MODULES = (qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama, qwen3, mistral)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

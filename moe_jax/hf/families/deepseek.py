@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_jax.hf.keys import Keys
-from moe_jax.hf.mapping import rope_factor, rope_scaling, skeleton, yarn_scale
-from moe_jax.hf.names import ATTENTION, EXPERTS, FEED_FORWARD, Names, Stored
-from moe_jax.schema import LatentConfig, ModelConfig
+from moe_jax.config.model import LatentConfig, ModelConfig
+from moe_jax.hf.config_fields import rope_factor, rope_scaling, skeleton, yarn_scale
+from moe_jax.hf.config_keys import Keys
+from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FEED_FORWARD, Names, Stored
 
 
 def read_model(keys: Keys) -> ModelConfig:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.hf.config_keys import Keys
+from moe_jax.hf.families.base import Family
 from moe_jax.hf.families.deepseek import latent_names, read_experts, read_model
-from moe_jax.hf.families.family import Family
-from moe_jax.hf.keys import Keys
-from moe_jax.schema import ModelConfig, MoEConfig
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:

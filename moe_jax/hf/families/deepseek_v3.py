@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.hf.config_keys import Keys
+from moe_jax.hf.families.base import Family
 from moe_jax.hf.families.deepseek import latent_names, read_experts, read_model
-from moe_jax.hf.families.family import Family
-from moe_jax.hf.keys import Keys
-from moe_jax.hf.names import SELECTION_BIAS, Names
-from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.hf.tensor_names import SELECTION_BIAS, Names
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:

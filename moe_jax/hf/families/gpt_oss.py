@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moe_jax.hf.families.family import Family
-from moe_jax.hf.keys import Keys
-from moe_jax.hf.mapping import listed_windows, read_rope, skeleton, with_aux_loss
-from moe_jax.hf.names import ATTENTION, Names, Stored
-from moe_jax.schema import ModelConfig, MoEConfig, RopeConfig
+from moe_jax.config.model import ModelConfig, MoEConfig, RopeConfig
+from moe_jax.hf.config_fields import listed_windows, read_rope, skeleton, with_aux_loss
+from moe_jax.hf.config_keys import Keys
+from moe_jax.hf.families.base import Family
+from moe_jax.hf.tensor_names import ATTENTION, Names, Stored
 
 # Without any description of the rotation, the config means this one.
 ROPE = RopeConfig(scaling="yarn", factor=32.0, original_length=4096, truncate=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from moe_jax.hf.families.family import Family
-from moe_jax.hf.keys import Keys
-from moe_jax.hf.mapping import dense, skeleton, windows
-from moe_jax.hf.names import ATTENTION, FEED_FORWARD
-from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.hf.config_fields import dense, skeleton, windows
+from moe_jax.hf.config_keys import Keys
+from moe_jax.hf.families.base import Family
+from moe_jax.hf.tensor_names import ATTENTION, FEED_FORWARD
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:

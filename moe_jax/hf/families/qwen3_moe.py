@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from moe_jax.hf.families.family import Family
+from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.hf.config_fields import skeleton, used_window, windows, with_aux_loss
+from moe_jax.hf.config_keys import Keys
+from moe_jax.hf.families.base import Family
 from moe_jax.hf.families.qwen2_moe import qwen_experts
-from moe_jax.hf.keys import Keys
-from moe_jax.hf.mapping import skeleton, used_window, windows, with_aux_loss
-from moe_jax.hf.names import ATTENTION, EXPERTS, FEED_FORWARD, HEAD_NORMS
-from moe_jax.schema import ModelConfig, MoEConfig
+from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FEED_FORWARD, HEAD_NORMS
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:

@@ -1,0 +1,1 @@
+"""The `moe-jax` command: arguments in, one call of the package, sentences out."""

@@ -1,0 +1,179 @@
+"""The `moe-jax` command: train, report, watch and doctor, and the commands of the modules beside this one.
+
+Thin on purpose: each command reads its arguments and calls one function of the package, imported only
+then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found something
+wrong; 2 a mistake that one sentence on stderr explains; 130 and 143 interrupted or terminated.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from moe_jax import __version__
+from moe_jax.cli import checkpoints, inference, placement
+from moe_jax.cli.console import explained_disk_errors
+from moe_jax.cli.inference import Fallback, require_run
+from moe_jax.errors import UserError
+from moe_jax.runtime.huge_pages import restart_with_huge_pages
+
+if TYPE_CHECKING:
+    from moe_jax.config.schema import Config
+
+app = typer.Typer(
+    name="moe-jax",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --run-dir runs/first",
+)
+
+COMPUTING = ("train", "generate", "chat", "eval", "bench")  # commands that start anew with huge pages
+
+RunDir = Annotated[Path, typer.Argument(show_default=False, help="Directory of a run.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line (by default this process's) and exits; mistakes become one sentence and exit code 2."""
+    if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
+        restart_with_huge_pages()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(args=arguments, prog_name="moe-jax")
+    except UserError as error:
+        print(f"moe-jax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        _flush_stdout()
+    raise SystemExit(0)
+
+
+def _flush_stdout() -> None:
+    """Writes what is left, quietly where the reader has gone (`moe-jax report RUN | head -0`)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM outside training, which handles it itself and saves."""
+    print("moe-jax: terminated.", file=sys.stderr)
+    raise SystemExit(128 + signum)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"moe-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Train and run sharded mixture-of-experts transformers in JAX."""
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --set train.steps=50 --run-dir runs/short")
+def train(
+    config: Annotated[Path, typer.Argument(show_default=False, help="YAML configuration.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="Change a key, such as train.steps=50; may be repeated."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", show_default=False, help="Where all output goes.  [default: runs/NAME]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in DIR from its newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in DIR first.")] = False,
+    fallback: Fallback = False,
+) -> None:
+    """Train a model and write its run directory."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite contradict each other: give one of them.")
+    if fallback and not resume:
+        raise UserError("--fallback chooses the checkpoint to resume from: give --resume too.")
+    from moe_jax.config.load import load_config
+
+    tree = load_config(config, overrides or [])
+    place = run_dir or _default_run_dir(tree.name)
+    from moe_jax.training.trainer import train as run_training
+
+    with explained_disk_errors(place):
+        result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
+        if result.report is None:  # another process speaks
+            return
+        if result.stopped:
+            print(f"Stopped after step {result.step}; saved. Continue with the same command and --resume.")
+        elif tree.train.sample_prompt:
+            _print_sample(tree, place, result.sample_fits)
+        print(f"Report: {result.report}")
+
+
+def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
+    """Text of the trained model, drawn on one device."""
+    if not fits:
+        print("No sample: the parameters are not brought onto one device; use moe-jax generate.")
+        return
+    from moe_jax.generation.generate import generate_run
+
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": None, "top_p": 0.95, "seed": config.train.seed, "step": None, "fallback": False}
+    pieces = generate_run(run_dir, config.train.sample_prompt, max_tokens=config.train.sample_tokens, **options)
+    print(f"Sample (temperature 0.8, top-p 0.95):\n{config.train.sample_prompt}{''.join(pieces)}\n")
+
+
+def _default_run_dir(name: str) -> Path:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or give --run-dir.")
+    return Path("runs") / name
+
+
+for _name, _command, _example in (*inference.COMMANDS, *checkpoints.COMMANDS):
+    app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
+
+
+app.add_typer(placement.app, name="placement", epilog="\b\nExample:\n  moe-jax placement show runs/first")
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax report runs/first")
+def report(run_dir: RunDir) -> None:
+    """Draw a run's report and plots anew."""
+    require_run(run_dir)
+    from moe_jax.tracking.report import write_report
+
+    with explained_disk_errors(run_dir):
+        print(write_report(run_dir))
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax watch runs/first")
+def watch(
+    run_dir: RunDir,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit, as always in a pipe.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, metavar="S", help="Seconds between looks.")] = 2.0,
+) -> None:
+    """Follow a run live: progress, load, drops, moves, alerts."""
+    from moe_jax.tracking.watch import watch as follow
+
+    with explained_disk_errors(run_dir):
+        follow(run_dir, once=once, interval=interval)
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax doctor --json")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Check this machine: versions, devices, arithmetic."""
+    from moe_jax.launch.doctor import examine, print_examination
+
+    examination = examine()
+    print_examination(examination, as_json=as_json)
+    raise typer.Exit(1 if examination.problems else 0)

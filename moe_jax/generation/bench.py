@@ -1,0 +1,90 @@
+"""Speed of a model: prefill and decoding apart, each against what it is worth, without the time that compiling takes.
+
+figures = bench(loaded, Session(loaded, batch=1), prompt=512, generated=128)
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.profiling import flops
+from moe_jax.profiling.clock import compile_clock
+from moe_jax.profiling.machine import read_bandwidth
+
+if TYPE_CHECKING:
+    from moe_jax.inference.session import LoadedModel, Session
+
+
+def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated: int = 128, repeats: int = 5) -> dict[str, Any]:
+    """Median speeds over `repeats` after a warm-up, for a session's rows of random tokens.
+
+    Returns: `prefill_*` of `prompt` tokens a row; `decode_*` of `generated` steps after them, a token a row each, always the
+    likeliest; `first_token_seconds`, the prefill and the choice of a token; bytes that a step has to read, the rate at
+    which this machine reads, and the share of that rate that decoding reached; `compile_seconds`; `peak_bytes`.
+
+    Raises:
+      UserError: the rows would not fit the context.
+    """
+    if prompt + generated > loaded.context:
+        raise UserError(
+            f"-p {prompt} and -g {generated} make {prompt + generated} tokens and the model's context is {loaded.context}: lower them."
+        )
+    compiled = compile_clock().seconds
+    batch, devices = len(session.lengths), loaded.engine.mesh.size
+    rows = np.random.default_rng(0).integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt)).tolist()
+    _decode(session, _prefill(session, rows), generated)  # the warm-up: the cache grows to its size, then both compile for it
+    _decode(session, _prefill(session, rows), 1)
+    prefills, first_tokens, steps, rates = [], [], [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        logits_BV = _prefill(session, rows)
+        prefills.append(time.perf_counter() - start)
+        np.argmax(logits_BV, axis=-1)
+        first_tokens.append(time.perf_counter() - start)
+        steps += _decode(session, logits_BV, generated)
+        rates.append(read_bandwidth(devices))  # in turns with the steps: on a shared machine it changes by the minute
+    prefill, step = statistics.median(prefills), statistics.median(steps)
+    needed, rate = loaded.engine.decode_bytes(batch), statistics.median(rates)
+    return {
+        "model": loaded.name,
+        "prompt_tokens": prompt,
+        "generated_tokens": generated,
+        "batch": batch,
+        "repeats": repeats,
+        "prefill_seconds": prefill,
+        "prefill_tokens_per_second": batch * prompt / prefill,
+        "first_token_seconds": statistics.median(first_tokens),
+        "decode_tokens_per_second": batch / step,
+        "decode_ms_per_step": step * 1e3,
+        "decode_bytes_per_step": needed,
+        "read_bytes_per_second": rate,
+        "floor_ms_per_step": needed / rate * 1e3,
+        "share_of_floor": needed / rate / step,
+        "compile_seconds": compile_clock().seconds - compiled,
+        "peak_bytes": flops.peak_bytes(),
+        "platform": jax.default_backend(),
+        "devices": devices,
+    }
+
+
+def _prefill(session: Session, rows: list[list[int]]) -> np.ndarray:
+    """Reads the rows from their beginning: f32 logits [B, V]."""
+    for row in range(len(rows)):
+        session.rewind(row, 0)
+    return session.feed(rows)
+
+
+def _decode(session: Session, logits_BV: np.ndarray, count: int) -> list[float]:
+    """Seconds of each of `count` greedy steps."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        logits_BV = session.feed([[int(token)] for token in np.argmax(logits_BV, axis=-1)])
+        seconds.append(time.perf_counter() - start)
+    return seconds

@@ -1,0 +1,1 @@
+"""What comes before a run: is this machine fit for it."""

@@ -1,0 +1,43 @@
+"""A live view of a run in the terminal: `moe-jax watch RUN_DIR` follows its metrics.jsonl as it grows.
+
+It reads files alone, so it can be begun and left at any time, on any machine that sees them; the run does not notice.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from moe_jax.errors import UserError
+from moe_jax.tracking.follow import FollowedRun
+from moe_jax.tracking.watch_frame import draw
+
+
+def watch(run_dir: Path, *, once: bool = False, interval: float = 2.0) -> None:
+    """Shows a run until it ends or Ctrl-C; with `once`, or where stdout is no terminal, prints one frame.
+
+    Looks for new lines every `interval` seconds. Raises UserError where the directory is missing or a file in it damaged.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} does not exist: give the --run-dir of a `moe-jax train`.")
+    console = Console(highlight=False)
+    with closing(FollowedRun(run_dir)) as run:
+        run.read()
+        if once or not console.is_terminal:
+            console.print(draw(run, console.size, console.options.ascii_only))
+            return
+        try:
+            with Live(console=console, auto_refresh=False) as live:
+                over = False
+                while not over:
+                    over = run.over
+                    live.update(draw(run, console.size, console.options.ascii_only), refresh=True)
+                    if not over:
+                        time.sleep(interval)
+                        run.read()
+        except KeyboardInterrupt:
+            console.print("Left; the run goes on.")

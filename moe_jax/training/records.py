@@ -1,0 +1,105 @@
+"""What a run writes of its steps: the training lines of metrics.jsonl, the links' traffic, and traffic.json (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.moe.layer import Flow, LayerStats
+from moe_jax.placement.cost import max_over_mean
+from moe_jax.tracking.metrics import dead_experts, max_violation
+from moe_jax.tracking.traffic import RUN_FILE, VERSION
+from moe_jax.training.step import StepFigures
+from moe_jax.training.traffic_window import Window
+
+
+def training_record(
+    step: int, figures: StepFigures, seconds: float, *, tokens: int, model_flops: float, layers: Sequence[int]
+) -> dict[str, Any]:
+    """A training line. `seconds` are a step's, `tokens` a batch's; `model_flops` is a step's share of what the machine does in a second."""
+    stats = figures.figures.layers
+    kept, dropped = (0, 0) if stats is None else (int(np.sum(stats.kept)), int(np.sum(stats.dropped)))
+    record = {
+        "step": step,
+        "loss": float(figures.loss),
+        "ce_loss": float(figures.figures.ce_loss),
+        "aux_loss": float(figures.figures.aux_loss),
+        "z_loss": float(figures.figures.z_loss),
+        "grad_norm": float(figures.grad_norm),
+        "lr": float(figures.lr),
+        "tokens": step * tokens,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "mfu": model_flops / seconds,
+        "kept": kept,
+        "dropped": dropped,
+        "dropped_fraction": dropped / max(kept + dropped, 1),
+        "skipped": int(figures.skipped),
+    }
+    if stats is not None:
+        asked = np.asarray(stats.flow.asked_NR)
+        record["device_load_max_over_mean"] = float(np.mean(max_over_mean(asked.reshape(len(asked), -1))))
+    return record | {"layers": [] if stats is None else _layers(stats, layers)}
+
+
+def _layers(stats: LayerStats, layers: Sequence[int]) -> list[dict[str, Any]]:
+    flow: Flow = stats.flow
+    return [
+        {
+            "layer": layer,
+            "load": stats.router.load_E[i].tolist(),
+            "max_violation": max_violation(stats.router.load_E[i]),
+            "dead_experts": dead_experts(stats.router.load_E[i]),
+            "router_entropy": float(stats.router.entropy[i]) / max(int(stats.router.tokens[i]), 1),
+            "dropped": int(stats.dropped[i]),
+            "dropped_to": flow.dropped_RR[i].sum(0).tolist(),
+            "rounds": int(stats.rounds[i]),
+            "device_load": flow.asked_NR[i].reshape(-1).tolist(),
+            "slot_load": flow.slot_P[i].tolist(),
+        }
+        for i, layer in enumerate(layers)
+    ]
+
+
+class Links:
+    """Rows over the links since the last event that told of them."""
+
+    def __init__(self) -> None:
+        self.sent_LRR: np.ndarray | None = None
+        self.steps = 0
+
+    def add(self, flow: Flow) -> None:
+        """A step's counts, stacked over layers."""
+        sent_LRR = np.asarray(flow.sent_RR, np.int64)
+        self.sent_LRR = sent_LRR if self.sent_LRR is None else self.sent_LRR + sent_LRR
+        self.steps += 1
+
+    def event(self, step: int, layers: Sequence[int]) -> dict[str, Any]:
+        """What metrics.jsonl says of them; counting begins anew."""
+        assert self.sent_LRR is not None
+        sent = [{"layer": layer, "sent": rows.tolist()} for layer, rows in zip(layers, self.sent_LRR, strict=True)]
+        found = {"step": step, "event": "traffic", "steps": self.steps, "layers": sent}
+        self.sent_LRR, self.steps = None, 0
+        return found
+
+
+def write_traffic(directory: Path, step: int, window: Window, layers: Sequence[int]) -> None:
+    """Replaces the run's traffic.json, from which `moe-jax placement plan` plans."""
+    text = json.dumps(
+        {
+            "version": VERSION,
+            "step": step,
+            "steps": window.steps,
+            "num_experts": window.traffic_LRE.shape[-1],
+            "layers": list(layers),
+            "traffic": window.traffic_LRE.astype(np.int64).tolist(),
+        }
+    )
+    temporary = directory / f"{RUN_FILE}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, directory / RUN_FILE)

@@ -1,0 +1,398 @@
+"""Checkpoints: what is saved comes back on any mesh, what is damaged is refused, what is half-written does not count."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.checkpoint import orbax_io
+from moe_jax.checkpoint.manager import Adapt, Checkpoints
+from moe_jax.errors import CorruptCheckpoint, UserError
+from tests.support import ROOT
+
+
+def mesh(data: int, expert: int) -> Mesh:
+    return jax.make_mesh((data, expert), ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * expert])
+
+
+def make_state(mesh: Mesh, seed: int = 0) -> dict:
+    """A small training state: dicts, a list, optax NamedTuples, a scalar, bfloat16, raw PRNG bits, an empty array."""
+    rng = np.random.default_rng(seed)
+
+    def put(array, *spec: str | None):
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    params = {
+        "embed": put(rng.standard_normal((16, 8), np.float32), "data"),
+        "blocks": [{"gate_up": put(rng.standard_normal((8, 8, 4), np.float32), "expert", "data")}],
+        "norm": put(np.asarray(rng.standard_normal(8), jnp.bfloat16)),
+        "none": put(np.zeros((0, 4), np.float32)),
+    }
+    moments = optax.adam(1e-3).init(params)
+    moments = jax.tree.map(lambda x: put(x) if x.ndim == 0 else x, moments)
+    return {"params": params, "opt_state": moments, "rng": put(np.array([1, 2**32 - 1], np.uint32)), "step": put(np.int32(seed))}
+
+
+def target_of(state, mesh: Mesh):
+    """The state's structure on `mesh`, with each array's partition spec."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), state)
+
+
+def assert_same(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def saved(directory: Path, *steps: int, keep_last: int = 9, keep_best: int = 0, losses: dict[int, float] | None = None) -> Checkpoints:
+    checkpoints = Checkpoints(directory, keep_last, keep_best)
+    for step in steps:
+        checkpoints.save(step, make_state(mesh(2, 4), step), {"step": step}, (losses or {}).get(step), wait=True)
+    return checkpoints
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def all_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("data", "expert"), [(2, 4), (1, 1), (8, 1), (1, 2)])
+def test_restores_on_any_mesh(tmp_path: Path, data: int, expert: int) -> None:
+    state = make_state(mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path, 2, 0)
+    checkpoints.save(7, state, {"data": {"epoch": 1}, "table": [[0, 1]]}, wait=True)
+    target = target_of(state, mesh(data, expert))
+    found = Checkpoints(tmp_path, 2, 0).restore(7, target)
+    assert_same(found, state)
+    assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding == t.sharding, found, target))
+    assert checkpoints.read_meta(7) == {"data": {"epoch": 1}, "table": [[0, 1]]}
+
+
+def test_donating_the_state_after_save_changes_nothing(tmp_path: Path) -> None:
+    """`save` returns before the bytes are on the disk; ten donating steps then overwrite the state."""
+    sharding = NamedSharding(mesh(2, 4), PartitionSpec("expert", "data"))
+    values = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
+    state = {str(i): jax.device_put(values + i, sharding) for i in range(8)}
+    advance = jax.jit(lambda state: jax.tree.map(lambda x: x * 2 + 1, state), donate_argnums=0)
+    state = advance(state)
+    expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    target = target_of(state, mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path, 1, 0)
+    checkpoints.save(1, state, {})
+    for _ in range(10):
+        state = advance(state)
+    checkpoints.close()
+    assert_same(checkpoints.restore(1, target), expected)
+
+
+def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 2.5, 6: 4.0}
+    checkpoints = saved(tmp_path, *losses, keep_last=2, keep_best=2, losses=losses)
+    assert checkpoints.steps() == [2, 3, 5, 6]
+    assert checkpoints.latest() == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (2, 3, 5, 6)]
+
+
+def test_save_of_an_earlier_step_replaces_what_the_run_left(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3, keep_last=2)
+    assert checkpoints.steps() == [2, 3]
+    state = make_state(mesh(2, 4), 99)
+    checkpoints.save(2, state, {"again": True}, wait=True)
+    assert checkpoints.steps() == [2]
+    assert_same(checkpoints.restore(2, target_of(state, mesh(2, 4))), state)
+    assert checkpoints.read_meta(2) == {"again": True}
+
+
+def test_any_flipped_bit_is_refused_with_the_file_named(tmp_path: Path) -> None:
+    saved(tmp_path / "good", 1)
+    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
+    rng = np.random.default_rng(0)
+    for path in all_files(tmp_path / "good"):
+        data = bytearray(path.read_bytes())
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", copy)
+        if not data:
+            data = bytearray(b"x")
+        else:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        (copy / path.relative_to(tmp_path / "good")).write_bytes(data)
+        with pytest.raises(CorruptCheckpoint) as caught:
+            Checkpoints(copy, 1, 0).restore(1, target)
+        assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "add"])
+def test_truncated_missing_and_extra_files_are_refused(tmp_path: Path, harm: str) -> None:
+    saved(tmp_path / "good", 1)
+    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
+    for path in all_files(tmp_path / "good"):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", copy)
+        harmed = copy / path.relative_to(tmp_path / "good")
+        if harm == "truncate":
+            os.truncate(harmed, harmed.stat().st_size // 2)
+        elif harm == "remove":
+            harmed.unlink()
+        else:
+            harmed = harmed.with_name("extra")
+            harmed.write_bytes(b"")
+        with pytest.raises(CorruptCheckpoint) as caught:
+            Checkpoints(copy, 1, 0).restore(1, target)
+        assert harmed.name in str(caught.value)
+
+
+def test_values_are_verified_even_if_the_files_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault between the disk and the devices: what was read is not what the manifest says of the array."""
+    checkpoints = saved(tmp_path, 1)
+    state = make_state(mesh(2, 4), 1)
+    read = orbax_io.read
+
+    def faulty(path, asked):
+        arrays = read(path, asked)
+        arrays["params/embed"] = arrays["params/embed"].at[3, 3].add(1e-3)
+        return arrays
+
+    monkeypatch.setattr(orbax_io, "read", faulty)
+    with pytest.raises(CorruptCheckpoint, match="array params/embed"):
+        checkpoints.restore(1, target_of(state, mesh(2, 4)))
+
+
+def test_fallback_takes_the_newest_good_step_and_says_what_it_skipped(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
+    for step in (2, 3):
+        (step_path(tmp_path, step) / "meta.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint, match=r"meta\.json .*--fallback takes step 2"):
+        checkpoints.restore_latest(target)
+    found = checkpoints.restore_latest(target, fallback=True)
+    assert (found.step, found.meta) == (1, {"step": 1})
+    assert ["step_0000000" + step in note for step, note in zip("32", found.skipped, strict=True)] == [True, True]
+    assert_same(found.state, make_state(mesh(2, 4), 1))
+    (step_path(tmp_path, 1) / "manifest.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* is whole"):
+        checkpoints.restore_latest(target, fallback=True)
+    with pytest.raises(CorruptCheckpoint, match="train anew"):
+        checkpoints.restore_latest(target, step=1)
+
+
+def test_nothing_to_restore_names_the_directory(tmp_path: Path) -> None:
+    empty = Checkpoints(tmp_path / "none", 1, 0)
+    assert (empty.steps(), empty.latest()) == ([], None)
+    with pytest.raises(UserError, match=r"no checkpoint in .*none"):
+        empty.restore_latest({})
+    with pytest.raises(UserError, match=r"no checkpoint of step 5 .*there are: 1"):
+        saved(tmp_path / "one", 1).restore_latest({}, step=5)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    state = make_state(mesh(2, 4))
+    with pytest.raises(UserError, match="has no array more:"):
+        checkpoints.restore(1, target_of(state | {"more": state["step"]}, mesh(2, 4)))
+    fewer = {"params": state["params"]}
+    with pytest.raises(UserError, match=r"has an array .* that the model does not"):
+        checkpoints.restore(1, target_of(fewer, mesh(2, 4)))
+    assert_same(checkpoints.restore(1, target_of(fewer, mesh(1, 2)), partial=True), {"params": make_state(mesh(2, 4), 1)["params"]})
+    with pytest.raises(UserError, match=r"array rng .* is uint32 where the model has int32"):
+        checkpoints.restore(1, target_of(state | {"rng": state["rng"].astype(jnp.int32)}, mesh(2, 4)))
+    wider = state | {"rng": jnp.concatenate([state["rng"], state["rng"]])}
+    with pytest.raises(UserError, match=r"array rng .* has shape \(2,\) where the model has \(4,\)"):
+        checkpoints.restore(
+            1, target_of(state, mesh(2, 4)) | {"rng": jax.ShapeDtypeStruct((4,), jnp.uint32, sharding=wider["step"].sharding)}
+        )
+
+
+def test_adapt_receives_the_stored_array_and_its_result_is_placed(tmp_path: Path) -> None:
+    """Two more expert slots than were stored: `adapt` appends them."""
+    checkpoints = saved(tmp_path, 1)
+    state = make_state(mesh(2, 4), 1)
+    target = target_of(state, mesh(1, 2))
+    sharding = NamedSharding(mesh(1, 2), PartitionSpec("expert"))
+    target["params"]["blocks"][0]["gate_up"] = jax.ShapeDtypeStruct((10, 8, 4), jnp.float32, sharding=sharding)
+    seen = []
+
+    def adapt(path: str, array: jax.Array) -> jax.Array:
+        seen.append((path, array.shape, array.sharding.is_fully_replicated))
+        return jnp.concatenate([array, array[:2]])
+
+    found = checkpoints.restore(1, target, Adapt(lambda path: False, adapt))["params"]["blocks"][0]["gate_up"]
+    assert seen == [("params/blocks/0/gate_up", (8, 8, 4), True)]
+    assert found.sharding == sharding
+    expected = np.asarray(state["params"]["blocks"][0]["gate_up"])
+    np.testing.assert_array_equal(np.asarray(found), np.concatenate([expected, expected[:2]]))
+
+
+# For each moment a process that saves step 1 and kills itself at that moment of the next save. Forked, before JAX has
+# started anything, because imports take most of a process's time.
+CHILDREN = """
+import os, signal, sys, warnings
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+root, tests, *moments = sys.argv[1:]
+sys.path.insert(0, tests)
+from moe_jax.checkpoint import integrity as checksum, manager as checkpoint, orbax_io as named_arrays
+from tests.checkpoint.test_manager import make_state, mesh
+
+def kill_around(owner, name, before=lambda *args: False, after=lambda *args: False):
+    real = getattr(owner, name)
+    def deadly(*args):
+        before(*args) and os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args)
+        after(*args) and os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, deadly)
+
+def run(moment):
+    checkpoints = checkpoint.Checkpoints(Path(root) / moment, keep_last=1, keep_best=0)
+    checkpoints.save(1, make_state(mesh(2, 4), 1), {"step": 1}, wait=True)
+    always = lambda *args: True
+    match moment:
+        case "copied": kill_around(named_arrays, "start_writing", after=always)
+        case "written": kill_around(checksum, "write_durably", before=always)
+        case "sealed": kill_around(checksum, "seal_directory", after=always)
+        case "replacing": kill_around(Path, "rename", after=lambda path, to: str(to).endswith(".replaced"))
+        case "renamed": kill_around(Path, "rename", after=lambda path, to: str(path).endswith("2.partial"))
+        case "pruning": kill_around(Path, "rename", after=lambda path, to: str(to).endswith("1.partial"))
+    checkpoints.save(1 if moment == "replacing" else 2, make_state(mesh(2, 4), 2), {"step": 2}, wait=True)
+
+warnings.filterwarnings("ignore", message=".*fork")
+children = []
+for moment in moments:
+    children.append(os.fork())
+    if not children[-1]:
+        run(moment)
+        os._exit(0)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+# What counts afterwards: the step, and the seed of its state.
+MOMENTS = {"copied": (1, 1), "written": (1, 1), "sealed": (1, 1), "replacing": (1, 1), "renamed": (2, 2), "pruning": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory for each moment, left by a process that was killed then."""
+    root = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", CHILDREN, str(root), str(ROOT), *MOMENTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{[int(signal.SIGKILL)] * len(MOMENTS)}\n", "")
+    return root
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_during_a_save_leaves_the_step_before_as_latest(killed: Path, moment: str) -> None:
+    directory = killed / moment
+    step, seed = MOMENTS[moment]
+    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
+    checkpoints = Checkpoints(directory, keep_last=9, keep_best=0)
+    found = checkpoints.restore_latest(target)
+    assert (found.step, found.meta, found.skipped) == (step, {"step": seed}, [])
+    assert_same(found.state, make_state(mesh(2, 4), seed))
+    checkpoints.save(3, make_state(mesh(2, 4), 3), {}, wait=True)
+    # The first save swept up what the killed one left, and nothing that counted.
+    assert checkpoints.partial_steps() == []
+    assert {path.name for path in directory.iterdir()} == {f"step_{kept:08d}" for kept in checkpoints.steps()}
+    assert_same(checkpoints.restore(step, target), make_state(mesh(2, 4), seed))
+
+
+def test_an_opened_directory_is_left_alone_while_another_saves(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    (tmp_path / "step_00000002.partial").mkdir()
+    reader = Checkpoints(tmp_path, 1, 0)
+    reader.restore(1, target_of(make_state(mesh(2, 4)), mesh(2, 4)))
+    assert (reader.steps(), reader.partial_steps()) == ([1], [2])
+
+
+def test_a_step_pruned_while_it_is_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 1)
+    match = orbax_io.match
+
+    def prune_then_match(path: Path, *rest: object) -> None:
+        shutil.rmtree(path)
+        match(path, *rest)
+
+    monkeypatch.setattr(orbax_io, "match", prune_then_match)
+    with pytest.raises(UserError, match="has just removed step 1"):
+        checkpoints.restore(1, target_of(make_state(mesh(2, 4)), mesh(2, 4)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("noticed", ["before", "while writing"])
+def test_a_full_disk_is_one_sentence_and_earlier_steps_stay(
+    small_disk: Path, noticed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = saved(small_disk, 1)
+    noise = np.random.default_rng(0).standard_normal((8, 1024, 128), np.float32)
+    large = {str(i): jax.device_put(part, NamedSharding(mesh(2, 4), PartitionSpec("expert"))) for i, part in enumerate(noise)}
+    if noticed == "while writing":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40))
+    with pytest.raises(UserError, match=r"the disk of .* is too full to save step 2"):
+        checkpoints.save(2, large, {})
+        checkpoints.wait()
+    assert (checkpoints.steps(), checkpoints.partial_steps()) == ([1], [])
+    checkpoints.save(3, make_state(mesh(2, 4), 3), {}, wait=True)
+    assert_same(checkpoints.restore(3, target_of(make_state(mesh(2, 4)), mesh(2, 4))), make_state(mesh(2, 4), 3))
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_an_error_in_the_background_surfaces_on_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    checkpoints = saved(tmp_path, 1)
+    state = make_state(mesh(2, 4))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_jax.checkpoint.integrity.seal_directory", fail)
+        checkpoints.save(2, state, {})
+        with pytest.raises(UserError, match="too full to save step 2"):
+            getattr(checkpoints, call)(*((3, state, {}) if call == "save" else ()))
+    assert checkpoints.steps() == [1]
+    checkpoints.close()  # Raised once, not again.
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"step 1 cannot be saved in .*file"):
+        Checkpoints(tmp_path / "file" / "checkpoints", 1, 0).save(1, make_state(mesh(2, 4)), {})
+
+
+def test_states_that_cannot_be_named_or_stored_are_refused(tmp_path: Path) -> None:
+    one = jax.device_put(np.ones(2, np.float32), NamedSharding(mesh(2, 4), PartitionSpec()))
+    checkpoints = Checkpoints(tmp_path, 1, 0)
+    with pytest.raises(ValueError, match="same path"):
+        checkpoints.save(1, {"a/b": one, "a": {"b": one}}, {})
+    with pytest.raises(TypeError, match="lr of the state is float"):
+        checkpoints.save(1, {"lr": 1.0, "w": one}, {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,133 @@
+"""The commands that run a model, as typed: what comes on stdout and stderr, exit codes, and what the engine is asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+from moe_jax.data.tokenizer import load_tokenizer
+from tests.support import ROOT, fake_model
+from tests.support.command import call
+
+
+@pytest.fixture(autouse=True)
+def _own_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    return tmp_path
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A model that shouts the last line back, and what it was opened with."""
+    loaded = fake_model.Loaded(fake_model.shout)
+    loaded.opened = fake_model.install(monkeypatch, loaded)
+    return loaded
+
+
+def test_generate_streams_only_the_text(monkeypatch, capsys, run_dir, model):
+    assert call("generate", run_dir, "--prompt", "U:def\nA:", "--greedy", "--top-k", "3", "--step", "20") == 0
+    out, err = capsys.readouterr()
+    assert out == "DEF"
+    assert "prompt 8 tokens, " in err and "generated 3 tokens, " in err and "compiled in" in err and "peak memory" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("U:from stdin\nA:"))
+    assert call("generate", run_dir, "--prompt", "-", "--max-tokens", "6", "--stop", "zzz", "--temperature", "0") == 0
+    assert capsys.readouterr().out == "FROM S"
+    assert [opened["step"] for opened in model.opened] == [20, None] and model.opened[0]["path"] == run_dir
+    assert call("generate", run_dir, "--prompt", "U:ab\nA:", "--seed", "3", "--temperature", "2", "--max-tokens", "50") == 0
+    first = capsys.readouterr().out
+    assert call("generate", run_dir, "--prompt", "U:ab\nA:", "--seed", "3", "--temperature", "2", "--max-tokens", "50") == 0
+    assert capsys.readouterr().out == first
+
+
+def test_generate_from_a_folder(capsys, tmp_path, model):
+    arguments = ["generate", "--model", tmp_path, "--greedy"]
+    assert call(*arguments, "--prompt", "hello", "--system-prompt", "loud", "--mesh", "expert=4", "--dtype", "bfloat16") == 0
+    assert capsys.readouterr().out == "HELLO"
+    assert model.feeds[0] == list(b"S:loud\nU:hello\nA:")
+    assert model.opened[0]["mesh"].expert == 4 and model.opened[0]["dtype"] == "bfloat16"
+    model.context = 10
+    assert call(*arguments, "--prompt", "U:too long\nA:") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("moe-jax: The prompt has 13 tokens and the model's context 10: shorten it.\n")
+    assert call(*arguments, "--prompt", "U:hello\nA:") == 0
+    out, err = capsys.readouterr()
+    assert out == "H" and "the context of 10 tokens is full" in err
+
+
+def test_chat_through_a_pipe(monkeypatch, capsys, tmp_path, model):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
+    assert call("chat", "--model", tmp_path, "--greedy", "--system-prompt", "loud") == 0
+    out, err = capsys.readouterr()
+    assert out == "ONE\n" and "fake, loaded in" in err and "context 200 tokens" in err
+    model.tokenizer = load_tokenizer("bytes")
+    assert call("chat", "--model", tmp_path) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_eval_and_bench(capsys, tmp_path, model):
+    """Figures as JSON and as lines; both quantised and not where a text is there to compare on."""
+    scores = iter([2.0, 1.0, 1.0, 1.0])
+    model.engine = types.SimpleNamespace(
+        score=lambda params, tables, tokens, targets, mask: (next(scores) * mask.sum(), mask.sum()),
+        decode_bytes=lambda batch: 10**6,
+        mesh=types.SimpleNamespace(size=1, shape={"data": 1}),
+    )
+    (tmp_path / "text").write_text("some text")
+    text = ("--text", tmp_path / "text")
+    model.speak = lambda tokens: 65
+    small = ("-p", "4", "-g", "2", "--repeats", "1")
+    assert call("bench", "--model", tmp_path, *small, "--quantize", "int4", "--json", *text) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"] == pytest.approx(math.e**2) and found["perplexity_unquantised"] == pytest.approx(math.e)
+    assert [opened["quantize"] for opened in model.opened] == ["int4", None, "int4"]
+    assert found["decode_tokens_per_second"] > 0 and found["load_seconds"] > 0 and found["read_bytes_per_second"] > 1e8
+    assert call("bench", "--model", tmp_path, *small) == 0
+    assert "share_of_floor" in capsys.readouterr().out
+    assert call("eval", "--model", tmp_path, "--json", *text) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nats_per_token"] == pytest.approx(1.0) and found["tokens"] == 8 and found["quantize"] is None
+    assert call("eval", "--model", tmp_path, *text) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["perplexity", "2.7183"]
+
+
+def test_ctrl_c_during_generate_exits_130(capsys, tmp_path, model):
+    def interrupted(tokens):
+        raise KeyboardInterrupt
+
+    model.speak = interrupted
+    assert call("generate", "--model", tmp_path, "--prompt", "x") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "U:x\nA:"], ["chat"]], ids=lambda command: command[0])
+def test_a_reader_of_text_that_went_away_is_no_error(command, tmp_path):
+    """stdout is a pipe that nobody reads any more: no traceback, and nothing is said about it."""
+    script = (
+        f"import os, sys, types\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.support import fake_model\nfrom moe_jax.cli import main as cli\n"
+        "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\nmodel = fake_model.Loaded(fake_model.shout)\n"
+        "sys.modules['moe_jax.inference.load'] = types.SimpleNamespace(Session=fake_model.Session, open_model=lambda *a, **o: model)\n"
+        f"cli.main([{command[0]!r}, '--model', {str(tmp_path)!r}, *{command[1:]!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input="hi\n", capture_output=True, cwd=ROOT, text=True)
+    assert done.returncode == 1 and "Error" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_cannot_show_a_character(monkeypatch, capsys, tmp_path, model):
+    model.speak = lambda tokens: "\u4e13".encode()[(len(tokens) - 1) % 3]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert call("generate", "--model", tmp_path, "--prompt", "x", "--greedy") == 2
+    assert "standard output is ascii and cannot show '\u4e13': set PYTHONIOENCODING=utf-8." in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""The command line: help, exit codes, what it passes on, and what it does with errors; nothing is trained here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from moe_jax import __version__
+from moe_jax.cli import main
+from moe_jax.errors import UserError
+from moe_jax.launch import doctor
+from moe_jax.launch.probes import WrongArithmetic
+from tests.support import ROOT
+from tests.support.command import call
+
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _own_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    return tmp_path
+
+
+def stub(monkeypatch, module: str, **functions) -> None:
+    """Stands in for a module that a command imports."""
+    monkeypatch.setitem(sys.modules, f"moe_jax.{module}", types.SimpleNamespace(**functions))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["generate"], ["chat"], ["eval"], ["bench"], ["report"], ["doctor"]],
+    ids=lambda command: "-".join(command) or "moe-jax",
+)
+def test_help_fits_80_columns_and_ends_with_an_example(command, capsys):
+    assert call(*command, "--help") == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-2].strip() == "Example:"
+    assert lines[-1].split()[:1] == ["moe-jax"] and (not command or command[0] in lines[-1])
+
+
+def test_help_and_config_errors_load_no_jax():
+    script = (
+        "import sys\nfrom moe_jax.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    sys.exit('jax' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["chat", "--help"],
+        ["train", TINY, "--set", "moe.top_k=99"],
+        ["generate", "nowhere", "--prompt", "x"],
+        ["generate", "--model", "tests", "--prompt", ""],
+        ["chat", "--model", "tests", "--mesh", "expert:4"],
+    ):
+        assert subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, cwd=ROOT).returncode == 0, arguments
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"moe-jax {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["trian"], ["train"], ["generate", "x"], ["generate", "x", "--prompt", "y", "--top-p", "2"], ["chat"], ["doctor", "--jsn"]],
+    ids=" ".join,
+)
+def test_usage_errors_exit_2(arguments, capsys):
+    assert call(*arguments) == 2
+    assert "Usage: moe-jax" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "configs/nothere.yaml"], "there is no such file"),
+        (["train", TINY, "--set", "moe.num_expert=8"], "did you mean moe.num_experts?"),
+        (["train", TINY, "--set", "train.steps=many"], "a whole number"),
+        (["train", TINY, "--set", "mesh.data=3"], "devices.simulate=8"),
+        (["train", TINY, "--set", "name=../up"], "name='../up'"),
+        (["train", TINY, "--resume", "--overwrite"], "contradict"),
+        (["train", TINY, "--fallback"], "--resume"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere is not a run directory"),
+        (["generate", "--prompt", "x"], "give either a run directory or --model DIR"),
+        (["generate", "a", "--model", "b", "--prompt", "x"], "give either a run directory or --model DIR"),
+        (["generate", "--model", "nowhere", "--prompt", "x"], "--model nowhere does not exist"),
+        (["generate", "--model", ".", "--prompt", ""], "--prompt is empty"),
+        (["generate", "--model", ".", "--prompt", "x", "--stop", ""], "--stop is empty"),
+        (["generate", "--model", ".", "--prompt", "x", "--dtype", "f16"], "--dtype 'f16' is unknown"),
+        (["generate", "--model", ".", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty=0.0 is out of range"),
+        (["chat", "--model", ".", "--mesh", "experts=4"], "--mesh 'experts=4' cannot be read"),
+        (["chat", "--model", ".", "--memory", "lots"], "--memory 'lots' cannot be read"),
+        (["eval", "--model", ".", "--text", "nothere.txt"], "--text nothere.txt: No such file"),
+        (["bench", "--model", ".", "--quantize", "int3"], "--quantize 'int3' is unknown"),
+        (["report", "nowhere"], "nowhere is not a run directory"),
+    ],
+)
+def test_mistakes_are_one_sentence_on_stderr_and_exit_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("moe-jax: ") and err.count("\n") == 1 and words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_passes_its_arguments_on(monkeypatch):
+    calls = []
+    stub(monkeypatch, "training.trainer", train=lambda config, place, **options: calls.append((config.train.steps, place, options)))
+    assert call("train", TINY, "--set", "train.steps=5") == 0
+    assert call("train", TINY, "--run-dir", "there", "--resume", "--fallback") == 0
+    assert calls[0] == (5, Path("runs/tiny"), {"resume": False, "overwrite": False, "fallback": False})
+    assert calls[1][1:] == (Path("there"), {"resume": True, "overwrite": False, "fallback": True})
+
+
+def test_report_prints_the_path(monkeypatch, capsys, run_dir):
+    stub(monkeypatch, "tracking.report", write_report=lambda place: place / "report.html")
+    assert call("report", run_dir) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "runs/tiny: no space is left on its disk"),
+        (OSError(errno.ENOSPC, "No space left on device", "deep/file"), "deep/file: no space is left"),
+        (PermissionError(errno.EACCES, "Permission denied", "deep/file"), "deep/file: Permission denied"),
+        (UserError("Mend this."), "moe-jax: Mend this.\n"),
+    ],
+)
+def test_disk_errors_name_the_path(error, words, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise error
+
+    stub(monkeypatch, "training.trainer", train=fail)
+    assert call("train", TINY) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_os_error_without_a_file_is_not_explained_away(monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    stub(monkeypatch, "training.trainer", train=fail)
+    with pytest.raises(OSError, match="Invalid argument"):
+        main.main(["train", TINY])
+
+
+def test_interrupt_exits_130_and_sigterm_143(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    stub(monkeypatch, "training.trainer", train=interrupted)
+    assert call("train", TINY) == 130
+    stub(monkeypatch, "training.trainer", train=lambda *arguments, **options: signal.raise_signal(signal.SIGTERM))
+    assert call("train", TINY) == 143
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_went_away_is_no_error(run_dir):
+    """stdout is a pipe that nobody reads any more: no traceback, nothing on stderr."""
+    script = (
+        "import os, sys, types\nfrom moe_jax.cli import main as cli\nreader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\n"
+        "sys.modules['moe_jax.tracking.report'] = types.SimpleNamespace(write_report=lambda place: 'x' * 10)\n"
+        f"cli.main(['report', {str(run_dir)!r}])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT).stderr == b""
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_scripts_are_the_same_commands(script, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and f"Usage: moe-jax {script.removesuffix('.py')}" in done.stdout
+
+
+def test_doctor_reports_this_machine():
+    done = subprocess.run([sys.executable, "-m", "moe_jax", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"]) == (0, True), found["problems"]
+    status = {probe["name"]: probe["status"] for probe in found["probes"]}
+    for probe in ("jit arithmetic", "bf16 matmul", "grouped_matmul reference", "grouped_matmul ragged", "grouped_matmul tiled"):
+        assert status[probe] == "ok", probe
+    for probe in ("attention reference", "attention blockwise", "all_to_all", "f32 matmul rate", "memory read rate"):
+        assert status[probe] == "ok", probe
+    assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**30
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"} <= {row["name"] for row in found["versions"]}
+
+
+def test_doctor_names_bad_versions():
+    asked = Requirement("jaxlib>=0.10.1,!=0.10.2,<0.12")
+    assert "wrong results on CPU" in doctor.judge_version("jaxlib", "0.10.2", asked).problem
+    assert "outside" in doctor.judge_version("jaxlib", "0.12.0", asked).problem
+    assert doctor.judge_version("jaxlib", None, asked).problem.startswith("jaxlib is not installed: pip install 'jaxlib")
+    assert [doctor.judge_version("jaxlib", good, asked).problem for good in ("0.10.1", "0.11.2")] == ["", ""]
+
+
+def test_doctor_exits_1_on_wrong_arithmetic(monkeypatch, capsys):
+    def wrong():
+        raise WrongArithmetic("element (3,) is 1 instead of 2")
+
+    def missing():
+        raise NotImplementedError("no such instruction\nat line 3")
+
+    monkeypatch.setattr(doctor, "PROBES", [("broken", wrong), ("absent", missing), ("fine", lambda: "quick")])
+    monkeypatch.setattr(doctor, "simulate_devices", lambda: None)
+    assert call("doctor", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [probe["status"] for probe in found["probes"]] == ["ok", "wrong", "unavailable", "ok"]
+    assert found["probes"][2]["text"] == "NotImplementedError: no such instruction"
+    assert any("element (3,) is 1 instead of 2; pip install 'jax>=" in problem for problem in found["problems"])
+    assert call("doctor") == 1
+    assert "problem" in capsys.readouterr().out

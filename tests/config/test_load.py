@@ -1,0 +1,218 @@
+"""Configuration files: what is read, how overrides merge, and the sentence that each mistake gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config.load import all_keys, config_from_text, dump_config, load_config
+from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.config.schema import Config, DataConfig, OptimizerConfig, TrainConfig
+from moe_jax.errors import UserError
+from tests.support import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def refusal(text: str | bytes, tmp_path: Path, *overrides: str) -> str:
+    """The one sentence that a file with this text is refused with."""
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence[-1] in ".?"
+    return sentence
+
+
+def parameters(config: Config) -> tuple[int, int]:
+    """(total, active a token) by the textbook formula, norms left out; all layers have experts."""
+    model, moe = config.model, config.moe
+    heads = model.num_heads * 2 + model.num_kv_heads * 2
+    dense = model.num_layers * (model.width * model.head_width * heads + model.width * moe.num_experts)
+    dense += (model.vocab_size or 257) * model.width * (1 if model.tied_embeddings else 2)
+    expert = 3 * model.width * moe.hidden
+    return dense + model.num_layers * moe.num_experts * expert, dense + model.num_layers * moe.top_k * expert
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "a.yaml", []) == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_round_trips_and_says_what_it_needs(path):
+    config = load_config(path, [])
+    assert config.name == path.stem
+    assert config_from_text(dump_config(config)) == config
+    comment = path.read_text().split("\n\n")[0]
+    for heading in ("# For:", "# Needs:", "# Memory:", "# Run:"):
+        assert heading in comment, heading
+    assert "stimate" in comment and f"configs/{path.name}" in comment
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("tiny", 3.4e6, 1.0e6), ("small-gpu", 107e6, 19e6), ("mixtral-8x7b", 46.7e9, 12.9e9), ("qwen3-30b-a3b", 30.5e9, 3.3e9)],
+)
+def test_configs_have_the_sizes_their_comments_state(name, total, active):
+    counted = parameters(load_config(ROOT / "configs" / f"{name}.yaml", []))
+    assert counted == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.04))
+
+
+def test_numbers_are_read_as_yaml_1_2():
+    config = config_from_text("optimizer: {learning_rate: 3e-4, eps: 1E-7}\nmodel: {rope: {theta: 10000}}\ntrain: {steps: 1_000}\nname: no")
+    assert config.optimizer.learning_rate == 3e-4 and config.optimizer.eps == 1e-7
+    assert config.model.rope.theta == 10_000.0 and isinstance(config.model.rope.theta, float)
+    assert config.train.steps == 1000 and config.name == "no"
+
+
+def test_file_goes_over_base_and_overrides_over_both(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("train: {steps: 7, seed: 3}\nmoe: {top_k: 1, dense_layers: [0, 1]}\nname: below")
+    (tmp_path / "sub" / "top.yaml").write_text("base: ../base.yaml\ntrain: {steps: 8}\nmoe: {dense_layers: [2]}")
+    config = load_config(tmp_path / "sub" / "top.yaml", ["train.steps=9", "moe.hidden=64", "moe={every: 2}", "train.steps=10"])
+    assert (config.train.steps, config.train.seed, config.name) == (10, 3, "below")
+    assert (config.moe.top_k, config.moe.hidden, config.moe.every, config.moe.dense_layers) == (1, 64, 2, (2,))
+
+
+def test_override_values_are_yaml():
+    load = lambda *overrides: load_config(ROOT / "configs" / "tiny.yaml", overrides)  # noqa: E731
+    assert load("model.sliding_window=128").model.sliding_window == 128
+    assert load("model.sliding_window=null").model.sliding_window is None
+    assert load("moe.dropless=true").moe.dropless is True
+    assert load("data.source=/a/b=c").data.source == "/a/b=c"
+    assert load("train.sample_prompt=''").train.sample_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("moe: {num_expert: 8}", ["run.yaml", "'moe.num_expert'", "did you mean moe.num_experts?"]),
+        ("num_experts: 8", ["did you mean moe.num_experts?"]),
+        ("optimzer: {}", ["did you mean optimizer?"]),
+        ("moe: {seed: 1}", ["did you mean train.seed?"]),
+        ("train.steps: 3", ["write it as `steps:` under `train:`"]),
+        ("checkpoint: {zzzz: 1}", ["the keys of checkpoint are every, keep_last, keep_best"]),
+        ("12: 3", ["no key '12'", "the keys are name, init_from, model"]),
+        ("train: {steps: many}", ["run.yaml", "train.steps='many'", "a whole number, >= 1"]),
+        ("train: {steps: true}", ["train.steps=true", "a whole number"]),
+        ("train: {steps: 2.5}", ["train.steps=2.5", "a whole number"]),
+        ("train: {steps: '5'}", ["train.steps='5'"]),
+        ("moe: {dropless: 1}", ["moe.dropless=1", "true or false"]),
+        ("moe: {z_loss: false}", ["moe.z_loss=false", "a finite number"]),
+        ("moe: {capacity_factor: .inf}", ["moe.capacity_factor=inf", "finite"]),
+        ("moe: {capacity_factor: .nan}", ["finite"]),
+        ("moe: {score: soft}", ["moe.score='soft'", "one of softmax, sigmoid"]),
+        ("moe: {dense_layers: [0, x]}", ["moe.dense_layers", "a list, each a whole number"]),
+        ("moe: {dense_layers: 3}", ["moe.dense_layers=3", "a list"]),
+        ("model: {vocab_size: x}", ["a whole number or null, >= 2"]),
+        ("name: 12", ["name=12", "put it in quotes"]),
+        ("moe:", ["moe=null", "a mapping", "moe.num_experts"]),
+        ("moe: 3", ["moe=3", "a mapping"]),
+        ("train: {steps: {x: 1}}", ["train.steps={'x': 1}"]),
+        ("- 1", ["run.yaml holds [1]", "a mapping"]),
+        ("just text", ["a mapping"]),
+        ("a: [1\n", ["run.yaml, line 2", "broken YAML"]),
+        ("train:\n\tsteps: 1", ["line 2", "broken YAML"]),
+        ("train: {steps: 1}\nmoe: {}\ntrain: {seed: 1}", ["line 3", "'train' stands twice"]),
+        ("moe:\n  top_k: 1\n  top_k: 2", ["line 3", "'top_k' stands twice"]),
+        ("name: \x00", ["broken YAML", "position 6"]),
+        (b"\x80\x81", ["run.yaml is not UTF-8"]),
+        ("--- {}\n--- {}", ["broken YAML"]),
+        ("moe: !!python/object:os.system {}", ["broken YAML"]),
+        ("train: !!int x", ["broken YAML"]),
+        ("[" * 3000, ["nested too deep"]),
+        ("base: 3", ["base=3", "must be text"]),
+        ("base: nowhere.yaml", ["nowhere.yaml: there is no such file"]),
+        ("base: run.yaml", ["has a base itself"]),
+        ("moe: {top_k: 99}", ["moe.top_k=99", "moe.num_experts=8"]),
+        ("moe: {capacity_factor: -1}", ["moe.capacity_factor=-1", "> 0"]),
+        ("train: {global_batch: 0}", ["train.global_batch=0", ">= 1"]),
+        ("mesh: {data: 3}\ndevices: {simulate: 8}", ["mesh.data=3", "devices.simulate=8"]),
+    ],
+)
+def test_a_mistake_in_a_file_gets_one_sentence(text, parts, tmp_path):
+    sentence = refusal(text, tmp_path)
+    assert all(part in sentence for part in parts), sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.steps", ["'train.steps'", "key=value"]),
+        ("=3", ["key=value"]),
+        ("train.steps=", ["--set", "train.steps=null"]),
+        ("train.stepz=3", ["--set", "did you mean train.steps?"]),
+        ("train..steps=3", ["no key 'train.'"]),
+        ("train.steps.x=3", ["train.steps={'x': 3}"]),
+        ("moe=3", ["moe=3", "a mapping"]),
+        ("moe.top_k=[1", ["--set moe.top_k", "broken YAML"]),
+        ("moe.top_k=99", ["moe.top_k=99"]),
+        ("base=other.yaml", ["no key 'base'"]),
+    ],
+)
+def test_a_mistake_in_an_override_gets_one_sentence(override, parts, tmp_path):
+    sentence = refusal("", tmp_path, override)
+    assert all(part in sentence for part in parts), sentence
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothere\.yaml: there is no such file"):
+        load_config(tmp_path / "nothere.yaml", [])
+    with pytest.raises(UserError, match="is a directory"):
+        load_config(tmp_path, [])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be read: Not a directory"):
+        load_config(tmp_path / "file" / "a.yaml", [])
+
+
+def test_mistakes_in_the_base_name_the_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {steps: x}")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain: {steps: 3}")
+    with pytest.raises(UserError, match=r"base\.yaml: train\.steps='x'"):
+        load_config(tmp_path / "top.yaml", [])
+
+
+words = st.text(st.characters(codec="utf-8"))
+finite = st.floats(min_value=1e-9, max_value=1e9)
+configs = st.builds(
+    Config,
+    name=words,
+    model=st.builds(ModelConfig, norm_eps=finite, vocab_size=st.none() | st.integers(2, 10**6)),
+    moe=st.builds(MoEConfig, capacity_factor=finite, dense_layers=st.lists(st.integers(0, 99)).map(tuple), dropless=st.booleans()),
+    data=st.builds(DataConfig, source=words, tokenizer=st.sampled_from(["3e-4", "no", "~", "017", "1_0", ""])),
+    optimizer=st.builds(OptimizerConfig, learning_rate=finite, eps=finite),
+    train=st.builds(TrainConfig, seed=st.integers(0, 2**32 - 1), sample_prompt=words),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(configs)
+def test_dump_and_read_give_an_equal_config(config):
+    again = config_from_text(dump_config(config))
+    assert again == config
+    assert dump_config(again) == dump_config(config)
+
+
+def test_all_keys_name_every_field_of_the_tree():
+    keys = all_keys()
+    assert {"name", "model.rope.theta", "moe.num_experts", "mesh.tensor", "devices.simulate", "checkpoint.every"} <= set(keys)
+    leaves = [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
+    for key in leaves:
+        value = Config()
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert not dataclasses.is_dataclass(value)
+
+
+def test_configuration_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("config_docs", ROOT / "scripts" / "config_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run `make docs`"

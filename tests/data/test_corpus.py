@@ -1,0 +1,265 @@
+"""Packing worked by hand, the split by content, and batches that resume and shard exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config.schema import DataConfig
+from moe_jax.data.corpus import Corpus, Packed, hold_out, load_corpus, pack
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.errors import UserError
+from tests.support import ROOT
+
+BYTES = load_tokenizer("bytes")
+EOS = BYTES.eos_id
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "text" / "tinyshakespeare.txt"
+
+
+def ids(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def concatenate(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Sixty documents of 20 to 79 random letters, in sequences of 16."""
+    file = tmp_path_factory.mktemp("corpus") / "lines.jsonl"
+    letters = np.random.RandomState(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (60, 80))
+    file.write_text("".join(json.dumps({"text": "".join(row[: 20 + i])}) + "\n" for i, row in enumerate(letters)))
+    return load_corpus(DataConfig(source=str(file), validation_fraction=0.2), seq_len=16, seed=7)
+
+
+def test_packing_by_hand() -> None:
+    # Stream: a b | EOS, c | EOS, d e f | EOS -> windows of 4 inputs start at 0, 4 and end in padding.
+    packed = pack([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 4, BYTES)
+    assert packed.tokens.dtype == np.uint16
+    assert packed.tokens.tolist() == [1, 2, EOS, 3, EOS, 4, 5, 6, EOS]
+    assert packed.starts.tolist() == [0, 3, 5]
+    assert len(packed) == 2
+    batch = packed.batch(np.array([0, 1]))
+    assert batch["tokens"].tolist() == [[1, 2, EOS, 3], [EOS, 4, 5, 6]]
+    assert batch["targets"].tolist() == [[2, EOS, 3, EOS], [4, 5, 6, EOS]]
+    assert batch["segments"].tolist() == [[1, 1, 1, 2], [1, 2, 2, 2]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
+    assert batch["mask"].tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "tokens": np.int32,
+        "targets": np.int32,
+        "positions": np.int32,
+        "segments": np.int32,
+        "mask": np.float32,
+    }
+
+
+def test_padding_by_hand() -> None:
+    packed = pack([np.array([1, 2, 3]), np.array([4, 5])], 5, BYTES)  # 1 2 3 EOS 4 | 5 EOS, then three of padding
+    batch = packed.batch(np.array([1]))
+    assert batch["tokens"].tolist() == [[5, EOS, EOS, EOS, EOS]]
+    assert batch["segments"].tolist() == [[1, 1, 0, 0, 0]]
+    assert batch["positions"].tolist() == [[0, 1, 0, 0, 0]]
+    assert batch["mask"].tolist() == [[1, 0, 0, 0, 0]]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    seq_len=st.integers(2, 20),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_windows_reproduce_the_stream(lengths: list[int], seq_len: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    documents = [random.integers(0, 256, length) for length in lengths]
+    packed = pack(documents, seq_len, BYTES)
+    stream = [int(token) for document in documents if len(document) for token in (*document, EOS)]
+    assert packed.tokens.tolist() == stream
+    batch = packed.batch(np.arange(len(packed)))
+    real = batch["segments"] > 0
+    # Every token but the last (which has no target) is an input once; a last one may stand beside the padding.
+    assert batch["tokens"][real].tolist() in (stream, stream[:-1])
+    # Every token counts as a target exactly once, but for the first of each document.
+    assert sorted(batch["targets"][batch["mask"] > 0].tolist()) == sorted(int(t) for d in documents if len(d) for t in (*d[1:], EOS))
+    # Within a row the segments count up by one, positions restart with them, and a target of another segment is masked.
+    for row in range(len(packed)):
+        segments, positions = batch["segments"][row], batch["positions"][row]
+        for i, (a, b) in enumerate(pairwise(segments.tolist())):
+            assert b in (a, a + 1, 0)
+            if b == 0:
+                continue
+            assert positions[i + 1] == (positions[i] + 1 if a == b else 0)
+            assert batch["mask"][row, i] == float(a == b)
+
+
+def test_big_vocabularies_take_four_bytes() -> None:
+    packed = pack([np.array([70_000])], 2, dataclasses.replace(BYTES, num_ids=100_000, eos_id=99_999))
+    assert packed.tokens.dtype == np.uint32
+    assert packed.tokens.tolist() == [70_000, 99_999]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=5, max_size=5),
+    order=st.lists(st.integers(0, 4), min_size=1, max_size=20),
+    fraction=st.floats(0.01, 0.5),
+    seq_len=st.integers(2, 10),
+)
+@settings(max_examples=80, deadline=None)
+def test_hold_out_loses_and_shares_nothing(lengths: list[int], order: list[int], fraction: float, seq_len: int) -> None:
+    # No token is in two of the five documents, which come in any order and number of copies.
+    documents = [100 * i + np.arange(lengths[i]) for i in order]
+    keys = [hashlib.sha256(bytes([i])).digest() for i in order]
+    train, validation = hold_out(documents, keys, fraction, seq_len)
+    trained, held = (np.concatenate([np.empty(0, int), *part]).tolist() for part in (train, validation))
+    assert sorted(trained + held) == sorted(np.concatenate(documents).tolist())
+    assert not set(trained) & set(held)
+    reordered = hold_out(documents[::-1], keys[::-1], fraction, seq_len)
+    assert sorted(map(bytes, reordered[1])) == sorted(map(bytes, validation))
+
+
+def test_equal_documents_are_held_out_by_share() -> None:
+    documents = [np.full(99, i) for i in range(100)]
+    keys = [hashlib.sha256(bytes([i])).digest() for i in range(100)]
+    train, validation = hold_out(documents, keys, 0.1, 16)
+    assert (len(train), len(validation)) == (90, 10)
+    assert not {int(d[0]) for d in train} & {int(d[0]) for d in validation}
+
+
+def test_one_long_document_gives_its_end() -> None:
+    document = np.arange(1000)
+    train, validation = hold_out([document], [b"k"], 0.1, 16)
+    assert train[0].tolist() == list(range(900))
+    assert validation[0].tolist() == list(range(900, 1000))
+
+
+def test_validation_documents_are_not_trained_on(corpus: Corpus) -> None:
+    def documents(packed: Packed) -> set[bytes]:
+        return {part.tobytes() for part in np.split(packed.tokens, packed.starts[1:])}
+
+    train, validation = documents(corpus.train), documents(corpus.validation)
+    assert not train & validation
+    assert len(train) + len(validation) == 60
+    share = len(corpus.validation.tokens) / (len(corpus.train.tokens) + len(corpus.validation.tokens))
+    assert 0.15 < share <= 0.2
+
+
+def test_every_epoch_holds_every_window_in_another_order(corpus: Corpus) -> None:
+    packed = corpus.train
+    windows = {packed.batch(np.array([w]))["tokens"].tobytes(): w for w in range(len(packed))}
+    assert len(windows) == len(packed)
+    batches = corpus.train_batches(1)
+    epochs = [[windows[next(batches)["tokens"].tobytes()] for _ in range(len(packed))] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(packed)))
+    assert epochs[0] != epochs[1]
+
+
+def test_the_seed_alone_sets_the_order(corpus: Corpus) -> None:
+    assert_same(next(corpus.train_batches(4)), next(corpus.train_batches(4)))
+    other = dataclasses.replace(corpus, seed=8)
+    assert (next(corpus.train_batches(4))["tokens"] != next(other.train_batches(4))["tokens"]).any()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 50])  # 50 batches of 4 go past the first epoch
+def test_resume_is_exact(corpus: Corpus, taken: int) -> None:
+    assert len(corpus.train) < 50 * 4
+    batches = corpus.train_batches(4)
+    for _ in range(taken):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    resumed = corpus.train_batches(4)
+    next(resumed)
+    resumed.set_state(state)
+    for _ in range(3):
+        assert_same(next(resumed), next(batches))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_global_batch(corpus: Corpus, processes: int) -> None:
+    whole = corpus.train_batches(8)
+    parts = [corpus.train_batches(8, p, processes) for p in range(processes)]
+    for _ in range(12):
+        assert_same(concatenate([next(part) for part in parts]), next(whole))
+    assert all(part.get_state() == whole.get_state() for part in parts)
+    validation = corpus.validation_batches(4, 2)
+    shares = [corpus.validation_batches(4, 2, p, processes) for p in range(processes)]
+    for i, batch in enumerate(validation):
+        assert_same(concatenate([share[i] for share in shares]), batch)
+
+
+def test_validation_is_the_same_every_time(corpus: Corpus) -> None:
+    first, again = corpus.validation_batches(4, 3), dataclasses.replace(corpus, seed=99).validation_batches(4, 3)
+    for a, b in zip(first, again, strict=True):
+        assert_same(a, b)
+    # A longer validation begins with the shorter one.
+    assert_same(corpus.validation_batches(4, 1)[0], first[0])
+
+
+def test_hash_follows_content_and_tokenizer(tmp_path: Path) -> None:
+    def corpus_hash(text: str, **changes: float) -> str:
+        (tmp_path / "a.txt").write_text(text)
+        return load_corpus(DataConfig(source=str(tmp_path), **changes), seq_len=4, seed=0).hash  # type: ignore[arg-type]
+
+    assert corpus_hash("x" * 100) == corpus_hash("x" * 100, validation_fraction=0.3)
+    assert corpus_hash("x" * 100) != corpus_hash("x" * 99 + "y")
+    assert len(corpus_hash("x" * 100)) == 64
+
+
+def test_builtin_corpus() -> None:
+    corpus = load_corpus(DataConfig(), seq_len=256, seed=0)
+    tokens = len(corpus.train.tokens) + len(corpus.validation.tokens)
+    assert 2_000_000 < tokens < 10_000_000
+    assert 0.04 < len(corpus.validation.tokens) / tokens <= 0.05
+    text = corpus.tokenizer.decode(corpus.train.tokens.tolist())
+    assert "def " in text and "import " in text
+    assert corpus.hash == load_corpus(DataConfig(), seq_len=64, seed=1).hash
+
+
+def test_tinyshakespeare() -> None:
+    if not SHAKESPEARE.exists():
+        pytest.skip(f"{SHAKESPEARE} is not here")
+    corpus = load_corpus(DataConfig(source=str(SHAKESPEARE)), seq_len=128, seed=0)
+    text = SHAKESPEARE.read_text()
+    assert corpus.tokenizer.decode([*corpus.train.tokens, *corpus.validation.tokens]) == text
+    assert abs(len(corpus.validation.tokens) / len(text) - 0.05) < 0.001
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(UserError, match=r"data\.source=.*a\.txt' holds \d tokens, too few .*train\.seq_len=16"):
+        load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=16, seed=0)
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_empty_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(UserError, match=r"data\.source=.*a\.txt.*empty"):
+        load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=16, seed=0)
+
+
+def test_too_few_windows(corpus: Corpus) -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch=1000"):
+        corpus.train_batches(1000)
+    with pytest.raises(UserError, match=r"data\.validation_fraction .* 400:"):
+        corpus.validation_batches(4, 100)
+
+
+def test_processes_must_divide_the_batch(corpus: Corpus) -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch=4 .* 3 processes"):
+        corpus.train_batches(4, 0, 3)
+    with pytest.raises(UserError, match=r"train\.global_batch=4 .* 3 processes"):
+        corpus.validation_batches(4, 1, 0, 3)

@@ -1,0 +1,139 @@
+"""What each kind of source yields, and the sentence for each way one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moe_jax.config.schema import DataConfig
+from moe_jax.data.sources import read_documents
+from moe_jax.errors import UserError
+
+
+def documents(source: Path | str, **changes: str) -> list[str]:
+    return list(read_documents(DataConfig(source=str(source), **changes)))  # type: ignore[arg-type]
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_folder_is_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.md").write_text("two")
+    (tmp_path / "a.txt").write_bytes("één\r\n".encode())
+    (tmp_path / "c.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}')
+    write_parquet(tmp_path / "d.parquet", {"text": ["five", "six"]})
+    (tmp_path / "ignored.bin").write_bytes(b"\x80")
+    assert documents(tmp_path) == ["één\r\n", "two", "three", "four", "five", "six"]
+
+
+def test_text_field_is_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "x", "text": "y"}))
+    assert documents(tmp_path / "a.jsonl", text_field="body") == ["x"]
+    write_parquet(tmp_path / "a.parquet", {"text": ["y"], "body": ["x"]})
+    assert documents(tmp_path / "a.parquet", text_field="body") == ["x"]
+
+
+def test_lone_surrogates_become_question_marks(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}')
+    assert documents(tmp_path) == ["a?b"]
+
+
+def test_builtin_is_the_same_every_time() -> None:
+    first = documents("builtin")
+    assert first == documents("builtin")
+    assert len(first) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 of .*a\.jsonl is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"line 2 of .*a\.jsonl is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"data\.text_field='text' is not a field of line 2 of .*a\.jsonl: it has body"),
+        ("a.jsonl", b'["x"]\n', r"data\.text_field='text' is not a field of line 1 of .*a\.jsonl: it has no fields"),
+        ("a.jsonl", b'{"text": 3}\n', r"data\.text_field='text' is not text in line 1 of .*a\.jsonl \(int\)"),
+        ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 text \(byte 3\)"),
+        ("a.parquet", b"not parquet at all", r"a\.parquet cannot be read"),
+        ("a.csv", b"x", r"data\.source=.*a\.csv.* not read: give \.txt, \.md"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        documents(tmp_path / name)
+
+
+def test_wrong_columns(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.text_field='text' is not a field of .*: it has body, n"):
+        documents(write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]}))
+    with pytest.raises(UserError, match=r"data\.text_field='text' is not text in row 2 of .*NoneType"):
+        documents(write_parquet(tmp_path / "a.parquet", {"text": ["x", None]}))
+
+
+def test_missing_and_empty_places(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.source=.*nowhere\.txt' does not exist"):
+        documents(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match=r"data\.source=.* is a folder without any \.txt"):
+        documents(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_unreadable_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("x")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(Permission denied\)"):
+        documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "words"),
+    [
+        ("pyarrow", "a.parquet", "needs the `pyarrow` package: pip install pyarrow"),
+        ("datasets", "hf:some/name", r"data\.source='hf:some/name' needs the `datasets` package: pip install datasets"),
+        ("pydoc_data.topics", "builtin", r"data\.source='builtin' needs the module pydoc_data"),
+    ],
+)
+def test_packages_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, words: str) -> None:
+    write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=words):
+        documents(tmp_path / name if name.endswith("parquet") else name)
+
+
+class Rows(list):
+    """As much of a `datasets.Dataset` as is used."""
+
+    column_names = ("text", "id")
+
+
+def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str) -> Rows:
+        if name != "some/name":
+            raise RuntimeError(f"no dataset\n {name}")
+        return Rows([{"text": f"{split} one", "id": 1}, {"text": "two", "id": 2}])
+
+    datasets = ModuleType("datasets")
+    datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    assert documents("hf:some/name", split="test") == ["test one", "two"]
+    with pytest.raises(UserError, match=r"data\.source='hf:other' with data\.split='train' cannot be loaded \(no dataset other\)"):
+        documents("hf:other")
+    with pytest.raises(UserError, match=r"data\.text_field='body' is not a field of hf:some/name: it has text, id"):
+        documents("hf:some/name", text_field="body")
+    with pytest.raises(UserError, match=r"data\.text_field='id' is not text in row 1 of hf:some/name"):
+        documents("hf:some/name", text_field="id")

@@ -1,0 +1,109 @@
+"""Round trips through each kind of tokenizer, the ids that mean nothing, and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.config.schema import DataConfig
+from moe_jax.data.corpus import load_corpus
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.errors import UserError
+from tests.support import ROOT
+from tests.support.tokenizers import SAMPLE, save_folder, train_tokenizer
+
+TORCHTITAN = ROOT.parent / "shared" / "data" / "tokenizers" / "torchtitan_test_tokenizer.json"
+
+
+@given(st.text())
+def test_bytes_round_trip(text: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bytes_ids() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.num_ids, tokenizer.eos_id, tokenizer.vocab_size) == (257, 256, 264)
+    assert tokenizer.decode([104, 256, 105, 257, 263]) == "hi"  # the end and the padding ids are no text
+    assert tokenizer.decode([0xC3, 0x28]) == "\ufffd("
+    assert tokenizer.encode("a\ud800") == [97, 63]
+
+
+@pytest.mark.parametrize("text", ["the quick dog", "  two\n spaces", "été 漢字 🙂", ""])
+def test_file_round_trip(tmp_path: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(train_tokenizer(tmp_path / "tokenizer.json", ["</s>"])))
+    ids = tokenizer.encode(text)
+    assert 0 not in ids  # no start token, and nothing cut off or padded
+    assert tokenizer.decode([*ids, tokenizer.eos_id, tokenizer.vocab_size - 1]) == text
+    assert [list(row) for row in tokenizer.encode_batch([text, "x"])] == [ids, tokenizer.encode("x")]
+
+
+def test_end_of_document(tmp_path: Path) -> None:
+    named = load_tokenizer(str(train_tokenizer(tmp_path / "named.json", ["</s>"])))
+    assert (named.eos_id, named.num_ids) == (1, 277)
+    unnamed = load_tokenizer(str(train_tokenizer(tmp_path / "unnamed.json", [])))
+    assert (unnamed.eos_id, unnamed.num_ids, unnamed.vocab_size) == (277, 278, 280)
+    assert named.fingerprint != unnamed.fingerprint
+
+
+def test_folder(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(save_folder(tmp_path / "saved")))
+    assert (tokenizer.eos_id, tokenizer.num_ids) == (1, 278)  # transformers adds the padding token that the file names
+    text = "the quick dog , été ."
+    ids = tokenizer.encode(text)
+    assert len(ids) > 4 and 0 not in ids
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert ids == load_tokenizer(str(tmp_path / "saved" / "tokenizer.json")).encode(text)
+
+
+def test_corpus_through_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(SAMPLE)
+    path = train_tokenizer(tmp_path / "tokenizer.json", ["</s>"])
+    corpus = load_corpus(DataConfig(source=str(tmp_path / "a.txt"), tokenizer=str(path)), seq_len=8, seed=0)
+    assert corpus.tokenizer.decode([*corpus.train.tokens, *corpus.validation.tokens]) == SAMPLE
+    assert corpus.hash != load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=8, seed=0).hash
+
+
+def test_torchtitan_file() -> None:
+    if not TORCHTITAN.exists():
+        pytest.skip(f"{TORCHTITAN} is not here")
+    tokenizer = load_tokenizer(str(TORCHTITAN))
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (2004, 2024)
+    assert tokenizer.decode(tokenizer.encode("plain")) == "plain"
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.tokenizer='gpt2' does not exist"):
+        load_tokenizer("gpt2")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*tokenizer\.json' cannot be read as a tokenizer"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"data\.tokenizer=.* cannot be read as a tokenizer") as raised:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("module", "name"), [("tokenizers", "tokenizer.json"), ("transformers", "")])
+def test_packages_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"needs the `{module}` package: pip install {module}"):
+        load_tokenizer(str(tmp_path / name))
+
+
+def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "saved")
+    (folder / "tokenization_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    try:
+        load_tokenizer(str(folder))
+    except UserError as error:
+        assert "data.tokenizer=" in str(error)
+    assert not (tmp_path / "ran").exists()

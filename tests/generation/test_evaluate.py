@@ -1,0 +1,74 @@
+"""Perplexity: every token but the first counts once, whatever the window; and texts that cannot be scored."""
+
+from __future__ import annotations
+
+import math
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.generation.evaluate import evaluate, read_text
+from tests.support.fake_model import Loaded
+
+TEXT = "caf\u00e9 and so on"  # 14 characters, 15 bytes
+
+
+@pytest.fixture
+def scored() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    return []
+
+
+@pytest.fixture
+def loaded(scored: list) -> Loaded:
+    """A model to which a token of id n costs n thousandths of a nat."""
+
+    def score(params: object, tables: object, tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scored.append((tokens, targets, mask))
+        return np.float32((targets * mask).sum() / 1000), np.float32(mask.sum())
+
+    return Loaded(lambda tokens: 0, context=64, engine=types.SimpleNamespace(score=score, mesh=types.SimpleNamespace(shape={"data": 1})))
+
+
+@pytest.mark.parametrize("window", [None, 64, 14, 5, 1])
+def test_every_token_but_the_first_counts_once(window: int | None, loaded: Loaded, scored: list) -> None:
+    found = evaluate(loaded, TEXT, window)
+    data = TEXT.encode()
+    nats = sum(data[1:]) / 1000
+    assert (found.tokens, found.bytes) == (14, 14)
+    assert found.nats_per_token == pytest.approx(nats / 14, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / 14), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nats / 14 / math.log(2), rel=1e-5)
+    assert found.window == min(window or 64, 14)
+    assert len({tokens.shape for tokens, _, _ in scored}) == 1  # one shape, compiled once
+    read = np.concatenate([tokens[mask > 0] for tokens, _, mask in scored])
+    assert bytes(read.astype(np.uint8)) == data[:-1]
+
+
+def test_a_start_token_makes_every_byte_count(loaded: Loaded, scored: list) -> None:
+    object.__setattr__(loaded.tokenizer, "special", lambda text: [256, *text.encode()])
+    found = evaluate(loaded, TEXT)
+    assert (found.tokens, found.bytes) == (15, 15)
+    assert scored[0][0][0, 0] == 256
+    assert evaluate(loaded, TEXT, special=False).tokens == 14
+
+
+def test_a_loss_that_is_not_finite_is_refused(loaded: Loaded) -> None:
+    loaded.engine.score = lambda *arguments: (np.float32(np.nan), np.float32(5))
+    with pytest.raises(UserError, match="loss is not finite"):
+        evaluate(loaded, TEXT)
+
+
+def test_mistakes(loaded: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--window 65 exceeds the model's context of 64 tokens: lower it."):
+        evaluate(loaded, TEXT, 65)
+    with pytest.raises(UserError, match=r"--text has 1 tokens: give a text of at least two."):
+        evaluate(loaded, "x")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    for name, words in (("latin.txt", r"not UTF-8 \(byte 3\)"), ("empty.txt", "is empty"), ("none.txt", "No such file"), ("", "directory")):
+        with pytest.raises(UserError, match=f"--text .*{words}") as error:
+            read_text(tmp_path / name)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,64 @@
+"""Tiny programs and batches for tests of whole training steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.config.schema import MeshConfig, OptimizerConfig
+from moe_jax.models.transformer import count_moe_layers
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.placement.table import Placement, contiguous
+from moe_jax.training.step import Program
+
+VOCAB, BATCH, LENGTH, EXPERTS, TOP_K = 32, 16, 12, 8, 2
+
+
+def make_program(
+    data: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    *,
+    moe: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    placement: Placement | None = None,
+    redundant: int = 0,
+    accumulation: int = 1,
+    hosts: int = 1,
+) -> Program:
+    model_config = ModelConfig(**dict(num_layers=2, width=16, num_heads=2, num_kv_heads=2, hidden=16) | (model or {}))
+    moe_config = MoEConfig(**dict(num_experts=EXPERTS, top_k=TOP_K, hidden=8, dropless=True) | (moe or {}))
+    placement = placement or contiguous(count_moe_layers(model_config, moe_config), moe_config.num_experts, expert, redundant)
+    return Program(
+        model_config,
+        moe_config,
+        OptimizerConfig(**dict(warmup_steps=0, learning_rate=0.01) | (optimizer or {})),
+        make_mesh(MeshConfig(data=data, expert=expert, tensor=tensor)),
+        placement,
+        vocab_size=VOCAB,
+        steps=100,
+        accumulation=accumulation,
+        hosts=hosts,
+    )
+
+
+def make_batch(seed: int = 0, rows: int = BATCH) -> dict[str, np.ndarray]:
+    """Two documents a sequence, then padding of a length that differs between sequences."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (rows, LENGTH + 1)).astype(np.int32)
+    place = np.arange(LENGTH)
+    ends = rng.integers(LENGTH // 2 + 2, LENGTH + 1, (rows, 1))
+    second = place >= LENGTH // 2
+    segments = np.where(place < ends, 1 + second, 0).astype(np.int32)
+    positions = np.where(second, place - LENGTH // 2, place) * np.ones((rows, 1))
+    mask = (segments > 0) & (place != LENGTH // 2 - 1)  # a document's last token has no target
+    return dict(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        positions=positions.astype(np.int32),
+        segments=segments,
+        mask=mask.astype(np.float32),
+    )
