@@ -1,4 +1,6 @@
-"""The one exception whose text is meant for a person: the command line prints it alone and exits with 2."""
+"""The one exception whose text is meant for a person: the command line prints it alone and exits
+with 2.
+"""
 
 from __future__ import annotations
 
@@ -8,4 +10,6 @@ class UserError(Exception):
 
 
 class CorruptCheckpoint(UserError):
-    """A checkpoint whose bytes are not those that were written, or that is not whole; names the file."""
+    """A checkpoint whose bytes are not those that were written, or that is not whole; names the
+    file.
+    """

@@ -1,13 +1,14 @@
-"""Measures speed and memory; each prints a table and, with --json FILE, writes it. Needs jax, flax, optax, numpy alone.
+"""Measures speed and memory: python scripts/benchmark.py WHAT, with one of these.
 
-    python scripts/benchmark.py train --data 2 --expert 4 --batch 8 --seq 256     whole training steps, 8 simulated devices
-    python scripts/benchmark.py train --batch 4 --seq 256                         the same model on one device
-    python scripts/benchmark.py layer                                             one MoE layer, forward and backward
-    python scripts/benchmark.py generate --against transformers                   prefill and decoding, side by side
-    python scripts/benchmark.py placement --expert 8                              device load, drops, time before and after experts move
-    python scripts/benchmark.py compile --data 2 --expert 4 --depths 8 24         compile time against depth
+    train --data 2 --expert 4 --batch 8 --seq 256    whole training steps, 8 simulated devices
+    train --batch 4 --seq 256                        the same model on one device
+    layer                                            one MoE layer, forward and backward
+    generate --against transformers                  prefill and decoding, side by side
+    placement --expert 8                             load, drops, time around a move of experts
+    compile --data 2 --expert 4 --depths 8 24        compile time against depth
 
-docs/benchmarks.md says what each figure means.
+Each prints a table and, with --json FILE, writes it; docs/benchmarks.md says what the figures
+mean. Needs jax, flax, optax and numpy alone.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import jax
 
 from moe_jax.benchmarks import generation, placement, training
 from moe_jax.errors import UserError
-from moe_jax.runtime.huge_pages import VARIABLE, restart_with_huge_pages
+from moe_jax.runtime.huge_pages import TUNABLES_VARIABLE, restart_with_huge_pages
 
 COMMANDS = {
-    "train": training.train,
-    "layer": training.layer,
-    "compile": training.compile_depths,
-    "generate": generation.generate,
-    "placement": placement.placement,
+    "train": training.benchmark_training,
+    "layer": training.benchmark_layer,
+    "compile": training.benchmark_compile,
+    "generate": generation.benchmark_generation,
+    "placement": placement.benchmark_placement,
 }
 
 
@@ -47,49 +48,100 @@ def positive(text: str) -> int:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
-        example = f"example: python scripts/benchmark.py {name} --data 2 --expert 4 --json {name}.json"
-        command = commands.add_parser(name, epilog=example, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        example = (
+            f"example: python scripts/benchmark.py {name} --data 2 --expert 4 --json {name}.json"
+        )
+        command = commands.add_parser(
+            name, epilog=example, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         shared_options(command, sized=name not in ("layer", "generate"))
         if name != "compile":
             command.add_argument("--steps", type=positive, default=5, help="timed repeats")
         if name == "generate":
             generation_options(command)
             continue
-        command.add_argument("--capacity-factor", type=float, default=1.25, help="rows of a pool over the even share")
-        command.add_argument("--dropless", action="store_true", help="drop nothing: further rounds for what does not fit")
+        command.add_argument(
+            "--capacity-factor", type=float, default=1.25, help="rows of a pool over the even share"
+        )
+        command.add_argument(
+            "--dropless",
+            action="store_true",
+            help="drop nothing: further rounds for what does not fit",
+        )
         if name != "compile":
             command.add_argument("--warmup", type=positive, default=2, help="repeats before them")
         if name == "layer":
             command.add_argument("--tokens", type=positive, help="tokens over all devices")
-            command.add_argument("--f32-weights", action="store_true", help="hold weights in f32 and convert them in each pass")
+            command.add_argument(
+                "--f32-weights",
+                action="store_true",
+                help="hold weights in f32 and convert them in each pass",
+            )
         else:
             model_options(command)
         if name == "placement":
             placement_options(command)
         if name == "train":
-            command.add_argument("--against-dropless", action="store_true", help="also compile the other of capacity and dropless: memory")
-            command.add_argument("--count-flops", action="store_true", help="also count the FLOPs that this program and one device's spend")
+            command.add_argument(
+                "--against-dropless",
+                action="store_true",
+                help="also compile the other of capacity and dropless: memory",
+            )
+            command.add_argument(
+                "--count-flops",
+                action="store_true",
+                help="also count the FLOPs that this program and one device's spend",
+            )
         if name == "compile":
-            command.add_argument("--depths", type=positive, nargs=2, default=[8, 24], help="numbers of layers to compile")
+            command.add_argument(
+                "--depths",
+                type=positive,
+                nargs=2,
+                default=[8, 24],
+                help="numbers of layers to compile",
+            )
     return parser.parse_args(argv)
 
 
 def shared_options(command: argparse.ArgumentParser, sized: bool) -> None:
-    """Options of every command; with `sized` the experts' sizes have defaults, otherwise they depend on the platform."""
+    """Options of every command; with `sized` the experts' sizes have defaults, otherwise they
+    depend on the platform.
+    """
     add = command.add_argument
     for axis in ("data", "expert", "tensor"):
         add(f"--{axis}", type=positive, default=1, help=f"devices on the {axis} axis of the mesh")
-    add("--simulate", type=positive, help="simulated CPU devices, also where an accelerator is; on CPU as many as the mesh has")
+    add(
+        "--simulate",
+        type=positive,
+        help="simulated CPU devices, also where an accelerator is; on CPU as many as the mesh has",
+    )
     add("--json", type=Path, help="file for the figures")
-    add("--grouped-matmul", default="auto", choices=("auto", "reference", "ragged", "tiled"), help="back end")
+    add(
+        "--grouped-matmul",
+        default="auto",
+        choices=("auto", "reference", "ragged", "tiled"),
+        help="back end",
+    )
     add("--width", type=positive, default=512 if sized else None, help="model width")
     add("--experts", type=positive, default=32 if sized else None, help="experts a layer")
-    add("--expert-hidden", type=positive, default=384 if sized else None, help="hidden width of an expert")
+    add(
+        "--expert-hidden",
+        type=positive,
+        default=384 if sized else None,
+        help="hidden width of an expert",
+    )
     add("--top-k", type=positive, default=4 if sized else None, help="experts a token")
-    add("--dtype", default="float32" if sized else None, choices=("float32", "bfloat16"), help="compute type")
+    add(
+        "--dtype",
+        default="float32" if sized else None,
+        choices=("float32", "bfloat16"),
+        help="compute type",
+    )
 
 
 def model_options(command: argparse.ArgumentParser) -> None:
@@ -104,9 +156,24 @@ def model_options(command: argparse.ArgumentParser) -> None:
     add("--vocab", type=positive, default=32_000, help="vocabulary")
     add("--untied", action="store_true", help="an output head of its own")
     add("--accumulation", type=positive, default=1, help="parts that a step's batch is split into")
-    add("--remat", default="none", choices=("none", "dots", "full"), help="what the backward pass recomputes")
-    add("--attention", default="auto", choices=("auto", "reference", "blockwise", "cudnn"), help="back end")
-    add("--bias-rate", type=float, default=0.0, help="step of the balance bias: with a long --warmup load becomes even")
+    add(
+        "--remat",
+        default="none",
+        choices=("none", "dots", "full"),
+        help="what the backward pass recomputes",
+    )
+    add(
+        "--attention",
+        default="auto",
+        choices=("auto", "reference", "blockwise", "cudnn"),
+        help="back end",
+    )
+    add(
+        "--bias-rate",
+        type=float,
+        default=0.0,
+        help="step of the balance bias: with a long --warmup load becomes even",
+    )
 
 
 def generation_options(command: argparse.ArgumentParser) -> None:
@@ -119,23 +186,57 @@ def generation_options(command: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, default=1, help="rows at a time")
     add("--quantize", choices=("int8", "int4"), help="hold experts and projections in 8 or 4 bits")
     add("--against", choices=("transformers",), help="measure transformers too, in turns")
-    add("--turns", type=positive, default=2, help="with --against: how often each is measured; medians are shown")
-    add("--python", default=sys.executable, help="with --against: an interpreter that has torch and transformers")
+    add(
+        "--turns",
+        type=positive,
+        default=2,
+        help="with --against: how often each is measured; medians are shown",
+    )
+    add(
+        "--python",
+        default=sys.executable,
+        help="with --against: an interpreter that has torch and transformers",
+    )
 
 
 def placement_options(command: argparse.ArgumentParser) -> None:
     """Options of `placement`, and a model small enough for eight simulated devices."""
-    command.add_argument("--strategy", default="balanced", choices=("balanced", "topology_aware"), help="planner")
-    command.add_argument("--redundant-slots", type=int, default=1, help="slots a device for replicas")
-    command.add_argument("--skew", type=float, default=1.2, help="Zipf exponent of the tokens' frequencies")
-    command.add_argument("--turns", type=positive, default=3, help="how often each table takes its turn")
-    command.set_defaults(width=128, expert_hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, vocab=1024, batch=16, seq=128, steps=10)
+    command.add_argument(
+        "--strategy", default="balanced", choices=("balanced", "topology_aware"), help="planner"
+    )
+    command.add_argument(
+        "--redundant-slots", type=int, default=1, help="slots a device for replicas"
+    )
+    command.add_argument(
+        "--skew", type=float, default=1.2, help="Zipf exponent of the tokens' frequencies"
+    )
+    command.add_argument(
+        "--turns", type=positive, default=3, help="how often each table takes its turn"
+    )
+    command.set_defaults(
+        width=128,
+        expert_hidden=128,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        vocab=1024,
+        batch=16,
+        seq=128,
+        steps=10,
+    )
 
 
 def readable(name: str, value: Any) -> str:
     """A figure for the table: bytes in MiB, rates with their prefix."""
     if name == "collectives":
-        return ", ".join(f"{e['op']} x{e['times']} over {e['group']}: {e['bytes'] / 2**20:.2f} MiB" for e in value) or "none"
+        return (
+            ", ".join(
+                f"{e['op']} x{e['times']} over {e['group']}: {e['bytes'] / 2**20:.2f} MiB"
+                for e in value
+            )
+            or "none"
+        )
     if isinstance(value, list):
         return ", ".join(value) or "none"
     if "bytes" in name:
@@ -144,7 +245,13 @@ def readable(name: str, value: Any) -> str:
         return f"{value / 1e9:,.1f} G{'FLOP/s' if name.endswith('second') else 'FLOP'}"
     if name.startswith(("mfu", "share")) or name.endswith("fraction"):
         return f"{value:.2%}"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,8 +259,10 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         if args.json and not args.json.parent.is_dir():
-            raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; create it.")
-        mesh = training.start_devices(args)
+            raise UserError(
+                f"--json {args.json}: there is no folder {args.json.parent}; create it."
+            )
+        mesh = training.start_benchmark_devices(args)
         figures = COMMANDS[args.command](args, mesh)
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
@@ -165,9 +274,17 @@ def main(argv: list[str] | None = None) -> int:
     figures |= {
         "mesh": {"data": mesh.data, "expert": mesh.expert, "tensor": mesh.tensor},
         "devices": [f"{device.platform} {device.device_kind}" for device in devices],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}},
-        "environment": {name: os.environ.get(name) for name in (VARIABLE, "NPROC", "XLA_FLAGS")},
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        },
+        "environment": {
+            name: os.environ.get(name) for name in (TUNABLES_VARIABLE, "NPROC", "XLA_FLAGS")
+        },
+        "options": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        },
     }
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

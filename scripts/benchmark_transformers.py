@@ -1,6 +1,8 @@
-"""Prefill and decoding of transformers' Qwen3-MoE on random weights: the other side of `benchmark.py generate --against transformers`.
+"""Prefill and decoding of transformers' Qwen3-MoE on random weights: the other side of
+`benchmark.py generate --against transformers`.
 
-Takes the options as one JSON argument and prints the figures as JSON. Needs torch and transformers, nothing of this project.
+Takes the options as one JSON argument and prints the figures as JSON. Needs torch and transformers,
+nothing of this project.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     """Medians over repeats after a warm-up, as moe_jax.generation.bench takes them."""
     model = build(options)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    prompt = torch.randint(0, options["vocab"], (options["batch"], options["prompt"]), device=model.device)
+    prompt = torch.randint(
+        0, options["vocab"], (options["batch"], options["prompt"]), device=model.device
+    )
 
     def timed(**inputs: Any) -> tuple[Any, float]:
         synchronize()
@@ -61,7 +65,9 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
             found, seconds = timed(input_ids=token, past_key_values=found.past_key_values)
             steps += [seconds] if repeat else []
     return {
-        "prefill_tokens_per_second": options["batch"] * options["prompt"] / statistics.median(prefills),
+        "prefill_tokens_per_second": options["batch"]
+        * options["prompt"]
+        / statistics.median(prefills),
         "decode_tokens_per_second": options["batch"] / statistics.median(steps),
         "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }

@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md from the types in moe_jax/schema.py: python scripts/config_docs.py [--check]
+"""Writes docs/configuration.md from the types in moe_jax/schema.py: python scripts/config_docs.py
+[--check]
 
 With --check nothing is written, and the exit code is 1 where the file is not up to date.
 """
@@ -20,19 +21,20 @@ TARGET = ROOT / "docs" / "configuration.md"
 
 OPENING = """# Configuration
 
-Written by `make docs` from the types in `moe_jax/schema.py`; change them, not this file.
+Written by `make docs` from the types in `moe_jax/config/`; change them, not this file.
 
-A configuration is a YAML file of sections. Every key has a default, so a file holds only what differs. `base: other.yaml`
-at its top starts from another file (its path is relative to this one; one level, a base has no base of its own), and
-`--set section.key=value` on the command line, which may be repeated, comes last; the value is read as YAML:
+A configuration is a YAML file of sections. Every key has a default, so a file holds only what
+differs. `base: other.yaml` at its top starts from another file (its path is relative to this one;
+one level, a base has no base of its own). `--set section.key=value` on the command line comes last
+and may be repeated; the value is read as YAML:
 
 ```bash
-moe-jax train configs/tiny.yaml --set train.steps=50 --set 'moe.dense_layers=[0, 2]' --set model.sliding_window=null
+moe-jax train configs/tiny.yaml --set train.steps=50 --set 'moe.dense_layers=[0, 2]'
 ```
 
-Unknown keys, values of another type or out of range, and combinations that cannot work are refused with one sentence
-before anything is compiled or written. Numbers are read as in YAML 1.2: `3e-4` is a number, `no` is text. A run keeps its
-whole resolved configuration in `config.yaml`.
+Unknown keys, values of another type or out of range, and combinations that cannot work are refused
+with one sentence before anything is compiled or written. Numbers are read as in YAML 1.2: `3e-4` is
+a number, `no` is text. A run keeps its whole resolved configuration in `config.yaml`.
 """
 
 
@@ -52,7 +54,10 @@ def _section(section: type, title: str) -> list[str]:
             continue
         bounds = bounds_text(field.metadata)
         kind = type_text(hints[field.name]) + (f", {bounds}" if bounds else "")
-        rows.append(f"| `{field.name}` | {kind} | `{dump_value(field.default)}` | {_cell(field.metadata['help'])} |\n")
+        rows.append(
+            f"| `{field.name}` | {kind} | `{dump_value(field.default)}` | "
+            f"{_cell(field.metadata['help'])} |\n"
+        )
     parts = [f"\n## {title}\n\n{_cell(section.__doc__ or '')}\n\n"]
     if rows:
         parts += ["| key | value | default | meaning |\n|---|---|---|---|\n", *rows]

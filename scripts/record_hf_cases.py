@@ -1,10 +1,13 @@
-"""Records what transformers computes for the small checkpoints of tests/hf/cases: python scripts/record_hf_cases.py [CASE ...]
+"""Records what transformers computes for the small checkpoints of tests/hf/cases: python
+scripts/record_hf_cases.py [CASE ...]
 
-A new case is a file tests/hf/cases/NAME.json with a `note` and a `config` (a hub repository's config.json) written by hand;
-NAME begins with the config's model_type and a dash. This script fills in the rest of that file and writes NAME.npz; what
-both mean is in tests/hf/cases.py. Run again with the same versions it writes the same bytes.
+A new case is a file tests/hf/cases/NAME.json with a `note` and a `config` (a hub repository's
+config.json) written by hand; NAME begins with the config's model_type and a dash. This script fills
+in the rest of that file and writes NAME.npz; what both mean is in tests/hf/cases.py. Run again with
+the same versions it writes the same bytes.
 
-Needs torch and transformers beside numpy and safetensors: pip install torch (the CPU build suffices).
+Needs torch and transformers beside numpy and safetensors: pip install torch (the CPU build
+suffices).
 """
 
 from __future__ import annotations
@@ -34,40 +37,66 @@ PROMPT = 12
 GREEDY = 64
 DIFFERENT = 12  # tokens at least among the greedy ones: a text that repeats itself compares little
 GAP = 1e-3  # least difference of the two largest logits at each greedy token
-SHAKE = 3e-5  # relative change of all weights that may change neither the experts nor the greedy tokens
+SHAKE = (
+    3e-5  # relative change of all weights that may change neither the experts nor the greedy tokens
+)
 SEEDS = 100
 
 
 def record(case: str) -> None:
-    """Writes both files of a case, with the first seed whose outcome is varied and does not hang on rounding."""
-    description = {key: value for key, value in cases.describe(case).items() if key in ("note", "config")}
+    """Writes both files of a case, with the first seed whose outcome is varied and does not hang on
+    rounding.
+    """
+    description = {
+        key: value for key, value in cases.describe(case).items() if key in ("note", "config")
+    }
     config = description["config"]
     if cases.family(case) != config["model_type"]:
-        raise SystemExit(f"tests/hf/cases/{case}.json: the name must begin with model_type {config['model_type']!r} and a dash.")
+        raise SystemExit(
+            f"tests/hf/cases/{case}.json: the name must begin with model_type "
+            f"{config['model_type']!r} and a dash."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         tensors = hub_tensors(config, Path(scratch) / "shapes")
         for seed in range(SEEDS):
-            filled = {**description, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__, "tensors": tensors}
+            filled = {
+                **description,
+                "seed": seed,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "tensors": tensors,
+            }
             folder = cases.write_checkpoint(filled, case, Path(scratch) / f"seed{seed}")
             arrays = outcome(folder, case, seed)
             if arrays is not None:
                 break
         else:
-            raise SystemExit(f"{case}: no seed below {SEEDS} gives a varied outcome that does not hang on rounding; change its config.")
+            raise SystemExit(
+                f"{case}: no seed below {SEEDS} gives a varied outcome that does not hang on "
+                f"rounding; change its config."
+            )
         if case in cases.TRAINED:
             arrays |= training_step(folder, arrays["tokens"])
     (cases.FOLDER / f"{case}.json").write_text(readable_json(filled), encoding="utf-8")
     np.savez_compressed(cases.FOLDER / f"{case}.npz", **arrays)
     size = (cases.FOLDER / f"{case}.npz").stat().st_size
-    print(f"{case}: seed {seed}, {size / 1024:.1f} KiB, {len(np.unique(arrays['greedy']))} different greedy tokens", flush=True)
+    print(
+        f"{case}: seed {seed}, {size / 1024:.1f} KiB, {len(np.unique(arrays['greedy']))} "
+        f"different greedy tokens",
+        flush=True,
+    )
 
 
 def hub_tensors(config: dict[str, Any], folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of what transformers saves for a config; runs of numbered experts are one entry, see cases.py."""
+    """Names and shapes of what transformers saves for a config; runs of numbered experts are one
+    entry, see cases.py.
+    """
     folder.mkdir()
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
     model.save_pretrained(folder)
     found: dict[str, list[int]] = {}
     with safe_open(folder / "model.safetensors", "np") as file:
@@ -82,11 +111,16 @@ def hub_tensors(config: dict[str, Any], folder: Path) -> dict[str, list[int]]:
 
 
 def packed(name: str, shape: list[int]) -> dict[str, list[int]]:
-    """The MXFP4 tensors in place of a gpt-oss expert matrix: outputs before inputs, 32 inputs in 16 bytes under one scale."""
+    """The MXFP4 tensors in place of a gpt-oss expert matrix: outputs before inputs, 32 inputs in 16
+    bytes under one scale.
+    """
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return {name: shape}
     experts, inputs, outputs = shape
-    return {f"{name}_blocks": [experts, outputs, inputs // 32, 16], f"{name}_scales": [experts, outputs, inputs // 32]}
+    return {
+        f"{name}_blocks": [experts, outputs, inputs // 32, 16],
+        f"{name}_scales": [experts, outputs, inputs // 32],
+    }
 
 
 def load(folder: Path) -> Any:
@@ -95,20 +129,32 @@ def load(folder: Path) -> Any:
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         extra["quantization_config"] = Mxfp4Config(dequantize=True)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True, **extra
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+        **extra,
     )
     model, report = loaded
     wrong = {kind: names for kind, names in report.items() if names}
     if wrong:
-        raise SystemExit(f"{folder}: transformers does not take these tensors as they are: {wrong}.")
+        raise SystemExit(
+            f"{folder}: transformers does not take these tensors as they are: {wrong}."
+        )
     model.generation_config.eos_token_id = None
     return model.eval()
 
 
 def outcome(folder: Path, case: str, seed: int) -> dict[str, Any] | None:
-    """What a case's checkpoint computes, see cases.expected; None if a choice in it hangs on rounding or the text hardly varies."""
+    """What a case's checkpoint computes, see cases.expected; None if a choice in it hangs on
+    rounding or the text hardly varies.
+    """
     model = load(folder)
-    tokens = np.random.Philox(key=seed).random_raw(len(LENGTHS) * max(LENGTHS)).reshape(len(LENGTHS), -1) % model.config.vocab_size
+    tokens = (
+        np.random.Philox(key=seed).random_raw(len(LENGTHS) * max(LENGTHS)).reshape(len(LENGTHS), -1)
+        % model.config.vocab_size
+    )
     tokens = torch.from_numpy(tokens.astype(np.int64))
     prompt = tokens[:1, :PROMPT]
     dynamic = model.model.rotary_emb.rope_type == "dynamic"
@@ -144,7 +190,9 @@ def outcome(folder: Path, case: str, seed: int) -> dict[str, Any] | None:
     return arrays if steady else None
 
 
-def run(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
+def run(
+    model: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits f32 [B, S, V], and of each layer with experts those chosen, ascending [B, S, K]."""
     forget(model)
     chosen: list[np.ndarray] = []
@@ -152,43 +200,62 @@ def run(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> t
     def keep(_module: Any, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
         chosen.append(np.sort(output[2].numpy(), axis=-1).reshape(*tokens.shape, -1))
 
-    hooks = [module.register_forward_hook(keep) for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    hooks = [
+        module.register_forward_hook(keep)
+        for module in model.modules()
+        if type(module).__name__.lower().endswith("topkrouter")
+    ]
     mask = torch.ones_like(tokens) if mask is None else mask
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits.numpy()
+        logits = model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits.numpy()
     for hook in hooks:
         hook.remove()
     return logits, chosen
 
 
 def forget(model: Any) -> None:
-    """Dynamic scaling remembers the longest text that it has seen; each computation here starts without that."""
+    """Dynamic scaling remembers the longest text that it has seen; each computation here starts
+    without that.
+    """
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
 def padded(model: Any, tokens: torch.Tensor, right: bool) -> np.ndarray:
-    """Logits f32 [B, V] at each row's last token, rows cut to LENGTHS and padded on the right or left."""
+    """Logits f32 [B, V] at each row's last token, rows cut to LENGTHS and padded on the right or
+    left.
+    """
     size = max(LENGTHS)
     rows, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
     for number, length in enumerate(LENGTHS):
         place = slice(0, length) if right else slice(size - length, size)
         rows[number, place], mask[number, place] = tokens[number, :length], 1
     logits = run(model, rows, mask)[0]
-    return np.stack([logits[number, length - 1 if right else size - 1] for number, length in enumerate(LENGTHS)])
+    return np.stack(
+        [logits[number, length - 1 if right else size - 1] for number, length in enumerate(LENGTHS)]
+    )
 
 
 def expect_same(case: str, arrays: dict[str, np.ndarray], logits: np.ndarray) -> None:
-    """Padding changes nothing: a case where transformers disagrees with itself would be no reference."""
+    """Padding changes nothing: a case where transformers disagrees with itself would be no
+    reference.
+    """
     plain = np.stack([logits[number, length - 1] for number, length in enumerate(LENGTHS)])
     for side in ("right", "left"):
         error = np.abs(arrays[side] - plain).max() / np.abs(plain).max()
         if error > 1e-5:
-            raise SystemExit(f"{case}: transformers' own logits differ by {error:.1e} of the largest when padded on the {side}.")
+            raise SystemExit(
+                f"{case}: transformers' own logits differ by {error:.1e} of the largest when "
+                f"padded on the {side}."
+            )
 
 
 def generate(model: Any, prompt: torch.Tensor) -> tuple[np.ndarray, float]:
-    """Likeliest tokens [GREEDY] by transformers' cached generation, and the least difference of the two largest logits."""
+    """Likeliest tokens [GREEDY] by transformers' cached generation, and the least difference of the
+    two largest logits.
+    """
     forget(model)
     found = model.generate(
         prompt,
@@ -227,7 +294,9 @@ def training_step(folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
     text = torch.from_numpy(tokens.astype(np.int64))
     for ending, auxiliary in (("", True), ("_without", False)):
         model = load(folder)
-        loss = model(input_ids=text, labels=text, output_router_logits=auxiliary, use_cache=False).loss
+        loss = model(
+            input_ids=text, labels=text, output_router_logits=auxiliary, use_cache=False
+        ).loss
         loss.backward()
         with torch.no_grad():
             for weight in model.parameters():
@@ -237,7 +306,9 @@ def training_step(folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
         model.save_pretrained(saved)
         gradients = sorted(load_file(saved / "model.safetensors").items())
         arrays[f"loss{ending}"] = loss.detach().numpy()
-        arrays[f"norms{ending}"] = np.asarray([np.linalg.norm(gradient.astype(np.float64)) for _, gradient in gradients], np.float32)
+        arrays[f"norms{ending}"] = np.asarray(
+            [np.linalg.norm(gradient.astype(np.float64)) for _, gradient in gradients], np.float32
+        )
         arrays[f"entries{ending}"] = np.stack([cases.sample(gradient) for _, gradient in gradients])
     return arrays
 
@@ -245,13 +316,22 @@ def training_step(folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
 def readable_json(value: dict[str, Any]) -> str:
     """Indented, with lists of numbers on one line."""
     text = json.dumps(value, indent=1)
-    return re.sub(r"\[[\s\d,]*\]", lambda found: "[" + ", ".join(re.findall(r"\d+", found[0])) + "]", text) + "\n"
+    return (
+        re.sub(
+            r"\[[\s\d,]*\]", lambda found: "[" + ", ".join(re.findall(r"\d+", found[0])) + "]", text
+        )
+        + "\n"
+    )
 
 
 def main() -> None:
     """Records the named cases, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", nargs="*", help="names of cases; all of tests/hf/cases where none is given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "case", nargs="*", help="names of cases; all of tests/hf/cases where none is given"
+    )
     names = parser.parse_args().case or cases.CASES
     unknown = sorted(set(names) - set(cases.CASES))
     if unknown:

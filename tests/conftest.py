@@ -1,7 +1,8 @@
-"""Settings that every test shares: eight simulated CPU devices, and annotations that are checked at run time.
+"""Settings that every test shares: eight simulated CPU devices, and annotations that are checked at
+run time.
 
-The package's annotations name shapes and dtypes; jaxtyping's import hook makes each call check them. It must be
-installed before any module of the package is imported.
+The package's annotations name shapes and dtypes; jaxtyping's import hook makes each call check
+them. It must be installed before any module of the package is imported.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import os
 from pathlib import Path
 
 # Tests compile much and compute little: an unoptimised back end halves their time.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("NPROC", "32")  # threads for eight devices to wait in: see moe_jax.mesh.use_devices
+os.environ.setdefault(
+    "NPROC", "32"
+)  # threads for eight devices to wait in: see moe_jax.mesh.use_devices
 
 import jax
 import jaxtyping
@@ -23,7 +28,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 CHECKED = (
     *("ops", "moe", "placement", "parallel", "models"),
-    *("inference.engine", "inference.session", "training.optimizer", "training.step"),
+    *("inference.engine", "inference.session"),
+    *("training.gradients", "training.optimizer", "training.state", "training.step"),
 )
 jaxtyping.install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
 
@@ -33,7 +39,9 @@ MAPS, MOST_MAPS = Path("/proc/self/maps"), 25_000  # Linux allows a process 65,5
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """XLA:CPU keeps some ten memory maps for each compiled program; out of them, its compiler crashes."""
+    """XLA:CPU keeps some ten memory maps for each compiled program; out of them, its compiler
+    crashes.
+    """
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
@@ -42,14 +50,18 @@ def forget_programs():
 
 @pytest.fixture
 def strict_promotion():
-    """Mixing dtypes raises, as it should in code that means what it says. (Optax mixes them, so this is not for all tests.)"""
+    """Mixing dtypes raises, as it should in code that means what it says. (Optax mixes them, so
+    this is not for all tests.)
+    """
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture
 def unchecked():
-    """Annotations are not checked, to see what the code itself does with an argument that they forbid."""
+    """Annotations are not checked, to see what the code itself does with an argument that they
+    forbid.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,7 +1,8 @@
-"""Mistakes: each is refused in one sentence with the field, the value and the remedy, and costs nothing that was there.
+"""Mistakes: each is refused in one sentence with the field, the value and the remedy, and costs
+nothing that was there.
 
-tests/test_config.py and tests/test_cli.py have those that show before the program starts; here a run is about to begin,
-or is there already.
+tests/test_config.py and tests/test_cli.py have those that show before the program starts; here a
+run is about to begin, or is there already.
 """
 
 from __future__ import annotations
@@ -19,9 +20,26 @@ from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.generation.generate import generate_run
 from moe_jax.training import trainer as training
 from moe_jax.training.trainer import train
-from tests.support.tiny_run import config_file, copy_until, finished, lines, run, step_directory, tiny, training_lines
+from tests.support.tiny_run import (
+    config_file,
+    copy_until,
+    finished,
+    lines,
+    run,
+    step_directory,
+    tiny,
+    training_lines,
+)
 
-GREEDY = {"max_tokens": 4, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0, "step": None, "fallback": False}
+GREEDY = {
+    "max_tokens": 4,
+    "temperature": 0.0,
+    "top_k": None,
+    "top_p": None,
+    "seed": 0,
+    "step": None,
+    "fallback": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +64,11 @@ def compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def one_sentence(error: pytest.ExceptionInfo[BaseException]) -> bool:
@@ -107,11 +129,25 @@ def test_a_run_that_cannot_begin_writes_nothing(
     ],
 )
 def test_the_command_says_it_in_one_line_and_exits_with_2(
-    setting: str, words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiles_nothing: None
+    setting: str,
+    words: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    compiles_nothing: None,
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as leave:
-        main.main(["train", str(config_file(folder)), "--set", setting, "--run-dir", str(tmp_path / "run")])
+        main.main(
+            [
+                "train",
+                str(config_file(folder)),
+                "--set",
+                setting,
+                "--run-dir",
+                str(tmp_path / "run"),
+            ]
+        )
     signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     assert leave.value.code == 2
@@ -122,15 +158,22 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(
 # A directory that is in use.
 
 
-def test_a_run_is_not_overwritten_by_accident(copy: Path, folder: Path, compiles_nothing: None) -> None:
+def test_a_run_is_not_overwritten_by_accident(
+    copy: Path, folder: Path, compiles_nothing: None
+) -> None:
     before = contents(copy)
-    with pytest.raises(UserError, match=r"holds a run already: continue it with --resume, replace it with --overwrite") as error:
+    with pytest.raises(
+        UserError,
+        match=r"holds a run already: continue it with --resume, replace it with --overwrite",
+    ) as error:
         train(tiny(folder), copy)
     assert one_sentence(error) and contents(copy) == before
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
-def test_what_is_not_a_run_is_left_alone(options: dict[str, bool], folder: Path, tmp_path: Path, compiles_nothing: None) -> None:
+def test_what_is_not_a_run_is_left_alone(
+    options: dict[str, bool], folder: Path, tmp_path: Path, compiles_nothing: None
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds something other than a run") as error:
         train(tiny(folder), tmp_path, **options)
@@ -139,7 +182,9 @@ def test_what_is_not_a_run_is_left_alone(options: dict[str, bool], folder: Path,
         train(tiny(folder), tmp_path / "thesis.tex", **options)
 
 
-def test_overwriting_spares_another_projects_directory(folder: Path, tmp_path: Path, compiles_nothing: None) -> None:
+def test_overwriting_spares_another_projects_directory(
+    folder: Path, tmp_path: Path, compiles_nothing: None
+) -> None:
     """config.yaml is a common name."""
     (tmp_path / "config.yaml").write_text("server: here\n")
     (tmp_path / "src").mkdir()
@@ -148,14 +193,18 @@ def test_overwriting_spares_another_projects_directory(folder: Path, tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "src"}
 
 
-def test_overwriting_waits_until_the_new_run_can_begin(copy: Path, folder: Path, compiles_nothing: None) -> None:
+def test_overwriting_waits_until_the_new_run_can_begin(
+    copy: Path, folder: Path, compiles_nothing: None
+) -> None:
     before = contents(copy)
     with pytest.raises(UserError, match="does not exist"):
         train(tiny(folder, "data.tokenizer=/nowhere.json"), copy, overwrite=True)
     assert contents(copy) == before
 
 
-def test_a_directory_left_before_its_first_file_was_whole_is_free(folder: Path, tmp_path: Path) -> None:
+def test_a_directory_left_before_its_first_file_was_whole_is_free(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / ".config.yaml.part").write_text("mode")
     run(folder, tmp_path, "moe.bias_rate=0.01")
     assert training_lines(tmp_path)[-1]["step"] == 6
@@ -177,7 +226,9 @@ def test_a_directory_left_before_its_first_file_was_whole_is_free(folder: Path, 
         ("data.source=builtin", "data.source=builtin .* began with .*text.txt"),
     ],
 )
-def test_a_changed_setting_is_named(setting: str, words: str, copy: Path, folder: Path, compiles_nothing: None) -> None:
+def test_a_changed_setting_is_named(
+    setting: str, words: str, copy: Path, folder: Path, compiles_nothing: None
+) -> None:
     before = contents(copy)
     with pytest.raises(UserError, match=words) as error:
         train(tiny(folder, "moe.bias_rate=0.01", setting), copy, resume=True)
@@ -191,7 +242,9 @@ def test_a_changed_text_is_noticed(folder: Path, tmp_path: Path) -> None:
     directory = run(folder, tmp_path / "run", *settings)
     text.write_text(text.read_text().replace("router", "routed", 1))
     before = contents(directory)
-    with pytest.raises(UserError, match=r"data.source gives other text \(hash \w{12}\) than the run began with") as error:
+    with pytest.raises(
+        UserError, match=r"data.source gives other text \(hash \w{12}\) than the run began with"
+    ) as error:
         run(folder, directory, *settings, "train.steps=9", resume=True)
     assert one_sentence(error) and contents(directory) == before
 
@@ -201,7 +254,10 @@ def test_a_changed_text_is_noticed(folder: Path, tmp_path: Path) -> None:
 
 def damage(directory: Path, harm: str) -> Path:
     """Harms the largest file of a checkpoint, or its metadata."""
-    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     path = directory / "meta.json" if harm == "meta" else largest
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -222,8 +278,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken_when_asked(
     settings = ("moe.bias_rate=0.01",)
     path = damage(step_directory(copy, 6), harm)
     before = contents(copy)
-    for use in (lambda: run(folder, copy, *settings, resume=True), lambda: generate_run(copy, "the", **GREEDY)):
-        with pytest.raises(CorruptCheckpoint, match=f"{re.escape(str(path))}.*--fallback takes step 3 instead") as error:
+    for use in (
+        lambda: run(folder, copy, *settings, resume=True),
+        lambda: generate_run(copy, "the", **GREEDY),
+    ):
+        with pytest.raises(
+            CorruptCheckpoint, match=f"{re.escape(str(path))}.*--fallback takes step 3 instead"
+        ) as error:
             use()
         assert one_sentence(error) and contents(copy) == before
     text = "".join(generate_run(copy, "the", **{**GREEDY, "fallback": True}))
@@ -231,11 +292,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken_when_asked(
     run(folder, copy, *settings, resume=True, fallback=True)
     assert f"Passed over a damaged checkpoint: {path}" in capsys.readouterr().out
     assert lines(copy) == lines(base)
-    assert "".join(generate_run(copy, "the", **GREEDY)) == "".join(generate_run(base, "the", **GREEDY))
+    assert "".join(generate_run(copy, "the", **GREEDY)) == "".join(
+        generate_run(base, "the", **GREEDY)
+    )
 
 
 @pytest.mark.parametrize("harm", ["flipped", "meta"])
-def test_a_fallback_with_nothing_whole_does_not_start_anew(harm: str, copy: Path, folder: Path) -> None:
+def test_a_fallback_with_nothing_whole_does_not_start_anew(
+    harm: str, copy: Path, folder: Path
+) -> None:
     for step in (3, 6):
         damage(step_directory(copy, step), harm)
     before = contents(copy)
@@ -246,7 +311,9 @@ def test_a_fallback_with_nothing_whole_does_not_start_anew(harm: str, copy: Path
         generate_run(copy, "the", **{**GREEDY, "fallback": True})
 
 
-def test_a_checkpoint_that_was_never_finished_does_not_count(copy: Path, base: Path, folder: Path) -> None:
+def test_a_checkpoint_that_was_never_finished_does_not_count(
+    copy: Path, base: Path, folder: Path
+) -> None:
     shutil.move(step_directory(copy, 6), copy / "checkpoints" / "step_00000006.partial")
     run(folder, copy, "moe.bias_rate=0.01", resume=True)
     assert lines(copy) == lines(base)

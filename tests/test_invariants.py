@@ -1,4 +1,6 @@
-"""The invariants of docs/architecture.md that span a whole training step. (1 and 4 for a layer are in moe/test_layer.py.)"""
+"""The invariants of docs/architecture.md that span a whole training step. (1 and 4 for a layer are
+in moe/test_layer.py.)
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.models.transformer import expert_layers
+from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
-from moe_jax.training.step import Program, StepFigures, TrainState
+from moe_jax.training.state import StepStats, TrainState
+from moe_jax.training.step import TrainProgram
 from tests.support.tiny_programs import EXPERTS, TOP_K, make_batch, make_program
 
-# Everything that could depend on how a batch is cut: all losses, noise, and the bias that follows the load.
+# Everything that could depend on how a batch is cut: all losses, noise, and the bias that follows
+# the load.
 MOE = dict(
     aux_loss=0.1,
     sequence_aux_loss=0.2,
@@ -33,7 +37,9 @@ MOE = dict(
 STEPS = 3
 
 
-def run(program: Program, state: TrainState | None = None, steps: int = STEPS) -> tuple[TrainState, list[StepFigures]]:
+def run(
+    program: TrainProgram, state: TrainState | None = None, steps: int = STEPS
+) -> tuple[TrainState, list[StepStats]]:
     """Steps on a new batch each, from a state or the initial one; figures as numpy."""
     state = program.init(7) if state is None else state
     figures = []
@@ -43,24 +49,33 @@ def run(program: Program, state: TrainState | None = None, steps: int = STEPS) -
     return state, figures
 
 
-def assert_same(got: list[StepFigures], want: list[StepFigures]) -> None:
+def assert_same(got: list[StepStats], want: list[StepStats]) -> None:
     """Losses and gradient norms within 1e-5, counts exactly."""
     for step, (a, b) in enumerate(zip(got, want, strict=True)):
         for name in ("loss", "grad_norm", "lr"):
-            np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5, err_msg=f"{name} of step {step}")
+            np.testing.assert_allclose(
+                getattr(a, name), getattr(b, name), rtol=1e-5, err_msg=f"{name} of step {step}"
+            )
         for name in ("ce_loss", "aux_loss", "z_loss"):
-            np.testing.assert_allclose(getattr(a.figures, name), getattr(b.figures, name), rtol=1e-5, err_msg=f"{name} of step {step}")
+            np.testing.assert_allclose(
+                getattr(a.figures, name),
+                getattr(b.figures, name),
+                rtol=1e-5,
+                err_msg=f"{name} of step {step}",
+            )
         ours, theirs = a.figures.layers, b.figures.layers
         np.testing.assert_array_equal(ours.router.load_E, theirs.router.load_E)
         np.testing.assert_array_equal(ours.router.tokens, theirs.router.tokens)
         np.testing.assert_array_equal(ours.kept, theirs.kept)
         np.testing.assert_array_equal(ours.dropped, theirs.dropped)
         for name in ("prob_E", "z", "entropy", "sequence_aux"):
-            np.testing.assert_allclose(getattr(ours.router, name), getattr(theirs.router, name), rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(
+                getattr(ours.router, name), getattr(theirs.router, name), rtol=1e-4, err_msg=name
+            )
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[TrainState, list[StepFigures]]:
+def alone() -> tuple[TrainState, list[StepStats]]:
     """One device, no exchange: what every other run must equal."""
     return run(make_program(moe=MOE | dict(dispatch="auto")))
 
@@ -87,13 +102,20 @@ MESHES = {
 
 @pytest.mark.parametrize(("mesh", "accumulation", "capacity"), MESHES.values(), ids=MESHES.keys())
 def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulation, capacity):
-    program = make_program(*mesh, accumulation=accumulation, moe=MOE | dict(capacity_factor=capacity))
+    program = make_program(
+        *mesh, accumulation=accumulation, moe=MOE | dict(capacity_factor=capacity)
+    )
     state, figures = run(program)
     assert_same(figures, alone[1])
     if capacity < 1:
         assert max(f.figures.layers.rounds.max() for f in figures) > 1
-    # Parameters after three steps: Adam's first steps magnify the noise of gradients near zero, so not to the last digit.
-    close = jax.tree.map(lambda a, b: np.mean(np.abs(np.asarray(a) - np.asarray(b)) < 1e-4), state.params, alone[0].params)
+    # Parameters after three steps: Adam's first steps magnify the noise of gradients near zero, so
+    # not to the last digit.
+    close = jax.tree.map(
+        lambda a, b: np.mean(np.abs(np.asarray(a) - np.asarray(b)) < 1e-4),
+        state.params,
+        alone[0].params,
+    )
     assert min(jax.tree.leaves(close)) > 0.95, close
     np.testing.assert_allclose(state.tables.bias_E, alone[0].tables.bias_E, atol=1e-6)
 
@@ -103,15 +125,22 @@ def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(part
     moe = dict(aux_loss=0.5, aux_over="model", z_loss=0.0)
     (_, (want,)), (_, (got,)) = (
         run(program, steps=1)
-        for program in (make_program(moe=moe), make_program(2, 2, moe=moe | dict(dispatch="pooled"), accumulation=parts))
+        for program in (
+            make_program(moe=moe),
+            make_program(2, 2, moe=moe | dict(dispatch="pooled"), accumulation=parts),
+        )
     )
     assert_same([got], [want])
     stats = want.figures.layers.router
-    share, prob = (np.mean(a / a.sum(axis=1, keepdims=True), axis=0) for a in (stats.load_E, stats.prob_E))
-    np.testing.assert_allclose(want.figures.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5)
+    share, prob = (
+        np.mean(a / a.sum(axis=1, keepdims=True), axis=0) for a in (stats.load_E, stats.prob_E)
+    )
+    np.testing.assert_allclose(
+        want.figures.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5
+    )
 
 
-def moved(program: Program, state: TrainState, new: Placement) -> TrainState:
+def moved(program: TrainProgram, state: TrainState, new: Placement) -> TrainState:
     """A state with its experts, and their moments, in the slots of another table."""
     sources = slot_sources(program.placement, new)
     layers = expert_layers(program.model, program.moe)
@@ -123,30 +152,40 @@ def moved(program: Program, state: TrainState, new: Placement) -> TrainState:
         at = keys.index("stacks")
         rows = [sources[layer] for layer in layers[keys[at + 1], keys[at + 3]]]
         padded = [np.concatenate([repeat, np.zeros_like(repeat[:1])]) for repeat in np.asarray(a)]
-        return jax.device_put(np.stack([repeat[row] for repeat, row in zip(padded, rows, strict=True)]), a.sharding)
+        return jax.device_put(
+            np.stack([repeat[row] for repeat, row in zip(padded, rows, strict=True)]), a.sharding
+        )
 
-    params, opt_state = (jax.tree.map_with_path(one, tree) for tree in (state.params, state.opt_state))
+    params, opt_state = (
+        jax.tree.map_with_path(one, tree) for tree in (state.params, state.opt_state)
+    )
     tables, expert_LP = jax.device_put(make_tables(new), program.state_shardings.expert_LP)
-    return state._replace(params=params, opt_state=opt_state, tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
+    return state._replace(
+        params=params,
+        opt_state=opt_state,
+        tables=tables._replace(bias_E=state.tables.bias_E),
+        expert_LP=expert_LP,
+    )
 
 
-# Layers dense, then MoE and dense in turn, then MoE: two stacks, of which the first holds a pattern of two.
+# Layers dense, then MoE and dense in turn, then MoE: two stacks, of which the first holds a pattern
+# of two.
 PATTERN = dict(num_layers=5, sliding_window=4, window_every=2)
 PATTERN_MOE = dict(num_experts=4, first_dense=1, dense_layers=(2,), aux_loss=0.1, dispatch="pooled")
 
 
 @pytest.fixture(scope="module")
-def pattern_program() -> Program:
+def pattern_program() -> TrainProgram:
     return make_program(moe=PATTERN_MOE | dict(dispatch="auto"), model=PATTERN)
 
 
 @pytest.fixture(scope="module")
-def pattern(pattern_program) -> tuple[TrainState, list[StepFigures]]:
+def pattern(pattern_program) -> tuple[TrainState, list[StepStats]]:
     return run(pattern_program)
 
 
 @pytest.fixture(scope="module")
-def program() -> Program:
+def program() -> TrainProgram:
     """Twelve slots for eight experts."""
     return make_program(2, 4, moe=MOE, redundant=1)
 
@@ -171,8 +210,15 @@ class TestPlacement:
         own = program.placement.physical_to_logical
         tables = {
             "contiguous": own,
-            "shuffled": np.stack([row.reshape(4, 3)[rng.permutation(4)][:, rng.permutation(3)].reshape(-1) for row in own]),
-            "replicas": np.array([[4, 0, 7, 4, 1, 2, 4, 3, 5, 4, 6, -1], [0, 3, 1, 0, 4, 1, 0, 5, 2, 6, 7, 2]]),
+            "shuffled": np.stack(
+                [
+                    row.reshape(4, 3)[rng.permutation(4)][:, rng.permutation(3)].reshape(-1)
+                    for row in own
+                ]
+            ),
+            "replicas": np.array(
+                [[4, 0, 7, 4, 1, 2, 4, 3, 5, 4, 6, -1], [0, 3, 1, 0, 4, 1, 0, 5, 2, 6, 7, 2]]
+            ),
             "no replicas": np.array([[-1, *range(4), -1, -1, *range(4, 8), -1]] * 2),
         }
         state = moved(program, start, Placement(tables[kind], EXPERTS, 4))
@@ -181,7 +227,9 @@ class TestPlacement:
         assert program.train_step._cache_size() == 1
         # Replicas of an expert, and empty slots, stay what they are.
         for layer, table in enumerate(tables[kind]):
-            down = np.asarray(state.params["stacks"][0]["blocks"][0]["mlp"]["experts"]["down"][layer])
+            down = np.asarray(
+                state.params["stacks"][0]["blocks"][0]["mlp"]["experts"]["down"][layer]
+            )
             for expert in range(EXPERTS):
                 held = down[table == expert]
                 np.testing.assert_array_equal(held, np.broadcast_to(held[0], held.shape))
@@ -189,7 +237,9 @@ class TestPlacement:
 
     def test_moving_experts_in_the_middle_of_a_run_changes_nothing(self, alone, program, start):
         state, before = run(program, start, steps=1)
-        swapped = Placement(np.stack([np.roll(row, 6) for row in program.placement.physical_to_logical]), EXPERTS, 4)
+        swapped = Placement(
+            np.stack([np.roll(row, 6) for row in program.placement.physical_to_logical]), EXPERTS, 4
+        )
         state = moved(program, state, swapped)
         figures = list(before)
         for step in range(1, STEPS):
@@ -201,7 +251,11 @@ class TestPlacement:
     def test_same_seed_same_mesh_bitwise_the_same(self, program, initial):
         """Invariant 8."""
         jax.tree.map(
-            np.testing.assert_array_equal, *(run(program, jax.device_put(initial, program.state_shardings), steps=2) for _ in range(2))
+            np.testing.assert_array_equal,
+            *(
+                run(program, jax.device_put(initial, program.state_shardings), steps=2)
+                for _ in range(2)
+            ),
         )
 
     def test_another_seed_is_another_run(self, program, start, initial):
@@ -210,14 +264,22 @@ class TestPlacement:
         _, first = run(program, start, steps=1)
         other = other._replace(seed=jax.device_put(jnp.uint32(8), program.state_shardings.seed))
         _, second = run(program, other, steps=1)
-        assert np.any(first[0].figures.layers.router.load_E != second[0].figures.layers.router.load_E)
+        assert np.any(
+            first[0].figures.layers.router.load_E != second[0].figures.layers.router.load_E
+        )
         assert not np.array_equal(initial.params["embedding"], program.init(8).params["embedding"])
 
     def test_all_tokens_to_two_experts_drops_none(self, program, start):
-        """Invariant 4 at its worst: every token of both layers wants experts 2 and 3, which one device holds."""
+        """Invariant 4 at its worst: every token of both layers wants experts 2 and 3, which one
+        device holds.
+        """
         bias = np.zeros((2, EXPERTS), np.float32)
         bias[:, 2:4] = 5.0
-        state = start._replace(tables=start.tables._replace(bias_E=jax.device_put(bias, program.state_shardings.tables.bias_E)))
+        state = start._replace(
+            tables=start.tables._replace(
+                bias_E=jax.device_put(bias, program.state_shardings.tables.bias_E)
+            )
+        )
         _, (measured,) = run(program, state, steps=1)
         layers = measured.figures.layers
         np.testing.assert_array_equal(layers.kept, TOP_K * layers.router.tokens)
@@ -236,7 +298,8 @@ class TestPlacement:
             scale = state.params["final_norm"]["scale"]
             broken = np.array(scale)
             broken[5] = np.inf
-            # Put as the state is: what an eager operation returns may lie on another test's mesh, and compile anew.
+            # Put as the state is: what an eager operation returns may lie on another test's mesh,
+            # and compile anew.
             state.params["final_norm"]["scale"] = jax.device_put(broken, scale.sharding)
         before = jax.tree.map(np.array, state)
         state, measured = program.train_step(state, program.shard(batch))
@@ -257,26 +320,38 @@ class TestPlacement:
         assert count == batch["mask"].sum()
         again, _ = program.eval_step(state.params, state.tables, program.shard(batch))
         assert total == again
-        halves = [{name: a[rows] for name, a in batch.items()} for rows in (slice(0, 8), slice(8, 16))]
-        parts = [program.eval_step(state.params, state.tables, program.shard(half)) for half in halves]
+        halves = [
+            {name: a[rows] for name, a in batch.items()} for rows in (slice(0, 8), slice(8, 16))
+        ]
+        parts = [
+            program.eval_step(state.params, state.tables, program.shard(half)) for half in halves
+        ]
         np.testing.assert_allclose(sum(t for t, _ in parts), total, rtol=1e-5)
         assert total / count == pytest.approx(np.log(32), abs=0.3)
 
 
 def test_tables_that_differ_between_layers_of_a_pattern(pattern):
-    """Each MoE layer's table, weights and merged gradients must meet, wherever stacking put the layer."""
+    """Each MoE layer's table, weights and merged gradients must meet, wherever stacking put the
+    layer.
+    """
     program = make_program(1, 2, moe=PATTERN_MOE, model=PATTERN, redundant=1)
-    table = Placement(np.array([[1, 0, 3, 2, 3, -1], [3, 2, 0, 1, 0, -1], [2, 3, 1, 1, 0, 2]]), 4, 2)
+    table = Placement(
+        np.array([[1, 0, 3, 2, 3, -1], [3, 2, 0, 1, 0, -1], [2, 3, 1, 1, 0, 2]]), 4, 2
+    )
     _, figures = run(program, moved(program, program.init(7), table))
     assert_same(figures, pattern[1])
 
 
 def test_each_layer_has_its_own_bias(pattern_program):
-    """Layer by layer the bias sends everything to another expert: loads are reported for the layer that had them."""
+    """Layer by layer the bias sends everything to another expert: loads are reported for the layer
+    that had them.
+    """
     state = pattern_program.init(7)
     bias = np.full((3, 4), -9.0, np.float32)
     bias[0, 2] = bias[1, 0] = bias[2, 3] = 9.0
-    state = state._replace(tables=state.tables._replace(bias_E=jax.device_put(bias, state.tables.bias_E.sharding)))
+    state = state._replace(
+        tables=state.tables._replace(bias_E=jax.device_put(bias, state.tables.bias_E.sharding))
+    )
     _, (measured,) = run(pattern_program, state, steps=1)
     load = measured.figures.layers.router.load_E
     assert load.argmax(axis=1).tolist() == [2, 0, 3]
@@ -284,11 +359,19 @@ def test_each_layer_has_its_own_bias(pattern_program):
 
 
 def test_initial_experts_follow_a_table_whose_layers_differ():
-    """A table of a planner: each slot starts with its expert, replicas alike, as in the contiguous table."""
+    """A table of a planner: each slot starts with its expert, replicas alike, as in the contiguous
+    table.
+    """
     table = Placement(np.array([[1, 0, 3, 2, 3, -1], [3, 2, 0, 1, 0, -1]]), 4, 2)
     settings = dict(num_experts=4)
-    plain = make_program(1, 1, moe=settings).init(0).params["stacks"][0]["blocks"][0]["mlp"]["experts"]
-    placed = make_program(1, 2, moe=settings, placement=table).init(0).params["stacks"][0]["blocks"][0]["mlp"]["experts"]
+    plain = (
+        make_program(1, 1, moe=settings).init(0).params["stacks"][0]["blocks"][0]["mlp"]["experts"]
+    )
+    placed = (
+        make_program(1, 2, moe=settings, placement=table)
+        .init(0)
+        .params["stacks"][0]["blocks"][0]["mlp"]["experts"]
+    )
     for name in plain:
         for layer, row in enumerate(table.physical_to_logical):
             want = np.concatenate([plain[name][layer], np.zeros_like(plain[name][layer][:1])])[row]
@@ -297,7 +380,9 @@ def test_initial_experts_follow_a_table_whose_layers_differ():
 
 def test_a_capacity_counts_what_it_drops():
     """Invariant 4 with a capacity, over a batch in parts."""
-    program = make_program(2, 2, moe=MOE | dict(dropless=False, capacity_factor=0.6), accumulation=2)
+    program = make_program(
+        2, 2, moe=MOE | dict(dropless=False, capacity_factor=0.6), accumulation=2
+    )
     _, figures = run(program, steps=1)
     layers = figures[0].figures.layers
     np.testing.assert_array_equal(layers.kept + layers.dropped, TOP_K * layers.router.tokens)
@@ -325,29 +410,52 @@ def test_replicated_values_are_checked_everywhere_outside_ops():
                 continue
             found += 1
             for keyword in node.keywords:
-                assert keyword.arg is not None, f"{path}:{node.lineno}: keywords of shard_map are hidden in a dictionary"
-                # On a mesh of one device nothing can differ, and tracking it would leave sums in the program.
+                assert keyword.arg is not None, (
+                    f"{path}:{node.lineno}: keywords of shard_map are hidden in a dictionary"
+                )
+                # On a mesh of one device nothing can differ, and tracking it would leave sums in
+                # the program.
                 checked = ast.unparse(keyword.value) in ("True", "self.mesh.size > 1")
-                assert keyword.arg not in ("check_vma", "check_rep") or checked, f"{path}:{node.lineno} switches the check off"
+                assert keyword.arg not in ("check_vma", "check_rep") or checked, (
+                    f"{path}:{node.lineno} switches the check off"
+                )
     assert found >= 3
 
 
 def test_strict_promotion_and_half_precision_throughout_the_model(strict_promotion):
-    """The forward and backward pass in bf16, traced where mixed dtypes raise; gradients are f32 like the masters."""
-    program = make_program(2, 2, 2, moe=MOE | dict(score="sigmoid", num_groups=2), model=dict(compute_dtype="bfloat16"), accumulation=2)
+    """The forward and backward pass in bf16, traced where mixed dtypes raise; gradients are f32
+    like the masters.
+    """
+    program = make_program(
+        2,
+        2,
+        2,
+        moe=MOE | dict(score="sigmoid", num_groups=2),
+        model=dict(compute_dtype="bfloat16"),
+        accumulation=2,
+    )
     batch = program.shard(make_batch(0))
     gradients = jax.shard_map(
         program._gradients,
         mesh=program.mesh,
-        in_specs=(program.param_specs, jax.tree.map(lambda a: a.sharding.spec, batch), jax.P(), jax.P()),
+        in_specs=(
+            program.param_specs,
+            jax.tree.map(lambda a: a.sharding.spec, batch),
+            jax.P(),
+            jax.P(),
+        ),
         out_specs=(program.param_specs, jax.P()),
     )
     shapes = program.abstract_state
-    grads, figures = jax.eval_shape(gradients, shapes.params, batch, shapes.tables, jax.random.key(0))
+    grads, figures = jax.eval_shape(
+        gradients, shapes.params, batch, shapes.tables, jax.random.key(0)
+    )
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
     assert figures.ce_loss.dtype == jnp.float32
 
 
 def test_the_default_table_is_what_a_program_starts_from():
     program = make_program(1, 4)
-    np.testing.assert_array_equal(program.init(0).expert_LP, contiguous(2, EXPERTS, 4).physical_to_logical)
+    np.testing.assert_array_equal(
+        program.init(0).expert_LP, contiguous(2, EXPERTS, 4).physical_to_logical
+    )

@@ -1,4 +1,6 @@
-"""The house rules that a machine can check: who imports what, how long things are, and what must work without what."""
+"""The house rules that a machine can check: who imports what, how long things are, and what must
+work without what.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,23 @@ import pytest
 from tests.support import ROOT
 
 PACKAGE = ROOT / "moe_jax"
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 # Who may see the whole configuration: those who build it, and the jobs.
-JOBS = ("starting", "initial", "train", "run_dir", "generate", "cli", "benchmark", "resize", "run_arrays")
+JOBS = (
+    "starting",
+    "initial",
+    "train",
+    "run_dir",
+    "generate",
+    "cli",
+    "benchmark",
+    "resize",
+    "run_arrays",
+)
 WHOLE_CONFIG = {f"moe_jax.{name}" for name in ("config", "schema", *JOBS)}
 
 # The rooms from the ground up; a module imports from its own floor or from those below it.
@@ -32,13 +47,28 @@ FLOORS = [
 # What has no floor here, the jobs and their helpers, stands on top of all of them.
 NUMERIC = {"jax", "flax", "numpy", "scipy", "optax"}  # jax itself needs scipy
 # flax itself imports rich and yaml.
-UNNEEDED = ("pydantic", "grain", "orbax", "typer", "transformers", "tokenizers", "matplotlib", "tensorboardX", "jaxtyping")
+UNNEEDED = (
+    "pydantic",
+    "grain",
+    "orbax",
+    "typer",
+    "transformers",
+    "tokenizers",
+    "matplotlib",
+    "tensorboardX",
+    "jaxtyping",
+)
 
 
 def imports(path: Path) -> set[str]:
     """Modules that a file imports anywhere in it, those for type checkers alone left out."""
     tree = ast.parse(path.read_text())
-    skipped = {id(child) for node in ast.walk(tree) if is_type_checking(node) for child in ast.walk(ast.Module(node.body, []))}
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if is_type_checking(node)
+        for child in ast.walk(ast.Module(node.body, []))
+    }
     found = set()
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -53,7 +83,11 @@ def imports(path: Path) -> set[str]:
 
 
 def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def floor_of(module: str) -> int | None:
@@ -78,7 +112,10 @@ def test_the_core_imports_downward_and_nothing_foreign(module: str) -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    graph = {module: {name for name in imports(path) if name in MODULES} for module, path in MODULES.items()}
+    graph = {
+        module: {name for name in imports(path) if name in MODULES}
+        for module, path in MODULES.items()
+    }
     done: set[str] = set()
     while ready := {module for module in graph.keys() - done if graph[module] <= done}:
         done |= ready
@@ -94,7 +131,12 @@ def uses_whole_config(path: Path) -> bool:
             and any(alias.name in ("Config", "*") for alias in node.names)
         ):
             return True
-        if isinstance(node, ast.Attribute) and node.attr == "Config" and isinstance(node.value, ast.Name) and node.value.id == "schema":
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "Config"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "schema"
+        ):
             return True
     return False
 
@@ -115,14 +157,17 @@ for name in {names!r}:
 @pytest.mark.parametrize(
     "then",
     [
-        "import moe_jax.ops.grouped_matmul.api, moe_jax.ops.attention.api, moe_jax.ops.cross_entropy, moe_jax.moe.layer, moe_jax.training.step",
+        "import moe_jax.ops.grouped_matmul.api, moe_jax.ops.attention.api, "
+        "moe_jax.ops.cross_entropy, moe_jax.moe.layer, moe_jax.training.step",
         "import runpy; runpy.run_path('scripts/benchmark.py', run_name='imported')",
     ],
     ids=["core", "benchmark"],
 )
 def test_works_with_jax_flax_optax_and_numpy_alone(then: str) -> None:
     code = BLOCKED.format(names=UNNEEDED, then=then)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -143,15 +188,29 @@ def test_no_error_is_swallowed(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}: a bare except"
-            assert not all(isinstance(child, ast.Pass) for child in node.body), f"line {node.lineno}"
+            assert not all(isinstance(child, ast.Pass) for child in node.body), (
+                f"line {node.lineno}"
+            )
         # `contextlib.suppress` is the same by another name.
-        assert not (isinstance(node, ast.Attribute) and node.attr == "suppress"), f"line {node.lineno}"
+        assert not (isinstance(node, ast.Attribute) and node.attr == "suppress"), (
+            f"line {node.lineno}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_flax_is_inherited_from(path: Path) -> None:
-    """No towers of bases: tuples, exceptions and protocols of libraries aside, a class stands alone."""
-    plain = {"NamedTuple", "Exception", "UserError", "nnx.Module", "nnx.Variable", "yaml.SafeLoader", "yaml.SafeDumper"}
+    """No towers of bases: tuples, exceptions and protocols of libraries aside, a class stands
+    alone.
+    """
+    plain = {
+        "NamedTuple",
+        "Exception",
+        "UserError",
+        "nnx.Module",
+        "nnx.Variable",
+        "yaml.SafeLoader",
+        "yaml.SafeDumper",
+    }
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef):
             assert {ast.unparse(base) for base in node.bases} <= plain, node.name

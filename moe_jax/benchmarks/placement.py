@@ -1,9 +1,11 @@
-"""What replanning is worth: a skewed corpus before and after experts move, predicted and realised, in one run.
+"""What replanning is worth: a skewed corpus before and after experts move, predicted and realised,
+in one run.
 
-`scripts/benchmark.py placement` prints it. Tables take turns (experts migrate between them), so that a machine whose speed drifts
-treats all alike: `contiguous`; `packed`, experts in order of their load, the worst there is; and `planned`, by the load that the
-first steps under `contiguous` measured. Predictions replay the traffic of further steps, which the plan has not seen, one by one through
-the planned table before it is used; every table is then measured on batches of its own.
+`scripts/benchmark.py placement` prints it. Tables take turns (experts migrate between them), so
+that a machine whose speed drifts treats all alike: `contiguous`; `packed`, experts in order of
+their load, the worst there is; and `planned`, by the load that the first steps under `contiguous`
+measured. Predictions replay the traffic of further steps, which the plan has not seen, one by one
+through the planned table before it is used; every table is then measured on batches of its own.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from moe_jax.config.schema import MeshConfig, OptimizerConfig
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import pool_capacity
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.placement.cost import flow, max_over_mean
-from moe_jax.placement.plan import plan
+from moe_jax.placement.cost import max_over_mean, planned_traffic
+from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.table import Placement, contiguous, count_slots
 from moe_jax.training.migration import Migration
-from moe_jax.training.step import Program
+from moe_jax.training.step import TrainProgram
 
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 
-class Measured(NamedTuple):
+class MeasuredSteps(NamedTuple):
     """One training step."""
 
     seconds: float
@@ -41,38 +43,60 @@ class Measured(NamedTuple):
     rounds: int  # over all layers
 
 
-def placement(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
-    """Device load, drop rate with a capacity and step time without one, before and after; predictions beside what came."""
+def benchmark_placement(args: argparse.Namespace, mesh: MeshConfig) -> Results:
+    """Device load, drop rate with a capacity and step time without one, before and after;
+    predictions beside what came.
+    """
     if mesh.data != 1 or mesh.expert < 2:
-        raise UserError(f"--data {mesh.data} --expert {mesh.expert}: a step can be replayed exactly with --data 1 and --expert 2 or more.")
-    found: Figures = {}
+        raise UserError(
+            f"--data {mesh.data} --expert {mesh.expert}: a step can be replayed exactly with "
+            f"--data 1 and --expert 2 or more."
+        )
+    found: Results = {}
     for dropless in (False, True):
         found |= _compare(args, mesh, dropless)
     return found
 
 
-def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figures:
+def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Results:
     program = _build(args, mesh, dropless)
-    capacity = pool_capacity(args.batch * args.seq // mesh.expert, args.top_k, mesh.expert, args.capacity_factor)
+    capacity = pool_capacity(
+        args.batch * args.seq // mesh.expert, args.top_k, mesh.expert, args.capacity_factor
+    )
     migration, where = Migration(program), program.placement
     state = program.init(0)
     state, first = _steps(program, state, args, 0, args.warmup + 2 * args.steps)
     first = first[args.warmup :]
     tables = {"contiguous": where} | _plan(program, first[: args.steps], args)
-    steps: dict[str, list[Measured]] = {name: [] for name in tables}
+    steps: dict[str, list[MeasuredSteps]] = {name: [] for name in tables}
     for turn in range(args.turns):
         for number, (name, table) in enumerate(tables.items()):
             state, moved = migration(state, where, table)
             where = table
-            state, measured = _steps(program, state, args, 1000 * (turn * len(tables) + number + 1), args.steps)
+            state, measured = _steps(
+                program, state, args, 1000 * (turn * len(tables) + number + 1), args.steps
+            )
             steps[name] += measured
-            line = f"{'dropless' if dropless else 'capacity'} {name:10} {statistics.median(m.seconds for m in measured):.3f} s a step"
-            print(f"{line}, {np.mean([m.dropped for m in measured]):.1%} dropped, {moved.experts} experts had moved", flush=True)
-    replay = [flow(tables["planned"], m.traffic_LRE, np.zeros(mesh.expert, int)) for m in first[args.steps :]]
-    before, after = (np.mean([max_over_mean(m.asked_LRR.sum(1)).mean() for m in steps[name]]) for name in ("contiguous", "planned"))
+            line = (
+                f"{'dropless' if dropless else 'capacity'} {name:10} "
+                f"{statistics.median(m.seconds for m in measured):.3f} s a step"
+            )
+            print(
+                f"{line}, {np.mean([m.dropped for m in measured]):.1%} dropped, {moved.experts} "
+                f"experts had moved",
+                flush=True,
+            )
+    replay = [
+        planned_traffic(tables["planned"], m.traffic_LRE, np.zeros(mesh.expert, int))
+        for m in first[args.steps :]
+    ]
+    before, after = (
+        np.mean([max_over_mean(m.asked_LRR.sum(1)).mean() for m in steps[name]])
+        for name in ("contiguous", "planned")
+    )
     predicted = np.mean([max_over_mean(r.load_LR).mean() for r in replay])
     name = "dropless" if dropless else "capacity"
-    found: Figures = {
+    found: Results = {
         f"{name}_device_load_before": float(before),
         f"{name}_device_load_after": float(after),
         f"{name}_device_load_predicted": float(predicted),
@@ -80,7 +104,11 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
         f"{name}_step_seconds_after": _seconds(steps["planned"]),
     }
     if dropless:
-        return found | _predict_seconds(steps, [float(np.ceil(r.sent_LRR.max((1, 2)) / capacity).clip(1).sum()) for r in replay], args.skew)
+        return found | _predict_seconds(
+            steps,
+            [float(np.ceil(r.sent_LRR.max((1, 2)) / capacity).clip(1).sum()) for r in replay],
+            args.skew,
+        )
     lost = [np.maximum(r.sent_LRR - capacity, 0).sum() / r.sent_LRR.sum() for r in replay]
     return found | {
         "dropped_fraction_before": float(np.mean([m.dropped for m in steps["contiguous"]])),
@@ -89,12 +117,19 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Figu
     }
 
 
-def _predict_seconds(steps: dict[str, list[Measured]], rounds: list[float], skew: float) -> Figures:
-    """A step's time under the planned table from its predicted rounds and what a round costs, which contiguous and packed show."""
+def _predict_seconds(
+    steps: dict[str, list[MeasuredSteps]], rounds: list[float], skew: float
+) -> Results:
+    """A step's time under the planned table from its predicted rounds and what a round costs, which
+    contiguous and packed show.
+    """
     seconds = {name: _seconds(measured) for name, measured in steps.items()}
     mean = {name: float(np.mean([m.rounds for m in measured])) for name, measured in steps.items()}
     if mean["packed"] == mean["contiguous"]:
-        raise UserError(f"--skew {skew:g} is too even: the worst table takes as many rounds as contiguous, so a round has no price.")
+        raise UserError(
+            f"--skew {skew:g} is too even: the worst table takes as many rounds as contiguous, so "
+            f"a round has no price."
+        )
     a_round = (seconds["packed"] - seconds["contiguous"]) / (mean["packed"] - mean["contiguous"])
     predicted = seconds["contiguous"] + a_round * (float(np.mean(rounds)) - mean["contiguous"])
     return {
@@ -110,8 +145,14 @@ def _predict_seconds(steps: dict[str, list[Measured]], rounds: list[float], skew
     }
 
 
-def _build(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Program:
-    model = ModelConfig(num_layers=args.layers, width=args.width, num_heads=args.heads, num_kv_heads=args.kv_heads, head_dim=args.head_dim)
+def _build(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> TrainProgram:
+    model = ModelConfig(
+        num_layers=args.layers,
+        width=args.width,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+    )
     moe = MoEConfig(
         num_experts=args.experts,
         top_k=args.top_k,
@@ -124,26 +165,44 @@ def _build(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Progra
     table = contiguous(args.layers, args.experts, mesh.expert, args.redundant_slots)
     # Routers stay as they are: placement alone is measured.
     optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=1e-8)
-    return Program(model, moe, optimizer, make_mesh(mesh), table, vocab_size=args.vocab, steps=10_000)
+    return TrainProgram(
+        model, moe, optimizer, make_mesh(mesh), table, vocab_size=args.vocab, steps=10_000
+    )
 
 
-def _plan(program: Program, measured: list[Measured], args: argparse.Namespace) -> dict[str, Placement]:
+def _plan(
+    program: TrainProgram, measured: list[MeasuredSteps], args: argparse.Namespace
+) -> dict[str, Placement]:
     traffic_LRE, old = np.sum([m.traffic_LRE for m in measured], axis=0), program.placement
-    options: dict[str, Any] = {"ranks": old.ranks, "redundant_slots": args.redundant_slots, "topology": None, "present": old}
+    options: dict[str, Any] = {
+        "ranks": old.ranks,
+        "redundant_slots": args.redundant_slots,
+        "topology": None,
+        "present": old,
+    }
     order_LE = np.argsort(-traffic_LRE.sum(1), axis=1, kind="stable")
     share = -(-old.num_experts // old.ranks)
-    packed = np.full((len(order_LE), old.ranks, count_slots(old.num_experts, old.ranks, args.redundant_slots) // old.ranks), -1)
+    packed = np.full(
+        (
+            len(order_LE),
+            old.ranks,
+            count_slots(old.num_experts, old.ranks, args.redundant_slots) // old.ranks,
+        ),
+        -1,
+    )
     for layer, order in enumerate(order_LE):
         for rank in range(old.ranks):
             own = order[rank * share : (rank + 1) * share]
             packed[layer, rank, : own.size] = own
     return {
         "packed": Placement(packed.reshape(len(order_LE), -1), old.num_experts, old.ranks),
-        "planned": plan(args.strategy, traffic_LRE, **options),
+        "planned": plan_placement(args.strategy, traffic_LRE, **options),
     }
 
 
-def _steps(program: Program, state: Any, args: argparse.Namespace, seed: int, count: int) -> tuple[Any, list[Measured]]:
+def _steps(
+    program: TrainProgram, state: Any, args: argparse.Namespace, seed: int, count: int
+) -> tuple[Any, list[MeasuredSteps]]:
     found = []
     for step in range(count):
         batch = program.shard(skewed_batch(args, seed + step))
@@ -151,17 +210,31 @@ def _steps(program: Program, state: Any, args: argparse.Namespace, seed: int, co
         state, figures = program.train_step(state, batch)
         layers = jax.device_get(figures).figures.layers
         seconds = time.perf_counter() - began
-        asked_LRR = layers.flow.sent_RR + layers.flow.dropped_RR
-        found.append(Measured(seconds, layers.flow.traffic_RE, asked_LRR, layers.dropped.sum() / asked_LRR.sum(), int(layers.rounds.sum())))
+        asked_LRR = layers.counts.sent_RR + layers.counts.dropped_RR
+        found.append(
+            MeasuredSteps(
+                seconds,
+                layers.counts.traffic_RE,
+                asked_LRR,
+                layers.dropped.sum() / asked_LRR.sum(),
+                int(layers.rounds.sum()),
+            )
+        )
     return state, found
 
 
 def skewed_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
-    """Tokens whose frequencies fall by Zipf's law with exponent `skew`, as words of a text do; one document a sequence."""
+    """Tokens whose frequencies fall by Zipf's law with exponent `skew`, as words of a text do; one
+    document a sequence.
+    """
     share = np.arange(1, args.vocab + 1) ** -args.skew
-    tokens = np.random.default_rng(seed).choice(args.vocab, (args.batch, args.seq + 1), p=share / share.sum()).astype(np.int32)
+    tokens = (
+        np.random.default_rng(seed)
+        .choice(args.vocab, (args.batch, args.seq + 1), p=share / share.sum())
+        .astype(np.int32)
+    )
     return one_document(tokens)
 
 
-def _seconds(measured: list[Measured]) -> float:
+def _seconds(measured: list[MeasuredSteps]) -> float:
     return statistics.median(m.seconds for m in measured)

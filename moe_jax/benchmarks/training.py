@@ -1,6 +1,8 @@
-"""Timed runs of whole training steps, of one layer, and of the compiler: what `scripts/benchmark.py` prints.
+"""Timed runs of whole training steps, of one layer, and of the compiler: what
+`scripts/benchmark.py` prints.
 
-`args` are that script's options. Each measurement returns its figures by name; docs/benchmarks.md explains them.
+`args` are that script's options. Each measurement returns its figures by name; docs/benchmarks.md
+explains them.
 """
 
 from __future__ import annotations
@@ -20,41 +22,77 @@ from moe_jax.benchmarks.layer import make_layer
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import Config, DevicesConfig, MeshConfig, OptimizerConfig, TrainConfig
 from moe_jax.errors import UserError
-from moe_jax.models.transformer import count_moe_layers
-from moe_jax.parallel.mesh import make_mesh, reserve_threads, use_devices
+from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from moe_jax.profiling import flops as measure
-from moe_jax.profiling import hlo
-from moe_jax.training.step import Program
+from moe_jax.profiling import hlo, machine, memory
+from moe_jax.runtime.devices import reserve_threads, use_devices
+from moe_jax.training.step import TrainProgram
 
 BATCHES = 4  # different batches that the steps go through in turn
-LAYER_DEFAULTS = {  # those of Qwen3-30B-A3B, and of a size that a laptop's processor does in a second
-    True: {"width": 2048, "experts": 128, "expert_hidden": 768, "top_k": 8, "tokens": 16_384, "dtype": "bfloat16"},
-    False: {"width": 512, "experts": 32, "expert_hidden": 384, "top_k": 4, "tokens": 2048, "dtype": "float32"},
+# those of Qwen3-30B-A3B, and of a size that a laptop's processor does in a second
+LAYER_DEFAULTS = {
+    True: {
+        "width": 2048,
+        "experts": 128,
+        "expert_hidden": 768,
+        "top_k": 8,
+        "tokens": 16_384,
+        "dtype": "bfloat16",
+    },
+    False: {
+        "width": 512,
+        "experts": 32,
+        "expert_hidden": 384,
+        "top_k": 4,
+        "tokens": 2048,
+        "dtype": "float32",
+    },
 }
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 
-def start_devices(args: argparse.Namespace) -> MeshConfig:
+def start_benchmark_devices(args: argparse.Namespace) -> MeshConfig:
     """Simulates devices as asked, or as the mesh needs where the CPU is all there is."""
     mesh = MeshConfig(data=args.data, expert=args.expert, tensor=args.tensor)
     if args.simulate is not None:
         use_devices(DevicesConfig(simulate=args.simulate))
     else:
         reserve_threads(mesh.size)
-        jax.config.update("jax_num_cpu_devices", mesh.size)  # means nothing where an accelerator is the default
-    args.simulate = mesh.size if args.simulate is None and jax.default_backend() == "cpu" else args.simulate or 0
+        jax.config.update(
+            "jax_num_cpu_devices", mesh.size
+        )  # means nothing where an accelerator is the default
+    args.simulate = (
+        mesh.size
+        if args.simulate is None and jax.default_backend() == "cpu"
+        else args.simulate or 0
+    )
     return mesh
 
 
 def experts_config(args: argparse.Namespace, **changes: Any) -> MoEConfig:
     """The experts that the options ask for."""
-    options = {"capacity_factor": args.capacity_factor, "dropless": args.dropless, "grouped_matmul": args.grouped_matmul, **changes}
-    return MoEConfig(num_experts=args.experts, top_k=args.top_k, hidden=args.expert_hidden, **options)
+    options = {
+        "capacity_factor": args.capacity_factor,
+        "dropless": args.dropless,
+        "grouped_matmul": args.grouped_matmul,
+        **changes,
+    }
+    return MoEConfig(
+        num_experts=args.experts, top_k=args.top_k, hidden=args.expert_hidden, **options
+    )
 
 
-def build(args: argparse.Namespace, mesh: MeshConfig, layers: int | None = None, dropless: bool | None = None) -> Program:
-    """The training program that the options ask for, on `mesh`, with another depth or way of dropping if given."""
+def build(
+    args: argparse.Namespace,
+    mesh: MeshConfig,
+    layers: int | None = None,
+    dropless: bool | None = None,
+) -> TrainProgram:
+    """The training program that the options ask for, on `mesh`, with another depth or way of
+    dropping if given.
+    """
     model = ModelConfig(
         num_layers=layers or args.layers,
         width=args.width,
@@ -66,32 +104,53 @@ def build(args: argparse.Namespace, mesh: MeshConfig, layers: int | None = None,
         remat=args.remat,
         attention=args.attention,
     )
-    moe = experts_config(args, bias_rate=args.bias_rate, dropless=args.dropless if dropless is None else dropless)
+    moe = experts_config(
+        args, bias_rate=args.bias_rate, dropless=args.dropless if dropless is None else dropless
+    )
     train = TrainConfig(global_batch=args.batch, seq_len=args.seq, accumulation=args.accumulation)
-    Config(model=model, moe=moe, mesh=mesh, train=train)  # refuses what cannot be split over the mesh
+    Config(
+        model=model, moe=moe, mesh=mesh, train=train
+    )  # refuses what cannot be split over the mesh
     placement = contiguous(count_moe_layers(model, moe), args.experts, mesh.expert)
     optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=3e-4)
     static = {"vocab_size": args.vocab, "steps": 1000, "accumulation": args.accumulation}
-    return Program(model, moe, optimizer, make_mesh(mesh), placement, **static)
+    return TrainProgram(model, moe, optimizer, make_mesh(mesh), placement, **static)
 
 
 def random_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
     """Uniform random tokens, one document a sequence."""
-    return one_document(np.random.default_rng(seed).integers(0, args.vocab, (args.batch, args.seq + 1), dtype=np.int32))
+    return one_document(
+        np.random.default_rng(seed).integers(
+            0, args.vocab, (args.batch, args.seq + 1), dtype=np.int32
+        )
+    )
 
 
 def one_document(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """A batch of whole sequences [B, S + 1], each of them one document."""
     ones = np.ones((len(tokens), tokens.shape[1] - 1), np.int32)
     positions = np.tile(np.arange(ones.shape[1], dtype=np.int32), (len(tokens), 1))
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segments": ones, "mask": ones.astype(np.float32)}
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": positions,
+        "segments": ones,
+        "mask": ones.astype(np.float32),
+    }
 
 
-def compile_step(program: Program, args: argparse.Namespace) -> tuple[Any, float]:
-    """The compiled training step and the seconds that tracing and compiling took; allocates nothing."""
-    describe = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
+def compile_step(program: TrainProgram, args: argparse.Namespace) -> tuple[Any, float]:
+    """The compiled training step and the seconds that tracing and compiling took; allocates
+    nothing.
+    """
+
+    def describe(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
     state = jax.tree.map(describe, program.abstract_state, program.state_shardings)
-    batch = jax.tree.map(lambda a: describe(a, program.batch_sharding), program.shard(random_batch(args, 0)))
+    batch = jax.tree.map(
+        lambda a: describe(a, program.batch_sharding), program.shard(random_batch(args, 0))
+    )
     start = time.perf_counter()
     compiled = program.train_step.lower(state, batch).compile()
     return compiled, time.perf_counter() - start
@@ -109,10 +168,13 @@ def clock(run: Callable[[], Any], args: argparse.Namespace, label: str) -> list[
     return times
 
 
-def traffic(text: str, extra_rounds: float = 0.0) -> Figures:
+def traffic(text: str, extra_rounds: float = 0.0) -> Results:
     """Bytes of the compiled program's collectives a device: in all, of all-to-all, and by kind."""
     found = [entry for entry in hlo.collectives(text) if entry.group > 1]
-    runs = lambda entry: entry.bytes * extra_rounds if entry.dynamic else entry.bytes  # noqa: E731
+
+    def runs(entry):
+        return entry.bytes * extra_rounds if entry.dynamic else entry.bytes
+
     return {
         "collective_bytes": round(sum(map(runs, found))),
         "all_to_all_bytes": round(sum(runs(entry) for entry in found if entry.op == "all-to-all")),
@@ -120,7 +182,7 @@ def traffic(text: str, extra_rounds: float = 0.0) -> Figures:
     }
 
 
-def speed(times: list[float], tokens: int, flops: float, rate: float) -> Figures:
+def speed(times: list[float], tokens: int, flops: float, rate: float) -> Results:
     """Figures of the median repeat."""
     seconds = statistics.median(times)
     return {
@@ -133,15 +195,15 @@ def speed(times: list[float], tokens: int, flops: float, rate: float) -> Figures
     }
 
 
-def drops(kept: int, dropped: int) -> Figures:
+def drops(kept: int, dropped: int) -> Results:
     """Choices computed and dropped."""
     return {"kept": kept, "dropped": dropped, "dropped_fraction": dropped / (kept + dropped)}
 
 
-def train(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
+def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     """Whole training steps."""
     program = build(args, mesh)
-    rate, rate_text = measure.matmul_rate(args.dtype, mesh.size)
+    rate, rate_text = machine.matmul_rate(args.dtype, mesh.size)
     compiled, compile_seconds = compile_step(program, args)
     state = program.init(0)
     batches = [program.shard(random_batch(args, seed)) for seed in range(BATCHES)]
@@ -155,10 +217,16 @@ def train(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
 
     times = clock(step, args, "step")
     timed = layers[args.warmup :]
-    kept, dropped = (int(sum(np.sum(getattr(entry, name)) for entry in timed)) for name in ("kept", "dropped"))
+    kept, dropped = (
+        int(sum(np.sum(getattr(entry, name)) for entry in timed)) for name in ("kept", "dropped")
+    )
     rounds = np.array([entry.rounds for entry in timed])
     tokens = args.batch * args.seq
-    flops = measure.TRAINING * measure.model_flops(program.model, program.moe, args.vocab, args.seq) * tokens
+    flops = (
+        measure.TRAINING
+        * measure.model_flops(program.model, program.moe, args.vocab, args.seq)
+        * tokens
+    )
     total, active = measure.parameter_counts(program.model, program.moe, args.vocab)
     least = program_flops.least_bytes(program, args.batch, args.seq)
     figures = {
@@ -170,12 +238,12 @@ def train(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
         "parameters_total": total,
         "parameters_active": active,
         "compile_seconds": compile_seconds,
-        **measure.memory(compiled),
+        **memory.compiled_bytes(compiled),
         **traffic(compiled.as_text(), float(rounds.mean()) - 1),
         "least_all_to_all_bytes": least.pools + least.lookup,
         "least_all_gather_bytes": least.all_gather,
         "least_reduce_scatter_bytes": least.reduce_scatter,
-        "peak_bytes": measure.peak_bytes(),
+        "peak_bytes": machine.peak_bytes(),
     }
     if args.against_dropless:
         figures |= against_dropless(args, mesh, figures["temp_bytes"])
@@ -184,48 +252,84 @@ def train(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
     return figures
 
 
-def against_dropless(args: argparse.Namespace, mesh: MeshConfig, temp_bytes: int) -> Figures:
+def against_dropless(args: argparse.Namespace, mesh: MeshConfig, temp_bytes: int) -> Results:
     """Temporary bytes a device of this step with a capacity and dropless."""
     other, _ = compile_step(build(args, mesh, dropless=not args.dropless), args)
-    pair = (measure.memory(other)["temp_bytes"], temp_bytes)
+    pair = (memory.compiled_bytes(other)["temp_bytes"], temp_bytes)
     capacity, dropless = pair if args.dropless else pair[::-1]
-    return {"temp_bytes_capacity": capacity, "temp_bytes_dropless": dropless, "dropless_over_capacity": dropless / capacity}
+    return {
+        "temp_bytes_capacity": capacity,
+        "temp_bytes_dropless": dropless,
+        "dropless_over_capacity": dropless / capacity,
+    }
 
 
-def count_flops(args: argparse.Namespace, mesh: MeshConfig, program: Program, compiled: Any, state: Any, flops: float) -> Figures:
-    """FLOPs that the program spends, and those that one device with the same batch would spend in its place."""
+def count_flops(
+    args: argparse.Namespace,
+    mesh: MeshConfig,
+    program: TrainProgram,
+    compiled: Any,
+    state: Any,
+    flops: float,
+) -> Results:
+    """FLOPs that the program spends, and those that one device with the same batch would spend in
+    its place.
+    """
 
-    def count(program: Program, compiled: Any, state: Any, mesh: MeshConfig) -> program_flops.ProgramFlops:
+    def count(
+        program: TrainProgram, compiled: Any, state: Any, mesh: MeshConfig
+    ) -> program_flops.ProgramFlops:
         sizes = program_flops.group_sizes(program, state, program.shard(random_batch(args, 0)))
-        return program_flops.program_flops(compiled.as_text(), mesh.size, args.width, args.expert_hidden // mesh.tensor, sizes)
+        return program_flops.program_flops(
+            compiled.as_text(), mesh.size, args.width, args.expert_hidden // mesh.tensor, sizes
+        )
 
     spent = count(program, compiled, state, mesh)
-    found: Figures = {"program_flops": spent.total, "program_flops_padding": spent.padding, "program_over_model_flops": spent.total / flops}
+    found: Results = {
+        "program_flops": spent.total,
+        "program_flops_padding": spent.padding,
+        "program_over_model_flops": spent.total / flops,
+    }
     found |= {"uncounted_operations": hlo.uncounted(compiled.as_text())}
     if mesh.size > 1:
         single = build(args, MeshConfig())
         alone = count(single, compile_step(single, args)[0], single.init(0), MeshConfig())
         found |= {"one_device_flops": alone.total, "one_device_flops_padding": alone.padding}
         found |= {"program_over_one_device": spent.total / alone.total}
-        found |= {"program_over_one_device_unpadded": (spent.total - spent.padding) / (alone.total - alone.padding)}
+        found |= {
+            "program_over_one_device_unpadded": (spent.total - spent.padding)
+            / (alone.total - alone.padding)
+        }
     return found
 
 
-def layer(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
+def benchmark_layer(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     """One MoE layer, forward and forward with backward, on random inputs with a fresh router."""
     for name, value in LAYER_DEFAULTS[jax.default_backend() != "cpu"].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.tokens % (args.data * args.expert):
-        raise UserError(f"--tokens {args.tokens} is not divisible by --data x --expert = {args.data * args.expert}: use a multiple.")
-    single = make_layer(experts_config(args), args.width, args.tokens, args.dtype, make_mesh(mesh), f32_weights=args.f32_weights)
-    rate, rate_text = measure.matmul_rate(args.dtype, mesh.size)
+        raise UserError(
+            f"--tokens {args.tokens} is not divisible by --data x --expert = "
+            f"{args.data * args.expert}: use a multiple."
+        )
+    single = make_layer(
+        experts_config(args),
+        args.width,
+        args.tokens,
+        args.dtype,
+        make_mesh(mesh),
+        f32_weights=args.f32_weights,
+    )
+    rate, rate_text = machine.matmul_rate(args.dtype, mesh.size)
     start = time.perf_counter()
     forward = single.forward.lower(single.params, single.x_BSD).compile()
     both = single.backward.lower(single.params, single.x_BSD, single.dy_BSD).compile()
     compile_seconds = time.perf_counter() - start
     flops = 2 * args.tokens * args.width * (args.experts + 3 * args.top_k * args.expert_hidden)
     ahead = clock(lambda: forward(single.params, single.x_BSD), args, "forward")
-    whole = clock(lambda: both(single.params, single.x_BSD, single.dy_BSD), args, "forward and backward")
+    whole = clock(
+        lambda: both(single.params, single.x_BSD, single.dy_BSD), args, "forward and backward"
+    )
     stats = forward(single.params, single.x_BSD)[1]
     return {
         **speed(whole, args.tokens, measure.TRAINING * flops, rate),
@@ -235,19 +339,25 @@ def layer(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
         **drops(int(stats.kept), int(stats.dropped)),
         "rounds": int(stats.rounds),
         "compile_seconds": compile_seconds,
-        **measure.memory(both),
+        **memory.compiled_bytes(both),
         **traffic(both.as_text(), int(stats.rounds) - 1),
-        "peak_bytes": measure.peak_bytes(),
+        "peak_bytes": machine.peak_bytes(),
     }
 
 
-def compile_depths(args: argparse.Namespace, mesh: MeshConfig) -> Figures:
+def benchmark_compile(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     """Compile time of two depths; a first, small compilation takes what only the first one pays."""
     jax.jit(jnp.matmul).lower(jnp.ones((8, 8)), jnp.ones((8, 8))).compile()
-    found: Figures = {}
+    found: Results = {}
     for depth in args.depths:
         compiled, seconds = compile_step(build(args, mesh, layers=depth), args)
-        found |= {f"compile_seconds_{depth}": seconds, f"temp_bytes_{depth}": measure.memory(compiled)["temp_bytes"]}
+        found |= {
+            f"compile_seconds_{depth}": seconds,
+            f"temp_bytes_{depth}": memory.compiled_bytes(compiled)["temp_bytes"],
+        }
         print(f"{depth} layers: {seconds:.2f} s", flush=True)
     shallow, deep = args.depths
-    return {**found, "compile_ratio": found[f"compile_seconds_{deep}"] / found[f"compile_seconds_{shallow}"]}
+    return {
+        **found,
+        "compile_ratio": found[f"compile_seconds_{deep}"] / found[f"compile_seconds_{shallow}"],
+    }

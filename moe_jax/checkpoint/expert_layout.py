@@ -1,4 +1,6 @@
-"""Opening a run's checkpoint on another mesh: experts keep their weights and moments, slots are laid out anew."""
+"""Opening a run's checkpoint on another mesh: experts keep their weights and moments, slots are
+laid out anew.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import numpy as np
 from moe_jax.checkpoint.manager import Adapt, Checkpoints
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import CorruptCheckpoint
-from moe_jax.models.transformer import expert_layers
-from moe_jax.moe.slots import EXPERTS, take_slots
+from moe_jax.models.layer_pattern import expert_layers
+from moe_jax.moe.slots import EXPERT_PATH, take_slots
 from moe_jax.placement.table import Placement, slot_sources
 
 
@@ -23,9 +25,11 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
 
 
 def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> dict[str, Any] | None:
-    """What the newest readable checkpoint (of `step`, if given) holds besides arrays; None without checkpoints.
+    """What the newest readable checkpoint (of `step`, if given) holds besides arrays; None without
+    checkpoints.
 
-    Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all are.
+    Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all
+    are.
     """
     damage = None
     for candidate in reversed(checkpoints.steps()):
@@ -42,23 +46,29 @@ def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> di
     return None
 
 
-def adapt_to(model: ModelConfig, moe: MoEConfig, placement: Placement) -> Callable[[dict[str, Any]], Adapt]:
-    """From the meta of each checkpoint tried, how its own table's experts come into the slots of `placement`."""
+def adapt_to(
+    model: ModelConfig, moe: MoEConfig, placement: Placement
+) -> Callable[[dict[str, Any]], Adapt]:
+    """From the meta of each checkpoint tried, how its own table's experts come into the slots of
+    `placement`.
+    """
     return lambda meta: adapter(model, moe, Placement.from_json(meta["placement"]), placement)
 
 
 def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Adapt:
-    """Expert arrays [repeats, P, ...] of one table for another; none is touched where both say the same."""
+    """Expert arrays [repeats, P, ...] of one table for another; none is touched where both say the
+    same.
+    """
     same = np.array_equal(old.physical_to_logical, new.physical_to_logical)
     sources_LP = slot_sources(old, new)
     layers = expert_layers(model, moe)
 
     def change(path: str, array: jax.Array) -> jax.Array:
-        found = EXPERTS.search(path)
+        found = EXPERT_PATH.search(path)
         assert found is not None, path
         if array.ndim < 2:  # a placeholder of adafactor's
             return array
         rows = np.array(layers[int(found[1]), int(found[2])])
         return take_slots(array, sources_LP[rows])
 
-    return Adapt(lambda path: not same and EXPERTS.search(path) is not None, change)
+    return Adapt(lambda path: not same and EXPERT_PATH.search(path) is not None, change)

@@ -1,8 +1,10 @@
-"""Checksums that make one flipped bit in a checkpoint visible: of arrays, of files and of whole directories.
+"""Checksums that make one flipped bit in a checkpoint visible: of arrays, of files and of whole
+directories.
 
-An array's checksum is computed on its devices and depends on its contents alone, so it can be compared
-between meshes of different shapes. A directory is sealed by a manifest that lists the size and BLAKE2b
-digest of every file in it; the manifest's own digest lies beside it (`b2sum -l 256 -c manifest.b2` agrees).
+An array's checksum is computed on its devices and depends on its contents alone, so it can be
+compared between meshes of different shapes. A directory is sealed by a manifest that lists the size
+and BLAKE2b digest of every file in it; the manifest's own digest lies beside it (`b2sum -l 256 -c
+manifest.b2` agrees).
 """
 
 from __future__ import annotations
@@ -29,18 +31,25 @@ SEAL = "manifest.b2"
 def array_checksum(array: jax.Array) -> jax.Array:
     """Two uint32 sums over the bits of all elements, each mixed with its place.
 
-    Works on any shape, sharding and process count (sums modulo 2**32 do not depend on their order, and the
-    result is replicated). A change in a single element is always seen, any other with odds of about 2**-64.
+    Works on any shape, sharding and process count (sums modulo 2**32 do not depend on their order,
+    and the result is replicated). A change in a single element is always seen, any other with odds
+    of about 2**-64.
     """
     if array.dtype == jnp.bool_:
         words = array.astype(jnp.uint32)
     else:
-        info = jnp.iinfo(array.dtype) if jnp.issubdtype(array.dtype, jnp.integer) else jnp.finfo(array.dtype)
+        info = (
+            jnp.iinfo(array.dtype)
+            if jnp.issubdtype(array.dtype, jnp.integer)
+            else jnp.finfo(array.dtype)
+        )
         # 64-bit elements become two words in a new last dim.
         words = jax.lax.bitcast_convert_type(array, f"uint{min(info.bits, 32)}").astype(jnp.uint32)
     place = jnp.zeros(words.shape, jnp.uint32)
     for dim, size in enumerate(words.shape):
-        place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+        place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(
+            jnp.uint32, words.shape, dim
+        )
     mixed = _mix(words ^ _mix(place + jnp.uint32(1)))
     sums = jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (2 * place + 1), dtype=jnp.uint32)
     return jnp.stack(sums)
@@ -56,8 +65,9 @@ def _mix(x: jax.Array) -> jax.Array:
 def checksum_texts(arrays: dict[str, jax.Array]) -> dict[str, str]:
     """The checksum of each array as sixteen hex digits.
 
-    One array after the other: on simulated devices, two programs with collectives under way can wait for each other
-    for ever where the host has fewer cores than there are devices (XLA:CPU, jax 0.10.1).
+    One array after the other: on simulated devices, two programs with collectives under way can
+    wait for each other for ever where the host has fewer cores than there are devices (XLA:CPU, jax
+    0.10.1).
     """
     sums = {path: jax.device_get(array_checksum(array)) for path, array in arrays.items()}
     return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
@@ -72,12 +82,15 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def seal_directory(directory: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of everything in `directory`: `content` plus a "files" entry, and the manifest's seal.
+    """Write the manifest of everything in `directory`: `content` plus a "files" entry, and the
+    manifest's seal.
 
     Flushes every file and folder to the disk, so that a later rename of the directory is a commit.
     """
     paths = _files(directory)
-    files = dict(zip(paths, _each(lambda path: _digest(directory / path, flush=True), paths), strict=True))
+    files = dict(
+        zip(paths, _each(lambda path: _digest(directory / path, flush=True), paths), strict=True)
+    )
     text = json.dumps(content | {"files": files}, indent=1)
     write_durably(directory / MANIFEST, text)
     write_durably(directory / SEAL, _seal(text.encode()))
@@ -95,7 +108,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, checked against its seal. Raises `CorruptCheckpoint` naming the file that is damaged or missing."""
+    """The manifest, checked against its seal. Raises `CorruptCheckpoint` naming the file that is
+    damaged or missing.
+    """
     text, seal = (_read(directory / name) for name in (MANIFEST, SEAL))
     if seal != _seal(text).encode():
         raise CorruptCheckpoint(f"{directory / MANIFEST} and its digest in {SEAL} do not agree")
@@ -111,10 +126,11 @@ def read_sealed(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
 
 
 def verify_directory(directory: Path, manifest: dict[str, Any]) -> None:
-    """Read every file and compare it with the manifest; raises `CorruptCheckpoint` naming the first that differs.
+    """Read every file and compare it with the manifest; raises `CorruptCheckpoint` naming the first
+    that differs.
 
-    A missing or an additional file is damage too. In a run of several processes each reads all files: all then
-    come to the same verdict without talking to each other.
+    A missing or an additional file is damage too. In a run of several processes each reads all
+    files: all then come to the same verdict without talking to each other.
     """
     written = manifest["files"]
     present = set(_files(directory)) - {MANIFEST, SEAL}
@@ -125,18 +141,27 @@ def verify_directory(directory: Path, manifest: dict[str, Any]) -> None:
     paths = sorted(present)
     for path, found in zip(paths, _each(lambda path: _found(directory / path), paths), strict=True):
         if found["bytes"] != written[path]["bytes"]:
-            raise CorruptCheckpoint(f"{directory / path} has {found['bytes']} bytes where {written[path]['bytes']} were written")
+            raise CorruptCheckpoint(
+                f"{directory / path} has {found['bytes']} bytes where {written[path]['bytes']} "
+                f"were written"
+            )
         if found != written[path]:
             raise CorruptCheckpoint(f"{directory / path} does not hold the bytes that were written")
 
 
 def _files(directory: Path) -> list[str]:
     """Paths of all files below a directory, relative and with forward slashes, sorted."""
-    return sorted((Path(folder) / name).relative_to(directory).as_posix() for folder, _, names in os.walk(directory) for name in names)
+    return sorted(
+        (Path(folder) / name).relative_to(directory).as_posix()
+        for folder, _, names in os.walk(directory)
+        for name in names
+    )
 
 
 def _each(function: Callable[[str], dict[str, Any]], paths: list[str]) -> list[dict[str, Any]]:
-    """`function` of every path; on threads, because hashing and reading let go of the interpreter."""
+    """`function` of every path; on threads, because hashing and reading let go of the
+    interpreter.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, paths))
 
@@ -178,4 +203,6 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CorruptCheckpoint(f"{path} is missing") from error
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the disk and the file's permissions.") from error
+        raise UserError(
+            f"cannot read {path} ({error.strerror}): check the disk and the file's permissions."
+        ) from error

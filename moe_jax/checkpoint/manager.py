@@ -1,17 +1,18 @@
 """Checkpoints: saved in the background by Orbax, sealed with checksums, restored onto any mesh.
 
     checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=2, keep_best=1)
-    checkpoints.save(step, state, meta, val_loss)         # returns once the state is copied to the host
+    checkpoints.save(step, state, meta, val_loss)   # returns once the state is copied to the host
     state, meta, step, skipped = checkpoints.restore_latest(target)
-    checkpoints.close()                                   # waits; raises what the last save has to say
+    checkpoints.close()                             # waits; raises what the last save has to say
 
-A step is a directory `step_00000100` with `state/` (Orbax), `meta.json`, `manifest.json` and `manifest.b2`. It is
-written as `step_00000100.partial`; renaming it, after everything in it has reached the disk, is what makes it
-count. A kill at any moment therefore leaves the earlier steps as they were and at most a `.partial` directory,
-which the next save removes. Opening a directory changes nothing in it, so a run can be read while it trains.
+A step is a directory `step_00000100` with `state/` (Orbax), `meta.json`, `manifest.json` and
+`manifest.b2`. It is written as `step_00000100.partial`; renaming it, after everything in it has
+reached the disk, is what makes it count. A kill at any moment therefore leaves the earlier steps as
+they were and at most a `.partial` directory, which the next save removes. Opening a directory
+changes nothing in it, so a run can be read while it trains.
 
-Several processes need a file system that they share; `save`, `wait`, `close` and the restores are then called by
-all of them, in the same order.
+Several processes need a file system that they share; `save`, `wait`, `close` and the restores are
+then called by all of them, in the same order.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ from jax.experimental import multihost_utils
 from moe_jax.checkpoint import integrity, orbax_io
 from moe_jax.errors import CorruptCheckpoint, UserError
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 
 
 class Adapt(NamedTuple):
     """How stored arrays become those of a target that lays them out otherwise."""
 
     concerns: Callable[[str], bool]  # by path: arrays to change even where the shapes agree
-    change: Callable[[str, jax.Array], Any]  # a path like "params/blocks/moe/gate_up" and the stored array, whole on every device
+    change: Callable[
+        [str, jax.Array], Any
+    ]  # a path like "params/blocks/moe/gate_up" and the stored array, whole on every device
 
 
 class Restored(NamedTuple):
@@ -57,7 +60,9 @@ class Checkpoints:
     """The checkpoints of one run. Only one process group may save into a directory at a time."""
 
     def __init__(self, directory: Path, keep_last: int, keep_best: int) -> None:
-        """Keep the `keep_last` newest steps and, besides, the `keep_best` of lowest validation loss."""
+        """Keep the `keep_last` newest steps and, besides, the `keep_best` of lowest validation
+        loss.
+        """
         # Orbax asks for an absolute path.
         self.directory = Path(directory).absolute()
         self._keep_last, self._keep_best = keep_last, keep_best
@@ -69,7 +74,9 @@ class Checkpoints:
     # Looking
 
     def steps(self) -> list[int]:
-        """The steps that count, ascending; whether their bytes are still good shows when they are read."""
+        """The steps that count, ascending; whether their bytes are still good shows when they are
+        read.
+        """
         found = (re.fullmatch(r"step_(\d+)(\.replaced)?", path.name) for path in self._entries())
         return sorted({int(match[1]) for match in found if match})
 
@@ -83,41 +90,63 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` of a step. Raises `CorruptCheckpoint` where its bytes are not those written."""
+        """The `meta` of a step. Raises `CorruptCheckpoint` where its bytes are not those
+        written.
+        """
         with self._remedy(step):
             path = self._find(step)
             return json.loads(integrity.read_sealed(path, "meta.json", _read_manifest(path)))
 
     # Saving
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], val_loss: float | None = None, wait: bool = False) -> None:
-        """Save a pytree of `jax.Array`s; returns once they are copied, so the caller may donate them at once.
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: dict[str, Any],
+        val_loss: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Save a pytree of `jax.Array`s; returns once they are copied, so the caller may donate
+        them at once.
 
-        Errors of the save before surface here, or in `wait` or `close`, whichever comes first. The same step
-        saved again is replaced. Steps after this one are removed with it: a run that went back has left them.
-        Raises `UserError` for a full disk or a directory that cannot be written; earlier steps stay intact.
+        Errors of the save before surface here, or in `wait` or `close`, whichever comes first. The
+        same step saved again is replaced. Steps after this one are removed with it: a run that went
+        back has left them. Raises `UserError` for a full disk or a directory that cannot be
+        written; earlier steps stay intact.
         """
         self.wait()
         text = json.dumps(meta)
         arrays = orbax_io.flatten(state)
         for path, leaf in arrays.items():
             if not isinstance(leaf, jax.Array):
-                raise TypeError(f"{path} of the state is {type(leaf).__name__}, not a jax.Array: put it into meta or on the mesh")
-        stored = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses empty arrays.
+                raise TypeError(
+                    f"{path} of the state is {type(leaf).__name__}, not a jax.Array: put it into "
+                    f"meta or on the mesh"
+                )
+        stored = {
+            path: array for path, array in arrays.items() if array.size
+        }  # Orbax refuses empty arrays.
         loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-        # Nothing that the background thread gets may hold the state's arrays: their memory is the next step's.
+        # Nothing that the background thread gets may hold the state's arrays: their memory is the
+        # next step's.
         sums = integrity.checksum_texts(arrays)
         described = {
-            path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[path]} for path, array in arrays.items()
+            path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[path]}
+            for path, array in arrays.items()
         }
-        content = {"format": FORMAT, "step": step, "val_loss": loss, "arrays": described}
+        content = {"format": CHECKPOINT_FORMAT, "step": step, "val_loss": loss, "arrays": described}
         self._saving = step
         partial = self._path(step, ".partial")
         with self._together():
             self._prepare(partial, sum(array.nbytes for array in stored.values()))
         with self._together():
             finish_writing = orbax_io.start_writing(partial / "state", stored)
-        self._thread = threading.Thread(target=self._finish, args=(finish_writing, step, text, content), name=f"save step {step}")
+        self._thread = threading.Thread(
+            target=self._finish,
+            args=(finish_writing, step, text, content),
+            name=f"save step {step}",
+        )
         self._thread.start()
         if wait:
             self.wait()
@@ -130,17 +159,23 @@ class Checkpoints:
             self._agree()
 
     def close(self) -> None:
-        """Wait, as every program must before it ends: a save that is left alone at exit may not become whole."""
+        """Wait, as every program must before it ends: a save that is left alone at exit may not
+        become whole.
+        """
         self.wait()
 
     def _prepare(self, partial: Path, size: int) -> None:
-        """Remove what killed saves left, see that the disk has room, make the directory to write into."""
+        """Remove what killed saves left, see that the disk has room, make the directory to write
+        into.
+        """
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clean()
             free = shutil.disk_usage(self.directory).free
             if free < size:
-                raise OSError(errno.ENOSPC, f"{size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
+                raise OSError(
+                    errno.ENOSPC, f"{size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+                )
             partial.mkdir()
 
     def _clean(self) -> None:
@@ -153,8 +188,12 @@ class Checkpoints:
                 else:  # Killed between the two renames of `_commit`.
                     path.rename(path.with_suffix(""))
 
-    def _finish(self, finish_writing: Callable[[], None], step: int, meta: str, content: dict[str, Any]) -> None:
-        """In the background: wait for Orbax, then make the step count. Keeps an error for `_agree`."""
+    def _finish(
+        self, finish_writing: Callable[[], None], step: int, meta: str, content: dict[str, Any]
+    ) -> None:
+        """In the background: wait for Orbax, then make the step count. Keeps an error for
+        `_agree`.
+        """
         try:
             finish_writing()
             if jax.process_index() == 0:
@@ -164,7 +203,9 @@ class Checkpoints:
             self._error = error
 
     def _commit(self, step: int, meta: str, content: dict[str, Any]) -> None:
-        partial, final, replaced = (self._path(step, suffix) for suffix in (".partial", "", ".replaced"))
+        partial, final, replaced = (
+            self._path(step, suffix) for suffix in (".partial", "", ".replaced")
+        )
         integrity.write_durably(partial / "meta.json", meta)
         integrity.seal_directory(partial, content)
         if final.exists():
@@ -175,7 +216,9 @@ class Checkpoints:
             shutil.rmtree(replaced)
 
     def _prune(self, saved: int) -> None:
-        """Remove steps that the run has left or that are neither among the newest nor among the best."""
+        """Remove steps that the run has left or that are neither among the newest nor among the
+        best.
+        """
         steps = [step for step in self.steps() if step <= saved]
         losses = {step: loss for step in steps if (loss := self._val_loss(step)) is not None}
         best = sorted(losses, key=lambda step: (losses[step], -step))[: self._keep_best]
@@ -183,7 +226,9 @@ class Checkpoints:
         for step in self.steps():
             if step not in keep:
                 doomed = self._path(step, ".partial")
-                self._find(step).rename(doomed)  # From here on it does not count, even if the removal is cut short.
+                self._find(step).rename(
+                    doomed
+                )  # From here on it does not count, even if the removal is cut short.
                 shutil.rmtree(doomed)
 
     def _val_loss(self, step: int) -> float | None:
@@ -194,7 +239,9 @@ class Checkpoints:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """A stage of a save that fails on all processes when it fails on one; without this the others would wait for it."""
+        """A stage of a save that fails on all processes when it fails on one; without this the
+        others would wait for it.
+        """
         try:
             yield
         except Exception as error:
@@ -202,7 +249,9 @@ class Checkpoints:
         self._agree()
 
     def _agree(self) -> None:
-        """Raise the error of this process's save, or, so that no process runs on alone, say that another's failed."""
+        """Raise the error of this process's save, or, so that no process runs on alone, say that
+        another's failed.
+        """
         error, self._error = self._error, None
         failed = error is not None
         if jax.process_count() > 1:
@@ -210,23 +259,31 @@ class Checkpoints:
         if not failed:
             return
         if jax.process_index() == 0:
-            shutil.rmtree(self._path(self._saving, ".partial"), ignore_errors=True)  # What resists goes with the next save.
+            shutil.rmtree(
+                self._path(self._saving, ".partial"), ignore_errors=True
+            )  # What resists goes with the next save.
         if error is None:
-            raise UserError(f"saving step {self._saving} in {self.directory} failed on another process: see its message.")
+            raise UserError(
+                f"saving step {self._saving} in {self.directory} failed on another process: see "
+                f"its message."
+            )
         explained = orbax_io.explain(error, self._saving, self.directory)
         raise error if explained is None else explained from error
 
     # Restoring
 
-    def restore(self, step: int, target: Any, adapt: Adapt | None = None, partial: bool = False) -> Any:
-        """The state of a step with the structure, dtypes and shardings of `target`, every byte of it verified.
+    def restore(
+        self, step: int, target: Any, adapt: Adapt | None = None, partial: bool = False
+    ) -> Any:
+        """The state of a step with the structure, dtypes and shardings of `target`, every byte of
+        it verified.
 
-        `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. An array whose stored
-        shape differs, or which `adapt` concerns, is read whole onto every device and goes through it; what that
-        returns is placed as the target says. With `partial` the target
-        may leave arrays out, such as the optimizer's for sampling.
-        Raises `CorruptCheckpoint` naming the file or array that is damaged, `UserError` for no such step and for
-        arrays that are missing, unexpected, of another dtype or, without `adapt`, of another shape.
+        `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. An array
+        whose stored shape differs, or which `adapt` concerns, is read whole onto every device and
+        goes through it; what that returns is placed as the target says. With `partial` the target
+        may leave arrays out, such as the optimizer's for sampling. Raises `CorruptCheckpoint`
+        naming the file or array that is damaged, `UserError` for no such step and for arrays that
+        are missing, unexpected, of another dtype or, without `adapt`, of another shape.
         """
         self.wait()
         with self._remedy(step):
@@ -236,13 +293,22 @@ class Checkpoints:
             stored = manifest["arrays"]
             orbax_io.match(path, wanted, stored, adapt is not None, partial)
             integrity.verify_directory(path, manifest)
-            reshaped = {name for name, leaf in wanted.items() if tuple(stored[name]["shape"]) != leaf.shape}
-            changed = reshaped | {name for name in wanted if adapt is not None and adapt.concerns(name)}
-            asked = {name: orbax_io.whole(leaf, stored[name]["shape"]) if name in changed else leaf for name, leaf in wanted.items()}
+            reshaped = {
+                name for name, leaf in wanted.items() if tuple(stored[name]["shape"]) != leaf.shape
+            }
+            changed = reshaped | {
+                name for name in wanted if adapt is not None and adapt.concerns(name)
+            }
+            asked = {
+                name: orbax_io.whole(leaf, stored[name]["shape"]) if name in changed else leaf
+                for name, leaf in wanted.items()
+            }
             arrays = orbax_io.read(path / "state", asked)
             for name, found in integrity.checksum_texts(arrays).items():
                 if found != stored[name]["checksum"]:
-                    raise CorruptCheckpoint(f"array {name} of {path} does not hold the values that were saved")
+                    raise CorruptCheckpoint(
+                        f"array {name} of {path} does not hold the values that were saved"
+                    )
         for name in changed:
             assert adapt is not None
             arrays[name] = orbax_io.place(name, adapt.change(name, arrays[name]), wanted[name])
@@ -256,30 +322,40 @@ class Checkpoints:
         fallback: bool = False,
         partial: bool = False,
     ) -> Restored:
-        """Restore the newest step, or `step`; with `fallback`, the newest before it that is not damaged.
+        """Restore the newest step, or `step`; with `fallback`, the newest before it that is not
+        damaged.
 
         `adapt` makes, from a checkpoint's meta, what `restore` takes.
 
-        Raises `UserError` where there is no checkpoint, `CorruptCheckpoint` for a damaged one (with `fallback`:
-        when all are damaged), and what `restore` raises.
+        Raises `UserError` where there is no checkpoint, `CorruptCheckpoint` for a damaged one (with
+        `fallback`: when all are damaged), and what `restore` raises.
         """
         self.wait()
         steps = self.steps()
         if not steps:
-            raise UserError(f"there is no checkpoint in {self.directory}: train first, or name another run directory.")
+            raise UserError(
+                f"there is no checkpoint in {self.directory}: train first, or name another run "
+                f"directory."
+            )
         last = steps[-1] if step is None else step
         skipped: list[str] = []
-        for candidate in [last, *(earlier for earlier in reversed(steps) if earlier < last and fallback)]:
+        for candidate in [
+            last,
+            *(earlier for earlier in reversed(steps) if earlier < last and fallback),
+        ]:
             try:
                 meta = self.read_meta(candidate)
-                state = self.restore(candidate, target, None if adapt is None else adapt(meta), partial)
+                state = self.restore(
+                    candidate, target, None if adapt is None else adapt(meta), partial
+                )
                 return Restored(state, meta, candidate, skipped)
             except CorruptCheckpoint as error:
                 if not fallback:
                     raise
                 skipped.append(str(error.__cause__))
         raise CorruptCheckpoint(
-            f"no checkpoint in {self.directory} is whole ({'; '.join(skipped)}): restore the files from a copy or train anew."
+            f"no checkpoint in {self.directory} is whole ({'; '.join(skipped)}): restore the "
+            f"files from a copy or train anew."
         )
 
     # Paths
@@ -295,7 +371,10 @@ class Checkpoints:
             if (path := self._path(step, suffix)).is_dir():
                 return path
         others = ", ".join(map(str, self.steps())) or "none"
-        raise UserError(f"there is no checkpoint of step {step} in {self.directory} (there are: {others}): choose another.")
+        raise UserError(
+            f"there is no checkpoint of step {step} in {self.directory} (there are: {others}): "
+            f"choose another."
+        )
 
     @contextmanager
     def _remedy(self, step: int) -> Iterator[None]:
@@ -304,14 +383,24 @@ class Checkpoints:
             yield
         except CorruptCheckpoint as error:
             if step not in self.steps():  # Pruned while it was read: nothing is damaged.
-                raise UserError(f"the run in {self.directory} has just removed step {step} for newer ones: try again.") from error
+                raise UserError(
+                    f"the run in {self.directory} has just removed step {step} for newer ones: "
+                    f"try again."
+                ) from error
             earlier = [other for other in self.steps() if other < step]
-            remedy = f"--fallback takes step {earlier[-1]} instead" if earlier else "restore it from a copy or train anew"
+            remedy = (
+                f"--fallback takes step {earlier[-1]} instead"
+                if earlier
+                else "restore it from a copy or train anew"
+            )
             raise CorruptCheckpoint(f"{error}: {remedy}.") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = integrity.read_manifest(path)
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}: use the version that wrote it.")
+    if manifest["format"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {manifest['format']}, this version reads "
+            f"{CHECKPOINT_FORMAT}: use the version that wrote it."
+        )
     return manifest

@@ -26,15 +26,18 @@ def flatten(tree: Any) -> dict[str, Any]:
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
     if len(flat) != len(pairs):
-        raise ValueError("two arrays of the state have the same path: do not use '/' in the keys of its dicts")
+        raise ValueError(
+            "two arrays of the state have the same path: do not use '/' in the keys of its dicts"
+        )
     return flat
 
 
 def start_writing(path: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
-    """Copy the arrays to the host and begin to write them; the function returned waits and raises what went wrong.
+    """Copy the arrays to the host and begin to write them; the function returned waits and raises
+    what went wrong.
 
-    Once this returns the caller may donate the arrays: on CPU, where the copy is a view, JAX then leaves the viewed
-    memory alone and gives the donated computation new memory.
+    Once this returns the caller may donate the arrays: on CPU, where the copy is a view, JAX then
+    leaves the viewed memory alone and gives the donated computation new memory.
     """
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path, arrays)
@@ -42,16 +45,27 @@ def start_writing(path: Path, arrays: dict[str, jax.Array]) -> Callable[[], None
 
 
 def read(path: Path, asked: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Read some of the arrays written at `path`, onto any mesh; those without elements were not stored."""
+    """Read some of the arrays written at `path`, onto any mesh; those without elements were not
+    stored.
+    """
     full = {name: leaf for name, leaf in asked.items() if leaf.size}
     restore_args = ocp.checkpoint_utils.construct_restore_args(full)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        arrays = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=full, restore_args=restore_args, partial_restore=True))
-    empty = {name: jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in asked.items() if not leaf.size}
+        arrays = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(item=full, restore_args=restore_args, partial_restore=True),
+        )
+    empty = {
+        name: jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        for name, leaf in asked.items()
+        if not leaf.size
+    }
     return arrays | empty
 
 
-def match(path: Path, wanted: dict[str, Any], stored: dict[str, Any], adaptable: bool, partial: bool) -> None:
+def match(
+    path: Path, wanted: dict[str, Any], stored: dict[str, Any], adaptable: bool, partial: bool
+) -> None:
     """Refuse the checkpoint of another model."""
     other = "it is of another model, use the configuration that it was saved with."
     for name in sorted(wanted.keys() - stored.keys()):
@@ -61,43 +75,70 @@ def match(path: Path, wanted: dict[str, Any], stored: dict[str, Any], adaptable:
     for name, leaf in wanted.items():
         shape, dtype = tuple(stored[name]["shape"]), stored[name]["dtype"]
         if dtype != str(leaf.dtype):
-            raise UserError(f"array {name} of {path} is {dtype} where the model has {leaf.dtype}: {other}")
+            raise UserError(
+                f"array {name} of {path} is {dtype} where the model has {leaf.dtype}: {other}"
+            )
         if shape != leaf.shape and not adaptable:
-            raise UserError(f"array {name} of {path} has shape {shape} where the model has {leaf.shape}: {other}")
+            raise UserError(
+                f"array {name} of {path} has shape {shape} where the model has {leaf.shape}: "
+                f"{other}"
+            )
 
 
 def whole(leaf: jax.ShapeDtypeStruct, shape: list[int]) -> jax.ShapeDtypeStruct:
     """How to read an array that is to be changed: in its stored shape, on every device."""
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    return jax.ShapeDtypeStruct(
+        shape, leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    )
 
 
 def place(name: str, array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Give an array that `adapt` made the target's sharding; its shape and dtype must be the target's already."""
+    """Give an array that `adapt` made the target's sharding; its shape and dtype must be the
+    target's already.
+    """
     if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-        raise ValueError(f"adapt made {name} {array.shape} {array.dtype}, the target has {leaf.shape} {leaf.dtype}")
+        raise ValueError(
+            f"adapt made {name} {array.shape} {array.dtype}, the target has {leaf.shape} "
+            f"{leaf.dtype}"
+        )
     return jax.device_put(array, leaf.sharding)
 
 
 def explain(error: Exception, step: int, directory: Path) -> UserError | None:
-    """A failed save in words, where the disk or its permissions are to blame; None for any other error."""
-    quoted = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's ValueErrors quote the system's errors.
+    """A failed save in words, where the disk or its permissions are to blame; None for any other
+    error.
+    """
+    quoted = re.search(
+        r"os_error_code='(\d+)'", str(error)
+    )  # tensorstore's ValueErrors quote the system's errors.
     if not isinstance(error, OSError) and quoted is None:
         return None
     number = error.errno if isinstance(error, OSError) else int(quoted[1]) if quoted else None
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk of {directory} is too full to save step {step}: free some space (earlier checkpoints are intact).")
-    return UserError(f"step {step} cannot be saved in {directory} ({error}): see that it is writable (earlier checkpoints are intact).")
+        return UserError(
+            f"the disk of {directory} is too full to save step {step}: free some space (earlier "
+            f"checkpoints are intact)."
+        )
+    return UserError(
+        f"step {step} cannot be saved in {directory} ({error}): see that it is writable (earlier "
+        f"checkpoints are intact)."
+    )
 
 
 @functools.cache
 def quiet() -> None:
-    """Keep off the terminal, from now on, what Orbax logs below a warning and what it logs of errors that it also raises."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or _is_warning(record))
+    """Keep off the terminal, from now on, what Orbax logs below a warning and what it logs of
+    errors that it also raises.
+    """
+    logging.getLogger("absl").addFilter(
+        lambda record: "orbax" not in record.pathname or _is_warning(record)
+    )
     shown = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # When one write of a save has failed, tensorstore reports the rest of them to an event loop that Orbax has
-        # closed: a traceback each, from a thread where nobody can catch it, while the failure itself is raised.
+        # When one write of a save has failed, tensorstore reports the rest of them to an event loop
+        # that Orbax has closed: a traceback each, from a thread where nobody can catch it, while
+        # the failure itself is raised.
         if str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 

@@ -1,4 +1,6 @@
-"""What the commands for text write and read: text to stdout as it comes, figures and remarks to stderr, prompts from stdin."""
+"""What the commands for text write and read: text to stdout as it comes, figures and remarks to
+stderr, prompts from stdin.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,29 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def explained_disk_errors(place: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a sentence naming the file, or `place` where the error names none."""
+    """Turns what the file system refuses into a sentence naming the file, or `place` where the
+    error names none.
+    """
     try:
         yield
     except OSError as error:
         where = error.filename or place
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{where}: no space is left on its disk; free some, then continue (train: with --resume).") from error
+            raise UserError(
+                f"{where}: no space is left on its disk; free some, then continue (train: with "
+                f"--resume)."
+            ) from error
         if error.filename is None:
             raise
-        raise UserError(f"{where}: {error.strerror or error}; check the path and its permissions.") from error
+        raise UserError(
+            f"{where}: {error.strerror or error}; check the path and its permissions."
+        ) from error
 
 
 def write_pieces(pieces: Iterable[str]) -> str:
-    """Writes pieces of text to stdout as they come; returns the whole. Raises UserError where stdout cannot hold them."""
+    """Writes pieces of text to stdout as they come; returns the whole. Raises UserError where
+    stdout cannot hold them.
+    """
     written: list[str] = []
     try:
         for piece in pieces:
@@ -38,7 +49,10 @@ def write_pieces(pieces: Iterable[str]) -> str:
             sys.stdout.write(piece)
             sys.stdout.flush()
     except UnicodeEncodeError as error:
-        raise UserError(f"standard output is {error.encoding} and cannot show {error.object!r}: set PYTHONIOENCODING=utf-8.") from error
+        raise UserError(
+            f"standard output is {error.encoding} and cannot show {error.object!r}: set "
+            f"PYTHONIOENCODING=utf-8."
+        ) from error
     return "".join(written)
 
 
@@ -47,4 +61,6 @@ def prompt_from_stdin() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8.") from error
+        raise UserError(
+            f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8."
+        ) from error

@@ -1,14 +1,15 @@
-"""The `moe-jax` command: train, report, watch and doctor, and the commands of the modules beside this one.
+"""The `moe-jax` command: train, report, watch and doctor, and the commands of the modules beside
+this one.
 
-Thin on purpose: each command reads its arguments and calls one function of the package, imported only
-then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found something
-wrong; 2 a mistake that one sentence on stderr explains; 130 and 143 interrupted or terminated.
+Thin on purpose: each command reads its arguments and calls one function of the package, imported
+only then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found
+something wrong; 2 a mistake that one sentence on stderr explains; 130 and 143 interrupted or
+terminated.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.inference import Fallback, require_run
 from moe_jax.errors import UserError
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
+from moe_jax.runtime.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from moe_jax.config.schema import Config
@@ -36,16 +38,24 @@ app = typer.Typer(
     epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --run-dir runs/first",
 )
 
-COMPUTING = ("train", "generate", "chat", "eval", "bench")  # commands that start anew with huge pages
+COMPUTING = (
+    "train",
+    "generate",
+    "chat",
+    "eval",
+    "bench",
+)  # commands that start anew with huge pages
 
 RunDir = Annotated[Path, typer.Argument(show_default=False, help="Directory of a run.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line (by default this process's) and exits; mistakes become one sentence and exit code 2."""
+    """Runs the command line (by default this process's) and exits; mistakes become one sentence and
+    exit code 2.
+    """
     if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
         restart_with_huge_pages()
-    signal.signal(signal.SIGTERM, _terminated)
+    exit_on_sigterm()
     try:
         app(args=arguments, prog_name="moe-jax")
     except UserError as error:
@@ -64,12 +74,6 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _terminated(signum: int, frame: Any) -> NoReturn:
-    """SIGTERM outside training, which handles it itself and saves."""
-    print("moe-jax: terminated.", file=sys.stderr)
-    raise SystemExit(128 + signum)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"moe-jax {__version__}")
@@ -78,23 +82,46 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """Train and run sharded mixture-of-experts transformers in JAX."""
 
 
-@app.command(epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --set train.steps=50 --run-dir runs/short")
+@app.command(
+    epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --set train.steps=50 --run-dir "
+    "runs/short"
+)
 def train(
     config: Annotated[Path, typer.Argument(show_default=False, help="YAML configuration.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="Change a key, such as train.steps=50; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="Change a key, such as train.steps=50; may be repeated.",
+        ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", show_default=False, help="Where all output goes.  [default: runs/NAME]")
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            show_default=False,
+            help="Where all output goes.  [default: runs/NAME]",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in DIR from its newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in DIR first.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in DIR from its newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in DIR first.")
+    ] = False,
     fallback: Fallback = False,
 ) -> None:
     """Train a model and write its run directory."""
@@ -113,7 +140,10 @@ def train(
         if result.report is None:  # another process speaks
             return
         if result.stopped:
-            print(f"Stopped after step {result.step}; saved. Continue with the same command and --resume.")
+            print(
+                f"Stopped after step {result.step}; saved. Continue with the same command and "
+                f"--resume."
+            )
         elif tree.train.sample_prompt:
             _print_sample(tree, place, result.sample_fits)
         print(f"Report: {result.report}")
@@ -126,14 +156,26 @@ def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
         return
     from moe_jax.generation.generate import generate_run
 
-    options: dict[str, Any] = {"temperature": 0.8, "top_k": None, "top_p": 0.95, "seed": config.train.seed, "step": None, "fallback": False}
-    pieces = generate_run(run_dir, config.train.sample_prompt, max_tokens=config.train.sample_tokens, **options)
+    options: dict[str, Any] = {
+        "temperature": 0.8,
+        "top_k": None,
+        "top_p": 0.95,
+        "seed": config.train.seed,
+        "step": None,
+        "fallback": False,
+    }
+    pieces = generate_run(
+        run_dir, config.train.sample_prompt, max_tokens=config.train.sample_tokens, **options
+    )
     print(f"Sample (temperature 0.8, top-p 0.95):\n{config.train.sample_prompt}{''.join(pieces)}\n")
 
 
 def _default_run_dir(name: str) -> Path:
     if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or give --run-dir.")
+        raise UserError(
+            f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or "
+            f"give --run-dir."
+        )
     return Path("runs") / name
 
 
@@ -141,7 +183,9 @@ for _name, _command, _example in (*inference.COMMANDS, *checkpoints.COMMANDS):
     app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
 
 
-app.add_typer(placement.app, name="placement", epilog="\b\nExample:\n  moe-jax placement show runs/first")
+app.add_typer(
+    placement.app, name="placement", epilog="\b\nExample:\n  moe-jax placement show runs/first"
+)
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax report runs/first")
@@ -157,8 +201,12 @@ def report(run_dir: RunDir) -> None:
 @app.command(epilog="\b\nExample:\n  moe-jax watch runs/first")
 def watch(
     run_dir: RunDir,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit, as always in a pipe.")] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.1, metavar="S", help="Seconds between looks.")] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame and exit, as always in a pipe.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.1, metavar="S", help="Seconds between looks.")
+    ] = 2.0,
 ) -> None:
     """Follow a run live: progress, load, drops, moves, alerts."""
     from moe_jax.tracking.watch import watch as follow

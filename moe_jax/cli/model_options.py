@@ -1,6 +1,8 @@
-"""Which model a command runs and on what: the values of --model, --mesh, --dtype, --quantize, --memory and --simulate.
+"""Which model a command runs and on what: the values of --model, --mesh, --dtype, --quantize,
+--memory and --simulate.
 
-What can be checked without JAX is checked when a `ModelChoice` is made, so that mistakes answer at once.
+What can be checked without JAX is checked when a `ModelChoice` is made, so that mistakes answer at
+once.
 """
 
 from __future__ import annotations
@@ -11,20 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from moe_jax.config.schema import DevicesConfig, MeshConfig
+from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import HUB_NAME, check_step
+from moe_jax.model_io.source import DTYPES, HUB_NAME, check_step
 from moe_jax.runtime.compile_cache import use_compile_cache
+from moe_jax.runtime.devices import start_devices
+from moe_jax.utils.units import parse_bytes
 
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.inference.load import LoadedModel
 
-DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int8", "int4")
-UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{unit}": base**power for power, prefix in enumerate("kmgt", start=1) for unit, base in (("", 1024), ("ib", 1024), ("b", 1000))
-}
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -34,19 +34,11 @@ def parse_mesh(text: str) -> MeshConfig:
         found = re.fullmatch(r"\s*(data|expert|tensor)\s*=\s*(\d{1,6})\s*", part)
         if not found or found[1] in axes:
             raise UserError(
-                f"--mesh {text!r} cannot be read at {part!r}: write axes as expert=4,tensor=2 (there are data, expert, tensor)."
+                f"--mesh {text!r} cannot be read at {part!r}: write axes as expert=4,tensor=2 "
+                f"(there are data, expert, tensor)."
             )
         axes[found[1]] = int(found[2])
     return MeshConfig(**axes)
-
-
-def parse_bytes(text: str) -> int:
-    """A size such as `24GiB`, `24G` (the same), `24GB` (10^9) or plain bytes. Raises UserError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    size = round(float(found[1]) * UNITS[found[2].lower()]) if found and found[2].lower() in UNITS else 0
-    if not size:
-        raise UserError(f"--memory {text!r} cannot be read as a size: write it as 24GiB, 24GB or a number of bytes.")
-    return size
 
 
 def one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
@@ -87,9 +79,15 @@ class ModelChoice:
         if self.memory is not None:
             parse_bytes(self.memory)
         if self.simulate is not None and self.simulate < mesh.size:
-            raise UserError(f"--simulate {self.simulate} is less than the {mesh.size} devices of --mesh {self.mesh}: raise it.")
+            raise UserError(
+                f"--simulate {self.simulate} is less than the {mesh.size} devices of --mesh "
+                f"{self.mesh}: raise it."
+            )
         if not self.path.exists() and not re.fullmatch(HUB_NAME, str(self.path)):
-            raise UserError(f"--model {self.path} does not exist: give a Hugging Face folder, a run directory or a converted folder.")
+            raise UserError(
+                f"--model {self.path} does not exist: give a Hugging Face folder, a run directory "
+                f"or a converted folder."
+            )
         check_step(self.path, self.step, self.fallback)
 
     @property
@@ -103,7 +101,9 @@ class ModelChoice:
         return (self.path / "config.yaml").is_file()
 
     def open(self, check: Callable[[Tokenizer, int], None] | None = None) -> Opened:
-        """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before weights are read."""
+        """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before
+        weights are read.
+        """
         use_compile_cache()
         start_devices(self.mesh_config, self.simulate)
         from moe_jax.inference.load import open_model
@@ -123,16 +123,3 @@ class ModelChoice:
                 check=check,
             )
         return Opened(loaded, watch.seconds, watch.compiling)
-
-
-def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
-    """Simulates as many CPU devices as asked for, or as the mesh needs where the CPU is all there is; before JAX starts."""
-    import jax
-
-    from moe_jax.parallel.mesh import reserve_threads, use_devices
-
-    if simulate is not None:
-        use_devices(DevicesConfig(simulate=simulate))
-    elif mesh.size > 1 and jax.config.jax_num_cpu_devices < mesh.size:  # type: ignore[attr-defined]
-        reserve_threads(mesh.size)
-        jax.config.update("jax_num_cpu_devices", mesh.size)  # means nothing where an accelerator is the default

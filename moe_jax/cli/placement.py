@@ -1,4 +1,6 @@
-"""The commands about where experts live: placement plan, show and diff; `cli.py` adds them to `moe-jax`."""
+"""The commands about where experts live: placement plan, show and diff; `cli.py` adds them to
+`moe-jax`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,18 @@ from moe_jax.utils.progress import say
 if TYPE_CHECKING:
     from moe_jax.placement.table import Placement
     from moe_jax.tracking.placement_report import Comparison
-    from moe_jax.tracking.traffic import Measured
+    from moe_jax.tracking.traffic import MeasuredTraffic
 
-PLANNERS = ("contiguous", "round_robin", "balanced", "topology_aware")  # those of placement/plan.py, which help does not wait for
+PLANNERS = (
+    "contiguous",
+    "round_robin",
+    "balanced",
+    "topology_aware",
+)  # those of placement/plan.py, which help does not wait for
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Plan, show and compare where experts live.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Plan, show and compare where experts live."
+)
 
 
 def _option(*names: str, metavar: str, help: str, **bounds: Any) -> Any:
@@ -46,15 +55,36 @@ class _Known(NamedTuple):
 
 
 def plan(
-    load: Annotated[Path, _argument("RUN_OR_LOAD_FILE", "Run, or JSON in the form of a run's traffic.json.")],
-    strategy: Annotated[str, typer.Option(metavar="NAME", help="contiguous, round_robin, balanced, topology_aware.")] = "balanced",
-    topology: Annotated[Path | None, _option("--topology", metavar="FILE", help="YAML of hosts and links.")] = None,
-    ranks: Annotated[int | None, _option("--ranks", metavar="R", min=1, help="Devices.  [default: those measured]")] = None,
-    redundant_slots: Annotated[
-        int | None, _option("--redundant-slots", metavar="N", min=0, help="For replicas, a device.  [default: the run's, or 0]")
+    load: Annotated[
+        Path, _argument("RUN_OR_LOAD_FILE", "Run, or JSON in the form of a run's traffic.json.")
+    ],
+    strategy: Annotated[
+        str, typer.Option(metavar="NAME", help="contiguous, round_robin, balanced, topology_aware.")
+    ] = "balanced",
+    topology: Annotated[
+        Path | None, _option("--topology", metavar="FILE", help="YAML of hosts and links.")
     ] = None,
-    out: Annotated[Path | None, _option("--out", metavar="FILE", help="Write the table here, for placement.file.")] = None,
-    png: Annotated[Path | None, _option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]")] = None,
+    ranks: Annotated[
+        int | None,
+        _option("--ranks", metavar="R", min=1, help="Devices.  [default: those measured]"),
+    ] = None,
+    redundant_slots: Annotated[
+        int | None,
+        _option(
+            "--redundant-slots",
+            metavar="N",
+            min=0,
+            help="For replicas, a device.  [default: the run's, or 0]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        _option("--out", metavar="FILE", help="Write the table here, for placement.file."),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        _option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -85,11 +115,18 @@ def plan(
 
 
 def _propose(
-    load: Path, name: str, strategy: str, topology: Path | None, ranks: int | None, redundant_slots: int | None
+    load: Path,
+    name: str,
+    strategy: str,
+    topology: Path | None,
+    ranks: int | None,
+    redundant_slots: int | None,
 ) -> tuple[Placement, Comparison]:
-    """The strategy's table for what was measured, and how it compares with today's: a run's own, else the contiguous one."""
+    """The strategy's table for what was measured, and how it compares with today's: a run's own,
+    else the contiguous one.
+    """
     from moe_jax.placement.files import read_topology
-    from moe_jax.placement.plan import plan as make
+    from moe_jax.placement.plan import plan_placement as make
     from moe_jax.placement.table import contiguous
     from moe_jax.tracking.placement_report import compare
     from moe_jax.tracking.traffic import read_measured
@@ -99,12 +136,20 @@ def _propose(
         layers, _, experts = measured.traffic_LRE.shape
         known = _read_run(load, None) if load.is_dir() else None
     if known is None:
-        known = _Known(contiguous(layers, experts, ranks or _sources(measured, load)), measured.layers)
+        known = _Known(
+            contiguous(layers, experts, ranks or _sources(measured, load)), measured.layers
+        )
     devices, today, notes = ranks or known.table.ranks, known.table, []
     if not load.is_dir() or devices != today.ranks:
         today = contiguous(layers, experts, devices)
-        notes.append("Today's table is not known for these devices: it is taken to be the contiguous one.")
-    links = None if topology is None else read_topology(topology, known.devices if today is known.table else None)
+        notes.append(
+            "Today's table is not known for these devices: it is taken to be the contiguous one."
+        )
+    links = (
+        None
+        if topology is None
+        else read_topology(topology, known.devices if today is known.table else None)
+    )
     spare = known.redundant_slots if redundant_slots is None else redundant_slots
     proposed = make(
         strategy,
@@ -125,14 +170,23 @@ def show(
     place: Annotated[Path, _argument("RUN_OR_TABLE", "Run, or a table that plan wrote.")],
     step: Step = None,
     layer: Annotated[
-        int | None, _option("--layer", metavar="L", min=0, help="This layer of the model, or of the table's from 0, alone.")
+        int | None,
+        _option(
+            "--layer",
+            metavar="L",
+            min=0,
+            help="This layer of the model, or of the table's from 0, alone.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which device holds which experts."""
     known = _read(place, step)
     if layer is not None and layer not in known.layers:
-        raise UserError(f"--layer {layer} has no experts: {place} has experts in layers {', '.join(map(str, known.layers)) or 'none'}.")
+        raise UserError(
+            f"--layer {layer} has no experts: {place} has experts in layers "
+            f"{', '.join(map(str, known.layers)) or 'none'}."
+        )
     from moe_jax.tracking.placement_report import print_table
 
     if as_json:
@@ -147,16 +201,22 @@ def diff(
 ) -> None:
     """Show which experts move where from A to B."""
     before, after = _read(a, None), _read(b, None)
-    sizes = [(one.table.ranks, one.table.num_experts, len(one.table.physical_to_logical)) for one in (before, after)]
+    sizes = [
+        (one.table.ranks, one.table.num_experts, len(one.table.physical_to_logical))
+        for one in (before, after)
+    ]
     for name, *pair in zip(("devices", "experts", "MoE layers"), *sizes, strict=True):
         if pair[0] != pair[1]:
-            raise UserError(f"{a} has {pair[0]} {name} and {b} has {pair[1]}: only tables of one size can be compared.")
+            raise UserError(
+                f"{a} has {pair[0]} {name} and {b} has {pair[1]}: only tables of one size can be "
+                f"compared."
+            )
     from moe_jax.tracking.placement_report import print_difference
 
     print_difference(before.table, after.table, before.layers if a.is_dir() else after.layers)
 
 
-def _sources(measured: Measured, path: Path) -> int:
+def _sources(measured: MeasuredTraffic, path: Path) -> int:
     """The ranks that the load was measured on."""
     if measured.traffic_LRE.shape[1] == 1:
         raise UserError(f"{path} does not say on how many devices it was measured: give --ranks.")
@@ -169,7 +229,7 @@ def _read(place: Path, step: int | None) -> _Known:
     with explained_disk_errors(place):
         if place.is_dir():
             return _read_run(place, step)
-        from moe_jax.tracking.traffic import read_table
+        from moe_jax.placement.files import read_table
 
         table = read_table(place)
         return _Known(table, list(range(len(table.physical_to_logical))))
@@ -179,19 +239,33 @@ def _read_run(run: Path, step: int | None) -> _Known:
     """The table of a run's checkpoint, by default the newest, and what its config.yaml says."""
     require_run(run)
     from moe_jax.checkpoint.manager import Checkpoints
-    from moe_jax.models.transformer import layer_kinds
+    from moe_jax.models.layer_pattern import layer_kinds
     from moe_jax.placement.table import Placement
-    from moe_jax.tracking.run_dir import read_config
+    from moe_jax.tracking.run_dir import read_run_config
 
-    config = read_config(run)
+    config = read_run_config(run)
     checkpoints = Checkpoints(run / "checkpoints", 1, 0)
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise UserError(f"{run} has {wanted}: " + (f"there are {', '.join(map(str, steps))}." if steps else "train until it saves one."))
-    table = Placement.from_json(checkpoints.read_meta(steps[-1] if step is None else step)["placement"])
-    layers = [number for number, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe]
-    return _Known(table, layers, config.mesh.size, config.mesh.tensor, config.placement.redundant_slots, config.moe.num_groups)
+        raise UserError(
+            f"{run} has {wanted}: "
+            + (f"there are {', '.join(map(str, steps))}." if steps else "train until it saves one.")
+        )
+    table = Placement.from_json(
+        checkpoints.read_meta(steps[-1] if step is None else step)["placement"]
+    )
+    layers = [
+        number for number, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe
+    ]
+    return _Known(
+        table,
+        layers,
+        config.mesh.size,
+        config.mesh.tensor,
+        config.placement.redundant_slots,
+        config.moe.num_groups,
+    )
 
 
 # Each command: its name, its function and the example that its help ends with.

@@ -1,7 +1,8 @@
-"""How a configuration section is declared: a frozen dataclass whose fields carry their help text and bounds.
+"""How a configuration section is declared: a frozen dataclass whose fields carry their help text
+and bounds.
 
-Only the standard library is needed here. Bounds and combinations are checked on construction; errors are
-`UserError`s that name the field, the value and the remedy.
+Only the standard library is needed here. Bounds and combinations are checked on construction;
+errors are `UserError`s that name the field, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -13,21 +14,38 @@ from typing import Any, dataclass_transform
 from moe_jax.errors import UserError
 
 
-def setting(*, default: Any, help: str, ge: float | None = None, gt: float | None = None, le: float | None = None) -> Any:
-    """A field with a default, its help text, and the closed or open bounds that its value must keep."""
+def setting(
+    *,
+    default: Any,
+    help: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A field with a default, its help text, and the closed or open bounds that its value must
+    keep.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "ge": ge, "gt": gt, "le": le})
 
 
 def bounds_text(metadata: Any) -> str:
     """The bounds of a field as text (`>= 1, <= 2`), empty when it has none."""
     symbols = {"ge": ">=", "gt": ">", "le": "<="}
-    return ", ".join(f"{symbol} {metadata[key]}" for key, symbol in symbols.items() if metadata.get(key) is not None)
+    return ", ".join(
+        f"{symbol} {metadata[key]}"
+        for key, symbol in symbols.items()
+        if metadata.get(key) is not None
+    )
 
 
 def _check_bounds(section: Any) -> None:
     for field in dataclasses.fields(section):
         value, bounds = getattr(section, field.name), field.metadata
-        if value is None or isinstance(value, (str, bool, tuple)) or dataclasses.is_dataclass(value):
+        if (
+            value is None
+            or isinstance(value, (str, bool, tuple))
+            or dataclasses.is_dataclass(value)
+        ):
             continue
         inside = (
             (bounds["ge"] is None or value >= bounds["ge"])
@@ -35,13 +53,18 @@ def _check_bounds(section: Any) -> None:
             and (bounds["le"] is None or value <= bounds["le"])
         )
         if not inside:
-            raise UserError(f"{section.SECTION}{field.name}={value!r} is out of range: it must be {bounds_text(bounds)}.")
+            raise UserError(
+                f"{section.SECTION}{field.name}={value!r} is out of range: it must be "
+                f"{bounds_text(bounds)}."
+            )
     section.check()
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
 def section(cls: type) -> type:
-    """Makes a frozen keyword-only dataclass whose bounds and combinations are checked on construction."""
+    """Makes a frozen keyword-only dataclass whose bounds and combinations are checked on
+    construction.
+    """
     cls.__post_init__ = _check_bounds  # type: ignore[attr-defined]
     if not hasattr(cls, "check"):
         cls.check = lambda self: None  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
-"""Reads a YAML experiment and `--set` overrides into the frozen tree of `schema.py`, and writes it back.
+"""Reads a YAML experiment and `--set` overrides into the frozen tree of `schema.py`, and writes it
+back.
 
-Three layers, each validated by itself so that an error can name where it stands: the `base:` file (one
-level), the file, the overrides. Then they are merged and built, and the sections check their combinations.
-Every failure is one sentence in a `UserError`.
+Three layers, each validated by itself so that an error can name where it stands: the `base:` file
+(one level), the file, the overrides. Then they are merged and built, and the sections check their
+combinations. Every failure is one sentence in a `UserError`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from moe_jax.config.fields import bounds_text
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
 
-# YAML 1.2's scalars instead of PyYAML's YAML 1.1: there `3e-4` is text, `no` is a boolean and `1:30` is ninety.
+# YAML 1.2's scalars instead of PyYAML's YAML 1.1: there `3e-4` is text, `no` is a boolean and
+# `1:30` is ninety.
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -48,7 +50,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -58,7 +62,11 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         """Unusual line breaks only survive, as escapes, in double quotes."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\r\x85\u2028\u2029\ufeff]", text) else None)
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str",
+            text,
+            style='"' if re.search("[\r\x85\u2028\u2029\ufeff]", text) else None,
+        )
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -66,14 +74,17 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}  # else the scalars below would join YAML 1.1's
     for _name, _pattern, _first in _SCALARS:
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, its `base:` below it and `a.b=value` overrides on top.
 
     Raises:
-        UserError: a file that cannot be read, an unknown key, a value of the wrong type, an impossible combination.
+        UserError: a file that cannot be read, an unknown key, a value of the wrong type, an
+          impossible combination.
     """
     path = Path(path)
     values = _parse(_read(path), str(path))
@@ -86,28 +97,46 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_from_text(text: str, source: str = "the configuration") -> Config:
-    """The configuration in a YAML text without a `base:`, as `dump_config` writes it; `source` names it in errors."""
+    """The configuration in a YAML text without a `base:`, as `dump_config` writes it; `source`
+    names it in errors.
+    """
     return _build(Config, _checked(Config, _parse(text, source), source))
 
 
-def section_from_dict(section: Any, values: Mapping[str, Any], prefix: str = "", source: str = "the configuration") -> Any:
-    """One section, such as `ModelConfig`, from its keys and values; `prefix` is where it stands in the tree."""
+def section_from_dict(
+    section: Any, values: Mapping[str, Any], prefix: str = "", source: str = "the configuration"
+) -> Any:
+    """One section, such as `ModelConfig`, from its keys and values; `prefix` is where it stands in
+    the tree.
+    """
     return _build(section, _checked(section, values, source, prefix))
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The keys and values of a YAML file, {} if it is empty. Raises UserError for one that cannot be read or holds something else."""
+    """The keys and values of a YAML file, {} if it is empty. Raises UserError for one that cannot
+    be read or holds something else.
+    """
     return _parse(_read(path), str(path))
 
 
 def dump_config(config: Config) -> str:
-    """The whole tree as YAML, defaults included, which `config_from_text` reads back to an equal one."""
-    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    """The whole tree as YAML, defaults included, which `config_from_text` reads back to an equal
+    one.
+    """
+    return yaml.dump(
+        _plain(dataclasses.asdict(config)),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=math.inf,
+    )
 
 
 def dump_value(value: Any) -> str:
     """One value as it is written in YAML on one line: `null`, `1.0e-06`, `[0, 2]`."""
-    return yaml.dump(_plain(value), Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf).split("\n")[0]
+    return yaml.dump(
+        _plain(value), Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf
+    ).split("\n")[0]
 
 
 def field_types(section: Any) -> dict[str, Any]:
@@ -125,7 +154,13 @@ def type_text(hint: Any) -> str:
         return f"a list, each {type_text(arguments[0])}"
     if isinstance(hint, types.UnionType):
         return " or ".join(type_text(argument) for argument in arguments)
-    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
+    return {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "null",
+    }[hint]
 
 
 def all_keys(section: Any = Config, prefix: str = "") -> list[str]:
@@ -142,11 +177,18 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; give the path of a YAML configuration, such as configs/tiny.yaml.") from error
+        raise UserError(
+            f"{path}: there is no such file; give the path of a YAML configuration, such as "
+            f"configs/tiny.yaml."
+        ) from error
     except IsADirectoryError as error:
-        raise UserError(f"{path} is a directory; give the path of a YAML configuration in it.") from error
+        raise UserError(
+            f"{path} is a directory; give the path of a YAML configuration in it."
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); give a YAML configuration.") from error
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); give a YAML configuration."
+        ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; make it readable.") from error
 
@@ -156,7 +198,10 @@ def _parse(text: str, source: str) -> dict[Any, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{source} holds {_shown(values)}; it must be a mapping of keys such as `train:` to values.")
+        raise UserError(
+            f"{source} holds {_shown(values)}; it must be a mapping of keys such as `train:` to "
+            f"values."
+        )
     return values
 
 
@@ -165,23 +210,34 @@ def _yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{source}{line}: broken YAML: {error.problem or error.context}; mend it.") from error
+        raise UserError(
+            f"{source}{line}: broken YAML: {error.problem or error.context}; mend it."
+        ) from error
     except yaml.reader.ReaderError as error:
-        raise UserError(f"{source}: broken YAML: a character that YAML forbids at position {error.position}; remove it.") from error
+        raise UserError(
+            f"{source}: broken YAML: a character that YAML forbids at position {error.position}; "
+            f"remove it."
+        ) from error
     except RecursionError as error:
-        raise UserError(f"{source}: broken YAML: brackets nested too deep; a configuration has three levels.") from error
+        raise UserError(
+            f"{source}: broken YAML: brackets nested too deep; a configuration has three levels."
+        ) from error
     except ValueError as error:
         raise UserError(f"{source}: broken YAML: {error}; mend it.") from error
 
 
 def _base_layer(path: Path, base: Any) -> dict[str, Any]:
     if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: base={base!r} must be text: the path of another configuration, relative to this one.")
+        raise UserError(
+            f"{path}: base={base!r} must be text: the path of another configuration, relative to "
+            f"this one."
+        )
     base_path = path.parent / base
     values = _parse(_read(base_path), str(base_path))
     if "base" in values:
         raise UserError(
-            f"{path}: base={base!r} has a base itself, and one level is all there is; name {values['base']!r} or copy its keys."
+            f"{path}: base={base!r} has a base itself, and one level is all there is; name "
+            f"{values['base']!r} or copy its keys."
         )
     return _checked(Config, values, str(base_path))
 
@@ -190,15 +246,21 @@ def _override(text: str) -> dict[str, Any]:
     """`a.b=value` as {a: {b: value}}."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {text!r} is not of the form key=value, such as --set train.steps=100.")
+        raise UserError(
+            f"--set {text!r} is not of the form key=value, such as --set train.steps=100."
+        )
     values = _yaml(value, f"--set {key.strip()}")
     for part in reversed(key.strip().split(".")):
         values = {part: values}
     return values
 
 
-def _checked(section: Any, values: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
-    """The values given for a section, converted to the types of its fields; refuses what does not belong there."""
+def _checked(
+    section: Any, values: Mapping[Any, Any], source: str, prefix: str = ""
+) -> dict[str, Any]:
+    """The values given for a section, converted to the types of its fields; refuses what does not
+    belong there.
+    """
     hints = field_types(section)
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -212,7 +274,10 @@ def _checked(section: Any, values: Mapping[Any, Any], source: str, prefix: str =
         elif isinstance(value, Mapping):
             checked[name] = _checked(hint, value, source, f"{key}.")
         else:
-            raise UserError(f"{source}: {key}={_shown(value)} must be a mapping of keys such as {key}.{next(iter(field_types(hint)))}.")
+            raise UserError(
+                f"{source}: {key}={_shown(value)} must be a mapping of keys such as "
+                f"{key}.{next(iter(field_types(hint)))}."
+            )
     return checked
 
 
@@ -239,7 +304,9 @@ def _shown(value: Any) -> str:
 
 
 def _nearest(name: str, prefix: str) -> str:
-    """Which keys someone who wrote this one may have meant: the same name elsewhere, alike here, else alike elsewhere."""
+    """Which keys someone who wrote this one may have meant: the same name elsewhere, alike here,
+    else alike elsewhere.
+    """
     keys = all_keys()
     if prefix + name in keys:
         section, _, rest = name.rpartition(".")
@@ -247,13 +314,20 @@ def _nearest(name: str, prefix: str) -> str:
     here = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
     last = {key: key.rpartition(".")[2] for key in keys}
     found = [key for key in keys if last[key] == name]
-    found += [prefix + match for match in difflib.get_close_matches(name, [last[key] for key in here], n=3, cutoff=0.6)]
+    found += [
+        prefix + match
+        for match in difflib.get_close_matches(name, [last[key] for key in here], n=3, cutoff=0.6)
+    ]
     if not found:
         alike = difflib.get_close_matches(name, sorted(set(last.values())), n=3, cutoff=0.7)
         found = [key for match in alike for key in keys if last[key] == match]
     if found:
         return "did you mean " + " or ".join(list(dict.fromkeys(found))[:3]) + "?"
-    return f"the keys {'of ' + prefix[:-1] + ' ' if prefix else ''}are " + ", ".join(last[key] for key in here) + "."
+    return (
+        f"the keys {'of ' + prefix[:-1] + ' ' if prefix else ''}are "
+        + ", ".join(last[key] for key in here)
+        + "."
+    )
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +340,12 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _build(section: Any, values: Mapping[str, Any]) -> Any:
     """The section's dataclass from checked values; its own checks run here."""
     hints = field_types(section)
-    return section(**{name: _build(hints[name], value) if isinstance(value, Mapping) else value for name, value in values.items()})
+    return section(
+        **{
+            name: _build(hints[name], value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""What a model is made of: the `model` and `moe` sections of the configuration tree (see schema.py).
+"""What a model is made of: the `model` and `moe` sections of the configuration tree (see
+schema.py).
 
 Only the standard library is needed here. A layer sees the section it needs and nothing else.
 """
@@ -21,39 +22,80 @@ class RopeConfig:
     scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = setting(
         default="none", help="How frequencies are rescaled beyond `original_length`."
     )
-    factor: float = setting(default=1.0, help="How many times longer than `original_length` the context may be.", ge=1)
-    original_length: int = setting(default=4096, help="Context length, in tokens, that the frequencies were made for.", ge=1)
-    low_freq_factor: float = setting(default=1.0, help="llama3: wavelengths above original_length/this are divided by `factor`.", gt=0)
-    high_freq_factor: float = setting(default=4.0, help="llama3: wavelengths below original_length/this stay as they are.", gt=0)
-    beta_fast: float = setting(default=32.0, help="yarn: rotations over original_length above which a frequency stays as it is.", gt=0)
-    beta_slow: float = setting(
-        default=1.0, help="yarn: rotations over original_length below which a frequency is divided by `factor`.", gt=0
+    factor: float = setting(
+        default=1.0, help="How many times longer than `original_length` the context may be.", ge=1
     )
-    truncate: bool = setting(default=True, help="yarn: round the range of frequencies in between outward to whole dimensions.")
-    attention_factor: float | None = setting(default=None, help="yarn: factor on sines and cosines; null is 0.1 ln(factor) + 1.", gt=0)
-    fraction: float = setting(default=1.0, help="Leading share of a head's width that is rotated.", gt=0, le=1)
+    original_length: int = setting(
+        default=4096, help="Context length, in tokens, that the frequencies were made for.", ge=1
+    )
+    low_freq_factor: float = setting(
+        default=1.0,
+        help="llama3: wavelengths above original_length/this are divided by `factor`.",
+        gt=0,
+    )
+    high_freq_factor: float = setting(
+        default=4.0, help="llama3: wavelengths below original_length/this stay as they are.", gt=0
+    )
+    beta_fast: float = setting(
+        default=32.0,
+        help="yarn: rotations over original_length above which a frequency stays as it is.",
+        gt=0,
+    )
+    beta_slow: float = setting(
+        default=1.0,
+        help="yarn: rotations over original_length below which a frequency is divided by `factor`.",
+        gt=0,
+    )
+    truncate: bool = setting(
+        default=True,
+        help="yarn: round the range of frequencies in between outward to whole dimensions.",
+    )
+    attention_factor: float | None = setting(
+        default=None, help="yarn: factor on sines and cosines; null is 0.1 ln(factor) + 1.", gt=0
+    )
+    fraction: float = setting(
+        default=1.0, help="Leading share of a head's width that is rotated.", gt=0, le=1
+    )
 
     def check(self) -> None:
         if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
-                f"model.rope.high_freq_factor={self.high_freq_factor:g} must exceed low_freq_factor={self.low_freq_factor:g}: raise it."
+                f"model.rope.high_freq_factor={self.high_freq_factor:g} must exceed "
+                f"low_freq_factor={self.low_freq_factor:g}: raise it."
             )
 
 
 @section
 class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are projections of one narrow vector a token."""
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are projections of one
+    narrow vector a token.
+    """
 
     SECTION = "model.latent."
 
-    kv_rank: int = setting(default=0, help="Width of the vector that keys and values are made from; 0 is ordinary attention.", ge=0)
-    q_rank: int | None = setting(default=None, help="Width of the vector that queries are made from; null makes them from the input.", ge=1)
-    rope_width: int = setting(default=64, help="Rotated part of a head, beside `head_dim` that is not; all heads share the key's.", ge=2)
+    kv_rank: int = setting(
+        default=0,
+        help="Width of the vector that keys and values are made from; 0 is ordinary attention.",
+        ge=0,
+    )
+    q_rank: int | None = setting(
+        default=None,
+        help="Width of the vector that queries are made from; null makes them from the input.",
+        ge=1,
+    )
+    rope_width: int = setting(
+        default=64,
+        help="Rotated part of a head, beside `head_dim` that is not; all heads share the key's.",
+        ge=2,
+    )
     value_width: int = setting(default=128, help="Width of a head's value.", ge=1)
 
     def check(self) -> None:
         if self.rope_width % 2:
-            raise UserError(f"model.latent.rope_width={self.rope_width} is odd and cannot be rotated: choose an even width.")
+            raise UserError(
+                f"model.latent.rope_width={self.rope_width} is odd and cannot be rotated: choose "
+                f"an even width."
+            )
 
 
 @section
@@ -62,36 +104,69 @@ class ModelConfig:
 
     SECTION = "model."
 
-    vocab_size: int | None = setting(default=None, help="Vocabulary (V); null takes the tokenizer's.", ge=2)
+    vocab_size: int | None = setting(
+        default=None, help="Vocabulary (V); null takes the tokenizer's.", ge=2
+    )
     num_layers: int = setting(default=4, help="Transformer layers (L).", ge=1)
     width: int = setting(default=128, help="Model width (D).", ge=1)
     num_heads: int = setting(default=4, help="Query heads (H).", ge=1)
-    num_kv_heads: int = setting(default=2, help="Key and value heads (G); it divides num_heads.", ge=1)
-    head_dim: int | None = setting(default=None, help="Head width (Q); null is width/num_heads.", ge=2)
-    hidden: int = setting(default=512, help="Hidden width of the feed-forward part in dense layers.", ge=1)
-    qk_norm: bool = setting(default=True, help="RMS-normalise each query and key head before the rotation.")
+    num_kv_heads: int = setting(
+        default=2, help="Key and value heads (G); it divides num_heads.", ge=1
+    )
+    head_dim: int | None = setting(
+        default=None, help="Head width (Q); null is width/num_heads.", ge=2
+    )
+    hidden: int = setting(
+        default=512, help="Hidden width of the feed-forward part in dense layers.", ge=1
+    )
+    qk_norm: bool = setting(
+        default=True, help="RMS-normalise each query and key head before the rotation."
+    )
     qk_norm_over: Literal["head", "width"] = setting(
-        default="head", help="qk_norm: normalise each head by itself, or all of them as one vector (OLMoE)."
+        default="head",
+        help="qk_norm: normalise each head by itself, or all of them as one vector (OLMoE).",
     )
     qkv_bias: bool = setting(default=False, help="Biases on the query, key and value projections.")
     out_bias: bool = setting(default=False, help="A bias on attention's output projection.")
     mlp_bias: bool = setting(default=False, help="Biases in the feed-forward part of dense layers.")
-    sinks: bool = setting(default=False, help="A learned score a head that joins the softmax and takes weight from the keys (gpt-oss).")
-    clip_qkv: float | None = setting(default=None, help="Queries, keys and values are clamped to +- this before the rotation.", gt=0)
-    attention_scale: float | None = setting(default=None, help="Factor on attention scores; null is 1/sqrt(head width).", gt=0)
-    latent: LatentConfig = setting(default=LatentConfig(), help="Multi-head latent attention.")
-    sliding_window: int | None = setting(default=None, help="Tokens that a position may look back on, itself included; null is all.", ge=1)
-    window_every: int = setting(
-        default=1, help="Sliding-window layers: every n-th keeps full attention; 1 puts the window in all layers.", ge=1
+    sinks: bool = setting(
+        default=False,
+        help="A learned score a head that joins the softmax and takes weight from the keys "
+        "(gpt-oss).",
     )
-    full_layers: tuple[int, ...] = setting(default=(), help="Indices of further layers that keep full attention.")
-    tied_embeddings: bool = setting(default=True, help="The output head is the transposed embedding.")
+    clip_qkv: float | None = setting(
+        default=None,
+        help="Queries, keys and values are clamped to +- this before the rotation.",
+        gt=0,
+    )
+    attention_scale: float | None = setting(
+        default=None, help="Factor on attention scores; null is 1/sqrt(head width).", gt=0
+    )
+    latent: LatentConfig = setting(default=LatentConfig(), help="Multi-head latent attention.")
+    sliding_window: int | None = setting(
+        default=None,
+        help="Tokens that a position may look back on, itself included; null is all.",
+        ge=1,
+    )
+    window_every: int = setting(
+        default=1,
+        help="Sliding-window layers: every n-th keeps full attention; 1 puts the window in all "
+        "layers.",
+        ge=1,
+    )
+    full_layers: tuple[int, ...] = setting(
+        default=(), help="Indices of further layers that keep full attention."
+    )
+    tied_embeddings: bool = setting(
+        default=True, help="The output head is the transposed embedding."
+    )
     norm_eps: float = setting(default=1e-6, help="Epsilon of the RMS norms.", gt=0)
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         default="float32", help="Type of activations and of weights in matmuls; masters are f32."
     )
     remat: Literal["none", "dots", "full"] = setting(
-        default="none", help="Recompute in the backward pass: nothing, all but matmuls, or the whole layer."
+        default="none",
+        help="Recompute in the backward pass: nothing, all but matmuls, or the whole layer.",
     )
     attention: Literal["auto", "reference", "blockwise", "cudnn"] = setting(
         default="auto", help="Attention back end; auto chooses by platform."
@@ -115,39 +190,55 @@ class ModelConfig:
 
     def check(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: choose a divisor.")
+            raise UserError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_heads={self.num_heads}: choose a divisor."
+            )
         if self.head_dim is None and self.width % self.num_heads:
             raise UserError(
-                f"model.num_heads={self.num_heads} does not divide model.width={self.width}: change one, or set model.head_dim."
+                f"model.num_heads={self.num_heads} does not divide model.width={self.width}: "
+                f"change one, or set model.head_dim."
             )
         if self.attention == "cudnn" and (self.sinks or self.latent.kv_rank):
-            what = "model.sinks=true" if self.sinks else f"model.latent.kv_rank={self.latent.kv_rank}"
-            raise UserError(f"model.attention=cudnn does not go with {what}: use auto or blockwise.")
+            what = (
+                "model.sinks=true" if self.sinks else f"model.latent.kv_rank={self.latent.kv_rank}"
+            )
+            raise UserError(
+                f"model.attention=cudnn does not go with {what}: use auto or blockwise."
+            )
         if self.latent.kv_rank:
             self._check_latent()
         elif round(self.head_width * self.rope.fraction) % 2:
             raise UserError(
-                f"model.rope.fraction={self.rope.fraction:g} of model.head_dim={self.head_width} is odd and cannot be rotated: choose an even width."
+                f"model.rope.fraction={self.rope.fraction:g} of model.head_dim={self.head_width} "
+                f"is odd and cannot be rotated: choose an even width."
             )
 
     def _check_latent(self) -> None:
         if round(self.latent.rope_width * self.rope.fraction) % 2:
             raise UserError(
-                f"model.rope.fraction={self.rope.fraction:g} of model.latent.rope_width={self.latent.rope_width} is odd and cannot be rotated: "
+                f"model.rope.fraction={self.rope.fraction:g} of "
+                f"model.latent.rope_width={self.latent.rope_width} is odd and cannot be rotated: "
                 "choose an even width."
             )
         if self.num_kv_heads != self.num_heads:
             raise UserError(
-                f"model.num_kv_heads={self.num_kv_heads} must equal model.num_heads={self.num_heads} with model.latent.kv_rank set."
+                f"model.num_kv_heads={self.num_kv_heads} must equal "
+                f"model.num_heads={self.num_heads} with model.latent.kv_rank set."
             )
         for key, wanted in (("qk_norm", False), ("sinks", False), ("clip_qkv", None)):
             if getattr(self, key) != wanted:
-                raise UserError(f"model.{key} does not go with model.latent.kv_rank={self.latent.kv_rank}: leave one of them out.")
+                raise UserError(
+                    f"model.{key} does not go with model.latent.kv_rank={self.latent.kv_rank}: "
+                    f"leave one of them out."
+                )
 
 
 @section
 class MoEConfig:
-    """Router, experts and how tokens travel between them. All that a MoE layer sees of the configuration."""
+    """Router, experts and how tokens travel between them. All that a MoE layer sees of the
+    configuration.
+    """
 
     SECTION = "moe."
 
@@ -155,49 +246,98 @@ class MoEConfig:
     top_k: int = setting(default=2, help="Experts a token is sent to (K).", ge=1)
     hidden: int = setting(default=128, help="Hidden width of an expert (F).", ge=1)
     capacity_factor: float = setting(
-        default=1.25, help="Rows of a (source, destination) pool over the even share; more are dropped, or wait a round.", gt=0
+        default=1.25,
+        help="Rows of a (source, destination) pool over the even share; more are dropped, or wait "
+        "a round.",
+        gt=0,
     )
-    dropless: bool = setting(default=False, help="Drop nothing: what does not fit a pool goes in further rounds.")
+    dropless: bool = setting(
+        default=False, help="Drop nothing: what does not fit a pool goes in further rounds."
+    )
     first_dense: int = setting(default=0, help="Leading layers that are dense.", ge=0)
-    every: int = setting(default=1, help="Every n-th of the other layers has experts; 1 is all of them.", ge=1)
-    dense_layers: tuple[int, ...] = setting(default=(), help="Indices of further layers that are dense.")
-    score: Literal["softmax", "sigmoid"] = setting(default="softmax", help="Scores from logits: over all experts, or each by itself.")
+    every: int = setting(
+        default=1, help="Every n-th of the other layers has experts; 1 is all of them.", ge=1
+    )
+    dense_layers: tuple[int, ...] = setting(
+        default=(), help="Indices of further layers that are dense."
+    )
+    score: Literal["softmax", "sigmoid"] = setting(
+        default="softmax", help="Scores from logits: over all experts, or each by itself."
+    )
     normalize: Literal["before", "after"] = setting(
-        default="after", help="Weights are scores as they are (before selection), or rescaled to sum to 1 (after)."
+        default="after",
+        help="Weights are scores as they are (before selection), or rescaled to sum to 1 (after).",
     )
     routed_scale: float = setting(default=1.0, help="Factor on the routed experts' weights.", gt=0)
-    num_groups: int = setting(default=1, help="Groups of experts for group-limited selection (DeepSeek); 1 is none.", ge=1)
+    num_groups: int = setting(
+        default=1, help="Groups of experts for group-limited selection (DeepSeek); 1 is none.", ge=1
+    )
     top_groups: int = setting(default=1, help="Groups that a token may choose from.", ge=1)
     shared_experts: int = setting(
-        default=0, help="Experts that every token passes through, fused into one of this many times `hidden`.", ge=0
+        default=0,
+        help="Experts that every token passes through, fused into one of this many times `hidden`.",
+        ge=0,
     )
     shared_hidden: int | None = setting(
-        default=None, help="Hidden width of the shared experts together; null is shared_experts x hidden.", ge=1
+        default=None,
+        help="Hidden width of the shared experts together; null is shared_experts x hidden.",
+        ge=1,
     )
-    shared_gate: bool = setting(default=False, help="Scale the shared experts' output by a sigmoid gate of the token.")
+    shared_gate: bool = setting(
+        default=False, help="Scale the shared experts' output by a sigmoid gate of the token."
+    )
     router_bias: bool = setting(default=False, help="A learned bias on the router's logits.")
     expert_bias: bool = setting(default=False, help="Biases in the experts.")
     swiglu_limit: float | None = setting(
         default=None,
-        help="Experts compute clamp(gate) sigmoid(1.702 clamp(gate)) (clamp(up) + 1), clamped at this (gpt-oss); null is SwiGLU.",
+        help="Experts compute clamp(gate) sigmoid(1.702 clamp(gate)) (clamp(up) + 1), clamped at "
+        "this (gpt-oss); null is SwiGLU.",
         gt=0,
     )
     temperature: float = setting(default=1.0, help="Router logits are divided by it.", gt=0)
-    input_noise: float = setting(default=0.0, help="Training: the router's input is multiplied by uniform noise in 1 +- this.", ge=0, le=1)
-    expert_dropout: float = setting(default=0.0, help="Training: chance that an expert cannot be chosen by a sequence.", ge=0, le=0.9)
-    bias_rate: float = setting(default=0.0, help="Step of the balance bias, updated without a loss (DeepSeek-V3); 0 is off.", ge=0)
+    input_noise: float = setting(
+        default=0.0,
+        help="Training: the router's input is multiplied by uniform noise in 1 +- this.",
+        ge=0,
+        le=1,
+    )
+    expert_dropout: float = setting(
+        default=0.0,
+        help="Training: chance that an expert cannot be chosen by a sequence.",
+        ge=0,
+        le=0.9,
+    )
+    bias_rate: float = setting(
+        default=0.0,
+        help="Step of the balance bias, updated without a loss (DeepSeek-V3); 0 is off.",
+        ge=0,
+    )
     z_loss: float = setting(default=0.001, help="Coefficient of the router z-loss.", ge=0)
-    aux_loss: float = setting(default=0.01, help="Coefficient of the Switch load-balancing loss over the whole batch.", ge=0)
+    aux_loss: float = setting(
+        default=0.01,
+        help="Coefficient of the Switch load-balancing loss over the whole batch.",
+        ge=0,
+    )
     aux_over: Literal["layer", "model"] = setting(
         default="layer",
-        help="aux_loss: a loss for each layer, summed; or one of shares and scores averaged over the layers (transformers).",
+        help="aux_loss: a loss for each layer, summed; or one of shares and scores averaged over "
+        "the layers (transformers).",
     )
-    sequence_aux_loss: float = setting(default=0.0, help="Coefficient of the same loss within each sequence.", ge=0)
-    variance_loss: float = setting(default=0.0, help="Coefficient of the variance over experts of usage (mean score times E).", ge=0)
+    sequence_aux_loss: float = setting(
+        default=0.0, help="Coefficient of the same loss within each sequence.", ge=0
+    )
+    variance_loss: float = setting(
+        default=0.0,
+        help="Coefficient of the variance over experts of usage (mean score times E).",
+        ge=0,
+    )
     dispatch: Literal["auto", "pooled", "gather"] = setting(
-        default="auto", help="Pools and all_to_all, or gather of all tokens; auto takes gather for few."
+        default="auto",
+        help="Pools and all_to_all, or gather of all tokens; auto takes gather for few.",
     )
-    gather_below: int = setting(default=8, help="dispatch=auto gathers when a device has fewer tokens than this.", ge=0)
+    gather_below: int = setting(
+        default=8, help="dispatch=auto gathers when a device has fewer tokens than this.", ge=0
+    )
     grouped_matmul: Literal["auto", "reference", "ragged", "tiled"] = setting(
         default="auto", help="Grouped matmul back end; auto chooses by platform."
     )
@@ -205,18 +345,34 @@ class MoEConfig:
     @property
     def shared_width(self) -> int:
         """Hidden width of all shared experts together; 0 for none."""
-        return (self.shared_hidden or self.shared_experts * self.hidden) if self.shared_experts else 0
+        return (
+            (self.shared_hidden or self.shared_experts * self.hidden) if self.shared_experts else 0
+        )
 
     def check(self) -> None:
         if self.top_k > self.num_experts:
-            raise UserError(f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}: lower top_k or add experts.")
+            raise UserError(
+                f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}: lower top_k "
+                f"or add experts."
+            )
         if self.num_experts % self.num_groups:
-            raise UserError(f"moe.num_groups={self.num_groups} does not divide moe.num_experts={self.num_experts}: choose a divisor.")
+            raise UserError(
+                f"moe.num_groups={self.num_groups} does not divide "
+                f"moe.num_experts={self.num_experts}: choose a divisor."
+            )
         if self.top_groups > self.num_groups:
-            raise UserError(f"moe.top_groups={self.top_groups} exceeds moe.num_groups={self.num_groups}: lower it.")
+            raise UserError(
+                f"moe.top_groups={self.top_groups} exceeds moe.num_groups={self.num_groups}: "
+                f"lower it."
+            )
         if self.top_k > self.top_groups * (self.num_experts // self.num_groups):
-            raise UserError(f"moe.top_groups={self.top_groups} leaves fewer experts than moe.top_k={self.top_k}: raise top_groups.")
+            raise UserError(
+                f"moe.top_groups={self.top_groups} leaves fewer experts than "
+                f"moe.top_k={self.top_k}: raise top_groups."
+            )
         if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
-            raise UserError(f"moe.num_groups={self.num_groups} leaves one expert a group: use fewer groups.")
+            raise UserError(
+                f"moe.num_groups={self.num_groups} leaves one expert a group: use fewer groups."
+            )
         if self.shared_gate and not self.shared_experts:
             raise UserError("moe.shared_gate=true needs a shared expert: set moe.shared_experts.")

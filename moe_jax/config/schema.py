@@ -1,4 +1,5 @@
-"""The configuration tree: frozen dataclasses that know their ranges and their impossible combinations.
+"""The configuration tree: frozen dataclasses that know their ranges and their impossible
+combinations.
 
 Only the standard library is needed here, so that the layers can be built without a file or a
 validator; `config.py` reads YAML into these types. Every field carries its help text, from which
@@ -24,45 +25,65 @@ class PlacementConfig:
 
     SECTION = "placement."
 
-    strategy: Literal["contiguous", "round_robin", "balanced", "topology_aware", "custom"] = setting(
-        default="contiguous",
-        help="Runs of experts a device; dealt out one by one; by measured load; by load and links; or the table in `file`.",
+    strategy: Literal["contiguous", "round_robin", "balanced", "topology_aware", "custom"] = (
+        setting(
+            default="contiguous",
+            help="Runs of experts a device; dealt out one by one; by measured load; by load and "
+            "links; or the table in `file`.",
+        )
     )
-    redundant_slots: int = setting(default=0, help="Slots a device beyond its share of experts, for replicas.", ge=0)
-    max_experts_per_device: int | None = setting(default=None, help="Most slots a device may have; null sets no limit.", ge=1)
+    redundant_slots: int = setting(
+        default=0, help="Slots a device beyond its share of experts, for replicas.", ge=0
+    )
+    max_experts_per_device: int | None = setting(
+        default=None, help="Most slots a device may have; null sets no limit.", ge=1
+    )
     replan_every: int = setting(
-        default=0, help="Steps between decisions to move experts, by the load measured since; 0 never moves any.", ge=0
+        default=0,
+        help="Steps between decisions to move experts, by the load measured since; 0 never moves "
+        "any.",
+        ge=0,
     )
     min_gain: float = setting(
         default=0.05,
-        help="Least predicted fall, as a share, for which a layer's experts move: of the busiest device's load, with topology_aware and link's.",
+        help="Least predicted fall, as a share, for which a layer's experts move: of the busiest "
+        "device's load, with topology_aware and link's.",
         ge=0,
         le=1,
     )
-    file: str | None = setting(default=None, help="JSON table for `custom`, as `moe-jax placement plan --out` writes it.")
+    file: str | None = setting(
+        default=None, help="JSON table for `custom`, as `moe-jax placement plan --out` writes it."
+    )
     topology: str | None = setting(
-        default=None, help="YAML file with hosts, links and memory; null takes one host a process and assumed links."
+        default=None,
+        help="YAML file with hosts, links and memory; null takes one host a process and assumed "
+        "links.",
     )
 
     def check(self) -> None:
         planned = self.strategy in ("balanced", "topology_aware")
         if self.replan_every and not planned:
             raise UserError(
-                f"placement.replan_every={self.replan_every} needs a strategy that plans, and placement.strategy={self.strategy} "
+                f"placement.replan_every={self.replan_every} needs a strategy that plans, and "
+                f"placement.strategy={self.strategy} "
                 "does not: choose balanced or topology_aware, or leave replan_every at 0."
             )
         if planned and self.replan_every < 2:
             raise UserError(
-                f"placement.strategy={self.strategy} with placement.replan_every={self.replan_every} would never plan: set replan_every to the "
+                f"placement.strategy={self.strategy} with "
+                f"placement.replan_every={self.replan_every} would never plan: set replan_every "
+                f"to the "
                 "steps, at least 2, whose load a plan is to follow."
             )
         if (self.strategy == "custom") != (self.file is not None):
             raise UserError(
-                f"placement.strategy={self.strategy} with placement.file={self.file or 'null'}: a file goes with custom, and custom needs one."
+                f"placement.strategy={self.strategy} with placement.file={self.file or 'null'}: a "
+                f"file goes with custom, and custom needs one."
             )
         if self.strategy == "custom" and self.redundant_slots:
             raise UserError(
-                f"placement.redundant_slots={self.redundant_slots} does not go with placement.strategy=custom, whose table says how many slots "
+                f"placement.redundant_slots={self.redundant_slots} does not go with "
+                f"placement.strategy=custom, whose table says how many slots "
                 "there are: leave it out."
             )
 
@@ -89,7 +110,9 @@ class DevicesConfig:
 
     SECTION = "devices."
 
-    simulate: int = setting(default=0, help="Simulated CPU devices; 0 uses the devices that are there.", ge=0, le=4096)
+    simulate: int = setting(
+        default=0, help="Simulated CPU devices; 0 uses the devices that are there.", ge=0, le=4096
+    )
 
 
 @section
@@ -100,12 +123,20 @@ class DataConfig:
 
     source: str = setting(
         default="builtin",
-        help="`builtin` (Python's own documentation and sources), a file or folder (.txt .py .md .jsonl .parquet), or `hf:NAME`.",
+        help="`builtin` (Python's own documentation and sources), a file or folder (.txt .py .md "
+        ".jsonl .parquet), or `hf:NAME`.",
     )
-    tokenizer: str = setting(default="bytes", help="`bytes`, or the path of a tokenizer.json or of a folder that transformers reads.")
-    text_field: str = setting(default="text", help="Field or column with the text in JSONL, parquet and datasets.")
+    tokenizer: str = setting(
+        default="bytes",
+        help="`bytes`, or the path of a tokenizer.json or of a folder that transformers reads.",
+    )
+    text_field: str = setting(
+        default="text", help="Field or column with the text in JSONL, parquet and datasets."
+    )
     split: str = setting(default="train", help="Split to read with `hf:NAME`.")
-    validation_fraction: float = setting(default=0.05, help="Share of the documents held out for validation.", gt=0, le=0.5)
+    validation_fraction: float = setting(
+        default=0.05, help="Share of the documents held out for validation.", gt=0, le=0.5
+    )
 
 
 @section
@@ -122,14 +153,22 @@ class OptimizerConfig:
         default="cosine", help="Shape after the warmup; wsd holds, then decays over the last fifth."
     )
     warmup_steps: int = setting(default=20, help="Steps of linear warmup.", ge=0)
-    final_fraction: float = setting(default=0.1, help="Learning rate at the end as a share of the peak.", ge=0, le=1)
-    weight_decay: float = setting(default=0.1, help="Decoupled weight decay, on matrices only.", ge=0)
+    final_fraction: float = setting(
+        default=0.1, help="Learning rate at the end as a share of the peak.", ge=0, le=1
+    )
+    weight_decay: float = setting(
+        default=0.1, help="Decoupled weight decay, on matrices only.", ge=0
+    )
     beta1: float = setting(default=0.9, help="Decay of the first moment.", ge=0, le=0.9999)
     beta2: float = setting(default=0.95, help="Decay of the second moment.", ge=0, le=0.99999)
     eps: float = setting(default=1e-8, help="Epsilon of the moments' ratio.", gt=0)
     clip_norm: float = setting(default=1.0, help="Largest global gradient norm.", gt=0)
-    expert_lr_scale: float = setting(default=1.0, help="Factor on the experts' learning rate.", ge=0)
-    router_lr_scale: float = setting(default=1.0, help="Factor on the routers' learning rate.", ge=0)
+    expert_lr_scale: float = setting(
+        default=1.0, help="Factor on the experts' learning rate.", ge=0
+    )
+    router_lr_scale: float = setting(
+        default=1.0, help="Factor on the routers' learning rate.", ge=0
+    )
 
 
 @section
@@ -139,15 +178,25 @@ class TrainConfig:
     SECTION = "train."
 
     steps: int = setting(default=200, help="Optimizer steps.", ge=1)
-    seed: int = setting(default=0, help="Seed of initialisation, data order and noise.", ge=0, le=2**32 - 1)
+    seed: int = setting(
+        default=0, help="Seed of initialisation, data order and noise.", ge=0, le=2**32 - 1
+    )
     global_batch: int = setting(default=16, help="Sequences a step, over all devices (B).", ge=1)
     seq_len: int = setting(default=256, help="Tokens a sequence (S).", ge=2)
-    accumulation: int = setting(default=1, help="Parts that a step's batch is split into, one after another.", ge=1)
+    accumulation: int = setting(
+        default=1, help="Parts that a step's batch is split into, one after another.", ge=1
+    )
     log_every: int = setting(default=1, help="Steps between lines in metrics.jsonl.", ge=1)
     eval_every: int = setting(default=100, help="Steps between validations; also at the end.", ge=1)
     eval_batches: int = setting(default=4, help="Batches of a validation.", ge=1)
-    max_skipped: int = setting(default=5, help="Steps in a row with a loss or gradient that is not finite before the run stops.", ge=1)
-    sample_prompt: str = setting(default="def ", help="Prompt of the sample printed at the end; empty prints none.")
+    max_skipped: int = setting(
+        default=5,
+        help="Steps in a row with a loss or gradient that is not finite before the run stops.",
+        ge=1,
+    )
+    sample_prompt: str = setting(
+        default="def ", help="Prompt of the sample printed at the end; empty prints none."
+    )
     sample_tokens: int = setting(default=120, help="Tokens of that sample.", ge=1)
 
 
@@ -157,9 +206,13 @@ class CheckpointConfig:
 
     SECTION = "checkpoint."
 
-    every: int = setting(default=100, help="Steps between checkpoints; one is always made at the end.", ge=1)
+    every: int = setting(
+        default=100, help="Steps between checkpoints; one is always made at the end.", ge=1
+    )
     keep_last: int = setting(default=2, help="Newest checkpoints kept.", ge=1)
-    keep_best: int = setting(default=1, help="Checkpoints of the lowest validation loss kept besides.", ge=0)
+    keep_best: int = setting(
+        default=1, help="Checkpoints of the lowest validation loss kept besides.", ge=0
+    )
 
 
 @section
@@ -168,10 +221,25 @@ class MonitorConfig:
 
     SECTION = "monitor."
 
-    device_load: float = setting(default=4.0, help="Load of a layer's busiest device over the mean load of its devices.", ge=0)
-    max_violation: float = setting(default=8.0, help="Load of a layer's busiest expert over the mean load of its experts, less 1.", ge=0)
-    dead_experts: float = setting(default=0.5, help="Share of a layer's experts that no token of the step chose.", ge=0, le=1)
-    dropped: float = setting(default=0.3, help="Share of the step's (token, choice) assignments that found no room.", ge=0, le=1)
+    device_load: float = setting(
+        default=4.0,
+        help="Load of a layer's busiest device over the mean load of its devices.",
+        ge=0,
+    )
+    max_violation: float = setting(
+        default=8.0,
+        help="Load of a layer's busiest expert over the mean load of its experts, less 1.",
+        ge=0,
+    )
+    dead_experts: float = setting(
+        default=0.5, help="Share of a layer's experts that no token of the step chose.", ge=0, le=1
+    )
+    dropped: float = setting(
+        default=0.3,
+        help="Share of the step's (token, choice) assignments that found no room.",
+        ge=0,
+        le=1,
+    )
 
 
 @section
@@ -180,9 +248,13 @@ class Config:
 
     SECTION = ""
 
-    name: str = setting(default="run", help="Name of the run; its directory is runs/NAME unless --run-dir is given.")
+    name: str = setting(
+        default="run", help="Name of the run; its directory is runs/NAME unless --run-dir is given."
+    )
     init_from: str | None = setting(
-        default=None, help="A Hugging Face folder or a run directory whose weights training starts from; null draws them at random."
+        default=None,
+        help="A Hugging Face folder or a run directory whose weights training starts from; null "
+        "draws them at random.",
     )
     model: ModelConfig = setting(default=ModelConfig(), help="The transformer.")
     moe: MoEConfig = setting(default=MoEConfig(), help="The experts.")
@@ -199,30 +271,48 @@ class Config:
         mesh, model, simulate = self.mesh, self.model, self.devices.simulate
         if simulate and mesh.size != simulate:
             raise UserError(
-                f"mesh.data={mesh.data} x mesh.expert={mesh.expert} x mesh.tensor={mesh.tensor} is {mesh.size} devices but "
+                f"mesh.data={mesh.data} x mesh.expert={mesh.expert} x mesh.tensor={mesh.tensor} "
+                f"is {mesh.size} devices but "
                 f"devices.simulate={simulate}: make them equal."
             )
-        for key, value in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads), ("hidden", model.hidden)):
+        for key, value in (
+            ("num_heads", model.num_heads),
+            ("num_kv_heads", model.num_kv_heads),
+            ("hidden", model.hidden),
+        ):
             if value % mesh.tensor:
-                raise UserError(f"mesh.tensor={mesh.tensor} does not divide model.{key}={value}: change one of them.")
+                raise UserError(
+                    f"mesh.tensor={mesh.tensor} does not divide model.{key}={value}: change one "
+                    f"of them."
+                )
         if self.moe.hidden % mesh.tensor:
-            raise UserError(f"mesh.tensor={mesh.tensor} does not divide moe.hidden={self.moe.hidden}: change one of them.")
+            raise UserError(
+                f"mesh.tensor={mesh.tensor} does not divide moe.hidden={self.moe.hidden}: change "
+                f"one of them."
+            )
         ranks = {"latent.q_rank": model.latent.q_rank or 0, "latent.kv_rank": model.latent.kv_rank}
         for key, size in {"width": model.width, **ranks}.items():
             if size % (mesh.data * mesh.expert):
                 raise UserError(
-                    f"model.{key}={size} is not divisible by mesh.data x mesh.expert = {mesh.data * mesh.expert}, over which "
+                    f"model.{key}={size} is not divisible by mesh.data x mesh.expert = "
+                    f"{mesh.data * mesh.expert}, over which "
                     "parameters are sharded: change one of them."
                 )
-        share, most = -(-self.moe.num_experts // mesh.expert) + self.placement.redundant_slots, self.placement.max_experts_per_device
+        share, most = (
+            -(-self.moe.num_experts // mesh.expert) + self.placement.redundant_slots,
+            self.placement.max_experts_per_device,
+        )
         if most is not None and share > most and self.placement.strategy != "custom":
             raise UserError(
-                f"placement.max_experts_per_device={most} but {self.moe.num_experts} experts over mesh.expert={mesh.expert} with "
-                f"placement.redundant_slots={self.placement.redundant_slots} take {share} slots a device: raise it, or use more devices."
+                f"placement.max_experts_per_device={most} but {self.moe.num_experts} experts over "
+                f"mesh.expert={mesh.expert} with "
+                f"placement.redundant_slots={self.placement.redundant_slots} take {share} slots a "
+                f"device: raise it, or use more devices."
             )
         part = self.train.accumulation * mesh.data * mesh.expert
         if self.train.global_batch % part:
             raise UserError(
-                f"train.global_batch={self.train.global_batch} is not divisible by train.accumulation x mesh.data x mesh.expert = "
+                f"train.global_batch={self.train.global_batch} is not divisible by "
+                f"train.accumulation x mesh.data x mesh.expert = "
                 f"{part}: use a multiple of {part}."
             )

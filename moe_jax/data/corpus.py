@@ -4,9 +4,9 @@
     batches = corpus.train_batches(global_batch=16)
     batch = next(batches)
 
-Documents are laid end to end, each closed by the end-of-document id, in one array of small integers.
-Window w is tokens [w * S, w * S + S] of it, S inputs and their targets; it shares one token with the
-next, so every token but the first is a target in exactly one window.
+Documents are laid end to end, each closed by the end-of-document id, in one array of small
+integers. Window w is tokens [w * S, w * S + S] of it, S inputs and their targets; it shares one
+token with the next, so every token but the first is a target in exactly one window.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_jax.config.schema import DataConfig
+from moe_jax.data.packing import HostBatch, Packed, pack_documents, token_dtype
 from moe_jax.data.sources import read_documents
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
@@ -27,61 +28,9 @@ from moe_jax.errors import UserError
 if TYPE_CHECKING:
     import grain
 
-Batch = dict[str, np.ndarray]
-"""`tokens`, `targets`, `positions`, `segments` int32 [B, S] and `mask` float32 [B, S], 1 where the target counts."""
 
 # Characters tokenized at a time: bounds the memory of a tokenizer's intermediate results.
 _CHUNK_CHARACTERS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Documents laid end to end, seen through windows; `len` is the number of windows."""
-
-    tokens: np.ndarray
-    """[N], uint16 or uint32: every document followed by `eos_id`."""
-    starts: np.ndarray
-    """int64, ascending: where each document starts in `tokens`."""
-    seq_len: int
-    eos_id: int
-
-    def __len__(self) -> int:
-        # The last token has no target, so it starts no window; the last window may be part padding.
-        return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
-
-    def batch(self, windows: np.ndarray) -> Batch:
-        """The batch whose rows are these windows.
-
-        Within a row, segments number the documents from 1 and positions restart with each (a document
-        that began in an earlier window starts at 0 too: only distances matter). The mask is 0 where the
-        target is the first token of another document. Padding has segment 0, position 0, mask 0 and
-        `eos_id` for a token.
-        """
-        offset = windows.astype(np.int64)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        real = offset < len(self.tokens)
-        token = np.where(real, self.tokens[np.minimum(offset, len(self.tokens) - 1)], self.eos_id).astype(np.int32)
-        document = np.searchsorted(self.starts, offset, side="right") - 1
-        position = offset - np.maximum(self.starts[document], offset[:, :1])
-        segment = document - document[:, :1] + 1
-        counts = real[:, 1:] & (document[:, 1:] == document[:, :-1])
-        return {
-            "tokens": token[:, :-1],
-            "targets": token[:, 1:],
-            "positions": np.where(real, position, 0)[:, :-1].astype(np.int32),
-            "segments": np.where(real, segment, 0)[:, :-1].astype(np.int32),
-            "mask": counts.astype(np.float32),
-        }
-
-
-def pack(documents: Iterable[np.ndarray], seq_len: int, tokenizer: Tokenizer) -> Packed:
-    """Lays documents (integers, [length]) end to end in the smallest type that holds the vocabulary; empty ones are left out."""
-    dtype = _token_dtype(tokenizer)
-    eos = np.array([tokenizer.eos_id], dtype)
-    documents = [document for document in documents if len(document)]
-    sizes = np.array([len(document) + 1 for document in documents], np.int64)
-    parts = [part for document in documents for part in (document.astype(dtype, copy=False), eos)]
-    tokens = np.concatenate([np.empty(0, dtype), *parts])
-    return Packed(tokens=tokens, starts=np.cumsum(sizes) - sizes, seq_len=seq_len, eos_id=tokenizer.eos_id)
 
 
 @dataclass(frozen=True)
@@ -95,11 +44,13 @@ class Corpus:
     validation: Packed
     seed: int
 
-    def train_batches(self, global_batch: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+    def train_batches(
+        self, global_batch: int, process_index: int = 0, process_count: int = 1
+    ) -> grain.DatasetIterator[HostBatch]:
         """Batches without end: every epoch holds all windows, in an order drawn from the seed.
 
-        `get_state()` is a small JSON-able dict, the same in every process and for any number of them;
-        after `set_state` the next batch is the one that would have come.
+        `get_state()` is a small JSON-able dict, the same in every process and for any number of
+        them; after `set_state` the next batch is the one that would have come.
 
         Args:
           global_batch: rows of a step's batch over all processes (B).
@@ -114,19 +65,31 @@ class Corpus:
         rows = _process_rows(global_batch, process_index, process_count)
         if len(self.train) < global_batch:
             raise UserError(
-                f"data.source has text for {len(self.train)} training sequences but train.global_batch={global_batch}: "
+                f"data.source has text for {len(self.train)} training sequences but "
+                f"train.global_batch={global_batch}: "
                 "give more text, or lower train.global_batch or train.seq_len."
             )
-        # Only window numbers pass through grain, so a process can draw the whole batch and pack just its own rows.
+        # Only window numbers pass through grain, so a process can draw the whole batch and pack
+        # just its own rows.
         windows = (
-            grain.MapDataset.source(range(len(self.train))).seed(self.seed).shuffle().repeat().batch(global_batch, drop_remainder=True)
+            grain.MapDataset.source(range(len(self.train)))
+            .seed(self.seed)
+            .shuffle()
+            .repeat()
+            .batch(global_batch, drop_remainder=True)
         )
         batches = windows.map(lambda numbers: self.train.batch(numbers[rows]))
-        # No threads, no buffer: packing takes far less than a step, and the state is the last batch handed out.
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        # No threads, no buffer: packing takes far less than a step, and the state is the last batch
+        # handed out.
+        return iter(
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        )
 
-    def validation_batches(self, global_batch: int, count: int, process_index: int = 0, process_count: int = 1) -> list[Batch]:
-        """`count` batches of held-out text, the same at every call and for every seed; arguments as in `train_batches`.
+    def validation_batches(
+        self, global_batch: int, count: int, process_index: int = 0, process_count: int = 1
+    ) -> list[HostBatch]:
+        """`count` batches of held-out text, the same at every call and for every seed; arguments as
+        in `train_batches`.
 
         Raises:
           UserError: fewer than `count * global_batch` windows are held out, or n does not divide B.
@@ -134,13 +97,19 @@ class Corpus:
         rows = _process_rows(global_batch, process_index, process_count)
         if len(self.validation) < count * global_batch:
             raise UserError(
-                f"data.validation_fraction holds out {len(self.validation)} sequences but a validation needs "
-                f"train.eval_batches x train.global_batch = {count * global_batch}: raise data.validation_fraction, give more text, "
+                f"data.validation_fraction holds out {len(self.validation)} sequences but a "
+                f"validation needs "
+                f"train.eval_batches x train.global_batch = {count * global_batch}: raise "
+                f"data.validation_fraction, give more text, "
                 "or lower train.eval_batches."
             )
-        # RandomState and not default_rng: its stream is promised never to change between versions of numpy.
+        # RandomState and not default_rng: its stream is promised never to change between versions
+        # of numpy.
         order = np.random.RandomState(0).permutation(len(self.validation))
-        return [self.validation.batch(order[i * global_batch : (i + 1) * global_batch][rows]) for i in range(count)]
+        return [
+            self.validation.batch(order[i * global_batch : (i + 1) * global_batch][rows])
+            for i in range(count)
+        ]
 
 
 def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
@@ -152,40 +121,50 @@ def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
       seed: of the order in which training windows come.
 
     Raises:
-      UserError: a source or tokenizer that is missing or cannot be read, or that holds too little text.
+      UserError: a source or tokenizer that is missing or cannot be read, or that holds too little
+        text.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     digest = hashlib.sha256()
     documents: list[np.ndarray] = []
     keys: list[bytes] = []
-    dtype = _token_dtype(tokenizer)
+    dtype = token_dtype(tokenizer)
     for texts in _chunks(read_documents(config)):
         documents += [np.asarray(ids, dtype) for ids in tokenizer.encode_batch(texts)]
         keys += [hashlib.sha256(text.encode("utf-8")).digest() for text in texts]
     if not documents:
-        raise UserError(f"data.source={config.source!r} is empty or blank: give a source with text in it.")
+        raise UserError(
+            f"data.source={config.source!r} is empty or blank: give a source with text in it."
+        )
     for key in keys:
         digest.update(key)
     digest.update(tokenizer.fingerprint.encode("utf-8"))
-    train, validation = (pack(part, seq_len, tokenizer) for part in hold_out(documents, keys, config.validation_fraction, seq_len))
+    train, validation = (
+        pack_documents(part, seq_len, tokenizer)
+        for part in hold_out(documents, keys, config.validation_fraction, seq_len)
+    )
     for packed in (train, validation):
         if len(packed.tokens) <= seq_len:
             tokens = len(train.tokens) + len(validation.tokens)
             raise UserError(
-                f"data.source={config.source!r} holds {tokens} tokens, too few for a training and a validation sequence of "
+                f"data.source={config.source!r} holds {tokens} tokens, too few for a training and "
+                f"a validation sequence of "
                 f"train.seq_len={seq_len}: give more text or lower train.seq_len."
             )
-    return Corpus(tokenizer=tokenizer, hash=digest.hexdigest(), train=train, validation=validation, seed=seed)
+    return Corpus(
+        tokenizer=tokenizer, hash=digest.hexdigest(), train=train, validation=validation, seed=seed
+    )
 
 
 def hold_out(
     documents: Sequence[np.ndarray], keys: Sequence[bytes], fraction: float, seq_len: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits documents into training and validation, by content: copies of a document go the same way.
+    """Splits documents into training and validation, by content: copies of a document go the same
+    way.
 
     Documents are taken in the order of their hashes, each that fits in what is still wanted of the
-    fraction (one window at least). Where that leaves more than half wanted, because the documents are
-    few and long (one book, say), the end of the longest is held out as a document of its own.
+    fraction (one window at least). Where that leaves more than half wanted, because the documents
+    are few and long (one book, say), the end of the longest is held out as a document of its own.
 
     Args:
       documents: token ids, [length] each.
@@ -204,7 +183,11 @@ def hold_out(
             held.add(key)
             missing -= sizes[key]
     enough = missing <= wanted // 2 and wanted - missing > seq_len
-    cut = None if enough else max(sizes.keys() - held, key=lambda key: (sizes[key], key), default=None)
+    cut = (
+        None
+        if enough
+        else max(sizes.keys() - held, key=lambda key: (sizes[key], key), default=None)
+    )
     train, validation = [], []
     for document, key in zip(documents, keys, strict=True):
         if key == cut:
@@ -214,11 +197,6 @@ def hold_out(
         else:
             (validation if key in held else train).append(document)
     return train, validation
-
-
-def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type that holds the vocabulary."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -240,6 +218,9 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
 def _process_rows(global_batch: int, process_index: int, process_count: int) -> slice:
     """The rows of the global batch that are this process's."""
     if global_batch % process_count:
-        raise UserError(f"train.global_batch={global_batch} is not divisible by the {process_count} processes: use a multiple of that.")
+        raise UserError(
+            f"train.global_batch={global_batch} is not divisible by the {process_count} "
+            f"processes: use a multiple of that."
+        )
     size = global_batch // process_count
     return slice(process_index * size, (process_index + 1) * size)

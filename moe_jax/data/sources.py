@@ -1,7 +1,9 @@
-"""Documents, one text each, from what `data.source` names: the built-in corpus, files and folders, or a hub dataset.
+"""Documents, one text each, from what `data.source` names: the built-in corpus, files and folders,
+or a hub dataset.
 
-The order is fixed, so that the same source gives the same corpus. In a folder, files of other kinds are
-passed over; a file of a kind that is read but cannot be is refused by name, and by line where it has lines.
+The order is fixed, so that the same source gives the same corpus. In a folder, files of other kinds
+are passed over; a file of a kind that is read but cannot be is refused by name, and by line where
+it has lines.
 """
 
 from __future__ import annotations
@@ -28,31 +30,53 @@ def read_documents(config: DataConfig) -> Iterator[str]:
     if config.source.startswith("hf:"):
         return _hub_documents(config)
     path = Path(os.path.expanduser(config.source))
-    if not os.path.exists(path):  # unlike Path.exists, False and no error where a parent folder may not be entered
-        raise UserError(f"data.source={config.source!r} does not exist: use 'builtin', 'hf:NAME', or the path of a file or folder.")
+    if not os.path.exists(
+        path
+    ):  # unlike Path.exists, False and no error where a parent folder may not be entered
+        raise UserError(
+            f"data.source={config.source!r} does not exist: use 'builtin', 'hf:NAME', or the path "
+            f"of a file or folder."
+        )
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file()
+        )
         if not files:
-            raise UserError(f"data.source={config.source!r} is a folder without any {_SUFFIXES} file: give one that has some.")
+            raise UserError(
+                f"data.source={config.source!r} is a folder without any {_SUFFIXES} file: give "
+                f"one that has some."
+            )
     elif path.suffix.lower() in _READERS:
         files = [path]
     else:
-        raise UserError(f"data.source={config.source!r} is a kind of file that is not read: give {_SUFFIXES}.")
-    return (document for file in files for document in _READERS[file.suffix.lower()](file, config.text_field))
+        raise UserError(
+            f"data.source={config.source!r} is a kind of file that is not read: give {_SUFFIXES}."
+        )
+    return (
+        document
+        for file in files
+        for document in _READERS[file.suffix.lower()](file, config.text_field)
+    )
 
 
 def _builtin_documents() -> Iterator[str]:
-    """About 5 MB that every Python carries: the language documentation and the library's top-level modules.
+    """About 5 MB that every Python carries: the language documentation and the library's top-level
+    modules.
 
-    Packages are left out: they add bulk of a kind (tests, code tables, GUI tools) and differ more between builds.
+    Packages are left out: they add bulk of a kind (tests, code tables, GUI tools) and differ more
+    between builds.
     """
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
-        raise UserError("data.source='builtin' needs the module pydoc_data, which this Python lacks: give a path instead.") from error
+        raise UserError(
+            "data.source='builtin' needs the module pydoc_data, which this Python lacks: give a "
+            "path instead."
+        ) from error
     yield from (topics[name] for name in sorted(topics))
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        # _sysconfigdata holds the paths and flags of the machine that built this Python; site customisations are no library.
+        # _sysconfigdata holds the paths and flags of the machine that built this Python; site
+        # customisations are no library.
         if file.name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize")):
             continue
         try:
@@ -66,7 +90,10 @@ def _text_documents(path: Path, text_field: str) -> Iterator[str]:
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"data.source: {path} is not UTF-8 text (byte {error.start}): convert it or take it out.") from error
+        raise UserError(
+            f"data.source: {path} is not UTF-8 text (byte {error.start}): convert it or take it "
+            f"out."
+        ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -84,7 +111,10 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"data.source: line {number} of {path} is not valid JSON ({error}): mend or remove it.") from error
+                raise UserError(
+                    f"data.source: line {number} of {path} is not valid JSON ({error}): mend or "
+                    f"remove it."
+                ) from error
             fields = row if isinstance(row, dict) else {}
             yield _text(fields, text_field, f"line {number} of {path}")
 
@@ -95,7 +125,9 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise UserError(f"data.source: {path} needs the `pyarrow` package: pip install pyarrow.") from error
+        raise UserError(
+            f"data.source: {path} needs the `pyarrow` package: pip install pyarrow."
+        ) from error
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -114,12 +146,15 @@ def _hub_documents(config: DataConfig) -> Iterator[str]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(f"data.source={config.source!r} needs the `datasets` package: pip install datasets.") from error
+        raise UserError(
+            f"data.source={config.source!r} needs the `datasets` package: pip install datasets."
+        ) from error
     try:
         rows: Any = datasets.load_dataset(config.source.removeprefix("hf:"), split=config.split)
     except Exception as error:  # network, name or split: errors of many kinds, with no common base
         raise UserError(
-            f"data.source={config.source!r} with data.split={config.split!r} cannot be loaded ({_cause(error)}): "
+            f"data.source={config.source!r} with data.split={config.split!r} cannot be loaded "
+            f"({_cause(error)}): "
             "check both names, and the network."
         ) from error
     if config.text_field not in rows.column_names:
@@ -144,16 +179,24 @@ def _text(row: dict[str, Any], text_field: str, where: str) -> str:
         raise _no_field(text_field, where, list(row))
     text = row[text_field]
     if not isinstance(text, str):
-        raise UserError(f"data.text_field={text_field!r} is not text in {where} ({type(text).__name__}): name a field of text, or mend it.")
+        raise UserError(
+            f"data.text_field={text_field!r} is not text in {where} ({type(text).__name__}): name "
+            f"a field of text, or mend it."
+        )
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _no_field(text_field: str, where: str, names: list[str]) -> UserError:
-    return UserError(f"data.text_field={text_field!r} is not a field of {where}: it has {', '.join(map(str, names)) or 'no fields'}.")
+    return UserError(
+        f"data.text_field={text_field!r} is not a field of {where}: it has "
+        f"{', '.join(map(str, names)) or 'no fields'}."
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"data.source: {path} cannot be read ({_cause(error)}): mend it or take it out.")
+    return UserError(
+        f"data.source: {path} cannot be read ({_cause(error)}): mend it or take it out."
+    )
 
 
 def _cause(error: Exception) -> str:

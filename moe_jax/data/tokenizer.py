@@ -1,8 +1,9 @@
-"""Text to token ids and back: bytes by default, or a tokenizer file that `tokenizers` or `transformers` reads.
+"""Text to token ids and back: bytes by default, or a tokenizer file that `tokenizers` or
+`transformers` reads.
 
-Used by `data.py` to build a corpus and by all that turns prompts and chats into text. Nothing is ever fetched,
-unpickled or run from a tokenizer's folder: only local files in the libraries' own formats are read, and its chat
-template is rendered by transformers in Jinja's sandbox.
+Used by `data.py` to build a corpus and by all that turns prompts and chats into text. Nothing is
+ever fetched, unpickled or run from a tokenizer's folder: only local files in the libraries' own
+formats are read, and its chat template is rendered by transformers in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ import numpy as np
 
 from moe_jax.errors import UserError
 
-# The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides the embedding's rows.
+# The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides the
+# embedding's rows.
 VOCAB_MULTIPLE = 8
 
 # How tokenizer.json files commonly spell "the document ends here"; the format has no field for it.
-_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+_END_OF_DOCUMENT = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|im_end|>",
+    "[SEP]",
+)
 
 
 @dataclass(frozen=True)
@@ -47,17 +57,24 @@ class Tokenizer:
     bos_id: int | None = None
     """Id that starts a text, where the tokenizer has one."""
     special: Callable[[str], list[int]] | None = None
-    """Ids of a text with the start and end tokens that the tokenizer adds of itself; None where it adds none."""
+    """Ids of a text with the start and end tokens that the tokenizer adds of itself; None where it
+    adds none.
+    """
     special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Ids of the tokens that `decode` leaves out, by their text."""
     chat: Callable[[list[dict[str, str]]], list[int]] | None = None
-    """Ids of a conversation up to where the assistant's reply begins, by the chat template; None where there is none.
+    """Ids of a conversation up to where the assistant's reply begins, by the chat template; None
+    where there is none.
 
-    A message has a `role` (system, user or assistant) and its `content`. Raises UserError for messages that the template refuses."""
+    A message has a `role` (system, user or assistant) and its `content`. Raises UserError for
+    messages that the template refuses.
+    """
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: `num_ids` padded up to a multiple of 8; the padding ids occur in no text."""
+        """Rows of the embedding: `num_ids` padded up to a multiple of 8; the padding ids occur in
+        no text.
+        """
         return -(-self.num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def encode(self, text: str) -> list[int]:
@@ -65,12 +82,18 @@ class Tokenizer:
         return [int(token) for token in self.encode_batch([text])[0]]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text for a model to go on from: with the start token where the tokenizer adds one."""
+        """Ids of a text for a model to go on from: with the start token where the tokenizer adds
+        one.
+        """
         return self.special(text) if self.special else self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; end-of-document and padding ids give none, and bytes that are not UTF-8 give U+FFFD."""
-        return self.decode_known([int(token) for token in ids if token < self.num_ids and token != self.eos_id])
+        """Text of ids; end-of-document and padding ids give none, and bytes that are not UTF-8 give
+        U+FFFD.
+        """
+        return self.decode_known(
+            [int(token) for token in ids if token < self.num_ids and token != self.eos_id]
+        )
 
 
 def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
@@ -86,9 +109,18 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
     if spec == "bytes":
         return _bytes_tokenizer()
     path = Path(os.path.expanduser(spec))
-    if not os.path.exists(path):  # unlike Path.exists, False and no error where a parent folder may not be entered
-        raise UserError(f"{field}={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of its folder.")
-    return _folder_tokenizer(f"{field}={spec!r}", path) if path.is_dir() else _file_tokenizer(f"{field}={spec!r}", path)
+    if not os.path.exists(
+        path
+    ):  # unlike Path.exists, False and no error where a parent folder may not be entered
+        raise UserError(
+            f"{field}={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of "
+            f"its folder."
+        )
+    return (
+        _folder_tokenizer(f"{field}={spec!r}", path)
+        if path.is_dir()
+        else _file_tokenizer(f"{field}={spec!r}", path)
+    )
 
 
 def _bytes_tokenizer() -> Tokenizer:
@@ -98,7 +130,9 @@ def _bytes_tokenizer() -> Tokenizer:
         eos_id=256,
         fingerprint="bytes",
         # A prompt may hold lone surrogates, which UTF-8 has no bytes for: they become "?".
-        encode_batch=lambda texts: [np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8) for text in texts],
+        encode_batch=lambda texts: [
+            np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8) for text in texts
+        ],
         decode_known=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
     )
 
@@ -108,7 +142,9 @@ def _file_tokenizer(given: str, path: Path) -> Tokenizer:
     try:
         import tokenizers
     except ModuleNotFoundError as error:
-        raise UserError(f"{given} needs the `tokenizers` package: pip install tokenizers.") from error
+        raise UserError(
+            f"{given} needs the `tokenizers` package: pip install tokenizers."
+        ) from error
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
@@ -116,12 +152,19 @@ def _file_tokenizer(given: str, path: Path) -> Tokenizer:
     # A file may ask for truncation or padding, which would lose text or add to it.
     inner.no_truncation()
     inner.no_padding()
-    known = [token for token in (inner.token_to_id(name) for name in _END_OF_DOCUMENT) if token is not None]
+    known = [
+        token
+        for token in (inner.token_to_id(name) for name in _END_OF_DOCUMENT)
+        if token is not None
+    ]
     return Tokenizer(
         **_ids(inner.get_vocab(with_added_tokens=True), known[0] if known else None),
         fingerprint=inner.to_str(),
         encode_batch=lambda texts: [
-            encoding.ids for encoding in inner.encode_batch_fast(list(map(_clean, texts)), add_special_tokens=False)
+            encoding.ids
+            for encoding in inner.encode_batch_fast(
+                list(map(_clean, texts)), add_special_tokens=False
+            )
         ],
         decode_known=lambda ids: inner.decode(list(ids)),
     )
@@ -135,26 +178,41 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
         import transformers
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{given} is a folder, which needs the `transformers` package: pip install transformers, "
+            f"{given} is a folder, which needs the `transformers` package: pip install "
+            f"transformers, "
             "or give the path of the tokenizer.json inside."
         ) from error
     try:
-        inner: Any = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # what a folder may lack raises errors of many kinds, with no common base
+        inner: Any = transformers.AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
+    except (
+        Exception
+    ) as error:  # what a folder may lack raises errors of many kinds, with no common base
         raise _unreadable(given, error) from error
     vocabulary = inner.get_vocab()
     if not vocabulary:  # what transformers makes of a folder without a tokenizer's files
-        raise UserError(f"{given} holds no tokenizer: download its tokenizer.json, or name a folder that has one.")
+        raise UserError(
+            f"{given} holds no tokenizer: download its tokenizer.json, or name a folder that has "
+            f"one."
+        )
 
     def encode_batch(texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        # verbose=False: no warning about texts longer than the model that the tokenizer was made for.
-        return inner(list(map(_clean, texts)), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+        # verbose=False: no warning about texts longer than the model that the tokenizer was made
+        # for.
+        return inner(
+            list(map(_clean, texts)), add_special_tokens=special, truncation=False, verbose=False
+        )["input_ids"]
 
     return Tokenizer(
         **_ids(vocabulary, inner.eos_token_id),
-        fingerprint=inner.backend_tokenizer.to_str() if inner.is_fast else json.dumps(vocabulary, sort_keys=True),
+        fingerprint=inner.backend_tokenizer.to_str()
+        if inner.is_fast
+        else json.dumps(vocabulary, sort_keys=True),
         encode_batch=encode_batch,
-        decode_known=lambda ids: inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        decode_known=lambda ids: inner.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
         bos_id=inner.bos_token_id,
         special_ids=dict(zip(inner.all_special_tokens, inner.all_special_ids, strict=True)),
         special=lambda text: encode_batch([text], special=True)[0],
@@ -163,31 +221,49 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
 
 
 def _render_chat(given: str, inner: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation by the folder's chat template, in the sandbox that transformers renders templates in."""
+    """Ids of a conversation by the folder's chat template, in the sandbox that transformers renders
+    templates in.
+    """
     try:
         import jinja2  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"{given}: its chat template needs the `jinja2` package: pip install 'jinja2>=3.1.6'.") from error
+        raise UserError(
+            f"{given}: its chat template needs the `jinja2` package: pip install 'jinja2>=3.1.6'."
+        ) from error
     clean = [{key: _clean(value) for key, value in message.items()} for message in messages]
     try:
-        ids = inner.apply_chat_template(clean, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = inner.apply_chat_template(
+            clean, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
     except Exception as error:  # a template is a program: it raises what it likes
         cause = " ".join(str(error).split())[:200]
-        raise UserError(f"{given}: its chat template refuses these messages ({cause}): use other roles, or mend the template.") from error
+        raise UserError(
+            f"{given}: its chat template refuses these messages ({cause}): use other roles, or "
+            f"mend the template."
+        ) from error
     return [int(token) for token in ids]
 
 
 def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, Any]:
     """`num_ids` and `eos_id`; ids need not be contiguous, so it is the largest that counts."""
     size = max(vocabulary.values(), default=-1) + 1
-    return {"num_ids": size + 1, "eos_id": size} if eos_id is None else {"num_ids": size, "eos_id": eos_id}
+    return (
+        {"num_ids": size + 1, "eos_id": size}
+        if eos_id is None
+        else {"num_ids": size, "eos_id": eos_id}
+    )
 
 
 def _clean(text: str) -> str:
-    """The text with lone surrogates replaced by "?": `tokenizers` takes nothing that UTF-8 cannot hold."""
+    """The text with lone surrogates replaced by "?": `tokenizers` takes nothing that UTF-8 cannot
+    hold.
+    """
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _unreadable(given: str, error: Exception) -> UserError:
     cause = " ".join(str(error).split())[:200]
-    return UserError(f"{given} cannot be read as a tokenizer ({cause}): give a tokenizer.json or a folder saved by transformers.")
+    return UserError(
+        f"{given} cannot be read as a tokenizer ({cause}): give a tokenizer.json or a folder "
+        f"saved by transformers."
+    )

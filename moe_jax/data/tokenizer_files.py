@@ -1,4 +1,6 @@
-"""The files of a tokenizer on their way from one folder to another, and files that say what our byte tokenizer does."""
+"""The files of a tokenizer on their way from one folder to another, and files that say what our
+byte tokenizer does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 
 from moe_jax.data.tokenizer import load_tokenizer
 
-# What transformers or tokenizers may read; config.json says which class a tokenizer is where nothing else does.
+# What transformers or tokenizers may read; config.json says which class a tokenizer is where
+# nothing else does.
 PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,7 +29,9 @@ _END = "<|endoftext|>"
 
 
 def copy_tokenizer(spec: str, target: Path) -> None:
-    """Copies what `spec`, a tokenizer.json or a folder, is read from into the new folder `target`."""
+    """Copies what `spec`, a tokenizer.json or a folder, is read from into the new folder
+    `target`.
+    """
     target.mkdir(parents=True)
     source = Path(spec).expanduser()
     if source.is_file():
@@ -40,29 +45,51 @@ def copy_tokenizer(spec: str, target: Path) -> None:
 def write_byte_tokenizer(target: Path) -> None:
     """Writes the byte tokenizer as transformers reads one, into the folder `target`.
 
-    Ids and texts are those of `load_tokenizer("bytes")`, with one difference: text that spells the end token out,
-    <|endoftext|>, becomes that token, as with any tokenizer of transformers.
+    Ids and texts are those of `load_tokenizer("bytes")`, with one difference: text that spells the
+    end token out, <|endoftext|>, becomes that token, as with any tokenizer of transformers.
     """
     tokenizer = load_tokenizer("bytes")
     vocabulary = {character: byte for byte, character in enumerate(_characters())}
     end = {"id": tokenizer.eos_id, "content": _END, "special": True}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    by_byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    by_byte = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     model: dict[str, Any] = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    model |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    model |= dict.fromkeys(
+        ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    )
     model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
-    whole: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None}
+    whole: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end],
+        "normalizer": None,
+    }
     whole |= {"pre_tokenizer": by_byte, "post_processor": None, "decoder": by_byte, "model": model}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END, "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _END,
+        "clean_up_tokenization_spaces": False,
+    }
     (target / "tokenizer.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    (target / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2, Radford et al., 2019).
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2, Radford et al.,
+    2019).
 
     Bytes that print stand for themselves; the others, in order, for the characters from U+0100 on.
     """
     printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
-    return [chr(byte) if byte in printing else chr(0x100 + others.index(byte)) for byte in range(256)]
+    return [
+        chr(byte) if byte in printing else chr(0x100 + others.index(byte)) for byte in range(256)
+    ]

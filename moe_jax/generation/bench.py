@@ -1,4 +1,5 @@
-"""Speed of a model: prefill and decoding apart, each against what it is worth, without the time that compiling takes.
+"""Speed of a model: prefill and decoding apart, each against what it is worth, without the time
+that compiling takes.
 
 figures = bench(loaded, Session(loaded, batch=1), prompt=512, generated=128)
 """
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.profiling import flops
+from moe_jax.profiling import machine
 from moe_jax.profiling.clock import compile_clock
 from moe_jax.profiling.machine import read_bandwidth
 
@@ -21,24 +22,39 @@ if TYPE_CHECKING:
     from moe_jax.inference.session import LoadedModel, Session
 
 
-def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated: int = 128, repeats: int = 5) -> dict[str, Any]:
+def bench(
+    loaded: LoadedModel,
+    session: Session,
+    *,
+    prompt: int = 512,
+    generated: int = 128,
+    repeats: int = 5,
+) -> dict[str, Any]:
     """Median speeds over `repeats` after a warm-up, for a session's rows of random tokens.
 
-    Returns: `prefill_*` of `prompt` tokens a row; `decode_*` of `generated` steps after them, a token a row each, always the
-    likeliest; `first_token_seconds`, the prefill and the choice of a token; bytes that a step has to read, the rate at
-    which this machine reads, and the share of that rate that decoding reached; `compile_seconds`; `peak_bytes`.
+    Returns: `prefill_*` of `prompt` tokens a row; `decode_*` of `generated` steps after them, a
+    token a row each, always the likeliest; `first_token_seconds`, the prefill and the choice of a
+    token; bytes that a step has to read, the rate at which this machine reads, and the share of
+    that rate that decoding reached; `compile_seconds`; `peak_bytes`.
 
     Raises:
       UserError: the rows would not fit the context.
     """
     if prompt + generated > loaded.context:
         raise UserError(
-            f"-p {prompt} and -g {generated} make {prompt + generated} tokens and the model's context is {loaded.context}: lower them."
+            f"-p {prompt} and -g {generated} make {prompt + generated} tokens and the model's "
+            f"context is {loaded.context}: lower them."
         )
     compiled = compile_clock().seconds
     batch, devices = len(session.lengths), loaded.engine.mesh.size
-    rows = np.random.default_rng(0).integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt)).tolist()
-    _decode(session, _prefill(session, rows), generated)  # the warm-up: the cache grows to its size, then both compile for it
+    rows = (
+        np.random.default_rng(0)
+        .integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt))
+        .tolist()
+    )
+    _decode(
+        session, _prefill(session, rows), generated
+    )  # the warm-up: the cache grows to its size, then both compile for it
     _decode(session, _prefill(session, rows), 1)
     prefills, first_tokens, steps, rates = [], [], [], []
     for _ in range(repeats):
@@ -48,7 +64,9 @@ def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated
         np.argmax(logits_BV, axis=-1)
         first_tokens.append(time.perf_counter() - start)
         steps += _decode(session, logits_BV, generated)
-        rates.append(read_bandwidth(devices))  # in turns with the steps: on a shared machine it changes by the minute
+        rates.append(
+            read_bandwidth(devices)
+        )  # in turns with the steps: on a shared machine it changes by the minute
     prefill, step = statistics.median(prefills), statistics.median(steps)
     needed, rate = loaded.engine.decode_bytes(batch), statistics.median(rates)
     return {
@@ -67,7 +85,7 @@ def bench(loaded: LoadedModel, session: Session, *, prompt: int = 512, generated
         "floor_ms_per_step": needed / rate * 1e3,
         "share_of_floor": needed / rate / step,
         "compile_seconds": compile_clock().seconds - compiled,
-        "peak_bytes": flops.peak_bytes(),
+        "peak_bytes": machine.peak_bytes(),
         "platform": jax.default_backend(),
         "devices": devices,
     }

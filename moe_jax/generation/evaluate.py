@@ -38,37 +38,62 @@ class Evaluation(NamedTuple):
     """Without compiling."""
 
 
-def evaluate(loaded: LoadedModel, text: str, window: int | None = None, special: bool = True) -> Evaluation:
-    """Scores every token of `text` but the first, once each, in windows of `window` tokens that do not overlap.
+def evaluate(
+    loaded: LoadedModel, text: str, window: int | None = None, special: bool = True
+) -> Evaluation:
+    """Scores every token of `text` but the first, once each, in windows of `window` tokens that do
+    not overlap.
 
-    A window's first token is foretold from the last token of the window before alone. A progress bar goes to stderr.
+    A window's first token is foretold from the last token of the window before alone. A progress
+    bar goes to stderr.
 
     Args:
       window: Tokens of a window; by default the smaller of the model's context and 2,048.
       special: With a start token where the tokenizer adds one to a prompt.
 
     Raises:
-      UserError: the text has fewer than two tokens, the window exceeds the context, or the model's loss is not finite.
+      UserError: the text has fewer than two tokens, the window exceeds the context, or the model's
+        loss is not finite.
     """
     window = min(loaded.context, DEFAULT_WINDOW) if window is None else window
     if window > loaded.context:
-        raise UserError(f"--window {window} exceeds the model's context of {loaded.context} tokens: lower it.")
-    tokens = np.asarray(loaded.tokenizer.encode_prompt(text) if special else loaded.tokenizer.encode(text), np.int32)
+        raise UserError(
+            f"--window {window} exceeds the model's context of {loaded.context} tokens: lower it."
+        )
+    tokens = np.asarray(
+        loaded.tokenizer.encode_prompt(text) if special else loaded.tokenizer.encode(text), np.int32
+    )
     if len(tokens) < 2:
         raise UserError(f"--text has {len(tokens)} tokens: give a text of at least two.")
     window = min(window, len(tokens) - 1)
     nats, count, rows = 0.0, 0, loaded.engine.mesh.shape["data"]
-    columns = (TextColumn("evaluating"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[found]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("evaluating"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[found]}"),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Stopwatch() as watch, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with (
+        Stopwatch() as watch,
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("", total=math.ceil((len(tokens) - 1) / window), found="")
         for begin in range(0, len(tokens) - 1, window):
-            some_nats, some = loaded.engine.score(loaded.params, loaded.tables, *_window(tokens, begin, window, rows))
+            some_nats, some = loaded.engine.score(
+                loaded.params, loaded.tables, *_window(tokens, begin, window, rows)
+            )
             nats, count = nats + float(some_nats), count + int(some)
             if not math.isfinite(nats):
-                raise UserError("The model's loss is not finite (NaN or infinite): its weights are damaged, or try --dtype float32.")
+                raise UserError(
+                    "The model's loss is not finite (NaN or infinite): its weights are damaged, "
+                    "or try --dtype float32."
+                )
             bar.update(task, advance=1, found=f"perplexity {_perplexity(nats / count):,.3f}")
-    size = len(text.encode("utf-8", errors="replace")) - len(loaded.tokenizer.decode(tokens[:1].tolist()).encode())
+    size = len(text.encode("utf-8", errors="replace")) - len(
+        loaded.tokenizer.decode(tokens[:1].tolist()).encode()
+    )
     return Evaluation(
         nats_per_token=nats / count,
         perplexity=_perplexity(nats / count),
@@ -80,8 +105,11 @@ def evaluate(loaded: LoadedModel, text: str, window: int | None = None, special:
     )
 
 
-def _window(tokens: np.ndarray, begin: int, window: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, mask) of one window, each [rows, window]; the last one is filled up, so that nothing compiles anew.
+def _window(
+    tokens: np.ndarray, begin: int, window: int, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, targets, mask) of one window, each [rows, window]; the last one is filled up, so
+    that nothing compiles anew.
 
     It is the first row. The others, which a `data` axis needs, do not count.
     """
@@ -104,7 +132,9 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"--text {path} is not UTF-8 (byte {error.start}): convert it.") from error
     except OSError as error:
-        raise UserError(f"--text {path}: {error.strerror}; check the path and its permissions.") from error
+        raise UserError(
+            f"--text {path}: {error.strerror}; check the path and its permissions."
+        ) from error
     if not text:
         raise UserError(f"--text {path} is empty: give a file with text.")
     return text

@@ -2,7 +2,8 @@
 
 loaded = open_model("path/to/folder")
 reader, sampler = Reader(Session(loaded)), Sampler(SamplingOptions(), loaded.tokenizer.num_ids)
-for piece in generate(loaded, reader, loaded.tokenizer.encode_prompt("def "), sampler, max_tokens=50):
+prompt = loaded.tokenizer.encode_prompt("def ")
+for piece in generate(loaded, reader, prompt, sampler, max_tokens=50):
     print(piece, end="")
 """
 
@@ -28,14 +29,18 @@ EMPTY_PROMPT = "--prompt is empty: give at least one character to continue."
 
 
 class Reader:
-    """One row of a session and the tokens in it: a text that begins as the last one did is not read anew."""
+    """One row of a session and the tokens in it: a text that begins as the last one did is not read
+    anew.
+    """
 
     def __init__(self, session: Session):
         self.tokens: list[int] = []
         self._session = session
 
     def read(self, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
-        """(f32 logits [V] after all of `tokens`, how many of them the cache held); `tokens` are not empty."""
+        """(f32 logits [V] after all of `tokens`, how many of them the cache held); `tokens` are not
+        empty.
+        """
         # One token is read in any case: only reading gives logits.
         longest = min(len(self.tokens), len(tokens) - 1)
         kept = next((i for i in range(longest) if self.tokens[i] != tokens[i]), longest)
@@ -65,16 +70,20 @@ def generate(
     slide: bool = False,
     reply: bool = False,
 ) -> Iterator[str]:
-    """Pieces of the text that follows `prompt`, one a token and sometimes empty, until the model or one of the limits ends it.
+    """Pieces of the text that follows `prompt`, one a token and sometimes empty, until the model or
+    one of the limits ends it.
 
     Args:
       stop: Strings that end the text and are not part of it.
       figures: Is filled in.
-      slide: Where the context is full, go on after reading its last half anew; of a longer prompt the end is read.
-      reply: The text stands alone, as a chat's reply does, and does not go on from the prompt's last word.
+      slide: Where the context is full, go on after reading its last half anew; of a longer prompt
+        the end is read.
+      reply: The text stands alone, as a chat's reply does, and does not go on from the prompt's
+        last word.
 
     Raises:
-      UserError: the prompt is empty, or longer than the context (without `slide`), or a stop string is empty.
+      UserError: the prompt is empty, or longer than the context (without `slide`), or a stop string
+        is empty.
     """
     figures = GenerationStats() if figures is None else figures
     if not prompt:
@@ -87,11 +96,17 @@ def generate(
         sampler.begin(prompt)
         logits_V, figures.reused_tokens = reader.read(prompt)
         token = sampler.draw(logits_V)
-    figures.prompt_tokens, figures.prompt_seconds, figures.compile_seconds = len(prompt), watch.seconds, watch.compiling
+    figures.prompt_tokens, figures.prompt_seconds, figures.compile_seconds = (
+        len(prompt),
+        watch.seconds,
+        watch.compiling,
+    )
     while token not in loaded.eos_ids:
         figures.tokens += 1
         yield text.push(token)
-        if ended := _limit(figures, text, max_tokens, full=len(reader.tokens) >= loaded.context and not slide):
+        if ended := _limit(
+            figures, text, max_tokens, full=len(reader.tokens) >= loaded.context and not slide
+        ):
             figures.ended = ended
             break
         with Stopwatch() as watch:
@@ -107,10 +122,14 @@ def generate(
 def check_length(prompt: Sequence[int], context: int) -> None:
     """Raises UserError for a prompt that the context has no room for."""
     if len(prompt) > context:
-        raise UserError(f"The prompt has {len(prompt)} tokens and the model's context {context}: shorten it.")
+        raise UserError(
+            f"The prompt has {len(prompt)} tokens and the model's context {context}: shorten it."
+        )
 
 
-def _limit(figures: GenerationStats, text: TextStream, max_tokens: int, full: bool) -> Literal["stop", "tokens", "context"] | None:
+def _limit(
+    figures: GenerationStats, text: TextStream, max_tokens: int, full: bool
+) -> Literal["stop", "tokens", "context"] | None:
     """What ends the text after its newest token, if anything does."""
     if text.stopped:
         return "stop"
@@ -138,10 +157,11 @@ def generate_run(
     step: int | None,
     fallback: bool,
 ) -> Iterator[str]:
-    """Text of a run's model, of its newest checkpoint or that of `step`, on one device wherever it was trained.
+    """Text of a run's model, of its newest checkpoint or that of `step`, on one device wherever it
+    was trained.
 
-    A run's context is its `train.seq_len`, which is no limit of the text: where it is full, its last half is read anew,
-    and of a longer prompt only the last `train.seq_len` tokens are read.
+    A run's context is its `train.seq_len`, which is no limit of the text: where it is full, its
+    last half is read anew, and of a longer prompt only the last `train.seq_len` tokens are read.
     """
     if not prompt:
         raise UserError(EMPTY_PROMPT)  # before anything is read
@@ -149,6 +169,16 @@ def generate_run(
     from moe_jax.inference.load import Session, open_model
 
     loaded = open_model(run_dir, step=step, fallback=fallback)
-    sampler = Sampler(SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed), loaded.tokenizer.num_ids)
+    sampler = Sampler(
+        SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        loaded.tokenizer.num_ids,
+    )
     # Without a start token: training saw none.
-    return generate(loaded, Reader(Session(loaded)), loaded.tokenizer.encode(prompt), sampler, max_tokens=max_tokens, slide=True)
+    return generate(
+        loaded,
+        Reader(Session(loaded)),
+        loaded.tokenizer.encode(prompt),
+        sampler,
+        max_tokens=max_tokens,
+        slide=True,
+    )

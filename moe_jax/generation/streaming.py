@@ -19,13 +19,16 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes tokens as they come; `stopped` turns true at the first stop string, after which nothing is to be pushed."""
+    """Decodes tokens as they come; `stopped` turns true at the first stop string, after which
+    nothing is to be pushed.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()):
         """
         Args:
           stop: Strings that end the text and are not part of it.
-          after: Tokens that the text goes on from, where the space between both matters: many tokenizers drop a space
+          after: Tokens that the text goes on from, where the space between both matters: many
+            tokenizers drop a space
             that nothing comes before.
 
         Raises:
@@ -36,8 +39,11 @@ class TextStream:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         # Special tokens decode to nothing, so a stop string that is one of them is told by its id.
-        self._stop_ids = {tokenizer.special_ids[string] for string in stop if string in tokenizer.special_ids}
-        # Decoding begins at the tokens of the last piece and not at the text's beginning: time a token stays the same.
+        self._stop_ids = {
+            tokenizer.special_ids[string] for string in stop if string in tokenizer.special_ids
+        }
+        # Decoding begins at the tokens of the last piece and not at the text's beginning: time a
+        # token stays the same.
         self._tokens, self._before = list(after), len(after)
         self._decoded = tokenizer.decode(self._tokens)
         self._held = ""
@@ -60,7 +66,9 @@ class TextStream:
         return self._release(piece)
 
     def finish(self) -> str:
-        """What was held back and is now known not to go on: an unfinished character, the beginning of a stop string."""
+        """What was held back and is now known not to go on: an unfinished character, the beginning
+        of a stop string.
+        """
         if self.stopped:
             return ""
         rest = self._release(self._tokenizer.decode(self._tokens)[len(self._decoded) :])
@@ -70,12 +78,26 @@ class TextStream:
         return rest
 
     def _release(self, piece: str) -> str:
-        """Of the held text and `piece`, what stands before a stop string and cannot be the beginning of one."""
+        """Of the held text and `piece`, what stands before a stop string and cannot be the
+        beginning of one.
+        """
         text = self._held + piece
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        found = [
+            (text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text
+        ]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]  # the one that was complete first, however the text was cut into tokens
-        longest = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+            return text[
+                : min(found)[1]
+            ]  # the one that was complete first, however the text was cut into tokens
+        longest = max(
+            (
+                size
+                for stop in self._stop
+                for size in range(1, len(stop))
+                if text.endswith(stop[:size])
+            ),
+            default=0,
+        )
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest]

@@ -36,28 +36,42 @@ def is_hf_folder(path: Path | str) -> bool:
 
 
 def read_config(folder: Path | str) -> Architecture:
-    """Reads config.json alone. Raises UserError for what is missing, unknown or not supported, by name."""
+    """Reads config.json alone. Raises UserError for what is missing, unknown or not supported, by
+    name.
+    """
     folder = Path(folder)
     if not is_hf_folder(folder):
         raise UserError(f"{folder} has no {CONFIG}: name a folder with a Hugging Face checkpoint.")
     config = _read_json(folder / CONFIG)
     family, model, moe = map_config(config, str(folder / CONFIG))
     context = Keys(config, str(folder / CONFIG)).get("max_position_embeddings", int)
-    return Architecture(folder, config, family.model_type, model, moe, model.vocab_size or 0, context, eos_ids(folder, config))
+    return Architecture(
+        folder,
+        config,
+        family.model_type,
+        model,
+        moe,
+        model.vocab_size or 0,
+        context,
+        eos_ids(folder, config),
+    )
 
 
 def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig, MoEConfig]:
     """The family and the settings of a config; `where` starts every error."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)}.")
+        raise UserError(
+            f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)}."
+        )
     family, keys = FAMILIES[kind], Keys(config, where)
     if keys.get("max_position_embeddings", int) < 1:
         raise keys.refuse("max_position_embeddings", "leaves no room for a token")
     try:
         model, moe = family.read(keys)
     except UserError as error:
-        # Bounds and combinations are checked by the sections themselves, which do not know the file.
+        # Bounds and combinations are checked by the sections themselves, which do not know the
+        # file.
         text = str(error)
         raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
     keys.finish()
@@ -65,13 +79,17 @@ def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig,
 
 
 def eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Tokens that end a text: transformers stops at those of the folder's generation_config.json if it names any."""
+    """Tokens that end a text: transformers stops at those of the folder's generation_config.json if
+    it names any.
+    """
     path = folder / "generation_config.json"
     found = _read_json(path).get("eos_token_id") if path.is_file() else None
     found = config.get("eos_token_id") if found is None else found
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) for token in ids):
-        raise UserError(f"{folder}: eos_token_id={found!r} must be a token's number or a list of them.")
+        raise UserError(
+            f"{folder}: eos_token_id={found!r} must be a token's number or a list of them."
+        )
     return tuple(ids)
 
 
@@ -81,5 +99,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again.") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} must hold an object, not a {type(found).__name__}: download it again.")
+        raise UserError(
+            f"{path} must hold an object, not a {type(found).__name__}: download it again."
+        )
     return found

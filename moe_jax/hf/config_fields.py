@@ -1,4 +1,5 @@
-"""Pieces of a config.json that families share: rotary embedding, attention windows, the dense skeleton, losses.
+"""Pieces of a config.json that families share: rotary embedding, attention windows, the dense
+skeleton, losses.
 
 What absent keys mean, and what each key does, is that of transformers 5.23.
 """
@@ -14,7 +15,13 @@ from moe_jax.config.model import MoEConfig, RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.config_keys import Keys
 
-_ROPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn"}
+_ROPES = {
+    "default": "none",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "llama3": "llama3",
+    "yarn": "yarn",
+}
 
 
 class Skeleton(NamedTuple):
@@ -35,12 +42,14 @@ def skeleton(
 ) -> Skeleton:
     """Sizes, norms, embeddings and rotation of an ordinary decoder.
 
-    `kv_heads`, `theta` and `eps` are what absent keys mean; null for the first is as many as query heads.
+    `kv_heads`, `theta` and `eps` are what absent keys mean; null for the first is as many as query
+    heads.
     """
     if not quantised and keys.get("quantization_config", dict, None):
         method = keys.section("quantization_config").values.get("quant_method")
         raise UserError(
-            f"{keys.where}: quantization_config of method {method} is not supported: take the checkpoint that is not quantised."
+            f"{keys.where}: quantization_config of method {method} is not supported: take the "
+            f"checkpoint that is not quantised."
         )
     keys.only("hidden_act", "silu")
     heads = keys.get("num_attention_heads", int)
@@ -63,11 +72,15 @@ def skeleton(
 
 def dense(layers: int) -> MoEConfig:
     """A model without experts."""
-    return MoEConfig(num_experts=1, top_k=1, first_dense=layers, dropless=True, z_loss=0.0, aux_loss=0.0)
+    return MoEConfig(
+        num_experts=1, top_k=1, first_dense=layers, dropless=True, z_loss=0.0, aux_loss=0.0
+    )
 
 
 def with_aux_loss(moe: MoEConfig, coefficient: float) -> MoEConfig:
-    """The same experts with transformers' load-balancing loss, which sums over the K choices where the Switch loss takes their mean."""
+    """The same experts with transformers' load-balancing loss, which sums over the K choices where
+    the Switch loss takes their mean.
+    """
     return dataclasses.replace(moe, aux_loss=coefficient * moe.top_k, aux_over="model")
 
 
@@ -75,22 +88,31 @@ def with_aux_loss(moe: MoEConfig, coefficient: float) -> MoEConfig:
 
 
 def windows(window: int | None, full: Iterable[int], layers: int) -> dict[str, Any]:
-    """The settings of a model whose layers look back `window` tokens, but for the layers in `full`."""
+    """The settings of a model whose layers look back `window` tokens, but for the layers in
+    `full`.
+    """
     full = tuple(sorted(full))
     if window is None or len(full) == layers:
         return {"sliding_window": None}
     return {"sliding_window": window, "full_layers": full}
 
 
-def listed_windows(keys: Keys, window: int | None, full: Iterable[int], layers: int) -> dict[str, Any]:
+def listed_windows(
+    keys: Keys, window: int | None, full: Iterable[int], layers: int
+) -> dict[str, Any]:
     """`windows` by the list `layer_types`; without one, `full` are the layers without a window."""
     kinds = keys.get("layer_types", list, None)
     if kinds is not None:
         if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-            raise keys.refuse("layer_types", f"is not supported, only {layers} times full_attention or sliding_attention")
+            raise keys.refuse(
+                "layer_types",
+                f"is not supported, only {layers} times full_attention or sliding_attention",
+            )
         full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
         if window is None and len(full) < layers:
-            raise keys.refuse("layer_types", "has sliding_attention, but no sliding_window is in use")
+            raise keys.refuse(
+                "layer_types", "has sliding_attention, but no sliding_window is in use"
+            )
     return windows(window, full, layers)
 
 
@@ -104,26 +126,35 @@ def used_window(keys: Keys) -> int | None:
 
 
 def read_rope(keys: Keys, theta: float = 10_000.0) -> RopeConfig:
-    """Rotation and its length extension, from `rope_theta` and `rope_scaling` or from `rope_parameters`."""
+    """Rotation and its length extension, from `rope_theta` and `rope_scaling` or from
+    `rope_parameters`.
+    """
     scaling, kind = rope_scaling(keys)
     context = keys.get("max_position_embeddings", int)
     settings: dict[str, Any] = dict(
         scaling=_ROPES[kind],
         theta=scaling.get("rope_theta", float, None) or keys.get("rope_theta", float, theta),
-        fraction=scaling.get("partial_rotary_factor", float, None) or keys.get("partial_rotary_factor", float, None) or 1.0,
+        fraction=scaling.get("partial_rotary_factor", float, None)
+        or keys.get("partial_rotary_factor", float, None)
+        or 1.0,
     )
     keys.get("rope_theta", float, theta)  # one that rope_parameters overrides is taken too
     keys.get("partial_rotary_factor", float, None)
-    original = keys.get("original_max_position_embeddings", int, None) or scaling.get("original_max_position_embeddings", int, None)
+    original = keys.get("original_max_position_embeddings", int, None) or scaling.get(
+        "original_max_position_embeddings", int, None
+    )
     if original is not None and original < 1:
         raise scaling.refuse("original_max_position_embeddings", "is no length")
     scaling.harmless("finetuned", *_ALL_ROPE_KEYS)
     if kind != "default":
-        # The dynamic kind stretches beyond the context that the config states, whatever the original one was.
+        # The dynamic kind stretches beyond the context that the config states, whatever the
+        # original one was.
         settings["original_length"] = context if kind == "dynamic" else original or context
         settings["factor"] = rope_factor(keys)
     if kind == "llama3":
-        settings |= {key: scaling.get(key, float) for key in ("low_freq_factor", "high_freq_factor")}
+        settings |= {
+            key: scaling.get(key, float) for key in ("low_freq_factor", "high_freq_factor")
+        }
     if kind == "yarn":
         settings |= _yarn(scaling, settings["factor"])
     return RopeConfig(**settings)
@@ -140,10 +171,14 @@ def rope_scaling(keys: Keys) -> tuple[Keys, str]:
 
 
 def rope_factor(keys: Keys) -> float:
-    """How many times longer the context may be; null with yarn takes the ratio of the two lengths."""
+    """How many times longer the context may be; null with yarn takes the ratio of the two
+    lengths.
+    """
     scaling, kind = rope_scaling(keys)
     if kind == "yarn" and scaling.values.get("factor") is None:
-        original = keys.get("original_max_position_embeddings", int, None) or scaling.get("original_max_position_embeddings", int)
+        original = keys.get("original_max_position_embeddings", int, None) or scaling.get(
+            "original_max_position_embeddings", int
+        )
         scaling.harmless("factor")
         if original < 1:
             raise scaling.refuse("original_max_position_embeddings", "is no length")
@@ -151,7 +186,8 @@ def rope_factor(keys: Keys) -> float:
     return scaling.get("factor", float)
 
 
-# What the kinds of scaling know between them: a key of another kind than the one in use does nothing.
+# What the kinds of scaling know between them: a key of another kind than the one in use does
+# nothing.
 _ALL_ROPE_KEYS = [
     "factor",
     "original_max_position_embeddings",
@@ -168,7 +204,10 @@ _ALL_ROPE_KEYS = [
 
 def _yarn(scaling: Keys, factor: float) -> dict[str, Any]:
     attention_factor = scaling.get("attention_factor", float, None)
-    scale, scale_all = scaling.get("mscale", float, None), scaling.get("mscale_all_dim", float, None)
+    scale, scale_all = (
+        scaling.get("mscale", float, None),
+        scaling.get("mscale_all_dim", float, None),
+    )
     if attention_factor is None and scale and scale_all:
         attention_factor = yarn_scale(factor, scale) / yarn_scale(factor, scale_all)
     return dict(

@@ -1,7 +1,8 @@
 """The values of a config.json, read one by one, so that what nobody read can be refused by name.
 
-A family's mapping takes each key that it honours; `finish` then finds the keys that were neither taken nor are known
-to be harmless. Nothing that could change the arithmetic is passed over in silence.
+A family's mapping takes each key that it honours; `finish` then finds the keys that were neither
+taken nor are known to be harmless. Nothing that could change the arithmetic is passed over in
+silence.
 """
 
 from __future__ import annotations
@@ -64,11 +65,20 @@ HARMLESS = frozenset(
 )
 # A family that lacks what these turn on may say so.
 OFF = frozenset(["attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window"])
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Keys:
-    """One object of a config.json; `where` starts every error, `prefix` is the object's own name in the file."""
+    """One object of a config.json; `where` starts every error, `prefix` is the object's own name in
+    the file.
+    """
 
     def __init__(self, values: dict[str, Any], where: str, prefix: str = ""):
         self.values, self.where, self.prefix = values, where, prefix
@@ -76,9 +86,11 @@ class Keys:
         self._sections: dict[str, Keys] = {}
 
     def get(self, key: str, kind: type, *default: Any) -> Any:
-        """The value of `key`, of type `kind` (float takes whole numbers too); an absent key gives `default`, or is an error.
+        """The value of `key`, of type `kind` (float takes whole numbers too); an absent key gives
+        `default`, or is an error.
 
-        Null is false for a bool, null where that is the default, and an error otherwise. Raises UserError.
+        Null is false for a bool, null where that is the default, and an error otherwise. Raises
+        UserError.
         """
         self._taken.add(key)
         if key not in self.values:
@@ -94,11 +106,15 @@ class Keys:
         return float(value) if kind is float else value
 
     def optional(self, key: str, kind: type, default: Any) -> Any:
-        """`get` of a key whose null means something else than its absence, and is given as it is."""
+        """`get` of a key whose null means something else than its absence, and is given as it
+        is.
+        """
         return self.get(key, kind, None) if key in self.values else self.get(key, kind, default)
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Takes a key of which we support these values alone; an absent or null one counts as the first."""
+        """Takes a key of which we support these values alone; an absent or null one counts as the
+        first.
+        """
         self._taken.add(key)
         value = self.values.get(key)
         if value is not None and value not in allowed:
@@ -110,9 +126,13 @@ class Keys:
         self._taken.update(keys)
 
     def section(self, key: str) -> Keys:
-        """The object under `key`, empty if it is absent or null; its own keys are accounted for like these."""
+        """The object under `key`, empty if it is absent or null; its own keys are accounted for
+        like these.
+        """
         if key not in self._sections:
-            self._sections[key] = Keys(self.get(key, dict, None) or {}, self.where, f"{self.prefix}{key}.")
+            self._sections[key] = Keys(
+                self.get(key, dict, None) or {}, self.where, f"{self.prefix}{key}."
+            )
         return self._sections[key]
 
     def refuse(self, key: str, why: str) -> UserError:
@@ -128,11 +148,19 @@ class Keys:
         if left:
             near = difflib.get_close_matches(left[0], self._taken, n=1)
             hint = f" (is {self.prefix}{near[0]} meant?)" if near else ""
-            raise self.refuse(left[0], f"is a setting that this family is not known to have{hint}, so it cannot be honoured")
+            raise self.refuse(
+                left[0],
+                f"is a setting that this family is not known to have{hint}, so it cannot be "
+                f"honoured",
+            )
 
 
 def _show(value: Any) -> str:
     """A value as JSON spells it, cut short."""
-    text = {True: "true", False: "false", None: "null"}.get(value) if isinstance(value, bool | None) else None
+    text = (
+        {True: "true", False: "false", None: "null"}.get(value)
+        if isinstance(value, bool | None)
+        else None
+    )
     text = text or (repr(value) if isinstance(value, str) else str(value))
     return text if len(text) <= 80 else text[:77] + "..."

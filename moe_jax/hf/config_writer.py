@@ -1,7 +1,8 @@
-"""A Hugging Face config for a model of our own: the family that it fits, or the setting that none can say.
+"""A Hugging Face config for a model of our own: the family that it fits, or the setting that none
+can say.
 
-The config is written, read back as anyone's, and compared: whatever changes the arithmetic of a forward pass must
-have come through.
+The config is written, read back as anyone's, and compared: whatever changes the arithmetic of a
+forward pass must have come through.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from moe_jax.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.config import map_config
 from moe_jax.hf.families import FAMILIES
-from moe_jax.models.transformer import count_moe_layers, layer_kinds
+from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 
-# Settings that a forward pass depends on; what spans several settings is compared by what follows from them.
+# Settings that a forward pass depends on; what spans several settings is compared by what follows
+# from them.
 _MODEL = [
     "num_layers",
     "width",
@@ -56,11 +58,13 @@ _ROPE = {
 }
 
 
-def config_of(model: ModelConfig, moe: MoEConfig, vocab_size: int, context: int, eos_id: int | None = None) -> tuple[str, dict[str, Any]]:
+def config_of(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, context: int, eos_id: int | None = None
+) -> tuple[str, dict[str, Any]]:
     """(family, config.json) of a model trained here, which reads at most `context` tokens.
 
-    transformers drops no token, whatever the capacity in training was. Raises UserError naming the setting that the
-    closest family cannot express.
+    transformers drops no token, whatever the capacity in training was. Raises UserError naming the
+    setting that the closest family cannot express.
     """
     family = _closest(model, moe)
     config = {
@@ -104,20 +108,33 @@ def _of_family(family: str, model: ModelConfig, moe: MoEConfig) -> dict[str, Any
     kinds = layer_kinds(model, moe)
     window: dict[str, Any] = {"sliding_window": model.sliding_window}
     used = window | {"use_sliding_window": model.sliding_window is not None}
-    listed = used | {"layer_types": ["sliding_attention" if kind.window else "full_attention" for kind in kinds]}
+    listed = used | {
+        "layer_types": ["sliding_attention" if kind.window else "full_attention" for kind in kinds]
+    }
     bias: dict[str, Any] = {"attention_bias": model.qkv_bias}
-    losses = count_moe_layers(model, moe) if moe.aux_over == "layer" else 1  # that add up, of the same size where layers are alike
+    losses = (
+        count_moe_layers(model, moe) if moe.aux_over == "layer" else 1
+    )  # that add up, of the same size where layers are alike
     routed: dict[str, Any] = {
         "num_experts_per_tok": moe.top_k,
         "router_aux_loss_coef": moe.aux_loss * losses / moe.top_k,
         "output_router_logits": False,
     }
-    normalised: dict[str, Any] = {"num_experts": moe.num_experts, "norm_topk_prob": moe.normalize == "after"}
+    normalised: dict[str, Any] = {
+        "num_experts": moe.num_experts,
+        "norm_topk_prob": moe.normalize == "after",
+    }
     qwen = routed | normalised | {"moe_intermediate_size": moe.hidden, "decoder_sparse_step": 1}
     qwen |= {"mlp_only_layers": [layer for layer, kind in enumerate(kinds) if not kind.moe]}
-    shared: dict[str, Any] = {"shared_expert_intermediate_size": moe.shared_width, "qkv_bias": model.qkv_bias}
+    shared: dict[str, Any] = {
+        "shared_expert_intermediate_size": moe.shared_width,
+        "qkv_bias": model.qkv_bias,
+    }
     of_experts: dict[str, Any] = {"intermediate_size": moe.hidden}
-    noise: dict[str, Any] = {"num_local_experts": moe.num_experts, "router_jitter_noise": moe.input_noise}
+    noise: dict[str, Any] = {
+        "num_local_experts": moe.num_experts,
+        "router_jitter_noise": moe.input_noise,
+    }
     return {
         "llama": bias | {"mlp_bias": model.mlp_bias},
         "mistral": window,
@@ -134,32 +151,58 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling == "llama3":
-        found |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        found |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+        }
     if rope.scaling == "yarn":
-        found |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        found |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
-    return found | ({"original_max_position_embeddings": rope.original_length} if rope.scaling in ("llama3", "yarn") else {})
+        found |= {
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "truncate": rope.truncate,
+        }
+        found |= (
+            {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
+        )
+    return found | (
+        {"original_max_position_embeddings": rope.original_length}
+        if rope.scaling in ("llama3", "yarn")
+        else {}
+    )
 
 
-def _compare(family: str, ours: tuple[ModelConfig, MoEConfig], theirs: tuple[ModelConfig, MoEConfig]) -> None:
+def _compare(
+    family: str, ours: tuple[ModelConfig, MoEConfig], theirs: tuple[ModelConfig, MoEConfig]
+) -> None:
     """Raises UserError for the first setting that did not come through."""
     there = _facts(*theirs)
     for name, value in _facts(*ours).items():
         if value != there.get(name, value):
-            raise UserError(f"{name}={value!r} cannot be exported: {family}, the closest Hugging Face family, has {there[name]!r} there.")
+            raise UserError(
+                f"{name}={value!r} cannot be exported: {family}, the closest Hugging Face family, "
+                f"has {there[name]!r} there."
+            )
 
 
 def _facts(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """What decides the arithmetic, by the name of the setting."""
     kinds = layer_kinds(model, moe)
     facts = {f"model.{name}": getattr(model, name) for name in _MODEL}
-    facts |= {f"model.rope.{name}": getattr(model.rope, name) for name in ("theta", "fraction", "scaling", *_ROPE[model.rope.scaling])}
-    facts |= {"model.head_dim": model.head_width, "model.sliding_window": [kind.window for kind in kinds]}
+    facts |= {
+        f"model.rope.{name}": getattr(model.rope, name)
+        for name in ("theta", "fraction", "scaling", *_ROPE[model.rope.scaling])
+    }
+    facts |= {
+        "model.head_dim": model.head_width,
+        "model.sliding_window": [kind.window for kind in kinds],
+    }
     facts["moe.dense_layers"] = [layer for layer, kind in enumerate(kinds) if not kind.moe]
     if model.qk_norm:
         facts["model.qk_norm_over"] = model.qk_norm_over
     if not all(kind.moe for kind in kinds):
         facts["model.hidden"] = model.hidden
     if any(kind.moe for kind in kinds):
-        facts |= {f"moe.{name}": getattr(moe, name) for name in _MOE} | {"moe.shared_experts": moe.shared_width}
+        facts |= {f"moe.{name}": getattr(moe, name) for name in _MOE} | {
+            "moe.shared_experts": moe.shared_width
+        }
     return facts

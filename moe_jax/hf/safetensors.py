@@ -1,7 +1,8 @@
 """The safetensors files of a folder: their headers, and parts of their tensors by byte range.
 
-A file is an 8-byte little-endian length, a JSON header of that length that gives each tensor's type, shape and place,
-and the bytes. Nothing else is ever opened: pickles are refused. Only what is asked for is read, and counted.
+A file is an 8-byte little-endian length, a JSON header of that length that gives each tensor's
+type, shape and place, and the bytes. Nothing else is ever opened: pickles are refused. Only what is
+asked for is read, and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import numpy as np
 
 from moe_jax.errors import UserError
 
-DTYPES: dict[str, Any] = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "U8": "u1"}
+FILE_DTYPES: dict[str, Any] = {
+    "F64": "f8",
+    "F32": "f4",
+    "F16": "f2",
+    "BF16": ml_dtypes.bfloat16,
+    "U8": "u1",
+}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LONGEST_HEADER = 1 << 28
 
@@ -42,33 +49,45 @@ class Shards:
 
     def dtype(self, name: str) -> np.dtype:
         """The type of a tensor's values."""
-        return np.dtype(DTYPES[self.entries[name].dtype])
+        return np.dtype(FILE_DTYPES[self.entries[name].dtype])
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in its file."""
         return math.prod(self.entries[name].shape) * self.dtype(name).itemsize
 
     def read(self, name: str, shape: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor in memory of its own: `box` cuts the tensor after it is reshaped to `shape`.
+        """A part of a tensor in memory of its own: `box` cuts the tensor after it is reshaped to
+        `shape`.
 
         Slices have a step of 1 and lie within the shape.
         """
         entry, dtype = self.entries[name], self.dtype(name)
         lengths = tuple(part.stop - part.start for part in box)
         self.bytes_read += math.prod(lengths) * dtype.itemsize
-        # Elements of the box are neighbours in the file if only its first dimension that counts is cut.
+        # Elements of the box are neighbours in the file if only its first dimension that counts is
+        # cut.
         first = next((axis for axis, length in enumerate(lengths) if length != 1), len(lengths))
-        if all(length == size for length, size in zip(lengths[first + 1 :], shape[first + 1 :], strict=True)):
+        if all(
+            length == size
+            for length, size in zip(lengths[first + 1 :], shape[first + 1 :], strict=True)
+        ):
             strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
             skipped = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
             offset = entry.start + skipped * dtype.itemsize
-            return np.fromfile(entry.path, dtype, math.prod(lengths), offset=offset).reshape(lengths)
-        # Pieces of rows: mapped, so that the kernel fetches their pages alone, and unmapped again with the copy made.
-        return np.array(np.memmap(entry.path, dtype, mode="r", offset=entry.start, shape=shape)[box])
+            return np.fromfile(entry.path, dtype, math.prod(lengths), offset=offset).reshape(
+                lengths
+            )
+        # Pieces of rows: mapped, so that the kernel fetches their pages alone, and unmapped again
+        # with the copy made.
+        return np.array(
+            np.memmap(entry.path, dtype, mode="r", offset=entry.start, shape=shape)[box]
+        )
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file. Raises UserError if it is no safetensors file, or shorter than its header says."""
+    """The tensors of one file. Raises UserError if it is no safetensors file, or shorter than its
+    header says.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -78,9 +97,15 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise _truncated(path, size, 8 + length)
         text = file.read(length)
     try:
-        found = {name: _entry(path, 8 + length, value) for name, value in json.loads(text).items() if name != "__metadata__"}
+        found = {
+            name: _entry(path, 8 + length, value)
+            for name, value in json.loads(text).items()
+            if name != "__metadata__"
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a header that cannot be read ({error}): download it again.") from None
+        raise UserError(
+            f"{path} has a header that cannot be read ({error}): download it again."
+        ) from None
     end = max((entry.start + nbytes for entry, nbytes in found.values()), default=8 + length)
     if size < end:
         raise _truncated(path, size, end)
@@ -88,16 +113,25 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, data: int, value: dict[str, Any]) -> tuple[Entry, int]:
-    """One line of a header, and the bytes that it takes. Raises ValueError where its parts disagree."""
+    """One line of a header, and the bytes that it takes. Raises ValueError where its parts
+    disagree.
+    """
     shape, (start, end) = tuple(int(size) for size in value["shape"]), value["data_offsets"]
-    itemsize = np.dtype(DTYPES[value["dtype"]]).itemsize if value["dtype"] in DTYPES else None
-    if not 0 <= start <= end or (itemsize is not None and end - start != math.prod(shape) * itemsize):
+    itemsize = (
+        np.dtype(FILE_DTYPES[value["dtype"]]).itemsize if value["dtype"] in FILE_DTYPES else None
+    )
+    if not 0 <= start <= end or (
+        itemsize is not None and end - start != math.prod(shape) * itemsize
+    ):
         raise ValueError(f"offsets {start} to {end} do not fit the shape {list(shape)}")
     return Entry(path, value["dtype"], shape, data + start), end - start
 
 
 def _truncated(path: Path, size: int, whole: int) -> UserError:
-    return UserError(f"{path} is truncated, {size:,} bytes where its header calls for {whole:,}: download it again.")
+    return UserError(
+        f"{path} is truncated, {size:,} bytes where its header calls for {whole:,}: download it "
+        f"again."
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -106,10 +140,17 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
     if pickles:
-        raise UserError(f"{folder} holds its weights as pickles ({pickles[0]}), which are never loaded: convert them to safetensors.")
-    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with a whole checkpoint.")
+        raise UserError(
+            f"{folder} holds its weights as pickles ({pickles[0]}), which are never loaded: "
+            f"convert them to safetensors."
+        )
+    raise UserError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with a whole checkpoint."
+    )
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -118,10 +159,18 @@ def _indexed(folder: Path) -> list[Path]:
         weights = json.loads(index.read_bytes())["weight_map"]
         names = sorted({str(name) for name in weights.values()})
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} cannot be read as an index of shards: download it again.") from None
+        raise UserError(
+            f"{index} cannot be read as an index of shards: download it again."
+        ) from None
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {name}, which is not a safetensors file of its folder: download it again.")
+            raise UserError(
+                f"{index} names {name}, which is not a safetensors file of its folder: download "
+                f"it again."
+            )
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing, though {INDEX} names it: download the rest of the checkpoint.")
+            raise UserError(
+                f"{folder / name} is missing, though {INDEX} names it: download the rest of the "
+                f"checkpoint."
+            )
     return [folder / name for name in names]

@@ -1,4 +1,6 @@
-"""A model saved as it is held for inference (converted.py), from any form that it can be opened in."""
+"""A model saved as it is held for inference (converted.py), from any form that it can be opened
+in.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,45 @@ from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
 
 
-def convert(path: Path, out: Path, *, dtype: str | None, quantize: Any, group: int, step: int | None, fallback: bool) -> str:
-    """Opens a Hugging Face folder or a run on one device and writes it to the new folder `out`; returns a sentence about it.
+def convert(
+    path: Path,
+    out: Path,
+    *,
+    dtype: str | None,
+    quantize: Any,
+    group: int,
+    step: int | None,
+    fallback: bool,
+) -> str:
+    """Opens a Hugging Face folder or a run on one device and writes it to the new folder `out`;
+    returns a sentence about it.
 
-    Arguments as those of `open_model`. The device holds the whole model while it is written. Raises UserError for what
-    cannot be opened, where `out` exists, and where its disk has no room; nothing is left of `out` then.
+    Arguments as those of `open_model`. The device holds the whole model while it is written. Raises
+    UserError for what cannot be opened, where `out` exists, and where its disk has no room; nothing
+    is left of `out` then.
     """
-    if packed_header.is_converted(path):
-        raise UserError(f"{path} is converted already: name the folder or the run that it was made from.")
+    if packed_header.is_packed(path):
+        raise UserError(
+            f"{path} is converted already: name the folder or the run that it was made from."
+        )
     if out.exists():
         raise UserError(f"{out} exists already: name another folder, or delete it.")
     if not path.exists() and not re.fullmatch(HUB_NAME, str(path)):
         raise UserError(f"{path} does not exist: give a Hugging Face folder or a run directory.")
     path = find_folder(path)
     described = describe(path)
-    loaded = open_model(path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback)
+    loaded = open_model(
+        path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback
+    )
     assert isinstance(loaded.engine, Engine)  # experts were not asked to stay on the host
     size = gibibytes(sum(device_bytes(loaded.engine).values()))
     say(f"Writing {size} to {out}.")
-    packed_checkpoint.write(out, loaded, described.tokenizer, group, quantize or "float", described.hf_config)
-    kept = loaded.engine.dtype.name if quantize is None else f"{quantize} and {loaded.engine.dtype.name}"
+    packed_checkpoint.write_packed(
+        out, loaded, described.tokenizer, group, quantize or "float", described.hf_config
+    )
+    kept = (
+        loaded.engine.dtype.name
+        if quantize is None
+        else f"{quantize} and {loaded.engine.dtype.name}"
+    )
     return f"{out}: {size} of weights in {kept}, from {path}."

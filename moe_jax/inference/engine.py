@@ -1,10 +1,12 @@
 """Inference: new tokens in, logits out, with the keys and values of earlier tokens in a cache.
 
-`Engine` holds what is static and the compiled functions; weights, tables and cache are given to each call. Weights are held
-as `Matrix`es (ops/linear.py), each device its part, and nothing is gathered: attention heads, hidden and vocabulary dims are
-split over `tensor` and, where they divide, over `expert` too; experts over `expert`. All devices of these axes see the same
-tokens, so a layer needs two sums over them, one after attention and one after the experts (Megatron-LM, Shoeybi et al.,
-2019). The `data` axis splits sequences. On one device the program holds no collective.
+`Engine` holds what is static and the compiled functions; weights, tables and cache are given to
+each call. Weights are held as `Matrix`es (ops/linear.py), each device its part, and nothing is
+gathered: attention heads, hidden and vocabulary dims are split over `tensor` and, where they
+divide, over `expert` too; experts over `expert`. All devices of these axes see the same tokens, so
+a layer needs two sums over them, one after attention and one after the experts (Megatron-LM,
+Shoeybi et al., 2019). The `data` axis splits sequences. On one device the program holds no
+collective.
 
 Needs jax, flax, optax and numpy alone.
 """
@@ -26,18 +28,25 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.models.attention import LayerCache, Turn
-from moe_jax.models.transformer import Transformer, layer_kinds, stack_layers
-from moe_jax.models.weight_layout import BACKWARD, Leaf, bytes_of, plan
+from moe_jax.models.batch import LayerCache, NewTokens
+from moe_jax.models.layer_pattern import layer_kinds, stack_layers
+from moe_jax.models.transformer import Transformer
+from moe_jax.models.weight_layout import BACKWARD, WeightPlan, bytes_of, plan_weight
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
-from moe_jax.ops.linear import Kind
+from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.collectives import psum
 from moe_jax.parallel.sharding import apply_rules, axes_of, named, serving_rules, specs
 from moe_jax.placement.table import Placement
 
-DONATES = ("cpu", "gpu", "cuda", "rocm", "tpu")  # platforms that reuse a given buffer; elsewhere each step copies the cache
-TURN_SPEC = Turn._make(P("data") for _ in Turn._fields)
+DONATES = (
+    "cpu",
+    "gpu",
+    "cuda",
+    "rocm",
+    "tpu",
+)  # platforms that reuse a given buffer; elsewhere each step copies the cache
+NEW_TOKENS_SPEC = NewTokens._make(P("data") for _ in NewTokens._fields)
 Cache = list[list[LayerCache]]
 
 
@@ -56,7 +65,8 @@ class Engine:
         quantization: Kind = "float",
         group: int = 64,
     ):
-        """`dtype` is that of weights, activations and cache. With an abstract mesh there is a plan and nothing that runs.
+        """`dtype` is that of weights, activations and cache. With an abstract mesh there is a plan
+        and nothing that runs.
 
         Raises UserError where the mesh does not divide the model.
         """
@@ -65,7 +75,9 @@ class Engine:
         self.moe, self.mesh, self.placement, self.vocab_size = moe, mesh, placement, vocab_size
         self.dtype = jnp.dtype(dtype)
         _check_mesh(model, moe, mesh)
-        abstract = nnx.eval_shape(lambda: Transformer(self.model, moe, vocab_size, rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(
+            lambda: Transformer(self.model, moe, vocab_size, rngs=nnx.Rngs(0))
+        )
         hiddens = (model.hidden, moe.shared_width or model.hidden)
         rules = serving_rules(
             mesh,
@@ -79,21 +91,33 @@ class Engine:
         apply_rules(abstract, rules)
         self.kv_axes = () if model.latent.kv_rank else rules["kv_heads"]
         self.graph, variables = nnx.split(abstract)
-        self.leaves = self._plan(variables, quantization, group)
-        self.param_specs = self.tree({path: leaf.held_spec() for path, leaf in self.leaves.items()})
+        self.plans = self._plan(variables, quantization, group)
+        self.param_specs = self.tree({path: leaf.held_spec() for path, leaf in self.plans.items()})
         self.param_shardings = named(mesh, self.param_specs)
 
-    def _plan(self, variables: Any, kind: Kind, group: int) -> dict[str, Leaf]:
+    def _plan(self, variables: Any, kind: Kind, group: int) -> dict[str, WeightPlan]:
         found = {}
-        pairs = zip(nnx.to_flat_state(variables), jax.tree.leaves(specs(variables), is_leaf=lambda x: isinstance(x, P)), strict=True)
+        pairs = zip(
+            nnx.to_flat_state(variables),
+            jax.tree.leaves(specs(variables), is_leaf=lambda x: isinstance(x, P)),
+            strict=True,
+        )
         for (keys, variable), spec in pairs:
-            path, names, shape = "/".join(map(str, keys)), variable.get_metadata("axes"), variable.get_value().shape
+            path, names, shape = (
+                "/".join(map(str, keys)),
+                variable.get_metadata("axes"),
+                variable.get_value().shape,
+            )
             if "experts" in keys:
                 shape = (shape[0], self.placement.num_slots, *shape[2:])
             # Dims that are summed over are the last ones, and cut where heads or hidden dims are.
-            cut = [axis for axes in variable.get_metadata("mesh_axes")[-2:] for axis in axes] if keys[-1] in BACKWARD else []
+            cut = (
+                [axis for axes in variable.get_metadata("mesh_axes")[-2:] for axis in axes]
+                if keys[-1] in BACKWARD
+                else []
+            )
             parts = math.prod(self.mesh.shape[axis] for axis in cut)
-            found[path] = plan(path, shape, names, spec, self.dtype, kind, group, parts)
+            found[path] = plan_weight(path, shape, names, spec, self.dtype, kind, group, parts)
         return found
 
     def tree(self, by_path: dict[str, Any]) -> Any:
@@ -108,14 +132,16 @@ class Engine:
         return root
 
     def decode_bytes(self, batch: int) -> int:
-        """Bytes of weights that a decode step of `batch` rows must read, over all devices, each part of them once.
+        """Bytes of weights that a decode step of `batch` rows must read, over all devices, each
+        part of them once.
 
-        With several rows it counts the experts that even, independent choices would touch on average.
+        With several rows it counts the experts that even, independent choices would touch on
+        average.
         """
         experts, top_k = self.moe.num_experts, self.moe.top_k
         touched = experts * (1 - (1 - top_k / experts) ** batch)
         total = 0.0
-        for path, leaf in self.leaves.items():
+        for path, leaf in self.plans.items():
             size = bytes_of(leaf)
             if path == "embedding" and not self.model.tied_embeddings:
                 size = batch * self.model.width * self.dtype.itemsize  # rows of it alone
@@ -126,29 +152,40 @@ class Engine:
         """Refuses tokens that the model has no row for, which would read as nothing."""
         if largest >= self.vocab_size:
             raise UserError(
-                f"The text has token {largest} and the model a vocabulary of {self.vocab_size}: its tokenizer is another model's."
+                f"The text has token {largest} and the model a vocabulary of {self.vocab_size}: "
+                f"its tokenizer is another model's."
             )
 
     def pack(self, params: Any, *, consume: bool = False) -> Any:
         """Weights to serve from training parameters with experts in the engine's slots.
 
-        With `consume` the parameters are given up, one after another, so that both are never in memory whole.
+        With `consume` the parameters are given up, one after another, so that both are never in
+        memory whole.
         """
         packed = {}
-        for path, leaf in self.leaves.items():
+        for path, leaf in self.plans.items():
             value = params
             for key in path.split("/"):
                 value = value[int(key) if key.isdigit() else key]
-            pack = lambda a, leaf=leaf: leaf.pack(a if leaf.order is None else a.transpose(leaf.order))  # noqa: E731
-            packed[path] = jax.block_until_ready(jax.jit(pack, out_shardings=named(self.mesh, leaf.held_spec()))(value))
+
+            def pack(a, leaf=leaf):
+                return leaf.pack(a if leaf.order is None else a.transpose(leaf.order))
+
+            packed[path] = jax.block_until_ready(
+                jax.jit(pack, out_shardings=named(self.mesh, leaf.held_spec()))(value)
+            )
             if consume:
                 value.delete()
         return self.tree(packed)
 
     def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences (a multiple of the `data` axis) of up to `length` tokens."""
+        """An empty cache for `batch` sequences (a multiple of the `data` axis) of up to `length`
+        tokens.
+        """
         shapes, shardings = self.abstract_cache(batch, length)
-        return jax.tree.map(lambda a, sharding: jnp.zeros(a.shape, a.dtype, device=sharding), shapes, shardings)
+        return jax.tree.map(
+            lambda a, sharding: jnp.zeros(a.shape, a.dtype, device=sharding), shapes, shardings
+        )
 
     def abstract_cache(self, batch: int, length: int) -> tuple[Any, Any]:
         """Shapes and dtypes of the arrays of `new_cache`, and their shardings."""
@@ -164,10 +201,16 @@ class Engine:
                 width = model.latent.kv_rank + model.latent.rope_width
                 return LayerCache(jnp.zeros((repeats, batch, 1, width, length), self.dtype), None)
             shape = (repeats, batch, model.num_kv_heads // parts)
-            keys, values = (jnp.zeros((*shape, *size), self.dtype) for size in ((model.head_width, length), (length, model.head_width)))
+            keys, values = (
+                jnp.zeros((*shape, *size), self.dtype)
+                for size in ((model.head_width, length), (length, model.head_width))
+            )
             return LayerCache(keys, values)
 
-        return [[layer(repeats) for _ in kinds] for kinds, repeats in stack_layers(layer_kinds(model, self.moe))]
+        return [
+            [layer(repeats) for _ in kinds]
+            for kinds, repeats in stack_layers(layer_kinds(model, self.moe))
+        ]
 
     def grow_cache(self, cache: Cache, length: int) -> Cache:
         """The same cache with room for `length` tokens."""
@@ -176,21 +219,38 @@ class Engine:
             widths = [(0, length - size if d == dim else 0) for d, size in enumerate(a.shape)]
             return jax.jit(partial(jnp.pad, pad_width=widths), out_shardings=a.sharding)(a)
 
-        return [[LayerCache(pad(c.keys, 4), None if c.values is None else pad(c.values, 3)) for c in stack] for stack in cache]
+        return [
+            [
+                LayerCache(pad(c.keys, 4), None if c.values is None else pad(c.values, 3))
+                for c in stack
+            ]
+            for stack in cache
+        ]
 
     @cached_property
     def _cache_specs(self) -> Cache:
         spec: Any = P(None, "data", self.kv_axes or None, None, None)
         one = LayerCache(spec, None if self.model.latent.kv_rank else spec)
-        return [[one for _ in kinds] for kinds, _ in stack_layers(layer_kinds(self.model, self.moe))]
+        return [
+            [one for _ in kinds] for kinds, _ in stack_layers(layer_kinds(self.model, self.moe))
+        ]
 
     # Compiled functions. `tables` are replicated; a turn's arrays are split over `data`.
 
-    def extend(self, params: Any, tables: LayerTables, cache: Cache, turn: Turn, *, fresh: bool = False) -> tuple[jax.Array, Cache]:
+    def extend(
+        self,
+        params: Any,
+        tables: LayerTables,
+        cache: Cache,
+        turn: NewTokens,
+        *,
+        fresh: bool = False,
+    ) -> tuple[jax.Array, Cache]:
         """Logits after each row's last new token, f32 [B, V], and the cache with the new tokens.
 
-        The given cache's memory is used again. `fresh` promises that no row of the cache holds tokens: new tokens then look
-        at each other alone, which is quicker. start + S must not exceed the cache's length.
+        The given cache's memory is used again. `fresh` promises that no row of the cache holds
+        tokens: new tokens then look at each other alone, which is quicker. start + S must not
+        exceed the cache's length.
         """
         return (self._extend_fresh if fresh else self._extend)(params, tables, cache, turn)
 
@@ -203,22 +263,34 @@ class Engine:
         return self._compile(fresh=True)
 
     def _compile(self, *, fresh: bool):
-        in_specs = (self.param_specs, P(), self._cache_specs, TURN_SPEC)
+        in_specs = (self.param_specs, P(), self._cache_specs, NEW_TOKENS_SPEC)
         local = partial(self._local_extend, fresh=fresh)
         sharded = self._shard_map(local, in_specs, (P("data"), self._cache_specs))
         donated = (2,) if self.mesh.devices.flat[0].platform in DONATES else ()
         return jax.jit(sharded, donate_argnums=donated)
 
     def _shard_map(self, local: Any, in_specs: Any, out_specs: Any) -> Any:
-        """A device alone need not track which values vary: doing so would take a sum with itself, a collective."""
-        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=self.mesh.size > 1)
+        """A device alone need not track which values vary: doing so would take a sum with itself, a
+        collective.
+        """
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=self.mesh.size > 1,
+        )
 
-    def _local_extend(self, params: Any, tables: LayerTables, cache: Cache, turn: Turn, *, fresh: bool) -> tuple[jax.Array, Cache]:
+    def _local_extend(
+        self, params: Any, tables: LayerTables, cache: Cache, turn: NewTokens, *, fresh: bool
+    ) -> tuple[jax.Array, Cache]:
         transformer = nnx.merge(self.graph, params)
         hidden_BSD, cache = transformer.extend(turn, tables, cache, fresh=fresh)
         return self.last_logits(transformer, hidden_BSD, turn), cache
 
-    def last_logits(self, transformer: Transformer, hidden_BSD: jax.Array, turn: Turn) -> jax.Array:
+    def last_logits(
+        self, transformer: Transformer, hidden_BSD: jax.Array, turn: NewTokens
+    ) -> jax.Array:
         """Logits after each row's last new token, f32 [B, V], inside the compiled program."""
         last_B11 = jnp.maximum(turn.length - 1, 0)[:, None, None]
         return self._logits(transformer, jnp.take_along_axis(hidden_BSD, last_B11, axis=1)[:, 0])
@@ -231,7 +303,9 @@ class Engine:
             return lax.all_gather(logits_TV, split, axis=1, tiled=True, to="invarying")
         return psum(logits_TV, split)
 
-    def _local_hidden(self, params: Any, tables: LayerTables, turn: Turn) -> tuple[Transformer, jax.Array]:
+    def _local_hidden(
+        self, params: Any, tables: LayerTables, turn: NewTokens
+    ) -> tuple[Transformer, jax.Array]:
         """Final hidden states of whole sequences, through a cache that is thrown away."""
         transformer = nnx.merge(self.graph, params)
         parts = lax.axis_size(self.kv_axes) if self.kv_axes else 1
@@ -242,24 +316,38 @@ class Engine:
 
     @cached_property
     def all_logits(self):
-        """(params, tables, turn) -> f32 [B, S, V], logits at every position of new sequences; those of padding mean nothing."""
+        """(params, tables, turn) -> f32 [B, S, V], logits at every position of new sequences; those
+        of padding mean nothing.
+        """
 
-        def local(params: Any, tables: LayerTables, turn: Turn) -> jax.Array:
+        def local(params: Any, tables: LayerTables, turn: NewTokens) -> jax.Array:
             transformer, hidden_BSD = self._local_hidden(params, tables, turn)
-            return self._logits(transformer, hidden_BSD.reshape(-1, hidden_BSD.shape[-1])).reshape(*hidden_BSD.shape[:2], -1)
+            return self._logits(transformer, hidden_BSD.reshape(-1, hidden_BSD.shape[-1])).reshape(
+                *hidden_BSD.shape[:2], -1
+            )
 
-        return jax.jit(self._shard_map(local, (self.param_specs, P(), TURN_SPEC), P("data")))
+        return jax.jit(self._shard_map(local, (self.param_specs, P(), NEW_TOKENS_SPEC), P("data")))
 
     @cached_property
     def _score(self):
-        def local(params: Any, tables: LayerTables, turn: Turn, targets_BS: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def local(
+            params: Any,
+            tables: LayerTables,
+            turn: NewTokens,
+            targets_BS: jax.Array,
+            mask_BS: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
             return self.nats(*self._local_hidden(params, tables, turn), targets_BS, mask_BS)
 
-        in_specs = (self.param_specs, P(), TURN_SPEC, P("data"), P("data"))
+        in_specs = (self.param_specs, P(), NEW_TOKENS_SPEC, P("data"), P("data"))
         return jax.jit(self._shard_map(local, in_specs, P()))
 
     def nats(
-        self, transformer: Transformer, hidden_BSD: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array
+        self,
+        transformer: Transformer,
+        hidden_BSD: jax.Array,
+        targets_BS: jax.Array,
+        mask_BS: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """What `score` gives, inside the compiled program."""
         split = axes_of(transformer.head_parameter, "vocab")
@@ -271,8 +359,11 @@ class Engine:
             nats = psum(nats, split)  # over one device, for its type alone
         return psum(nats, ("data",)), psum(jnp.sum(mask_BS), ("data",))
 
-    def score(self, params: Any, tables: LayerTables, tokens_BS: Any, targets_BS: Any, mask_BS: Any) -> tuple[float, float]:
-        """Sum of the negative log-likelihoods, nats, of targets where `mask_BS` is 1, and their number. B a multiple of `data`.
+    def score(
+        self, params: Any, tables: LayerTables, tokens_BS: Any, targets_BS: Any, mask_BS: Any
+    ) -> tuple[float, float]:
+        """Sum of the negative log-likelihoods, nats, of targets where `mask_BS` is 1, and their
+        number. B a multiple of `data`.
 
         Raises UserError for tokens that the model does not have.
         """
@@ -280,15 +371,24 @@ class Engine:
         self.check_tokens(int(max(np.max(tokens_BS, initial=0), np.max(targets_BS, initial=0))))
         rows, length = tokens_BS.shape
         start_B, length_B = np.zeros(rows, np.int32), np.full(rows, length, np.int32)
-        turn = Turn(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
-        nats, count = self._score(params, tables, turn, np.asarray(targets_BS, np.int32), np.asarray(mask_BS, np.float32))
+        turn = NewTokens(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
+        nats, count = self._score(
+            params, tables, turn, np.asarray(targets_BS, np.int32), np.asarray(mask_BS, np.float32)
+        )
         return float(nats), float(count)
 
 
 def _check_mesh(model: ModelConfig, moe: MoEConfig, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a tensor axis that does not divide what it must."""
     tensor = mesh.shape["tensor"]
-    wanted = [("query heads", model.num_heads), ("key and value heads", model.num_kv_heads), ("expert hidden width", moe.hidden)]
+    wanted = [
+        ("query heads", model.num_heads),
+        ("key and value heads", model.num_kv_heads),
+        ("expert hidden width", moe.hidden),
+    ]
     for what, size in wanted if any(kind.moe for kind in layer_kinds(model, moe)) else wanted[:2]:
         if size % tensor:
-            raise UserError(f"--mesh tensor={tensor} does not divide the model's {size} {what}: choose a divisor.")
+            raise UserError(
+                f"--mesh tensor={tensor} does not divide the model's {size} {what}: choose a "
+                f"divisor."
+            )

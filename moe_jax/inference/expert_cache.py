@@ -1,7 +1,8 @@
-"""Which experts of a layer the device holds when it cannot hold all: the bookkeeping of `offload.py`, numpy alone.
+"""Which experts of a layer the device holds when it cannot hold all: the bookkeeping of
+`offload.py`, numpy alone.
 
-The rule is least recently used, which fits: neighbouring tokens choose many of the same experts (Eliseev and Mazur, 2023,
-"Fast Inference of Mixture-of-Experts Language Models with Offloading").
+The rule is least recently used, which fits: neighbouring tokens choose many of the same experts
+(Eliseev and Mazur, 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading").
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-EMPTY = -1
+from moe_jax.placement.table import EMPTY
 
 
 class ExpertCache:
@@ -23,13 +24,16 @@ class ExpertCache:
         self._now = 0
 
     def rounds(self, wanted: np.ndarray) -> list[np.ndarray]:
-        """Distinct experts in groups that fit the slots together, those that are there first; at least one group."""
+        """Distinct experts in groups that fit the slots together, those that are there first; at
+        least one group.
+        """
         there = self._slot_E[wanted] != EMPTY
         ordered, size = np.concatenate([wanted[there], wanted[~there]]), len(self.expert_P)
         return [ordered[at : at + size] for at in range(0, max(1, len(ordered)), size)]
 
     def admit(self, wanted: np.ndarray) -> list[tuple[int, int]]:
-        """Gives each of these experts, no more than there are slots, a slot; (expert, slot) of those that must be fetched.
+        """Gives each of these experts, no more than there are slots, a slot; (expert, slot) of
+        those that must be fetched.
 
         Slots asked for longest ago are given away first, and none that one of `wanted` is in.
         """
@@ -45,14 +49,18 @@ class ExpertCache:
         return list(zip(missing.tolist(), slots.tolist(), strict=True))
 
     def table(self, wanted: np.ndarray) -> np.ndarray:
-        """Slots of these experts, int32 [E + 1]; P, no slot, for all others and for padding, which is expert E."""
+        """Slots of these experts, int32 [E + 1]; P, no slot, for all others and for padding, which
+        is expert E.
+        """
         table = np.full(len(self._slot_E) + 1, len(self.expert_P), np.int32)
         table[wanted] = self._slot_E[wanted]
         return table
 
 
 class Counts(NamedTuple):
-    """How often experts were asked for, once a layer and step however many tokens chose them, and were on the device or not."""
+    """How often experts were asked for, once a layer and step however many tokens chose them, and
+    were on the device or not.
+    """
 
     tokens: int
     hits_L: np.ndarray

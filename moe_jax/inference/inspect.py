@@ -1,4 +1,5 @@
-"""What a model would take on a mesh, from config.json and safetensors headers alone: no device, no weights.
+"""What a model would take on a mesh, from config.json and safetensors headers alone: no device, no
+weights.
 
 found = inspect(describe(Path("Qwen3-30B-A3B")), mesh=MeshConfig(expert=2), quantize="int4")
 found.held_bytes                                           # of weights, on each device
@@ -22,16 +23,18 @@ from moe_jax.errors import UserError
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.offload import check_size
 from moe_jax.inference.session import room
-from moe_jax.model_io.describe import CONVERTED, KINDS, Description, by_kind
-from moe_jax.models.transformer import count_moe_layers, layer_kinds
+from moe_jax.model_io.describe import CONVERTED, PARAMETER_KINDS, Description, by_kind
+from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.collectives import AXES
 from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.utils.units import gibibytes, ranges
 
 
-class Experts(NamedTuple):
-    """What the devices of one rank of the `expert` axis hold in every MoE layer; numbers in ranges, such as `0-3, 8`."""
+class HeldExperts(NamedTuple):
+    """What the devices of one rank of the `expert` axis hold in every MoE layer; numbers in ranges,
+    such as `0-3, 8`.
+    """
 
     devices: str
     experts: str
@@ -51,7 +54,7 @@ class Inspection(NamedTuple):
     file_bytes: dict[str, int] | None
     whole_bytes: dict[str, int]  # as one device that holds everything has them
     held_bytes: dict[str, int]  # a device
-    experts: list[Experts]
+    experts: list[HeldExperts]
     cache_bytes_per_token: int  # of one sequence, each head counted once
     context: int
     batch: int
@@ -74,10 +77,11 @@ def inspect(
     batch: int = 1,
     expert_cache: int | None = None,
 ) -> Inspection:
-    """Plans a model for a mesh; arguments as those of `open_model`, `context` by default the model's own.
+    """Plans a model for a mesh; arguments as those of `open_model`, `context` by default the
+    model's own.
 
-    Raises UserError where the mesh does not divide the model, a converted folder is asked for in another type, or the experts'
-    cache cannot be.
+    Raises UserError where the mesh does not divide the model, a converted folder is asked for in
+    another type, or the experts' cache cannot be.
     """
     model, moe, mesh = described.model, described.moe, mesh or MeshConfig()
     if described.source == CONVERTED:
@@ -87,17 +91,30 @@ def inspect(
     layers = count_moe_layers(model, moe)
 
     def plan(axes: MeshConfig) -> Engine:
-        abstract = AbstractMesh((axes.data, axes.expert, axes.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+        abstract = AbstractMesh(
+            (axes.data, axes.expert, axes.tensor), AXES, axis_types=(AxisType.Auto,) * 3
+        )
         placement = contiguous(layers, moe.num_experts, axes.expert)
-        types: dict[str, Any] = {"dtype": dtype or described.dtype, "quantization": kind, "group": group}
+        types: dict[str, Any] = {
+            "dtype": dtype or described.dtype,
+            "quantization": kind,
+            "group": group,
+        }
         return Engine(model, moe, abstract, placement, vocab_size=described.vocab_size, **types)
 
     single, engine = plan(MeshConfig()), plan(mesh)
-    parameters = {path: math.prod(leaf.shape) for path, leaf in single.leaves.items()}
-    used = lambda path: parameters[path] // moe.num_experts * moe.top_k if "/experts/" in path else parameters[path]  # noqa: E731
+    parameters = {path: math.prod(leaf.shape) for path, leaf in single.plans.items()}
+
+    def used(path):
+        return (
+            parameters[path] // moe.num_experts * moe.top_k
+            if "/experts/" in path
+            else parameters[path]
+        )
+
     if expert_cache is not None:
         check_size(engine, expert_cache)
-    held = by_kind(engine.leaves, lambda path: _device_bytes(engine, path, expert_cache))
+    held = by_kind(engine.plans, lambda path: _device_bytes(engine, path, expert_cache))
     context = context or described.context
     rows = -(-batch // mesh.data) * mesh.data
     cache = _cache_bytes(engine, rows, room(context, context), whole=False)
@@ -111,7 +128,7 @@ def inspect(
         parameters=by_kind(parameters, parameters.__getitem__),
         active=by_kind(parameters, used),
         file_bytes=described.file_bytes,
-        whole_bytes=by_kind(single.leaves, lambda path: bytes_of(single.leaves[path])),
+        whole_bytes=by_kind(single.plans, lambda path: bytes_of(single.plans[path])),
         held_bytes=held,
         experts=_experts(engine.placement, mesh) if layers else [],
         cache_bytes_per_token=_cache_bytes(engine, 1, 1, whole=True),
@@ -126,56 +143,91 @@ def inspect(
 
 
 def _refuse_other_types(described: Description, dtype: str | None, quantize: str | None) -> None:
-    for option, asked, has in (("--dtype", dtype, described.dtype), ("--quantize", quantize, described.quantization)):
+    for option, asked, has in (
+        ("--dtype", dtype, described.dtype),
+        ("--quantize", quantize, described.quantization),
+    ):
         if asked not in (None, has):
-            raise UserError(f"{option} {asked} but {described.name} was converted to {has}: leave the option out, or convert it again.")
+            raise UserError(
+                f"{option} {asked} but {described.name} was converted to {has}: leave the option "
+                f"out, or convert it again."
+            )
 
 
 def _device_bytes(engine: Engine, path: str, expert_cache: int | None) -> int:
-    """Bytes of a leaf that each device of the engine's mesh holds, of experts only `expert_cache` a layer if given."""
-    leaf = engine.leaves[path]
-    specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    """Bytes of a leaf that each device of the engine's mesh holds, of experts only `expert_cache` a
+    layer if given.
+    """
+    leaf = engine.plans[path]
+    specs = jax.tree.leaves(
+        leaf.held_spec(), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+    )
     pairs = zip(jax.tree.leaves(leaf.abstract()), specs, strict=True)
-    size = sum(math.prod(NamedSharding(engine.mesh, spec).shard_shape(a.shape)) * a.dtype.itemsize for a, spec in pairs)
+    size = sum(
+        math.prod(NamedSharding(engine.mesh, spec).shard_shape(a.shape)) * a.dtype.itemsize
+        for a, spec in pairs
+    )
     slots = engine.placement.num_slots
-    return size if expert_cache is None or "/experts/" not in path else size // slots * min(expert_cache, slots)
+    return (
+        size
+        if expert_cache is None or "/experts/" not in path
+        else size // slots * min(expert_cache, slots)
+    )
 
 
 def _cache_bytes(engine: Engine, batch: int, length: int, *, whole: bool) -> int:
     """Bytes of a cache, whole or what each device holds of it."""
     arrays, shardings = engine.abstract_cache(batch, length)
     pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(a.shape if whole else sharding.shard_shape(a.shape)) * a.dtype.itemsize for a, sharding in pairs)
+    return sum(
+        math.prod(a.shape if whole else sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a, sharding in pairs
+    )
 
 
-def _experts(placement: Placement, mesh: MeshConfig) -> list[Experts]:
-    """Experts by rank of the `expert` axis; devices are numbered in the order data, expert, tensor."""
+def _experts(placement: Placement, mesh: MeshConfig) -> list[HeldExperts]:
+    """Experts by rank of the `expert` axis; devices are numbered in the order data, expert,
+    tensor.
+    """
     numbers = np.arange(mesh.size).reshape(mesh.data, mesh.expert, mesh.tensor)
     slots_RP = placement.physical_to_logical[0].reshape(mesh.expert, -1)
     return [
-        Experts(ranges(numbers[:, rank].ravel()), ranges(slots[slots != EMPTY]), int((slots == EMPTY).sum()))
+        HeldExperts(
+            ranges(numbers[:, rank].ravel()),
+            ranges(slots[slots != EMPTY]),
+            int((slots == EMPTY).sum()),
+        )
         for rank, slots in enumerate(slots_RP)
     ]
 
 
-def _notes(engine: Engine, described: Description, context: int, expert_cache: int | None) -> list[str]:
+def _notes(
+    engine: Engine, described: Description, context: int, expert_cache: int | None
+) -> list[str]:
     """What the figures do not say by themselves."""
     found = []
     if expert_cache is not None:
-        host = sum(bytes_of(leaf) for path, leaf in engine.leaves.items() if "/experts/" in path)
+        host = sum(bytes_of(leaf) for path, leaf in engine.plans.items() if "/experts/" in path)
         kept, experts = min(expert_cache, engine.moe.num_experts), engine.moe.num_experts
-        found.append(f"The device keeps {kept} of the {experts} experts of a layer, and the host's memory all of them: {gibibytes(host)}.")
+        found.append(
+            f"The device keeps {kept} of the {experts} experts of a layer, and the host's memory "
+            f"all of them: {gibibytes(host)}."
+        )
     windows = [kind.window for kind in layer_kinds(engine.model, engine.moe) if kind.window]
     if windows:
         found.append(
-            f"{len(windows)} of {engine.model.num_layers} layers look back on {windows[0]:,} tokens at most; the cache keeps all tokens "
+            f"{len(windows)} of {engine.model.num_layers} layers look back on {windows[0]:,} "
+            f"tokens at most; the cache keeps all tokens "
             "for them too."
         )
     if context > described.context:
         found.append(f"The model was made for {described.context:,} tokens.")
     empty = engine.placement.empty_slots
     if empty:
-        found.append(f"{empty} slots a layer stay empty, as the expert axis does not divide {engine.moe.num_experts} experts.")
+        found.append(
+            f"{empty} slots a layer stay empty, as the expert axis does not divide "
+            f"{engine.moe.num_experts} experts."
+        )
     return found
 
 
@@ -185,7 +237,10 @@ def _notes(engine: Engine, described: Description, context: int, expert_cache: i
 def to_json(found: Inspection) -> str:
     """Everything, with the sums over kinds beside the kinds."""
     values = found._asdict() | {"experts": [entry._asdict() for entry in found.experts]}
-    sums = {f"{name}_total": sum(values[name].values()) for name in ("parameters", "active", "whole_bytes", "held_bytes")}
+    sums = {
+        f"{name}_total": sum(values[name].values())
+        for name in ("parameters", "active", "whole_bytes", "held_bytes")
+    }
     if found.file_bytes is not None:
         sums["file_bytes_total"] = sum(found.file_bytes.values())
     return json.dumps(values | sums, indent=2)
@@ -200,39 +255,68 @@ def print_inspection(found: Inspection) -> None:
 
     console = Console(highlight=False)
     frame = box.ROUNDED if console.is_terminal else None
-    held = found.dtype if found.quantization == "float" else f"{found.quantization} and {found.dtype}"
+    held = (
+        found.dtype if found.quantization == "float" else f"{found.quantization} and {found.dtype}"
+    )
     devices = math.prod(found.mesh.values())
     axes = ",".join(f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
     console.print(escape(f"{found.name}: {found.source}"))
-    console.print(f"in {held} on " + (f"{devices:,} devices ({axes})" if devices > 1 else "one device"))
-    table = Table("", *(("parameters", "active", "in the file", "held whole", "a device")), box=frame, pad_edge=False)
+    console.print(
+        f"in {held} on " + (f"{devices:,} devices ({axes})" if devices > 1 else "one device")
+    )
+    table = Table(
+        "",
+        *(("parameters", "active", "in the file", "held whole", "a device")),
+        box=frame,
+        pad_edge=False,
+    )
     for column in table.columns[1:]:
         column.justify = "right"
-    columns = (found.parameters, found.active, found.file_bytes, found.whole_bytes, found.held_bytes)
-    for kind in (kind for kind in KINDS if kind in found.parameters):
+    columns = (
+        found.parameters,
+        found.active,
+        found.file_bytes,
+        found.whole_bytes,
+        found.held_bytes,
+    )
+    for kind in (kind for kind in PARAMETER_KINDS if kind in found.parameters):
         table.add_row(kind, *_row([None if column is None else column[kind] for column in columns]))
-    table.add_row("all", *_row([None if column is None else sum(column.values()) for column in columns]), style="bold")
+    table.add_row(
+        "all",
+        *_row([None if column is None else sum(column.values()) for column in columns]),
+        style="bold",
+    )
     console.print(table)
     if found.experts:
-        experts = Table("devices", "experts of every MoE layer", "empty slots", box=frame, pad_edge=False)
+        experts = Table(
+            "devices", "experts of every MoE layer", "empty slots", box=frame, pad_edge=False
+        )
         for entry in found.experts:
             experts.add_row(entry.devices, entry.experts, str(entry.empty_slots))
         console.print(experts)
     whole, device = sum(found.whole_bytes.values()), sum(found.held_bytes.values())
     console.print(f"weights         {_both(whole)} whole, {_both(device)} a device")
     console.print(f"KV cache        {found.cache_bytes_per_token:,} bytes a token")
-    console.print(f"                {_both(found.cache_bytes)} a device for {found.batch:,} x {found.context:,} tokens")
+    console.print(
+        f"                {_both(found.cache_bytes)} a device for {found.batch:,} x "
+        f"{found.context:,} tokens"
+    )
     console.print(f"total           {_both(found.total_bytes)} a device, activations besides")
     if found.memory is not None:
         verdict = "[green]It fits[/]" if found.fits else "[red]It does not fit[/]"
-        console.print(f"{verdict}: {gibibytes(found.total_bytes)} of {gibibytes(found.memory)} a device.")
+        console.print(
+            f"{verdict}: {gibibytes(found.total_bytes)} of {gibibytes(found.memory)} a device."
+        )
     for note in found.notes:
         console.print(escape(note))
 
 
 def _row(values: list[int | None]) -> list[str]:
     """Cells: two counts, then sizes."""
-    return ["-" if value is None else f"{value:,}" if at < 2 else gibibytes(value) for at, value in enumerate(values)]
+    return [
+        "-" if value is None else f"{value:,}" if at < 2 else gibibytes(value)
+        for at, value in enumerate(values)
+    ]
 
 
 def _both(size: int) -> str:

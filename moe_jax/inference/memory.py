@@ -20,7 +20,9 @@ CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
 
 
 def device_bytes(engine: Engine, expert_cache: int | None = None) -> dict[jax.Device, int]:
-    """Bytes of weights that each device of the mesh holds, where it keeps `expert_cache` experts a layer if not all of its own."""
+    """Bytes of weights that each device of the mesh holds, where it keeps `expert_cache` experts a
+    layer if not all of its own.
+    """
     held = dict.fromkeys(engine.mesh.devices.flat, 0)
     share = 1.0 if expert_cache is None else min(1.0, expert_cache / engine.placement.num_slots)
     for path, shape, sharding in _held(engine):
@@ -32,21 +34,28 @@ def device_bytes(engine: Engine, expert_cache: int | None = None) -> dict[jax.De
 
 
 def _held(engine: Engine) -> Iterator[tuple[str, Any, NamedSharding]]:
-    for path, leaf in engine.leaves.items():
+    for path, leaf in engine.plans.items():
         specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
         for shape, spec in zip(jax.tree.leaves(leaf.abstract()), specs, strict=True):
             yield path, shape, NamedSharding(engine.mesh, spec)
 
 
-def check_memory(engine: Engine, memory: int | None, *, packs: bool = False, expert_cache: int | None = None) -> None:
-    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes a device, or in what there is.
+def check_weight_memory(
+    engine: Engine, memory: int | None, *, packs: bool = False, expert_cache: int | None = None
+) -> None:
+    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes a
+    device, or in what there is.
 
-    With `packs` they are read as f32 masters first, which may be more. With an `expert_cache` the device holds that many experts
-    a layer and the host all of them. The cache of keys is not counted: it grows with the text.
+    With `packs` they are read as f32 masters first, which may be more. With an `expert_cache` the
+    device holds that many experts a layer and the host all of them. The cache of keys is not
+    counted: it grows with the text.
     """
     held = device_bytes(engine, expert_cache)
     if packs:
-        masters = sum(4 * math.prod(NamedSharding(engine.mesh, leaf.spec).shard_shape(leaf.shape)) for leaf in engine.leaves.values())
+        masters = sum(
+            4 * math.prod(NamedSharding(engine.mesh, leaf.spec).shard_shape(leaf.shape))
+            for leaf in engine.plans.values()
+        )
         held = {device: max(size, masters) for device, size in held.items()}
     needed = max(held.values())
     free = memory
@@ -55,15 +64,20 @@ def check_memory(engine: Engine, memory: int | None, *, packs: bool = False, exp
         statistics = device.memory_stats() or {}
         if "bytes_limit" in statistics:
             free = statistics["bytes_limit"]
-        elif sys.platform == "linux" and device.platform == "cpu":  # simulated devices share the machine's memory
+        elif (
+            sys.platform == "linux" and device.platform == "cpu"
+        ):  # simulated devices share the machine's memory
             free = _free_memory()
             needed = sum(held.values())
             if expert_cache is not None:
-                needed += sum(bytes_of(leaf) for path, leaf in engine.leaves.items() if "/experts/" in path)
+                needed += sum(
+                    bytes_of(leaf) for path, leaf in engine.plans.items() if "/experts/" in path
+                )
     if free is not None and needed > free:
         where = "in all" if needed > max(held.values()) else "on each device"
         raise UserError(
-            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} GiB: use --quantize int4, "
+            f"The weights take {needed / 2**30:.1f} GiB {where} and there are {free / 2**30:.1f} "
+            f"GiB: use --quantize int4, "
             "--dtype bfloat16 or a --mesh with more devices."
         )
 

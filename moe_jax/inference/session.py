@@ -18,16 +18,23 @@ import numpy as np
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import Cache, Engine
-from moe_jax.models.attention import Turn
+from moe_jax.models.batch import NewTokens
 from moe_jax.moe.tables import LayerTables
 
 if TYPE_CHECKING:
     from moe_jax.inference.offload import OffloadEngine
 
 SHORTEST_TURN = 16  # tokens that new ones behind others are padded to at least
-SHORTEST_CACHE = 1024  # places of a cache to begin with: only those in use are read, so room costs memory alone
+SHORTEST_CACHE = (
+    1024  # places of a cache to begin with: only those in use are read, so room costs memory alone
+)
 STEP = 256  # the cache of a whole context is a multiple of it
-FIRST_CHUNK, NEXT_CHUNK = 4096, 256  # tokens read at once: into an empty cache, and behind earlier tokens, whose scores are written out
+FIRST_CHUNK, NEXT_CHUNK = (
+    4096,
+    256,
+    # tokens read at once: into an empty cache, and behind earlier tokens, whose scores are written
+    # out
+)
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,23 @@ def bucket(length: int, shortest: int) -> int:
 
 
 def room(length: int, context: int) -> int:
-    """Places of a cache for `length` tokens: 1,024, 2,048 and so on, but no more than the context, in whole steps.
+    """Places of a cache for `length` tokens: 1,024, 2,048 and so on, but no more than the context,
+    in whole steps.
 
-    More than the context only where a short row's new tokens, padded behind the longest row, would not fit.
+    More than the context only where a short row's new tokens, padded behind the longest row, would
+    not fit.
     """
-    steps = lambda tokens: -(-tokens // STEP) * STEP  # noqa: E731
+
+    def steps(tokens):
+        return -(-tokens // STEP) * STEP
+
     return max(min(bucket(length, SHORTEST_CACHE), steps(context)), steps(length))
 
 
 def prompt_width(length: int) -> int:
-    """The least of 16, 32, 48, 64, 96, 128, 192, ... that is not less: a prompt's padding is computed, so finer steps pay."""
+    """The least of 16, 32, 48, 64, 96, 128, 192, ... that is not less: a prompt's padding is
+    computed, so finer steps pay.
+    """
     power = bucket(length, SHORTEST_TURN)
     return power * 3 // 4 if power > 2 * SHORTEST_TURN and length <= power * 3 // 4 else power
 
@@ -69,7 +83,9 @@ class Session:
     def __init__(self, loaded: LoadedModel, batch: int = 1):
         self._loaded, self._engine = loaded, loaded.engine
         data = self._engine.mesh.shape["data"]
-        self._rows = -(-batch // data) * data  # the mesh cuts rows evenly: those beyond `batch` are padding
+        self._rows = (
+            -(-batch // data) * data
+        )  # the mesh cuts rows evenly: those beyond `batch` are padding
         self._most = room(loaded.context, loaded.context)
         self._cache: Cache | None = None
         self._room = 0
@@ -78,16 +94,19 @@ class Session:
     def feed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Appends tokens (at least one) to each row; f32 logits [B, V] after the last of each.
 
-        Raises UserError where a row would exceed the model's context, or has a token that the model does not; nothing has
-        changed then.
+        Raises UserError where a row would exceed the model's context, or has a token that the model
+        does not; nothing has changed then.
         """
         counts = [len(row) for row in tokens]
         if len(counts) != len(self.lengths) or not all(counts):
-            raise ValueError(f"feed takes {len(self.lengths)} rows of at least one token, not {counts}")
+            raise ValueError(
+                f"feed takes {len(self.lengths)} rows of at least one token, not {counts}"
+            )
         longest = max(have + more for have, more in zip(self.lengths, counts, strict=True))
         if longest > self._loaded.context:
             raise UserError(
-                f"{longest} tokens exceed the context of {self._loaded.context} tokens of {self._loaded.name}: shorten the text."
+                f"{longest} tokens exceed the context of {self._loaded.context} tokens of "
+                f"{self._loaded.name}: shorten the text."
             )
         self._engine.check_tokens(max(max(row) for row in tokens))
         logits_BV = np.empty((len(counts), self._engine.vocab_size), np.float32)
@@ -114,8 +133,10 @@ class Session:
         for row, part in enumerate(parts):
             tokens_BS[row, : len(part)] = part
             start_B[row], length_B[row] = self.lengths[row], len(part)
-        turn = Turn(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
-        logits_BV, self._cache = self._engine.extend(self._loaded.params, self._loaded.tables, cache, turn, fresh=fresh)
+        turn = NewTokens(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
+        logits_BV, self._cache = self._engine.extend(
+            self._loaded.params, self._loaded.tables, cache, turn, fresh=fresh
+        )
         found = np.asarray(logits_BV)
         self.lengths = [have + more for have, more in zip(self.lengths, counts, strict=True)]
         return found
@@ -133,5 +154,7 @@ class Session:
     def rewind(self, row: int, length: int) -> None:
         """Forgets a row's tokens from number `length` on."""
         if not 0 <= length <= self.lengths[row]:
-            raise ValueError(f"row {row} has {self.lengths[row]} tokens and cannot be rewound to {length}")
+            raise ValueError(
+                f"row {row} has {self.lengths[row]} tokens and cannot be rewound to {length}"
+            )
         self.lengths[row] = length  # what lies beyond in the cache is overwritten before it is seen

@@ -1,8 +1,9 @@
 """`moe-jax doctor`: can this machine train, correctly, and how fast is its hardware?
 
-Versions are held against what the package asks for; the computation that a known-bad jaxlib gets wrong
-is run; every back end is tried in tiny form (`probes.py`) and a failure's reason shown. What is merely
-not available here is reported; a bad version or a wrong number is a problem, with the remedy.
+Versions are held against what the package asks for; the computation that a known-bad jaxlib gets
+wrong is run; every back end is tried in tiny form (`probes.py`) and a failure's reason shown. What
+is merely not available here is reported; a bad version or a wrong number is a problem, with the
+remedy.
 """
 
 from __future__ import annotations
@@ -19,16 +20,35 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from moe_jax.launch.probes import PROBES, SIMULATED_DEVICES, WrongArithmetic, matches_numpy, simulate_devices
+from moe_jax.launch.probes import (
+    PROBES,
+    SIMULATED_DEVICES,
+    WrongArithmetic,
+    probe_against_numpy,
+    simulate_devices,
+)
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "transformers", "tokenizers", "pydantic")
+EXAMINED_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "pydantic",
+)
 KNOWN_BAD_JAXLIB = {"0.10.2": "it computes wrong results on CPU under jit (jax issue 39103)"}
 INSTALL_GOOD_JAX = "pip install 'jax>=0.10.1,!=0.10.2,<0.12' 'jaxlib>=0.10.1,!=0.10.2,<0.12'"
 
 
 @dataclass
 class Version:
-    """A package: what is installed (None if it is not), what is asked for, and what is wrong with it (empty if nothing)."""
+    """A package: what is installed (None if it is not), what is asked for, and what is wrong with
+    it (empty if nothing).
+    """
 
     name: str
     installed: str | None
@@ -38,7 +58,9 @@ class Version:
 
 @dataclass
 class ProbeResult:
-    """A probe: `ok`, `unavailable` or `wrong`, and a short text (what was measured, or the reason)."""
+    """A probe: `ok`, `unavailable` or `wrong`, and a short text (what was measured, or the
+    reason).
+    """
 
     name: str
     status: str
@@ -47,7 +69,9 @@ class ProbeResult:
 
 @dataclass
 class Examination:
-    """All that doctor found; `problems` has a sentence with its remedy each, and is empty on a sound machine."""
+    """All that doctor found; `problems` has a sentence with its remedy each, and is empty on a
+    sound machine.
+    """
 
     versions: list[Version]
     machine: dict[str, Any]
@@ -59,16 +83,31 @@ def examine() -> Examination:
     """Looks at versions, devices and every probe; takes some ten seconds."""
     versions = package_versions()
     problems = [version.problem for version in versions if version.problem]
-    if any(version.installed is None for version in versions if version.name in ("jax", "jaxlib", "numpy")):
+    if any(
+        version.installed is None
+        for version in versions
+        if version.name in ("jax", "jaxlib", "numpy")
+    ):
         return Examination(versions, {}, [], problems)
     simulate_devices()
     try:
         machine = describe_machine()
-    except Exception as error:  # jax raises whatever its plugin did; without a device nothing else can be tried
-        problems.append(f"jax finds no device ({_reason(error)}): install moe-jax with the extra for it, or set JAX_PLATFORMS=cpu.")
+    except (
+        Exception
+    ) as error:  # jax raises whatever its plugin did; without a device nothing else can be tried
+        problems.append(
+            f"jax finds no device ({_reason(error)}): install moe-jax with the extra for it, or "
+            f"set JAX_PLATFORMS=cpu."
+        )
         return Examination(versions, {}, [], problems)
-    probes = [run_probe("jit arithmetic", matches_numpy)] + [run_probe(name, probe) for name, probe in PROBES]
-    problems += [f"{probe.name} computes wrong numbers: {probe.text}; {INSTALL_GOOD_JAX}." for probe in probes if probe.status == "wrong"]
+    probes = [run_probe("jit arithmetic", probe_against_numpy)] + [
+        run_probe(name, probe) for name, probe in PROBES
+    ]
+    problems += [
+        f"{probe.name} computes wrong numbers: {probe.text}; {INSTALL_GOOD_JAX}."
+        for probe in probes
+        if probe.status == "wrong"
+    ]
     return Examination(versions, machine, probes, problems)
 
 
@@ -76,7 +115,7 @@ def package_versions() -> list[Version]:
     """Installed versions against those that the package asks for."""
     wanted = _requirements()
     rows = [_python_version()]
-    for name in PACKAGES:
+    for name in EXAMINED_PACKAGES:
         requirement = wanted.get(name)
         try:
             installed: str | None = importlib.metadata.version(name)
@@ -93,7 +132,10 @@ def judge_version(name: str, installed: str | None, requirement: Requirement | N
     if installed is None:
         problem = f"{name} is not installed: pip install '{name}{specifier or ''}'."
     elif name == "jaxlib" and installed in KNOWN_BAD_JAXLIB:
-        problem = f"jaxlib {installed} must not be used, {KNOWN_BAD_JAXLIB[installed]}: {INSTALL_GOOD_JAX}."
+        problem = (
+            f"jaxlib {installed} must not be used, {KNOWN_BAD_JAXLIB[installed]}: "
+            f"{INSTALL_GOOD_JAX}."
+        )
     elif specifier is not None and not specifier.contains(installed, prereleases=True):
         problem = f"{name} {installed} is outside {specifier}: pip install '{name}{specifier}'."
     return Version(name, installed, str(specifier or ""), problem)
@@ -102,17 +144,28 @@ def judge_version(name: str, installed: str | None, requirement: Requirement | N
 def _python_version() -> Version:
     installed = platform.python_version()
     too_old = tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11)
-    return Version("python", installed, ">=3.11", f"Python {installed} is too old: use 3.11 or later." if too_old else "")
+    return Version(
+        "python",
+        installed,
+        ">=3.11",
+        f"Python {installed} is too old: use 3.11 or later." if too_old else "",
+    )
 
 
 def _requirements() -> dict[str, Requirement]:
-    """The package's own requirements: from its metadata or, in a checkout that is not installed, from pyproject.toml."""
+    """The package's own requirements: from its metadata or, in a checkout that is not installed,
+    from pyproject.toml.
+    """
     pyproject = Path(__file__).parents[2] / "pyproject.toml"
     if pyproject.is_file():
         lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
         lines = importlib.metadata.requires("moe-jax") or []
-    return {requirement.name: requirement for requirement in map(Requirement, lines) if requirement.marker is None}
+    return {
+        requirement.name: requirement
+        for requirement in map(Requirement, lines)
+        if requirement.marker is None
+    }
 
 
 def run_probe(name: str, probe: Any) -> ProbeResult:
@@ -121,7 +174,9 @@ def run_probe(name: str, probe: Any) -> ProbeResult:
         return ProbeResult(name, "ok", probe())
     except WrongArithmetic as error:
         return ProbeResult(name, "wrong", str(error))
-    except Exception as error:  # Back ends refuse in many ways, and every one is what doctor is asked to show.
+    except (
+        Exception
+    ) as error:  # Back ends refuse in many ways, and every one is what doctor is asked to show.
         return ProbeResult(name, "unavailable", _reason(error))
 
 
@@ -143,9 +198,14 @@ def describe_machine() -> dict[str, Any]:
         "platform": devices[0].platform,
         "devices": 1 if simulated else len(devices),
         "device_kinds": kinds,
-        "device_memory_bytes": [(device.memory_stats() or {}).get("bytes_limit") for device in ([] if simulated else devices)],
+        "device_memory_bytes": [
+            (device.memory_stats() or {}).get("bytes_limit")
+            for device in ([] if simulated else devices)
+        ],
         "simulated_devices": SIMULATED_DEVICES,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 
@@ -153,7 +213,11 @@ def describe_machine() -> dict[str, Any]:
 def print_examination(examination: Examination, *, as_json: bool) -> None:
     """Prints to stdout, as JSON or as tables followed by the problems."""
     if as_json:
-        print(json.dumps({"ok": not examination.problems, **dataclasses.asdict(examination)}, indent=2))
+        print(
+            json.dumps(
+                {"ok": not examination.problems, **dataclasses.asdict(examination)}, indent=2
+            )
+        )
         return
     from rich.console import Console
     from rich.markup import escape
@@ -162,10 +226,17 @@ def print_examination(examination: Examination, *, as_json: bool) -> None:
     console = Console(highlight=False)
     versions = Table("package", "installed", "wanted", "", title="Versions", title_justify="left")
     for version in examination.versions:
-        versions.add_row(version.name, version.installed or "missing", version.wanted, "[red]bad[/]" if version.problem else "[green]ok[/]")
+        versions.add_row(
+            version.name,
+            version.installed or "missing",
+            version.wanted,
+            "[red]bad[/]" if version.problem else "[green]ok[/]",
+        )
     machine = Table("what", "value", title="Machine", title_justify="left")
     for key, value in examination.machine.items():
-        machine.add_row(key.replace("_", " ").replace(" bytes", ""), escape(_machine_text(key, value)))
+        machine.add_row(
+            key.replace("_", " ").replace(" bytes", ""), escape(_machine_text(key, value))
+        )
     probes = Table("probe", "", "result", title="What works here", title_justify="left")
     colors = {"ok": "green", "unavailable": "yellow", "wrong": "red"}
     for probe in examination.probes:
@@ -182,4 +253,6 @@ def print_examination(examination: Examination, *, as_json: bool) -> None:
 def _machine_text(key: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_machine_text(key, item) for item in value) or "-"
-    return f"{value / 2**30:.1f} GiB" if key.endswith("_bytes") and value is not None else str(value)
+    return (
+        f"{value / 2**30:.1f} GiB" if key.endswith("_bytes") and value is not None else str(value)
+    )

@@ -23,14 +23,18 @@ class WrongArithmetic(Exception):
 
 
 def simulate_devices() -> None:
-    """Splits the host into simulated CPU devices for the collectives; must come before the first use of a device."""
+    """Splits the host into simulated CPU devices for the collectives; must come before the first
+    use of a device.
+    """
     import jax
 
     jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
 
 
-def matches_numpy() -> str:
-    """The computation that jaxlib 0.10.2 gets wrong in its last row: a vmapped mat-vec, squared and summed, under jit."""
+def probe_against_numpy() -> str:
+    """The computation that jaxlib 0.10.2 gets wrong in its last row: a vmapped mat-vec, squared and
+    summed, under jit.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -44,17 +48,21 @@ def matches_numpy() -> str:
     return f"a mat-vec and sum of {rows:,} rows equals numpy's"
 
 
-def bfloat16_matmul() -> str:
+def probe_bfloat16() -> str:
     """A bf16 matmul that accumulates in f32."""
     import jax.numpy as jnp
 
     a, b = _random(64, 256), _random(256, 64)
-    got = jnp.matmul(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16), preferred_element_type=jnp.float32)
+    got = jnp.matmul(
+        jnp.asarray(a, jnp.bfloat16),
+        jnp.asarray(b, jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    )
     _compare(np.asarray(got), a @ b, LOW_PRECISION)
     return f"accumulates in {got.dtype.name}"
 
 
-def grouped_matmul(impl: Any) -> str:
+def probe_grouped_matmul(impl: Any) -> str:
     """Rows of three groups, one of them empty, through `ops.grouped_matmul`."""
     import jax
     import jax.numpy as jnp
@@ -63,13 +71,15 @@ def grouped_matmul(impl: Any) -> str:
 
     sizes_G = np.array([5, 0, 11], np.int32)
     x_ND, w_GDF = _random(16, 8), _random(3, 8, 4)
-    got = jax.jit(lambda x, w, sizes: operation(x, w, sizes, impl=impl))(jnp.asarray(x_ND), jnp.asarray(w_GDF), jnp.asarray(sizes_G))
+    got = jax.jit(lambda x, w, sizes: operation(x, w, sizes, impl=impl))(
+        jnp.asarray(x_ND), jnp.asarray(w_GDF), jnp.asarray(sizes_G)
+    )
     group_N = np.repeat(np.arange(3), sizes_G)
     _compare(np.asarray(got), np.einsum("nd,ndf->nf", x_ND, w_GDF[group_N]), LOW_PRECISION)
     return "equals numpy"
 
 
-def attention(impl: Any, dtype: str) -> str:
+def probe_attention(impl: Any, dtype: str) -> str:
     """Causal attention of two heads over two documents, through `ops.attention`."""
     import jax
     import jax.numpy as jnp
@@ -80,28 +90,40 @@ def attention(impl: Any, dtype: str) -> str:
     q_BSHQ, k_BSGQ, v_BSGQ = _random(3, 1, length, 2, width)
     segments_BS = (np.arange(length)[None] >= 50).astype(np.int32)
     arguments = [jnp.asarray(x, dtype) for x in (q_BSHQ, k_BSGQ, v_BSGQ)]
-    got = jax.jit(lambda q, k, v, segments: operation(q, k, v, segments, impl=impl))(*arguments, jnp.asarray(segments_BS))
+    got = jax.jit(lambda q, k, v, segments: operation(q, k, v, segments, impl=impl))(
+        *arguments, jnp.asarray(segments_BS)
+    )
     seen_SS = np.tril(segments_BS[0][:, None] == segments_BS[0][None])
-    scores_BHSS = np.where(seen_SS, np.einsum("bqhd,bkhd->bhqk", q_BSHQ, k_BSGQ) * width**-0.5, -np.inf)
+    scores_BHSS = np.where(
+        seen_SS, np.einsum("bqhd,bkhd->bhqk", q_BSHQ, k_BSGQ) * width**-0.5, -np.inf
+    )
     weights_BHSS = np.exp(scores_BHSS - scores_BHSS.max(axis=-1, keepdims=True))
-    expected = np.einsum("bhqk,bkhd->bqhd", weights_BHSS / weights_BHSS.sum(axis=-1, keepdims=True), v_BSGQ)
+    expected = np.einsum(
+        "bhqk,bkhd->bqhd", weights_BHSS / weights_BHSS.sum(axis=-1, keepdims=True), v_BSGQ
+    )
     _compare(np.asarray(got, np.float32), expected, LOW_PRECISION)
     return f"equals numpy in {dtype}"
 
 
-def all_to_all() -> str:
+def probe_all_to_all() -> str:
     """The collective that tokens travel by, over the simulated devices."""
     import jax
     import jax.numpy as jnp
 
-    x_RR = np.arange(SIMULATED_DEVICES**2, dtype=np.int32).reshape(SIMULATED_DEVICES, SIMULATED_DEVICES)
-    exchange = _over_devices(lambda x: jax.lax.all_to_all(x, "x", split_axis=1, concat_axis=1, tiled=True))
+    x_RR = np.arange(SIMULATED_DEVICES**2, dtype=np.int32).reshape(
+        SIMULATED_DEVICES, SIMULATED_DEVICES
+    )
+    exchange = _over_devices(
+        lambda x: jax.lax.all_to_all(x, "x", split_axis=1, concat_axis=1, tiled=True)
+    )
     _compare(np.asarray(exchange(jnp.asarray(x_RR))), x_RR.T, 0)
     return f"over {SIMULATED_DEVICES} simulated devices"
 
 
-def ragged_all_to_all() -> str:
-    """The exchange of unequal parts, which not every platform has; every device sends each other one its row."""
+def probe_ragged_all_to_all() -> str:
+    """The exchange of unequal parts, which not every platform has; every device sends each other
+    one its row.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -110,15 +132,25 @@ def ragged_all_to_all() -> str:
     def exchange_row(x_1R: Any) -> Any:
         ones_R = jnp.ones(ranks, jnp.int32)
         place_R = jnp.full(ranks, jax.lax.axis_index("x"), jnp.int32)
-        received = jax.lax.ragged_all_to_all(x_1R[0], jnp.zeros_like(x_1R[0]), jnp.arange(ranks), ones_R, place_R, ones_R, axis_name="x")
+        received = jax.lax.ragged_all_to_all(
+            x_1R[0],
+            jnp.zeros_like(x_1R[0]),
+            jnp.arange(ranks),
+            ones_R,
+            place_R,
+            ones_R,
+            axis_name="x",
+        )
         return received[None]
 
     x_RR = np.arange(ranks**2, dtype=np.int32).reshape(ranks, ranks)
-    _compare(np.asarray(_over_devices(exchange_row, _probe_devices())(jnp.asarray(x_RR))), x_RR.T, 0)
+    _compare(
+        np.asarray(_over_devices(exchange_row, _probe_devices())(jnp.asarray(x_RR))), x_RR.T, 0
+    )
     return f"over {ranks} device{'s' if ranks > 1 else ''}"
 
 
-def matmul_rate() -> str:
+def probe_matmul_rate() -> str:
     """Speed of an f32 matmul on the default device."""
     import jax
     import jax.numpy as jnp
@@ -130,7 +162,7 @@ def matmul_rate() -> str:
     return f"{2 * size**3 / seconds / 1e9:,.0f} GFLOP/s at {size} x {size} x {size}"
 
 
-def memory_bandwidth() -> str:
+def probe_memory_bandwidth() -> str:
     """Speed of reading memory on the default device: a sum over an array larger than any cache."""
     import jax
     import jax.numpy as jnp
@@ -142,17 +174,17 @@ def memory_bandwidth() -> str:
 
 
 PROBES: list[tuple[str, Callable[[], str]]] = [
-    ("bf16 matmul", bfloat16_matmul),
-    ("grouped_matmul reference", functools.partial(grouped_matmul, "reference")),
-    ("grouped_matmul ragged", functools.partial(grouped_matmul, "ragged")),
-    ("grouped_matmul tiled", functools.partial(grouped_matmul, "tiled")),
-    ("attention reference", functools.partial(attention, "reference", "float32")),
-    ("attention blockwise", functools.partial(attention, "blockwise", "float32")),
-    ("attention cudnn", functools.partial(attention, "cudnn", "bfloat16")),
-    ("all_to_all", all_to_all),
-    ("ragged_all_to_all", ragged_all_to_all),
-    ("f32 matmul rate", matmul_rate),
-    ("memory read rate", memory_bandwidth),
+    ("bf16 matmul", probe_bfloat16),
+    ("grouped_matmul reference", functools.partial(probe_grouped_matmul, "reference")),
+    ("grouped_matmul ragged", functools.partial(probe_grouped_matmul, "ragged")),
+    ("grouped_matmul tiled", functools.partial(probe_grouped_matmul, "tiled")),
+    ("attention reference", functools.partial(probe_attention, "reference", "float32")),
+    ("attention blockwise", functools.partial(probe_attention, "blockwise", "float32")),
+    ("attention cudnn", functools.partial(probe_attention, "cudnn", "bfloat16")),
+    ("all_to_all", probe_all_to_all),
+    ("ragged_all_to_all", probe_ragged_all_to_all),
+    ("f32 matmul rate", probe_matmul_rate),
+    ("memory read rate", probe_memory_bandwidth),
 ]
 
 
@@ -161,11 +193,17 @@ def _random(*shape: int) -> np.ndarray:
 
 
 def _compare(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Largest difference within `tolerance` times the largest expected value, or WrongArithmetic."""
+    """Largest difference within `tolerance` times the largest expected value, or
+    WrongArithmetic.
+    """
     difference = float(np.max(np.abs(got.astype(np.float64) - expected)))
     if not difference <= tolerance * float(np.max(np.abs(expected))):
-        index = tuple(int(i) for i in np.unravel_index(np.argmax(np.abs(got - expected)), got.shape))
-        raise WrongArithmetic(f"element {index} is {float(got[index]):.9g} instead of {float(expected[index]):.9g}")
+        index = tuple(
+            int(i) for i in np.unravel_index(np.argmax(np.abs(got - expected)), got.shape)
+        )
+        raise WrongArithmetic(
+            f"element {index} is {float(got[index]):.9g} instead of {float(expected[index]):.9g}"
+        )
 
 
 def _probe_devices() -> list[Any]:
@@ -175,14 +213,18 @@ def _probe_devices() -> list[Any]:
     return jax.devices()[:SIMULATED_DEVICES]
 
 
-def _over_devices(body: Callable[[Any], Any], devices: list[Any] | None = None) -> Callable[[Any], Any]:
+def _over_devices(
+    body: Callable[[Any], Any], devices: list[Any] | None = None
+) -> Callable[[Any], Any]:
     """`body` over one mesh axis `x`, rows of its argument and result sharded."""
     import jax
     from jax.sharding import PartitionSpec
 
     devices = devices or jax.devices("cpu")
     mesh = jax.sharding.Mesh(np.array(devices), ("x",))
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x")))
+    return jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    )
 
 
 def _fastest(run: Callable[[], Any], seconds: float = 0.7) -> float:

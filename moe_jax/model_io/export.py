@@ -23,14 +23,22 @@ from moe_jax.utils.progress import byte_progress
 _TYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
-def publish(source: Path, out: Path, *, dtype: str | None = None, step: int | None = None, fallback: bool = False) -> str:
+def publish(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    step: int | None = None,
+    fallback: bool = False,
+) -> str:
     """Writes the new folder `out`, which transformers loads; returns a sentence about it.
 
-    A model that came from a Hugging Face folder keeps that folder's family and config; another gets the config of the
-    family that it fits. Experts are written in logical order, whatever mesh and placement they were trained on. `dtype` is by
-    default that of what is read: f32 for a run.
+    A model that came from a Hugging Face folder keeps that folder's family and config; another gets
+    the config of the family that it fits. Experts are written in logical order, whatever mesh and
+    placement they were trained on. `dtype` is by default that of what is read: f32 for a run.
 
-    Raises UserError where `out` exists, no family can express the model, or the disk is full; nothing is left of `out` then.
+    Raises UserError where `out` exists, no family can express the model, or the disk is full;
+    nothing is left of `out` then.
     """
     described = describe(source)
     family, config = _config(described)
@@ -38,7 +46,10 @@ def publish(source: Path, out: Path, *, dtype: str | None = None, step: int | No
     total = parameter_counts(described.model, described.moe, described.vocab_size)[0]
     # A run's masters are f32 whatever it computes in.
     wanted = dtype or ("float32" if described.source == RUN else described.dtype)
-    with tempfile.TemporaryDirectory() as folder, byte_progress("exporting", total * np.dtype(_TYPES[wanted]).itemsize) as done:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        byte_progress("exporting", total * np.dtype(_TYPES[wanted]).itemsize) as done,
+    ):
         files = Path(folder) / "tokenizer"
         if described.tokenizer == "bytes":
             files.mkdir()
@@ -60,4 +71,6 @@ def _config(described: Description) -> tuple[str, dict[str, Any]]:
     if described.hf_config is not None:
         return described.hf_config["model_type"], described.hf_config
     eos_id = load_tokenizer(described.tokenizer).eos_id
-    return hf.config_of(described.model, described.moe, described.vocab_size, described.context, eos_id)
+    return hf.config_of(
+        described.model, described.moe, described.vocab_size, described.context, eos_id
+    )

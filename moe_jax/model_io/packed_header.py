@@ -9,14 +9,14 @@ from typing import NamedTuple
 from moe_jax.config.load import section_from_dict
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.ops.linear import Kind
+from moe_jax.ops.quantized import Kind
 
-HEADER, FORMAT = "moe_jax.json", 1
+PACKED_HEADER, PACKED_FORMAT = "moe_jax.json", 1
 
 KEPT_CONFIG = "hf_config.json"  # of the Hugging Face model that this one comes from, for an export
 
 
-class Header(NamedTuple):
+class PackedHeader(NamedTuple):
     """What OUT/moe_jax.json says."""
 
     format: int
@@ -32,26 +32,31 @@ class Header(NamedTuple):
     tokenizer: str  # "bytes", or "files" in OUT/tokenizer
 
 
-def is_converted(path: Path) -> bool:
+def is_packed(path: Path) -> bool:
     """Whether `convert` wrote this folder."""
-    return (path / HEADER).is_file()
+    return (path / PACKED_HEADER).is_file()
 
 
-def read_header(path: Path) -> Header:
+def read_packed_header(path: Path) -> PackedHeader:
     """Raises UserError for one that cannot be read."""
     try:
-        values = json.loads((path / HEADER).read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}: convert the model again.")
+        values = json.loads((path / PACKED_HEADER).read_text(encoding="utf-8"))
+        if values["format"] != PACKED_FORMAT:
+            raise UserError(
+                f"{path} has format {values['format']}, this version reads {PACKED_FORMAT}: "
+                f"convert the model again."
+            )
         values |= {
             "model": section_from_dict(ModelConfig, values["model"], "model."),
             "moe": section_from_dict(MoEConfig, values["moe"], "moe."),
         }
-        return Header(**values | {"eos_ids": tuple(values["eos_ids"])})
+        return PackedHeader(**values | {"eos_ids": tuple(values["eos_ids"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / HEADER} is damaged ({error}): convert the model again.") from error
+        raise UserError(
+            f"{path / PACKED_HEADER} is damaged ({error}): convert the model again."
+        ) from error
 
 
-def tokenizer_spec(path: Path, header: Header) -> str:
+def packed_tokenizer(path: Path, header: PackedHeader) -> str:
     """What `load_tokenizer` takes."""
     return header.tokenizer if header.tokenizer == "bytes" else str(path / "tokenizer")

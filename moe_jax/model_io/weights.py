@@ -1,10 +1,13 @@
-"""The weights of a model on disk, whatever form they have there, as training parameters with experts in logical order.
+"""The weights of a model on disk, whatever form they have there, as training parameters with
+experts in logical order.
 
 weights = open_weights(Path("runs/first"))
-part = weights.leaf("stacks/0/blocks/0/mlp/experts/down", (slice(0, 1), np.array([3, 7]), slice(None), slice(None)))
+index = (slice(0, 1), np.array([3, 7]), slice(None), slice(None))
+part = weights.leaf("stacks/0/blocks/0/mlp/experts/down", index)
 
-Exporting, and training that starts from another model, read through this. A Hugging Face folder is read by byte ranges; a
-run's checkpoint and a converted folder are restored whole, once, into the host's memory, which leaves then only look into.
+Exporting, and training that starts from another model, read through this. A Hugging Face folder is
+read by byte ranges; a run's checkpoint and a converted folder are restored whole, once, into the
+host's memory, which leaves then only look into.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from moe_jax.errors import UserError
 from moe_jax.inference import packed_checkpoint, restore
 from moe_jax.inference.engine import Engine
 from moe_jax.model_io.describe import CONVERTED, RUN, Description
-from moe_jax.models.transformer import count_moe_layers, expert_layers
+from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
-from moe_jax.tracking.run_dir import read_config
+from moe_jax.tracking.run_dir import read_run_config
 
 Index = tuple[Any, ...]
 Read = Callable[[str, Index | None], np.ndarray]
@@ -37,13 +40,18 @@ class Weights(NamedTuple):
     """Where the parameters of a model come from."""
 
     leaf: Read
-    """Part of a leaf by its path: a slice for each dim, or ids in place of the experts' (-1 gives zeros); None is all of it."""
+    """Part of a leaf by its path: a slice for each dim, or ids in place of the experts' (-1 gives
+    zeros); None is all of it.
+    """
     bias_LE: np.ndarray | None
     """The routers' selection bias, f32; None where the model has none."""
 
 
-def open_weights(path: Path, described: Description, *, step: int | None = None, fallback: bool = False) -> Weights:
-    """The weights of a folder that `describe` has read. Raises UserError where there are none, or they are quantised.
+def open_weights(
+    path: Path, described: Description, *, step: int | None = None, fallback: bool = False
+) -> Weights:
+    """The weights of a folder that `describe` has read. Raises UserError where there are none, or
+    they are quantised.
 
     `step` and `fallback` choose a run's checkpoint, as in `Checkpoints.restore_latest`.
     """
@@ -52,7 +60,10 @@ def open_weights(path: Path, described: Description, *, step: int | None = None,
     if described.source == CONVERTED:
         return _of_converted(path, described)
     if path.is_file():
-        raise UserError(f"{path} is a configuration, which has no weights: name a run directory or a folder with a checkpoint.")
+        raise UserError(
+            f"{path} is a configuration, which has no weights: name a run directory or a folder "
+            f"with a checkpoint."
+        )
     checkpoint = hf.open_checkpoint(path)
     return Weights(checkpoint.leaf, checkpoint.bias_LE())
 
@@ -60,39 +71,61 @@ def open_weights(path: Path, described: Description, *, step: int | None = None,
 def _engine(described: Description, placement: Placement, dtype: str) -> Engine:
     """The plan of the parameters on the host alone."""
     host = make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
-    return Engine(described.model, described.moe, host, placement, vocab_size=described.vocab_size, dtype=dtype)
+    return Engine(
+        described.model,
+        described.moe,
+        host,
+        placement,
+        vocab_size=described.vocab_size,
+        dtype=dtype,
+    )
 
 
 def _of_run(path: Path, described: Description, step: int | None, fallback: bool) -> Weights:
-    config = read_config(path)
-    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
+    config = read_run_config(path)
+    checkpoints = Checkpoints(
+        path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
+    )
     saved = expert_layout.saved_placement(checkpoints, step, fallback)
     if saved is None:
         wanted = "" if step is None else f" of step {step} or before"
-        raise UserError(f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another run directory.")
+        raise UserError(
+            f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another "
+            f"run directory."
+        )
     engine = _engine(described, restore.serving_placement(saved, 1), "float32")
     tree, bias_LE = restore.restore_model(checkpoints, engine, step=step, fallback=fallback)
-    arrays = {name: np.asarray(value) for name, value in zip(engine.leaves, _flat(engine, tree), strict=True)}
+    arrays = {
+        name: np.asarray(value)
+        for name, value in zip(engine.plans, _flat(engine, tree), strict=True)
+    }
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))
 
 
 def _of_converted(path: Path, described: Description) -> Weights:
     if described.quantization != "float":
-        raise UserError(f"{path} was converted to {described.quantization}, which loses what its weights were: name what it was made from.")
+        raise UserError(
+            f"{path} was converted to {described.quantization}, which loses what its weights "
+            f"were: name what it was made from."
+        )
     layers = count_moe_layers(described.model, described.moe)
     engine = _engine(described, contiguous(layers, described.moe.num_experts, 1), described.dtype)
-    tree, bias_LE = packed_checkpoint.restore(path, engine)
+    tree, bias_LE = packed_checkpoint.restore_packed(path, engine)
     arrays = {}
-    for (name, leaf), value in zip(engine.leaves.items(), _flat(engine, tree), strict=True):
+    for (name, leaf), value in zip(engine.plans.items(), _flat(engine, tree), strict=True):
         array = np.asarray(value if leaf.order is None else value.values)
-        arrays[name] = array if leaf.order is None else array.reshape(leaf.ordered).transpose(np.argsort(leaf.order))
+        arrays[name] = (
+            array
+            if leaf.order is None
+            else array.reshape(leaf.ordered).transpose(np.argsort(leaf.order))
+        )
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))
 
 
 def _flat(engine: Engine, tree: Any) -> list[Any]:
-    """The leaves of a tree in the order of `engine.leaves`."""
+    """The leaves of a tree in the order of `engine.plans`."""
     found = []
-    for path in engine.leaves:
+    for path in engine.plans:
         node = tree
         for key in path.split("/"):
             node = node[int(key) if key.isdigit() else key]
@@ -111,7 +144,9 @@ def _by_expert(engine: Engine, arrays: dict[str, np.ndarray]) -> Read:
         if "/experts/" not in path:
             return array[index]
         _, stack, _, block, *_ = path.split("/")
-        ids = np.arange(engine.moe.num_experts)[index[1]] if isinstance(index[1], slice) else index[1]
+        ids = (
+            np.arange(engine.moe.num_experts)[index[1]] if isinstance(index[1], slice) else index[1]
+        )
         found = []
         for repeat in range(array.shape[0])[index[0]]:
             slots = slots_LE[layers[int(stack), int(block)][repeat]]

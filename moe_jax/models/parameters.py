@@ -1,24 +1,27 @@
-"""The parameter tree of the model as a table: which leaves a configuration has, and the dimensions of each.
+"""The parameter tree of the model as a table: which leaves a configuration has, and the dimensions
+of each.
 
-Dimensions are letters of the legend in docs/architecture.md, so that shapes, and the order of dimensions in files, can
-be derived from them. Further letters: C is 2 (gate and up), N the unrotated part of a latent head with its value (U)
-beside it, X and Y the ranks of queries and of keys and values, Z the rank Y with the rotated key beside it, M the
-hidden width of the shared experts, "1" is 1.
+Dimensions are letters of the legend in docs/architecture.md, so that shapes, and the order of
+dimensions in files, can be derived from them. Further letters: C is 2 (gate and up), N the
+unrotated part of a latent head with its value (U) beside it, X and Y the ranks of queries and of
+keys and values, Z the rank Y with the rotated key beside it, M the hidden width of the shared
+experts, "1" is 1.
 """
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.models.transformer import LayerKind, layer_kinds, stack_layers
+from moe_jax.models.layer_pattern import LayerKind, layer_kinds, stack_layers
 
 Dims = tuple[str, ...]
 
 
 class Leaf(NamedTuple):
-    """One leaf of the tree: an array with a leading dimension of `layers`, or one of the whole model (no layers)."""
+    """One leaf of the tree: an array with a leading dimension of `layers`, or one of the whole
+    model (no layers).
+    """
 
     name: str  # within its block, or in the tree when it is of the whole model
     dims: Dims  # without the layers
@@ -51,7 +54,10 @@ def sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> dict[str, int]
 
 def leaves(model: ModelConfig, moe: MoEConfig) -> dict[str, Leaf]:
     """Every leaf of the tree by its path, such as `stacks/0/blocks/1/mlp/experts/gate_up`."""
-    found = {"embedding": Leaf("embedding", ("D", "V"), None), "final_norm/scale": Leaf("final_norm/scale", ("D",), None)}
+    found = {
+        "embedding": Leaf("embedding", ("D", "V"), None),
+        "final_norm/scale": Leaf("final_norm/scale", ("D",), None),
+    }
     if not model.tied_embeddings:
         found["head"] = Leaf("head", ("D", "V"), None)
     start = 0
@@ -73,25 +79,48 @@ def block_dims(model: ModelConfig, moe: MoEConfig, kind: LayerKind) -> dict[str,
 
 
 def _attention(model: ModelConfig) -> dict[str, str]:
-    found = {"attention/query": "D H Q", "attention/key": "D G Q", "attention/value": "D G Q", "attention/out": "D H U"}
+    found = {
+        "attention/query": "D H Q",
+        "attention/key": "D G Q",
+        "attention/value": "D G Q",
+        "attention/out": "D H U",
+    }
     if model.qkv_bias:
-        found |= {"attention/query_bias": "H Q", "attention/key_bias": "G Q", "attention/value_bias": "G Q"}
+        found |= {
+            "attention/query_bias": "H Q",
+            "attention/key_bias": "G Q",
+            "attention/value_bias": "G Q",
+        }
     if model.qk_norm:
         over = model.qk_norm_over == "width"
-        found |= {"attention/query_norm/scale": "H Q" if over else "Q", "attention/key_norm/scale": "G Q" if over else "Q"}
+        found |= {
+            "attention/query_norm/scale": "H Q" if over else "Q",
+            "attention/key_norm/scale": "G Q" if over else "Q",
+        }
     if model.sinks:
         found["attention/sinks"] = "H"
     return found | ({"attention/out_bias": "D"} if model.out_bias else {})
 
 
 def _latent_attention(model: ModelConfig) -> dict[str, str]:
-    found = {"attention/kv_down": "D Z", "attention/kv_norm/scale": "Y", "attention/kv_up": "Y H N", "attention/out": "D H U"}
+    found = {
+        "attention/kv_down": "D Z",
+        "attention/kv_norm/scale": "Y",
+        "attention/kv_up": "Y H N",
+        "attention/out": "D H U",
+    }
     if model.latent.q_rank:
-        found |= {"attention/query_down": "D X", "attention/query_norm/scale": "X", "attention/query_up": "X H Q"}
+        found |= {
+            "attention/query_down": "D X",
+            "attention/query_norm/scale": "X",
+            "attention/query_up": "X H Q",
+        }
     else:
         found["attention/query"] = "D H Q"
     if model.qkv_bias:
-        found |= {"attention/kv_down_bias": "Z"} | ({"attention/query_down_bias": "X"} if model.latent.q_rank else {})
+        found |= {"attention/kv_down_bias": "Z"} | (
+            {"attention/query_down_bias": "X"} if model.latent.q_rank else {}
+        )
     return found | ({"attention/out_bias": "D"} if model.out_bias else {})
 
 
@@ -101,7 +130,11 @@ def _feed_forward(model: ModelConfig) -> dict[str, str]:
 
 
 def _experts(moe: MoEConfig) -> dict[str, str]:
-    found = {"mlp/router/weight": "D E", "mlp/experts/gate_up": "P D C I", "mlp/experts/down": "P D I"}
+    found = {
+        "mlp/router/weight": "D E",
+        "mlp/experts/gate_up": "P D C I",
+        "mlp/experts/down": "P D I",
+    }
     if moe.router_bias:
         found["mlp/router/bias"] = "E"
     if moe.expert_bias:
@@ -111,24 +144,3 @@ def _experts(moe: MoEConfig) -> dict[str, str]:
     if moe.shared_gate:
         found["mlp/shared_gate"] = "D 1"
     return found
-
-
-# Matrices whose first dimension is their output; of all others it is the input.
-OUTPUT_FIRST = frozenset(("out", "down", "shared_down"))
-
-
-def file_dims(leaf: Leaf, apart: str) -> tuple[Dims, ...]:
-    """How a Linear layer stores a leaf: outputs, then inputs, each merged into one dimension.
-
-    The dimensions in `apart` (C, P) are not in the tensor, as each of their entries has one of its own.
-    """
-    dims = tuple(dim for dim in leaf.dims if dim not in apart)
-    last = leaf.name.rsplit("/", 1)[-1]
-    if last in ("scale", "sinks", "bias") or last.endswith("_bias"):
-        return (dims,)
-    return (dims[:1], dims[1:]) if last in OUTPUT_FIRST else (dims[1:], dims[:1])
-
-
-def parse_dims(layout: str) -> tuple[Dims, ...]:
-    """`P D (I C)` as a tensor's dimensions, of which brackets merge several into one."""
-    return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", layout))

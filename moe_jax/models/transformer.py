@@ -1,5 +1,6 @@
-"""The decoder-only transformer. It runs inside one `shard_map` over the whole mesh: every device holds a part of
-the batch and a shard of each parameter, gathers parameters just before use, and swaps tokens in the MoE layers.
+"""The decoder-only transformer. It runs inside one `shard_map` over the whole mesh: every device
+holds a part of the batch and a shard of each parameter, gathers parameters just before use, and
+swaps tokens in the MoE layers.
 
 Layers of a repeating pattern are stacked and scanned, so compile time does not grow with depth.
 """
@@ -7,7 +8,7 @@ Layers of a repeating pattern are stacked and scanned, so compile time does not 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +16,19 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.models.attention import Attention, Batch, FeedForward, LatentAttention, LayerCache, RMSNorm, Turn
-from moe_jax.moe.layer import LayerStats, MoE
+from moe_jax.models.attention import Attention, LatentAttention
+from moe_jax.models.batch import Batch, LayerCache, NewTokens
+from moe_jax.models.embedding import embed
+from moe_jax.models.feed_forward import FeedForward
+from moe_jax.models.layer_pattern import LayerKind, layer_kinds, stack_layers
+from moe_jax.models.norm import RMSNorm
+from moe_jax.models.remat import remat
+from moe_jax.moe.layer import MoE
 from moe_jax.moe.router import RouterStats
+from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
-from moe_jax.parallel.collectives import all_gather, psum
-from moe_jax.parallel.sharding import axes_of, gather, param
-from moe_jax.utils.annotations import Array, Float, Int, Key
-
-
-class LayerKind(NamedTuple):
-    """What distinguishes one layer from another."""
-
-    moe: bool
-    window: int | None
-
-
-def layer_kinds(model: ModelConfig, moe: MoEConfig) -> list[LayerKind]:
-    """The kind of each layer, in order."""
-
-    def kind(layer: int) -> LayerKind:
-        dense = layer < moe.first_dense or (layer - moe.first_dense + 1) % moe.every or layer in moe.dense_layers
-        full = (model.window_every > 1 and (layer + 1) % model.window_every == 0) or layer in model.full_layers
-        return LayerKind(not dense, None if full else model.sliding_window)
-
-    return [kind(layer) for layer in range(model.num_layers)]
-
-
-def count_moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
-    """Layers that have experts."""
-    return sum(kind.moe for kind in layer_kinds(model, moe))
-
-
-def stack_layers(kinds: list[LayerKind]) -> list[tuple[tuple[LayerKind, ...], int]]:
-    """Cuts the layers into (pattern, repeats), at each point taking the pattern whose repeats cover most layers."""
-    stacks: list[tuple[tuple[LayerKind, ...], int]] = []
-    at = 0
-    while at < len(kinds):
-        best = (tuple(kinds[at : at + 1]), 1)
-        for size in range(1, (len(kinds) - at) // 2 + 1):
-            pattern, repeats = kinds[at : at + size], 1
-            while kinds[at + repeats * size : at + (repeats + 1) * size] == pattern:
-                repeats += 1
-            if repeats > 1 and size * repeats > len(best[0]) * best[1]:
-                best = (tuple(pattern), repeats)
-        stacks.append(best)
-        at += len(best[0]) * best[1]
-    return stacks
+from moe_jax.parallel.sharding import gather, param
+from moe_jax.utils.annotations import Array, Float, Key
 
 
 class Block(nnx.Module):
@@ -71,7 +38,9 @@ class Block(nnx.Module):
         out_std = (2 * model.num_layers) ** -0.5
         self.attention_norm = RMSNorm((model.width,), model.norm_eps, rngs=rngs)
         make = LatentAttention if model.latent.kv_rank else Attention
-        self.attention = make(model, kind.window, out_std * (model.num_heads * model.value_width) ** -0.5, rngs=rngs)
+        self.attention = make(
+            model, kind.window, out_std * (model.num_heads * model.value_width) ** -0.5, rngs=rngs
+        )
         self.mlp_norm = RMSNorm((model.width,), model.norm_eps, rngs=rngs)
         self.mlp: MoE | FeedForward
         if kind.moe:
@@ -80,7 +49,12 @@ class Block(nnx.Module):
             self.mlp = FeedForward(model, out_std * model.hidden**-0.5, rngs=rngs)
 
     def __call__(
-        self, x_BSD: jax.Array, batch: Batch, tables: LayerTables | None, full: RouterStats | None, keys_B: jax.Array | None
+        self,
+        x_BSD: jax.Array,
+        batch: Batch,
+        tables: LayerTables | None,
+        full: RouterStats | None,
+        keys_B: jax.Array | None,
     ) -> tuple[jax.Array, LayerStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), batch)
         h_BSD = self.mlp_norm(x_BSD)
@@ -91,9 +65,19 @@ class Block(nnx.Module):
         return x_BSD + y_BSD, stats
 
     def extend(
-        self, x_BSD: jax.Array, turn: Turn, tables: LayerTables | None, cache: LayerCache, repeat: jax.Array, *, repeats: int, fresh: bool
+        self,
+        x_BSD: jax.Array,
+        turn: NewTokens,
+        tables: LayerTables | None,
+        cache: LayerCache,
+        repeat: jax.Array,
+        *,
+        repeats: int,
+        fresh: bool,
     ) -> tuple[jax.Array, LayerCache]:
-        """New tokens through the layer. The cache and the experts' weights are those of all repeats, of which this is one."""
+        """New tokens through the layer. The cache and the experts' weights are those of all
+        repeats, of which this is one.
+        """
         x_BSD, h_BSD, cache = self.attend(x_BSD, turn, cache, repeat, fresh=fresh)
         if isinstance(self.mlp, FeedForward):
             return x_BSD + self.mlp(h_BSD), cache
@@ -101,24 +85,38 @@ class Block(nnx.Module):
         return x_BSD + self.mlp.serve(h_BSD, turn.valid, tables, repeat, repeats), cache
 
     def attend(
-        self, x_BSD: jax.Array, turn: Turn, cache: LayerCache, repeat: jax.Array, *, fresh: bool
+        self,
+        x_BSD: jax.Array,
+        turn: NewTokens,
+        cache: LayerCache,
+        repeat: jax.Array,
+        *,
+        fresh: bool,
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """`extend` up to the feed-forward part: the residual stream, that part's input, and the cache."""
-        y_BSD, cache = self.attention.extend(self.attention_norm(x_BSD), turn, cache, repeat, fresh=fresh)
+        """`extend` up to the feed-forward part: the residual stream, that part's input, and the
+        cache.
+        """
+        y_BSD, cache = self.attention.extend(
+            self.attention_norm(x_BSD), turn, cache, repeat, fresh=fresh
+        )
         x_BSD = x_BSD + y_BSD
         return x_BSD, self.mlp_norm(x_BSD), cache
 
 
-class Unit(nnx.Module):
+class LayerPattern(nnx.Module):
     """One repeat of a stack's pattern of layers."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], *, rngs: nnx.Rngs):
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], *, rngs: nnx.Rngs
+    ):
         self.kinds = kinds
         self.blocks = nnx.List([Block(model, moe, kind, rngs=rngs) for kind in kinds])
 
 
-def _make_unit(model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], key: jax.Array) -> Unit:
-    return Unit(model, moe, kinds, rngs=nnx.Rngs(params=key))
+def _make_pattern(
+    model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], key: jax.Array
+) -> LayerPattern:
+    return LayerPattern(model, moe, kinds, rngs=nnx.Rngs(params=key))
 
 
 class Transformer(nnx.Module):
@@ -136,15 +134,21 @@ class Transformer(nnx.Module):
             self.head = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
         self.stacks: nnx.List[Any] = nnx.List([])
         for kinds, repeats in stack_layers(layer_kinds(model, moe)):
-            make = partial(_make_unit, model, moe, kinds)
+            make = partial(_make_pattern, model, moe, kinds)
             self.stacks.append(nnx.vmap(make)(jax.random.split(rngs.params(), repeats)))
 
     def __call__(
-        self, batch: Batch, tables: LayerTables, full: RouterStats | None = None, key: Key[Array, ""] | None = None
+        self,
+        batch: Batch,
+        tables: LayerTables,
+        full: RouterStats | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "D V"], LayerStats | None]:
-        """Normalised hidden states, this device's columns of the output head, and figures stacked over the MoE layers.
+        """Normalised hidden states, this device's columns of the output head, and figures stacked
+        over the MoE layers.
 
-        `tables` (and `full`) are stacked over the MoE layers; `key` turns the router's training noise on.
+        `tables` (and `full`) are stacked over the MoE layers; `key` turns the router's training
+        noise on.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         x_BSD = embed(self.embedding, batch.tokens, dtype)
@@ -154,12 +158,16 @@ class Transformer(nnx.Module):
             moes = sum(kind.moe for kind in stack.kinds)
             graph, state = nnx.split(stack)
             repeats = jax.tree.leaves(state)[0].shape[0]
-            inputs = _for_units(per_layer, done, repeats, moes)
-            run = partial(_run_unit, graph, batch, key if self.noisy else None)
-            x_BSD, figures = lax.scan(_remat(self.config.remat, run), x_BSD, (state, inputs))
+            inputs = _for_patterns(per_layer, done, repeats, moes)
+            run = partial(_run_pattern, graph, batch, key if self.noisy else None)
+            x_BSD, figures = lax.scan(remat(self.config.remat, run), x_BSD, (state, inputs))
             done += repeats * moes
             stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
-        return self.final_norm(x_BSD), self.head_weights(), jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+        return (
+            self.final_norm(x_BSD),
+            self.head_weights(),
+            jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None,
+        )
 
     def head_weights(self) -> Float[Array, "D V"]:
         """This device's columns of the output head, in the compute type."""
@@ -170,11 +178,14 @@ class Transformer(nnx.Module):
         """The output head's parameter: the embedding where both are one."""
         return self.embedding if self.config.tied_embeddings else self.head
 
-    def extend(self, turn: Turn, tables: LayerTables, cache: list[Any], *, fresh: bool) -> tuple[Float[Array, "B S D"], list[Any]]:
+    def extend(
+        self, turn: NewTokens, tables: LayerTables, cache: list[Any], *, fresh: bool
+    ) -> tuple[Float[Array, "B S D"], list[Any]]:
         """Normalised hidden states of new tokens, and the cache with their keys and values.
 
-        The cache holds for each stack a list with the `LayerCache` of each block of its pattern. Its arrays travel through
-        the scan whole and are updated in place, and so is the experts' bank read: cutting a layer's part out would copy it.
+        The cache holds for each stack a list with the `LayerCache` of each block of its pattern.
+        Its arrays travel through the scan whole and are updated in place, and so is the experts'
+        bank read: cutting a layer's part out would copy it.
         """
         x_BSD = embed(self.embedding, turn.tokens, jnp.dtype(self.config.compute_dtype))
         after, done = [], 0
@@ -183,34 +194,61 @@ class Transformer(nnx.Module):
             split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
             graph, banks, state = split
             repeats = jax.tree.leaves(state)[0].shape[0]
-            layer_tables = _for_units(tables, done, repeats, moes)
-            run = partial(_extend_unit, graph, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks), repeats, turn, fresh)
-            (x_BSD, stored), _ = lax.scan(run, (x_BSD, stored), (state, layer_tables, jnp.arange(repeats)))
+            layer_tables = _for_patterns(tables, done, repeats, moes)
+            run = partial(
+                _extend_pattern,
+                graph,
+                jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks),
+                repeats,
+                turn,
+                fresh,
+            )
+            (x_BSD, stored), _ = lax.scan(
+                run, (x_BSD, stored), (state, layer_tables, jnp.arange(repeats))
+            )
             done += repeats * moes
             after.append(stored)
         return self.final_norm(x_BSD), after
 
 
-def _extend_unit(graph: nnx.GraphDef, banks: Any, repeats: int, turn: Turn, fresh: bool, carry: Any, inputs: Any) -> tuple[Any, None]:
+def _extend_pattern(
+    graph: nnx.GraphDef,
+    banks: Any,
+    repeats: int,
+    turn: NewTokens,
+    fresh: bool,
+    carry: Any,
+    inputs: Any,
+) -> tuple[Any, None]:
     """The scan's body: one repeat of a pattern over new tokens."""
     (x_BSD, cache), (state, tables, repeat) = carry, inputs
     unit = nnx.merge(graph, banks, state)
     at, after = 0, []
     for block, kind, stored in zip(unit.blocks, unit.kinds, cache, strict=True):
         table = jax.tree.map(lambda a, at=at: a[at], tables) if kind.moe else None
-        x_BSD, stored = block.extend(x_BSD, turn, table, stored, repeat, repeats=repeats, fresh=fresh)
+        x_BSD, stored = block.extend(
+            x_BSD, turn, table, stored, repeat, repeats=repeats, fresh=fresh
+        )
         after.append(stored)
         at += kind.moe
     return (x_BSD, after), None
 
 
-def _for_units(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
-    """Arrays stacked over MoE layers, cut to those of a stack: [repeats, MoE layers of the unit, ...]."""
-    return jax.tree.map(lambda a: a[start : start + repeats * moes].reshape(repeats, moes, *a.shape[1:]), per_layer)
+def _for_patterns(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
+    """Arrays stacked over MoE layers, cut to those of a stack: [repeats, MoE layers of the unit,
+    ...].
+    """
+    return jax.tree.map(
+        lambda a: a[start : start + repeats * moes].reshape(repeats, moes, *a.shape[1:]), per_layer
+    )
 
 
-def _run_unit(graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: jax.Array, inputs: Any):
-    """The scan's body: one repeat of a pattern, with the tables of its MoE layers [layers of the unit, ...]."""
+def _run_pattern(
+    graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: jax.Array, inputs: Any
+):
+    """The scan's body: one repeat of a pattern, with the tables of its MoE layers [layers of the
+    unit, ...].
+    """
     state, (tables, full, layers) = inputs
     unit = nnx.merge(graph, state)
     at, stats = 0, []
@@ -219,75 +257,14 @@ def _run_unit(graph: nnx.GraphDef, batch: Batch, key: jax.Array | None, x_BSD: j
             x_BSD, _ = block(x_BSD, batch, None, None, None)
             continue
         table, sums, layer = jax.tree.map(lambda a, at=at: a[at], (tables, full, layers))
-        keys_B = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, layer), batch.sequences)
+        keys_B = (
+            None
+            if key is None
+            else jax.vmap(jax.random.fold_in, (None, 0))(
+                jax.random.fold_in(key, layer), batch.sequences
+            )
+        )
         x_BSD, figures = block(x_BSD, batch, table, sums, keys_B)
         stats.append(figures)
         at += 1
     return x_BSD, jax.tree.map(lambda *a: jnp.stack(a), *stats) if stats else None
-
-
-def _remat(choice: str, body):
-    """What the backward pass recomputes. Gathered parameters are never kept: holding them would undo their sharding."""
-    policies = jax.checkpoint_policies
-    policy = {"none": _computed, "dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[choice]
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
-
-
-# What only moves or retypes values. A gathered parameter reaches its matmul through some of these, so refusing to keep
-# the gather's own output is not enough.
-_MOVES = frozenset(
-    (
-        "all_gather",
-        "reshape",
-        "transpose",
-        "squeeze",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "pvary",
-        "pcast",
-        "slice",
-        "dynamic_slice",
-    )
-)
-
-
-def _computed(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A rematerialisation policy: keep what was computed, not what was only moved."""
-    return primitive.name not in _MOVES
-
-
-def embed(table: nnx.Param, tokens_BS: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
-    """Looks tokens up in a table [D, V] whose vocabulary is sharded and whose width may be FSDP-sharded.
-
-    The table is not gathered: every device looks all tokens up in the widths that it holds, and an all_to_all swaps
-    tokens for widths, so T x D values travel where the table has V x D. Without FSDP, as in inference, all devices hold the
-    same tokens and one gather brings each token's row from the device that has it.
-    """
-    table_DV, (split, axes) = table.get_value().astype(dtype), (axes_of(table, "vocab"), axes_of(table, "width"))
-    columns = table_DV.shape[1]
-    ids_N = all_gather(tokens_BS.reshape(-1), axes, 0) if axes else tokens_BS.reshape(-1)
-    owned_N = ids_N - lax.axis_index(split) * columns if split else ids_N
-    inside_N = (owned_N >= 0) & (owned_N < columns)
-    x_ND = table_DV.at[:, jnp.where(inside_N, owned_N, columns)].get(mode="fill", fill_value=0).T
-    if axes:
-        if lax.axis_size(axes) > 1:
-            x_ND = lax.all_to_all(x_ND, axes, split_axis=0, concat_axis=1, tiled=True)
-        return lax.psum(x_ND.reshape(*tokens_BS.shape, -1), "tensor")
-    if split and lax.axis_size(split) > 1:
-        x_RND = lax.all_gather(x_ND, split, to="invarying")
-        x_ND = jnp.take_along_axis(x_RND, (ids_N // columns)[None, :, None], axis=0)[0]
-    else:
-        x_ND = psum(x_ND, split)
-    return x_ND.reshape(*tokens_BS.shape, -1)
-
-
-def expert_layers(model: ModelConfig, moe: MoEConfig) -> dict[tuple[int, int], list[int]]:
-    """For block j of stack i, the numbers among the MoE layers of its repeats: where tables and weights meet."""
-    found: dict[tuple[int, int], list[int]] = {}
-    done = 0
-    for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(model, moe))):
-        blocks = [j for j, kind in enumerate(kinds) if kind.moe]
-        for at, j in enumerate(blocks):
-            found[i, j] = [done + repeat * len(blocks) + at for repeat in range(repeats)]
-        done += len(blocks) * repeats
-    return found

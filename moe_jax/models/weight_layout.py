@@ -1,6 +1,8 @@
-"""How a model's parameters are held for inference: which become a `Matrix`, in which order of dims, quantised how.
+"""How a model's parameters are held for inference: which become a `Matrix`, in which order of dims,
+quantised how.
 
-A `Leaf` is the plan of one parameter; `Engine.leaves` has one for each path such as "stacks/0/blocks/0/attention/query".
+A `Leaf` is the plan of one parameter; `Engine.leaves` has one for each path such as
+"stacks/0/blocks/0/attention/query".
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
-from moe_jax.ops.linear import Kind, Matrix, quantize
+from moe_jax.ops.quantized import Kind, PackedWeight, quantize
 
-PLAIN = ("embedding", "head", "kv_up")  # looked up by column, or cut across their outputs: no `Matrix`
+PLAIN = (
+    "embedding",
+    "head",
+    "kv_up",
+)  # looked up by column, or cut across their outputs: no `Matrix`
 FLOAT = ("shared_gate", "weight")  # one output, and the router: not worth the error of quantising
 BACKWARD = ("out", "down", "shared_down")  # their outputs are the model's width
 
 
-class Leaf(NamedTuple):
+class WeightPlan(NamedTuple):
     """The plan of one parameter."""
 
     path: str
@@ -43,32 +49,54 @@ class Leaf(NamedTuple):
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         shape, inputs = self.ordered[: -self.inputs], math.prod(self.ordered[-self.inputs :])
         if self.kind == "float":
-            return Matrix(jax.ShapeDtypeStruct((*shape, inputs), self.dtype))
+            return PackedWeight(jax.ShapeDtypeStruct((*shape, inputs), self.dtype))
         if self.kind == "int8":
-            return Matrix(jax.ShapeDtypeStruct((*shape, inputs), jnp.int8), jax.ShapeDtypeStruct(shape, jnp.float32), "int8")
+            return PackedWeight(
+                jax.ShapeDtypeStruct((*shape, inputs), jnp.int8),
+                jax.ShapeDtypeStruct(shape, jnp.float32),
+                "int8",
+            )
         scale = jax.ShapeDtypeStruct((*shape, inputs // self.group), jnp.bfloat16)
-        return Matrix(jax.ShapeDtypeStruct((*shape, inputs // 2), jnp.uint8), scale, "int4")
+        return PackedWeight(jax.ShapeDtypeStruct((*shape, inputs // 2), jnp.uint8), scale, "int4")
 
     def held_spec(self) -> Any:
         """PartitionSpecs of what is held."""
         if self.order is None:
             return self.spec
         entries = tuple(self.spec[dim] if dim < len(self.spec) else None for dim in self.order)
-        entries = entries[: len(entries) - self.inputs + 1]  # merged input dims are cut along the first
+        entries = entries[
+            : len(entries) - self.inputs + 1
+        ]  # merged input dims are cut along the first
         if self.kind == "float":
-            return Matrix(P(*entries))
-        return Matrix(P(*entries), P(*(entries[:-1] if self.kind == "int8" else entries)), self.kind)
+            return PackedWeight(P(*entries))
+        return PackedWeight(
+            P(*entries), P(*(entries[:-1] if self.kind == "int8" else entries)), self.kind
+        )
 
     def pack(self, weights: jax.Array) -> Any:
         """What is held, from weights in the order held (or plain ones)."""
         if self.order is None:
             return weights.astype(self.dtype)
         weights = weights.reshape(*weights.shape[: -self.inputs], -1)
-        return Matrix(weights.astype(self.dtype)) if self.kind == "float" else quantize(weights, self.kind, self.group)
+        return (
+            PackedWeight(weights.astype(self.dtype))
+            if self.kind == "float"
+            else quantize(weights, self.kind, self.group)
+        )
 
 
-def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dtype: Any, kind: Kind, group: int, parts: int) -> Leaf:
-    """The plan of a parameter with logical dims `names` after its stacked ones; its inputs are cut into `parts`.
+def plan_weight(
+    path: str,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    spec: P,
+    dtype: Any,
+    kind: Kind,
+    group: int,
+    parts: int,
+) -> WeightPlan:
+    """The plan of a parameter with logical dims `names` after its stacked ones; its inputs are cut
+    into `parts`.
 
     Raises UserError where int4's groups do not divide it.
     """
@@ -76,7 +104,16 @@ def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dty
     widths = [dim for dim, axis in enumerate(names) if axis in ("width", "slot_width")]
     if name in PLAIN or not widths or len(names) < 2:
         # Router biases and sinks meet f32 scores; norms compute in f32.
-        return Leaf(path, shape, spec, None, 0, "float", 0, jnp.float32 if name in ("scale", "sinks") or "router" in path else dtype)
+        return WeightPlan(
+            path,
+            shape,
+            spec,
+            None,
+            0,
+            "float",
+            0,
+            jnp.float32 if name in ("scale", "sinks") or "router" in path else dtype,
+        )
     if name in BACKWARD:
         order, inputs = tuple(range(len(shape))), len(names) - 1 - widths[0]
     else:
@@ -87,12 +124,16 @@ def plan(path: str, shape: tuple[int, ...], names: tuple[str, ...], spec: P, dty
     if wanted == "int4" and (last // parts) % group:
         of = f"{last}, of which each device has {last // parts}" if parts > 1 else str(last)
         raise UserError(
-            f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs ({of}): use --group 32 or --quantize int8."
+            f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs "
+            f"({of}): use --group 32 or --quantize int8."
         )
     leaf_dtype = jnp.float32 if "router" in path else dtype
-    return Leaf(path, shape, spec, order, inputs, wanted, group, leaf_dtype)
+    return WeightPlan(path, shape, spec, order, inputs, wanted, group, leaf_dtype)
 
 
-def bytes_of(leaf: Leaf, parts: int = 1) -> int:
+def bytes_of(leaf: WeightPlan, parts: int = 1) -> int:
     """Bytes of what is held, of which a device holds one of `parts`."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf.abstract())) // parts
+    return (
+        sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf.abstract()))
+        // parts
+    )

@@ -1,1 +1,3 @@
-"""The mixture-of-experts layer: route, dispatch, compute, combine. Needs jax, flax and numpy alone."""
+"""The mixture-of-experts layer: route, dispatch, compute, combine. Needs jax, flax and numpy
+alone.
+"""

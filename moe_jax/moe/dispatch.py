@@ -1,10 +1,11 @@
 """Moving tokens to the devices of their experts and back.
 
-Rows travel in fixed-size pools, one a (source, destination) pair of ranks on the `expert` axis, filled by
-the priority in `queue_choices`. Only int32 tables are scattered; activations are gathered, in both
-directions and in both passes, by two hand-written VJPs (`gather_rows`, `combine_rows`) that share one pair of
-tables: `source_M`, the choice that fills each row, and `place_TK`, the row that each choice fills. A choice
-is token * K + k. An index one past the end means none and reads as zeros.
+Rows travel in fixed-size pools, one a (source, destination) pair of ranks on the `expert` axis,
+filled by the priority in `queue_choices`. Only int32 tables are scattered; activations are
+gathered, in both directions and in both passes, by two hand-written VJPs (`gather_rows`,
+`combine_rows`) that share one pair of tables: `source_M`, the choice that fills each row, and
+`place_TK`, the row that each choice fills. A choice is token * K + k. An index one past the end
+means none and reads as zeros.
 """
 
 from __future__ import annotations
@@ -52,24 +53,34 @@ def _gather_fwd(x_ND: jax.Array, source_M: jax.Array, place_NK: jax.Array):
 
 
 def _gather_bwd(place_NK: jax.Array, dy_MD: jax.Array):
-    return jnp.sum(_rows(dy_MD, place_NK), axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
+    return (
+        jnp.sum(_rows(dy_MD, place_NK), axis=1, dtype=jnp.float32).astype(dy_MD.dtype),
+        None,
+        None,
+    )
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gather_rows(x_ND: Float[Array, "N D"], source_M: Int[Array, " M"], place_NK: Int[Array, "N K"]) -> Float[Array, "M D"]:
+def gather_rows(
+    x_ND: Float[Array, "N D"], source_M: Int[Array, " M"], place_NK: Int[Array, "N K"]
+) -> Float[Array, "M D"]:
     """Row m of the result is row source_M[m] // K of `x_ND`, or zeros for source_M[m] = N*K.
 
-    `place_NK` is the inverse: the rows of the result that each row was copied to (M for none). The backward
-    pass gathers and sums by it.
+    `place_NK` is the inverse: the rows of the result that each row was copied to (M for none). The
+    backward pass gathers and sums by it.
     """
     return _gather(*vary_alike(x_ND, source_M, place_NK))
 
 
 @jax.custom_vjp
-def _combine(y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array) -> jax.Array:
-    return jnp.einsum("tkd,tk->td", _rows(y_MD, place_TK), weight_TK, preferred_element_type=jnp.float32).astype(y_MD.dtype)
+def _combine(
+    y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array
+) -> jax.Array:
+    return jnp.einsum(
+        "tkd,tk->td", _rows(y_MD, place_TK), weight_TK, preferred_element_type=jnp.float32
+    ).astype(y_MD.dtype)
 
 
 def _combine_fwd(y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array):
@@ -81,7 +92,9 @@ def _combine_bwd(saved: tuple[jax.Array, ...], dout_TD: jax.Array):
     weight_M = _rows(weight_TK.reshape(-1), source_M)
     dout_MD = _rows(dout_TD, source_M // weight_TK.shape[1]).astype(weight_M.dtype)
     dy_MD = (dout_MD * weight_M[:, None]).astype(y_MD.dtype)
-    dweight_TK = jnp.einsum("tkd,td->tk", _rows(y_MD, place_TK), dout_TD, preferred_element_type=jnp.float32)
+    dweight_TK = jnp.einsum(
+        "tkd,td->tk", _rows(y_MD, place_TK), dout_TD, preferred_element_type=jnp.float32
+    )
     return dy_MD, dweight_TK.astype(weight_TK.dtype), None, None
 
 
@@ -89,44 +102,66 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def combine_rows(
-    y_MD: Float[Array, "M D"], weight_TK: Float[Array, "T K"], source_M: Int[Array, " M"], place_TK: Int[Array, "T K"]
+    y_MD: Float[Array, "M D"],
+    weight_TK: Float[Array, "T K"],
+    source_M: Int[Array, " M"],
+    place_TK: Int[Array, "T K"],
 ) -> Float[Array, "T D"]:
-    """Each token's K rows of `y_MD`, weighted and summed in f32; a choice without a row counts as zero."""
+    """Each token's K rows of `y_MD`, weighted and summed in f32; a choice without a row counts as
+    zero.
+    """
     return _combine(*vary_alike(y_MD, weight_TK, source_M, place_TK))
 
 
 def choose_slots(
-    expert_TK: Int[Array, "T K"], slots_P: Int[Array, " P"], start_E: Int[Array, " E"], replicas_E: Int[Array, " E"], turn: jax.Array | int
+    expert_TK: Int[Array, "T K"],
+    slots_P: Int[Array, " P"],
+    start_E: Int[Array, " E"],
+    replicas_E: Int[Array, " E"],
+    turn: jax.Array | int,
 ) -> Int[Array, "T K"]:
-    """The slot for each choice of a logical expert: replicas take turns by token, from `turn` on. Expert E (padding) gives slot P.
+    """The slot for each choice of a logical expert: replicas take turns by token, from `turn` on.
+    Expert E (padding) gives slot P.
 
-    `slots_P` lists slots by expert; those of expert e that these tokens may use are `replicas_E[e]` from `start_E[e]` on.
+    `slots_P` lists slots by expert; those of expert e that these tokens may use are `replicas_E[e]`
+    from `start_E[e]` on.
     """
     num_experts, num_slots = start_E.shape[0], slots_P.shape[0]
     expert = jnp.minimum(expert_TK, num_experts - 1)
     turn_TK = (jnp.arange(expert_TK.shape[0], dtype=jnp.int32)[:, None] + turn) % replicas_E[expert]
-    return jnp.where(expert_TK < num_experts, slots_P[start_E[expert] + turn_TK], num_slots).astype(jnp.int32)
+    return jnp.where(expert_TK < num_experts, slots_P[start_E[expert] + turn_TK], num_slots).astype(
+        jnp.int32
+    )
 
 
-def queue_choices(slot_TK: Int[Array, "T K"], weight_TK: Float[Array, "T K"], num_slots: int, ranks: int) -> Queue:
+def queue_choices(
+    slot_TK: Int[Array, "T K"], weight_TK: Float[Array, "T K"], num_slots: int, ranks: int
+) -> Queue:
     """Lines up this device's choices for each rank.
 
-    Priority (version 1): choice rank first (every token's best choice before any second choice), then the
-    larger router weight, then the earlier token. Each source has pools of its own, so no rank is favoured.
+    Priority (version 1): choice rank first (every token's best choice before any second choice),
+    then the larger router weight, then the earlier token. Each source has pools of its own, so no
+    rank is favoured.
     """
     tokens, top_k = slot_TK.shape
-    rank_N = (slot_TK // (num_slots // ranks)).reshape(-1)  # padding goes to rank R, which no one is
+    rank_N = (slot_TK // (num_slots // ranks)).reshape(
+        -1
+    )  # padding goes to rank R, which no one is
     choice_N = jnp.tile(jnp.arange(top_k, dtype=jnp.int32), tokens)
     index_N = jnp.arange(tokens * top_k, dtype=jnp.int32)
     keys = (rank_N, choice_N, -lax.stop_gradient(weight_TK).reshape(-1), index_N)
     sorted_rank, _, _, order = lax.sort(keys, num_keys=3, is_stable=True)
     count_R = jnp.sum(rank_N[:, None] == jnp.arange(ranks + 1), axis=0, dtype=jnp.int32)
     start_R = jnp.cumsum(count_R) - count_R
-    position_N = jnp.zeros_like(index_N).at[order].set(index_N - start_R[sorted_rank], unique_indices=True)
+    position_N = (
+        jnp.zeros_like(index_N).at[order].set(index_N - start_R[sorted_rank], unique_indices=True)
+    )
     return Queue(slot_TK, position_N.reshape(tokens, top_k), jnp.max(count_R[:ranks]))
 
 
-def pool_tables(queue: Queue, round: Int[Array, ""] | int, capacity: int, num_slots: int, ranks: int) -> tuple[Tables, jax.Array]:
+def pool_tables(
+    queue: Queue, round: Int[Array, ""] | int, capacity: int, num_slots: int, ranks: int
+) -> tuple[Tables, jax.Array]:
     """Tables of one round, and the local slot of each pool row, int32 [R*C] (P/R for an empty row).
 
     Round r carries the choices whose position in line is r*C to (r+1)*C - 1.
@@ -136,25 +171,37 @@ def pool_tables(queue: Queue, round: Int[Array, ""] | int, capacity: int, num_sl
     place_TK = (queue.slot_TK // slots) * capacity + queue.position_TK % capacity
     place_TK = jnp.where(travels_TK, place_TK, ranks * capacity)
     source_M = invert(place_TK.reshape(-1), ranks * capacity)
-    local_M = jnp.concatenate([queue.slot_TK.reshape(-1) % slots, jnp.full((1,), slots, jnp.int32)])[source_M]
+    local_M = jnp.concatenate(
+        [queue.slot_TK.reshape(-1) % slots, jnp.full((1,), slots, jnp.int32)]
+    )[source_M]
     return Tables(source_M, place_TK), local_M
 
 
 def invert(place_N: Int[Array, " N"], rows: int) -> Int[Array, " M"]:
-    """The index n with place_N[n] = m for each row m, or N where there is none; places at or past `rows` are ignored."""
+    """The index n with place_N[n] = m for each row m, or N where there is none; places at or past
+    `rows` are ignored.
+    """
     size = place_N.shape[0]
     # One more row takes what goes nowhere: not every back end drops an out-of-bounds scatter.
-    source = jnp.full((rows + 1,), size, jnp.int32).at[jnp.minimum(place_N, rows)].set(jnp.arange(size, dtype=jnp.int32))
+    source = (
+        jnp.full((rows + 1,), size, jnp.int32)
+        .at[jnp.minimum(place_N, rows)]
+        .set(jnp.arange(size, dtype=jnp.int32))
+    )
     return source[:rows]
 
 
 def sort_by_slot(local_N: Int[Array, " N"], slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Order of rows by local slot (rows of slot `slots`, empty ones, last), its inverse, and rows a slot [P/R]."""
+    """Order of rows by local slot (rows of slot `slots`, empty ones, last), its inverse, and rows a
+    slot [P/R].
+    """
     order_N = jnp.argsort(local_N, stable=True).astype(jnp.int32)
     sizes_P = jnp.sum(local_N[:, None] == jnp.arange(slots), axis=0, dtype=jnp.int32)
     return order_N, invert(order_N, local_N.shape[0]), sizes_P
 
 
 def pool_capacity(tokens: int, top_k: int, ranks: int, capacity_factor: float) -> int:
-    """Rows C of a pool: the even share of this device's choices times the factor, at least 1 and at most all of them."""
+    """Rows C of a pool: the even share of this device's choices times the factor, at least 1 and at
+    most all of them.
+    """
     return int(min(tokens * top_k, max(1, np.ceil(capacity_factor * tokens * top_k / ranks))))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config.model import MoEConfig
-from moe_jax.ops.grouped_matmul.api import Impl, grouped_matmul
+from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl, grouped_matmul
 from moe_jax.parallel.collectives import once
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
 from moe_jax.utils.annotations import Array, Float, Int
@@ -18,7 +18,8 @@ ALPHA = 1.702  # of the sigmoid in gpt-oss's clamped SwiGLU
 
 
 class Experts(nnx.Module):
-    """Weights of all slots: `gate_up` [P, D, 2, F] and `down` [P, D, F], FSDP-sharded over D, and biases if asked for.
+    """Weights of all slots: `gate_up` [P, D, 2, F] and `down` [P, D, F], FSDP-sharded over D, and
+    biases if asked for.
 
     Built with one slot an expert, in logical order.
     """
@@ -26,18 +27,28 @@ class Experts(nnx.Module):
     def __init__(self, config: MoEConfig, width: int, out_std: float, *, rngs: nnx.Rngs):
         experts, hidden = config.num_experts, config.hidden
         self.limit = config.swiglu_limit
-        self.gate_up = param(rngs, (experts, width, 2, hidden), ("slots", "slot_width", "gate_up", "expert_hidden"), width**-0.5)
-        self.down = param(rngs, (experts, width, hidden), ("slots", "slot_width", "expert_hidden"), out_std)
+        self.gate_up = param(
+            rngs,
+            (experts, width, 2, hidden),
+            ("slots", "slot_width", "gate_up", "expert_hidden"),
+            width**-0.5,
+        )
+        self.down = param(
+            rngs, (experts, width, hidden), ("slots", "slot_width", "expert_hidden"), out_std
+        )
         if config.expert_bias:
             self.gate_up_bias = bias((experts, 2, hidden), ("slots", "gate_up", "expert_hidden"))
             self.down_bias = bias((experts, width), ("slots", "slot_norm"))
 
     def weights(self, dtype: Any) -> tuple[Any, ...]:
-        """This device's slots for `apply_experts`, gathered where FSDP cut them: gate_up, down and, if there, their biases."""
+        """This device's slots for `apply_experts`, gathered where FSDP cut them: gate_up, down and,
+        if there, their biases.
+        """
         found = (gather(self.gate_up, dtype), gather(self.down, dtype))
         if not hasattr(self, "down_bias"):
             return found
-        # The output's bias is added by one of the devices that hold parts of the sum over the hidden dim.
+        # The output's bias is added by one of the devices that hold parts of the sum over the
+        # hidden dim.
         down_bias = once(gather(self.down_bias, dtype), axes_of(self.down, "expert_hidden"))
         return (*found, gather(self.gate_up_bias, dtype), down_bias)
 
@@ -48,29 +59,38 @@ def apply_experts(
     weights: tuple[Any, ...],
     *,
     limit: float | None,
-    impl: Impl,
+    impl: GroupedMatmulImpl,
     first: jax.Array | int = 0,
 ) -> Float[Array, "N D"]:
-    """Each row through its slot's expert; rows are sorted by slot, `sizes_P` rows each, zeros after them.
+    """Each row through its slot's expert; rows are sorted by slot, `sizes_P` rows each, zeros after
+    them.
 
-    `weights` are `Experts.weights`, of which slot p is number first + p. With the hidden dim sharded over `tensor` the result
-    is this device's part of a sum.
+    `weights` are `Experts.weights`, of which slot p is number first + p. With the hidden dim
+    sharded over `tensor` the result is this device's part of a sum.
     """
     gate_up, down, *biases = weights
     if isinstance(gate_up, jax.Array):
         gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
     both_NF2 = grouped_matmul(x_ND, gate_up, sizes_P, first=first, impl=impl)
     if not biases:
-        return grouped_matmul(swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl)
-    slot_N = jnp.repeat(jnp.arange(sizes_P.shape[0]), sizes_P, total_repeat_length=x_ND.shape[0]) + first
+        return grouped_matmul(
+            swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
+        )
+    slot_N = (
+        jnp.repeat(jnp.arange(sizes_P.shape[0]), sizes_P, total_repeat_length=x_ND.shape[0]) + first
+    )
     both_NF2 = both_NF2 + biases[0].reshape(biases[0].shape[0], -1)[slot_N]
-    y_ND = grouped_matmul(swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl)
+    y_ND = grouped_matmul(
+        swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
+    )
     inside_N1 = jnp.arange(x_ND.shape[0])[:, None] < jnp.sum(sizes_P)
     return jnp.where(inside_N1, y_ND + biases[1][slot_N], jnp.zeros((), y_ND.dtype))
 
 
 def swiglu(both: Float[Array, "... F2"], limit: float | None = None) -> Float[Array, "... F"]:
-    """silu(gate) * up of a last dimension that holds gate, then up (Shazeer, 2020); with `limit`, gpt-oss's clamped form."""
+    """silu(gate) * up of a last dimension that holds gate, then up (Shazeer, 2020); with `limit`,
+    gpt-oss's clamped form.
+    """
     gate, up = jnp.split(both, 2, axis=-1)
     if limit is None:
         return jax.nn.silu(gate) * up

@@ -1,14 +1,14 @@
 """One MoE layer: route, dispatch, compute, combine. It runs inside the model's `shard_map`.
 
-Three ways to the experts: pools and all_to_all with a capacity, the same in as many rounds as the fullest pool
-needs (dropless), and, for few tokens or a single rank, gathering all tokens of the `expert` axis so that each
-rank computes its own slots' share of the sum.
+Three ways to the experts: pools and all_to_all with a capacity, the same in as many rounds as the
+fullest pool needs (dropless), and, for few tokens or a single rank, gathering all tokens of the
+`expert` axis so that each rank computes its own slots' share of the sum.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,54 +17,22 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch, load_balancing
-from moe_jax.moe.experts import Experts, apply_experts, swiglu
+from moe_jax.moe.exchange import (
+    Route,
+    gather_exchange,
+    in_rounds,
+    own_rows,
+    own_share,
+    pooled_exchange,
+)
+from moe_jax.moe.experts import Experts, swiglu
 from moe_jax.moe.router import Router, RouterStats, total
+from moe_jax.moe.stats import LayerStats, count_routing
 from moe_jax.moe.tables import LayerTables
-from moe_jax.ops.grouped_matmul.api import Impl
 from moe_jax.ops.linear import join, project
-from moe_jax.parallel.collectives import AXES, BATCH_AXES, all_gather, all_to_all, once, psum, vary
+from moe_jax.parallel.collectives import AXES, BATCH_AXES, once, psum, vary
 from moe_jax.parallel.sharding import axes_of, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
-
-
-class Flow(NamedTuple):
-    """Choices counted where they come from and where they go; ranks are those of the `expert` axis, summed over `data`."""
-
-    traffic_RE: Int[Array, "R E"]  # by source rank and logical expert
-    sent_RR: Int[Array, "R R"]  # that an expert computed, by source and destination rank
-    dropped_RR: Int[Array, "R R"]  # for which the pool was full, which happens at the source alone
-    asked_NR: Int[Array, "N R"]  # for each device's experts, by data row and rank, dropped ones included
-    slot_P: Int[Array, " P"]  # by slot, dropped ones included
-
-
-class LayerStats(NamedTuple):
-    """Figures of one layer, the same on every device."""
-
-    router: RouterStats
-    aux_loss: Float[Array, ""]
-    z_loss: Float[Array, ""]
-    flow: Flow
-    rounds: Int[Array, ""]
-
-    @property
-    def kept(self) -> Any:
-        """Choices that an expert computed."""
-        return self.flow.sent_RR.sum((-2, -1))
-
-    @property
-    def dropped(self) -> Any:
-        """Choices that none did."""
-        return self.flow.dropped_RR.sum((-2, -1))
-
-
-class Route(NamedTuple):
-    """The static shape of an exchange."""
-
-    ranks: int
-    slots: int  # P, over all ranks
-    capacity: int  # C
-    limit: float | None  # of gpt-oss's SwiGLU
-    impl: Impl
 
 
 class MoE(nnx.Module):
@@ -76,7 +44,9 @@ class MoE(nnx.Module):
         self.experts = Experts(config, width, out_std, rngs=rngs)
         hidden = config.shared_width
         if hidden:
-            self.shared_gate_up = param(rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5)
+            self.shared_gate_up = param(
+                rngs, (width, 2, hidden), ("width", "gate_up", "hidden"), width**-0.5
+            )
             self.shared_down = param(rngs, (width, hidden), ("width", "hidden"), out_std)
         if config.shared_gate:
             self.shared_gate = param(rngs, (width, 1), ("width", "experts"), width**-0.5)
@@ -91,7 +61,8 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerStats]:
         """Experts' output for this device's tokens, and the layer's figures over all devices.
 
-        `full` are the router's sums over the whole batch when this is a part of it; `keys_B` turns noise on.
+        `full` are the router's sums over the whole batch when this is a part of it; `keys_B` turns
+        noise on.
         """
         routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
         load_E, stats = stats.load_E, total(stats)
@@ -99,21 +70,33 @@ class MoE(nnx.Module):
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         rank, ranks = lax.axis_index("expert"), lax.axis_size("expert")
         host = rank * tables.slots_NP.shape[0] // ranks
-        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_NP[host], tables.start_E, tables.replicas_NE[host], rank)
+        slot_TK = dispatch.choose_slots(
+            routing.expert_TK, tables.slots_NP[host], tables.start_E, tables.replicas_NE[host], rank
+        )
         num_slots = tables.slots_NP.shape[1]
         y_TD, room, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK, num_slots)
         y_TD = lax.psum(y_TD + self._shared(x_TD), "tensor")
-        return y_TD.reshape(x_BSD.shape), LayerStats(stats, aux, z, flow(load_E, slot_TK, num_slots, room), rounds)
+        return y_TD.reshape(x_BSD.shape), LayerStats(
+            stats, aux, z, count_routing(load_E, slot_TK, num_slots, room), rounds
+        )
 
-    def _exchange(self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array, num_slots: int) -> tuple[jax.Array, ...]:
-        """Routed output [T, D] (a part of a sum over `tensor`), rows that each rank takes from this device, rounds."""
+    def _exchange(
+        self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array, num_slots: int
+    ) -> tuple[jax.Array, ...]:
+        """Routed output [T, D] (a part of a sum over `tensor`), rows that each rank takes from this
+        device, rounds.
+        """
         config, ranks = self.config, lax.axis_size("expert")
         tokens, top_k = slot_TK.shape
         capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
         route = Route(ranks, num_slots, capacity, config.swiglu_limit, config.grouped_matmul)
         args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, self.experts.weights(x_TD.dtype)), AXES)
-        alone = ranks == 1 and (config.dropless or capacity == tokens * top_k)  # nothing to send, nothing to drop
-        if config.dispatch == "gather" or (config.dispatch == "auto" and (alone or tokens < config.gather_below)):
+        alone = ranks == 1 and (
+            config.dropless or capacity == tokens * top_k
+        )  # nothing to send, nothing to drop
+        if config.dispatch == "gather" or (
+            config.dispatch == "auto" and (alone or tokens < config.gather_below)
+        ):
             room, rounds = jnp.int32(tokens * top_k), jnp.int32(1)
             y_TD = gather_exchange(route, *args, slot_TK)
         else:
@@ -145,135 +128,68 @@ class MoE(nnx.Module):
         repeat: Int[Array, ""] | int = 0,
         repeats: int = 1,
     ) -> Float[Array, "B S D"]:
-        """Experts' output for tokens that every device of the `expert` axis holds: each computes its slots' share of the sum.
+        """Experts' output for tokens that every device of the `expert` axis holds: each computes
+        its slots' share of the sum.
 
-        The experts' weights may be those of `repeats` layers one after another, of which this is number `repeat`.
+        The experts' weights may be those of `repeats` layers one after another, of which this is
+        number `repeat`.
         """
         routing = self.router.choose(x_BSD, valid_BS, tables.bias_E)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights = self.experts.weights(x_TD.dtype)
         local = jax.tree.leaves(weights)[0].shape[0] // repeats
         num_slots = local * lax.axis_size("expert")
-        slot_TK = dispatch.choose_slots(routing.expert_TK, tables.slots_NP[0], tables.start_E, tables.replicas_NE[0], 0)
-        route = Route(lax.axis_size("expert"), num_slots, 0, self.config.swiglu_limit, self.config.grouped_matmul)
+        slot_TK = dispatch.choose_slots(
+            routing.expert_TK, tables.slots_NP[0], tables.start_E, tables.replicas_NE[0], 0
+        )
+        route = Route(
+            lax.axis_size("expert"),
+            num_slots,
+            0,
+            self.config.swiglu_limit,
+            self.config.grouped_matmul,
+        )
         y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * local)
         return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape)
 
-    def choice_rows(self, x_TD: Float[Array, "T D"], slot_TK: Int[Array, "T K"]) -> Float[Array, "TK D"]:
-        """On one device, the output of each choice's expert, unweighted; zeros for a choice of slot P, which no expert is in.
+    def choice_rows(
+        self, x_TD: Float[Array, "T D"], slot_TK: Int[Array, "T K"]
+    ) -> Float[Array, "TK D"]:
+        """On one device, the output of each choice's expert, unweighted; zeros for a choice of slot
+        P, which no expert is in.
 
         The experts are those that this layer holds: P may be fewer than there are.
         """
         weights = self.experts.weights(x_TD.dtype)
-        route = Route(1, jax.tree.leaves(weights)[0].shape[0], 0, self.config.swiglu_limit, self.config.grouped_matmul)
+        route = Route(
+            1,
+            jax.tree.leaves(weights)[0].shape[0],
+            0,
+            self.config.swiglu_limit,
+            self.config.grouped_matmul,
+        )
         y_MD, _, inverse_TK = own_rows(route, x_TD, weights, slot_TK)
         return y_MD[inverse_TK.reshape(-1)]
 
-    def join_choices(self, x_TD: Float[Array, "T D"], row_MD: Float[Array, "TK D"], weight_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:
+    def join_choices(
+        self,
+        x_TD: Float[Array, "T D"],
+        row_MD: Float[Array, "TK D"],
+        weight_TK: Float[Array, "T K"],
+    ) -> Float[Array, "T D"]:
         """What `serve` gives, from the sum of `choice_rows` over parts of the experts."""
         choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
         y_TD = dispatch.combine_rows(row_MD, weight_TK, choice_M, choice_M.reshape(weight_TK.shape))
         return self._with_shared(y_TD, x_TD)
 
     def _with_shared(self, y_TD: jax.Array, x_TD: jax.Array) -> jax.Array:
-        """The routed experts' output with that of the shared ones, summed over devices that hold parts of it."""
+        """The routed experts' output with that of the shared ones, summed over devices that hold
+        parts of it.
+        """
         axes = ("expert", "tensor")
         if self.config.shared_experts:
             split = axes_of(self.shared_down, "hidden")
-            y_TD = y_TD + once(self._shared(x_TD), tuple(axis for axis in axes if axis not in split))
+            y_TD = y_TD + once(
+                self._shared(x_TD), tuple(axis for axis in axes if axis not in split)
+            )
         return psum(vary(y_TD, axes), axes)
-
-
-def flow(load_E: jax.Array, slot_TK: jax.Array, num_slots: int, room: jax.Array) -> Flow:
-    """The counts over the mesh, from this device's choices by expert and slot; each rank takes `room` rows from a device."""
-    ranks, rows = lax.axis_size("expert"), lax.axis_size("data")
-    slot_P = jnp.sum(slot_TK.reshape(-1, 1) == jnp.arange(num_slots), axis=0, dtype=jnp.int32)
-    asked_R = jnp.sum(slot_P.reshape(ranks, -1), axis=1)
-    kept_R = jnp.minimum(asked_R, room)
-    # Everyone adds a table with only its own line filled.
-    mine_R1 = (jnp.arange(ranks) == lax.axis_index("expert"))[:, None].astype(jnp.int32)
-    mine_N1 = (jnp.arange(rows) == lax.axis_index("data"))[:, None].astype(jnp.int32)
-    return lax.psum(Flow(mine_R1 * load_E, mine_R1 * kept_R, mine_R1 * (asked_R - kept_R), mine_N1 * asked_R, slot_P), BATCH_AXES)
-
-
-def pooled_exchange(
-    route: Route,
-    x_TD: jax.Array,
-    weight_TK: jax.Array,
-    weights: tuple[Any, ...],
-    queue: dispatch.Queue,
-    round: jax.Array | int,
-) -> jax.Array:
-    """One round: rows travel to their experts' ranks in pools [R*C, D], and their results travel back; [T, D]."""
-    tables, local_M = dispatch.pool_tables(queue, round, route.capacity, route.slots, route.ranks)
-    received_MD = all_to_all(dispatch.gather_rows(x_TD, tables.source_M, tables.place_TK), "expert")
-    slot_M = all_to_all(local_M, "expert")
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots // route.ranks)
-    sorted_MD = dispatch.gather_rows(received_MD, order_M, inverse_M[:, None])
-    computed_MD = apply_experts(sorted_MD, sizes_P, weights, limit=route.limit, impl=route.impl)
-    returned_MD = all_to_all(dispatch.gather_rows(computed_MD, inverse_M, order_M[:, None]), "expert")
-    return dispatch.combine_rows(returned_MD, weight_TK, tables.source_M, tables.place_TK)
-
-
-def gather_exchange(route: Route, x_TD: jax.Array, weight_TK: jax.Array, weights: tuple[Any, ...], slot_TK: jax.Array) -> jax.Array:
-    """All tokens of the axis visit every rank, which computes its own slots' part of the sum; [T, D]. Drops nothing."""
-    x_ND, weight_NK, slot_NK = (all_gather(a, "expert", 0) for a in (x_TD, weight_TK, slot_TK))
-    y_ND = own_share(route, x_ND, weight_NK, weights, slot_NK)
-    if route.ranks == 1:
-        return y_ND
-    start = lax.axis_index("expert") * x_TD.shape[0]
-    return lax.dynamic_slice_in_dim(lax.psum(y_ND, "expert"), start, x_TD.shape[0])
-
-
-def own_share(
-    route: Route, x_ND: jax.Array, weight_NK: jax.Array, weights: tuple[Any, ...], slot_NK: jax.Array, first: jax.Array | int = 0
-) -> jax.Array:
-    """The part of each token's sum over its choices that this rank's slots compute; [N, D]. Slot 0 here has weights number `first`."""
-    y_MD, order_M, inverse_NK = own_rows(route, x_ND, weights, slot_NK, first)
-    return dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
-
-
-def own_rows(
-    route: Route, x_ND: jax.Array, weights: tuple[Any, ...], slot_NK: jax.Array, first: jax.Array | int = 0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Outputs of this rank's slots by slot [N*K, D], zeros at the end for choices of others; the choice in each row; the row of each."""
-    slots = route.slots // route.ranks
-    local_NK = slot_NK - lax.axis_index("expert") * slots
-    local_NK = jnp.where((local_NK >= 0) & (local_NK < slots), local_NK, slots)
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), slots)
-    inverse_NK = inverse_M.reshape(local_NK.shape)
-    rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
-    y_MD = apply_experts(rows_MD, sizes_P, weights, limit=route.limit, impl=route.impl, first=first)
-    return y_MD, order_M, inverse_NK
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def in_rounds(exchange, rounds: jax.Array, args: tuple[Any, ...], queue: dispatch.Queue) -> jax.Array:
-    """The sum of `exchange(*args, queue, r)` over rounds r, of which there are at least one.
-
-    The first round is saved for the backward pass like any other computation; later ones, rare when load is
-    even, run in a loop whose backward pass replays them, so memory does not grow with their number.
-    """
-    return _in_rounds_fwd(exchange, rounds, args, queue)[0]
-
-
-def _in_rounds_fwd(exchange, rounds: jax.Array, args: tuple[Any, ...], queue: dispatch.Queue):
-    y_TD, pull = jax.vjp(lambda *a: exchange(*a, queue, 0), *args)
-    step = lambda c: (c[0] + 1, c[1] + exchange(*args, queue, c[0]))  # noqa: E731
-    _, y_TD = lax.while_loop(lambda c: c[0] < rounds, step, (jnp.int32(1), y_TD))
-    return y_TD, (pull, rounds, args, queue)
-
-
-def _in_rounds_bwd(exchange, saved, dy_TD: jax.Array):
-    pull, rounds, args, queue = saved
-
-    def step(carry):
-        round, grads = carry
-        _, pull_round = jax.vjp(lambda *a: exchange(*a, queue, round), *args)
-        return round + 1, jax.tree.map(jnp.add, grads, pull_round(dy_TD))
-
-    _, grads = lax.while_loop(lambda c: c[0] < rounds, step, (jnp.int32(1), pull(dy_TD)))
-    return None, grads, None
-
-
-in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)

@@ -1,9 +1,10 @@
-"""Choosing experts: scores, selection, weights, and the sums from which load and losses are computed.
+"""Choosing experts: scores, selection, weights, and the sums from which load and losses are
+computed.
 
-Everything is in f32 and in logical expert order. Statistics are sums over the valid tokens of the device;
-`total` sums them over the mesh, after which every device holds the same figures. Sources: softmax top-k
-(Shazeer et al., 2017), sigmoid scores with a balance bias and group-limited selection (DeepSeek-V2 and
-V3, 2024), z-loss (ST-MoE, Zoph et al., 2022).
+Everything is in f32 and in logical expert order. Statistics are sums over the valid tokens of the
+device; `total` sums them over the mesh, after which every device holds the same figures. Sources:
+softmax top-k (Shazeer et al., 2017), sigmoid scores with a balance bias and group-limited selection
+(DeepSeek-V2 and V3, 2024), z-loss (ST-MoE, Zoph et al., 2022).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from moe_jax.parallel.collectives import BATCH_AXES
 from moe_jax.parallel.sharding import bias, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
-NEVER = -1e9  # score of a dropped-out expert: finite, so that it can still fill a place nobody else takes
+NEVER = (
+    -1e9
+)  # score of a dropped-out expert: finite, so that it can still fill a place nobody else takes
 
 
 class RouterStats(NamedTuple):
@@ -58,25 +61,37 @@ class Router(nnx.Module):
         bias_E: Float[Array, " E"],
         keys_B: Key[Array, " B"] | None,
     ) -> tuple[Routing, RouterStats]:
-        """Routes each token. `bias_E` shifts selection, not weights; `keys_B` (a key a sequence) turns training noise on."""
+        """Routes each token. `bias_E` shifts selection, not weights; `keys_B` (a key a sequence)
+        turns training noise on.
+        """
         config = self.config
         x_BSD = x_BSD.astype(jnp.float32)
         dropped_BE = None
         if keys_B is not None:
             keys_BN = jax.vmap(lambda key: jax.random.split(key, 2))(keys_B)
             if config.input_noise:
-                draw = jax.vmap(lambda key: jax.random.uniform(key, x_BSD.shape[1:], minval=-1.0, maxval=1.0))
+                draw = jax.vmap(
+                    lambda key: jax.random.uniform(key, x_BSD.shape[1:], minval=-1.0, maxval=1.0)
+                )
                 x_BSD = x_BSD * (1 + config.input_noise * draw(keys_BN[:, 0]))
             if config.expert_dropout:
-                drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.expert_dropout, (config.num_experts,)))
+                drop = jax.vmap(
+                    lambda key: jax.random.bernoulli(
+                        key, config.expert_dropout, (config.num_experts,)
+                    )
+                )
                 dropped_BE = drop(keys_BN[:, 1])
         logits_BSE, score_BSE = self._score(x_BSD)
         expert_BSK, weight_BSK = select(config, score_BSE, bias_E, dropped_BE)
         routing = _routing(config, expert_BSK, weight_BSK, valid_BS)
-        stats = measure(logits_BSE, score_BSE, routing.expert_TK.reshape(expert_BSK.shape), valid_BS)
+        stats = measure(
+            logits_BSE, score_BSE, routing.expert_TK.reshape(expert_BSK.shape), valid_BS
+        )
         return routing, stats
 
-    def choose(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"], bias_E: Float[Array, " E"]) -> Routing:
+    def choose(
+        self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"], bias_E: Float[Array, " E"]
+    ) -> Routing:
         """Routes each token without noise or figures, as inference does."""
         _, score_BSE = self._score(x_BSD.astype(jnp.float32))
         return _routing(self.config, *select(self.config, score_BSE, bias_E, None), valid_BS)
@@ -88,17 +103,25 @@ class Router(nnx.Module):
         if self.config.router_bias:
             logits_BSE = logits_BSE + gather(self.bias)
         logits_BSE = logits_BSE / self.config.temperature
-        return logits_BSE, jax.nn.softmax(logits_BSE) if self.config.score == "softmax" else jax.nn.sigmoid(logits_BSE)
+        return logits_BSE, jax.nn.softmax(
+            logits_BSE
+        ) if self.config.score == "softmax" else jax.nn.sigmoid(logits_BSE)
 
 
-def _routing(config: MoEConfig, expert_BSK: jax.Array, weight_BSK: jax.Array, valid_BS: jax.Array) -> Routing:
+def _routing(
+    config: MoEConfig, expert_BSK: jax.Array, weight_BSK: jax.Array, valid_BS: jax.Array
+) -> Routing:
     """One line a token; padding chooses expert E."""
     expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, config.num_experts).astype(jnp.int32)
     return Routing(expert_BSK.reshape(-1, config.top_k), weight_BSK.reshape(-1, config.top_k))
 
 
-def select(config: MoEConfig, score_BSE: jax.Array, bias_E: jax.Array, dropped_BE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Experts [B, S, K] by biased score, best first, and their weights [B, S, K] from the unbiased scores."""
+def select(
+    config: MoEConfig, score_BSE: jax.Array, bias_E: jax.Array, dropped_BE: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Experts [B, S, K] by biased score, best first, and their weights [B, S, K] from the unbiased
+    scores.
+    """
     ranked_BSE = lax.stop_gradient(score_BSE) + bias_E
     if dropped_BE is not None:
         ranked_BSE = jnp.where(dropped_BE[:, None], NEVER + ranked_BSE, ranked_BSE)
@@ -114,7 +137,8 @@ def select(config: MoEConfig, score_BSE: jax.Array, bias_E: jax.Array, dropped_B
 def _open_groups(config: MoEConfig, ranked_BSE: jax.Array) -> jax.Array:
     """Which experts lie in a token's best groups, bool [B, S, E].
 
-    A group counts by its best score with softmax (DeepSeek-V2), by its two best together with sigmoid (V3).
+    A group counts by its best score with softmax (DeepSeek-V2), by its two best together with
+    sigmoid (V3).
     """
     grouped = ranked_BSE.reshape(*ranked_BSE.shape[:-1], config.num_groups, -1)
     best, _ = lax.top_k(grouped, 1 if config.score == "softmax" else 2)
@@ -123,11 +147,17 @@ def _open_groups(config: MoEConfig, ranked_BSE: jax.Array) -> jax.Array:
     return jnp.repeat(is_open, grouped.shape[-1], axis=-1)
 
 
-def measure(logits_BSE: jax.Array, score_BSE: jax.Array, expert_BSK: jax.Array, valid_BS: jax.Array) -> RouterStats:
-    """Sums over this device's valid tokens; `load_E` and the sequences' shares of choices carry no gradient."""
+def measure(
+    logits_BSE: jax.Array, score_BSE: jax.Array, expert_BSK: jax.Array, valid_BS: jax.Array
+) -> RouterStats:
+    """Sums over this device's valid tokens; `load_E` and the sequences' shares of choices carry no
+    gradient.
+    """
     num_experts, top_k = score_BSE.shape[-1], expert_BSK.shape[-1]
     prob_BSE = score_BSE / jnp.sum(score_BSE, axis=-1, keepdims=True)
-    load_BE = jnp.sum(expert_BSK[..., None] == jnp.arange(num_experts), axis=(1, 2), dtype=jnp.int32)
+    load_BE = jnp.sum(
+        expert_BSK[..., None] == jnp.arange(num_experts), axis=(1, 2), dtype=jnp.int32
+    )
     counts_BS = valid_BS.astype(jnp.float32)
     prob_BE = jnp.sum(prob_BSE * counts_BS[..., None], axis=1)
     tokens_B = jnp.sum(valid_BS, axis=1, dtype=jnp.int32)

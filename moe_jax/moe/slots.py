@@ -1,122 +1,49 @@
-"""Parameters and gradients of experts, which live in slots: laying out, summing over replicas, the norm.
+"""Parameters and gradients of experts, which live in slots: laying out, summing over replicas, the
+norm.
 
-In a tree of parameters the experts of block j of stack i are arrays [repeats, P, ...]; `expert_layers` says which MoE
-layers, and so which rows of a table [L, P], its repeats are.
+In a tree of parameters the experts of block j of stack i are arrays [repeats, P, ...];
+`expert_layers` says which MoE layers, and so which rows of a table [L, P], its repeats are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.models.transformer import expert_layers
-from moe_jax.parallel.collectives import AXES, vary, vma
 from moe_jax.placement.table import EMPTY
-from moe_jax.utils.annotations import Array, Float, Int
 
 Layers = dict[tuple[int, int], list[int]]
-EXPERTS = re.compile(r"stacks/(\d+)/blocks/(\d+)/mlp/experts/")  # in the path of an expert's array, parameter or moment
+EXPERT_PATH = re.compile(
+    r"stacks/(\d+)/blocks/(\d+)/mlp/experts/"
+)  # in the path of an expert's array, parameter or moment
 
 
-def _experts(tree: Any, layers: Layers) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
-    """The experts' arrays of each block, to be replaced in place, and the table rows of their repeats."""
+def expert_banks(tree: Any, layers: Layers) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+    """The experts' arrays of each block, to be replaced in place, and the table rows of their
+    repeats.
+    """
     for (stack, block), rows in layers.items():
         yield tree["stacks"][stack]["blocks"][block]["mlp"]["experts"], np.array(rows)
 
 
-def lay_out(params: Any, model: ModelConfig, moe: MoEConfig, table_LP: np.ndarray) -> Any:
-    """Parameters with experts in logical order [repeats, E, ...], changed to slots [repeats, P, ...]; zeros where empty."""
-    for experts, rows in _experts(params, expert_layers(model, moe)):
+def lay_out(params: Any, layers: Layers, table_LP: np.ndarray) -> Any:
+    """Parameters with experts in logical order [repeats, E, ...], changed to slots [repeats, P,
+    ...]; zeros where empty.
+    """
+    for experts, rows in expert_banks(params, layers):
         for name, logical in experts.items():
             experts[name] = take_slots(logical, table_LP[rows])
     return params
 
 
 def take_slots(weights: jax.Array, source_RP: np.ndarray) -> jax.Array:
-    """Rows of the second dim by index, for each index of the first; zeros for EMPTY. [R, N, ...] to [R, P, ...]."""
+    """Rows of the second dim by index, for each index of the first; zeros for EMPTY. [R, N, ...] to
+    [R, P, ...].
+    """
     source = jnp.asarray(np.where(source_RP == EMPTY, weights.shape[1], source_RP))
     return jax.vmap(lambda w, s: w.at[s].get(mode="fill", fill_value=0))(weights, source)
-
-
-def sum_replicas(grads: Any, expert_LP: Int[Array, "L P"], num_experts: int, layers: Layers) -> Any:
-    """Gradients with the sum over an expert's replicas in each of them; inside `shard_map`, with this rank's columns of the table.
-
-    A layer of P slots has at most P - E replicated experts: as many rows, and not the bank, are summed over the `expert` axis.
-    The sum is the same array on every rank, so replicas that were equal stay so bit for bit.
-    """
-    extra = min(expert_LP.shape[1] * lax.axis_size("expert") - num_experts, num_experts)
-    if extra == 0:
-        return grads
-    held_LPE = expert_LP[:, :, None] == jnp.arange(num_experts)
-    replicas_LE = lax.psum(jnp.sum(held_LPE, axis=1), "expert")
-    summed_LX = jnp.argsort(replicas_LE <= 1, axis=1, stable=True)[:, :extra]  # the replicated experts, then any others
-    mine_LPX = (
-        jnp.take_along_axis(held_LPE, summed_LX[:, None], axis=2) & (jnp.take_along_axis(replicas_LE, summed_LX, axis=1) > 1)[:, None]
-    )
-    slot_LX, here_LX = jnp.argmax(mine_LPX, axis=1), jnp.any(mine_LPX, axis=1)
-    for experts, rows in _experts(grads, layers):
-        for name, g in experts.items():
-            experts[name] = lax.fori_loop(0, len(rows), partial(_sum_layer, slot_LX[rows], here_LX[rows]), vary(g, ("expert",)))
-    return grads
-
-
-def _sum_layer(slot_RX: jax.Array, here_RX: jax.Array, repeat: jax.Array, g: jax.Array) -> jax.Array:
-    """One layer's rows [X, ...] of this rank, or zeros where it holds none, summed over ranks and put back."""
-    slot_X, here_X = slot_RX[repeat], here_RX[repeat]
-    here = here_X.reshape(-1, *(1,) * (g.ndim - 2))
-    total_X = lax.psum(jnp.where(here, g[repeat, slot_X], 0.0), "expert")
-
-    def put(x: jax.Array, g: jax.Array) -> jax.Array:
-        row = jnp.where(here_X[x], total_X[x], g[repeat, slot_X[x]])
-        return lax.dynamic_update_slice(g, row[None, None], (repeat, slot_X[x], *(0,) * (g.ndim - 2)))
-
-    return lax.fori_loop(0, slot_X.shape[0], put, g)
-
-
-def norm(grads: Any, expert_LP: Int[Array, "L P"], num_experts: int, layers: Layers) -> Float[Array, ""]:
-    """Global norm of sharded gradients, each expert counted once; inside `shard_map`, with this rank's columns of the table.
-
-    Squares of experts are added in logical order, so that the norm does not change, not even by rounding, when they move.
-    """
-    first_LP = _first_replicas(expert_LP, num_experts)
-    sums: dict[frozenset[str], jax.Array] = {}
-    expert_leaves = set()
-    for experts, rows in _experts(grads, layers):
-        for g in experts.values():
-            expert_leaves.add(id(g))
-            squares = jnp.where(first_LP[rows], _square_sums(g, 2), 0.0)
-            by_expert = jnp.sum(jnp.where(expert_LP[rows][..., None] == jnp.arange(num_experts), squares[..., None], 0.0), axis=1)
-            total = jnp.sum(lax.psum(by_expert, tuple(axis for axis in AXES if axis in vma(by_expert))))
-            sums[frozenset()] = sums[frozenset()] + total if frozenset() in sums else total
-    for g in jax.tree.leaves(grads):
-        if id(g) not in expert_leaves:
-            total = jnp.sum(_square_sums(g, 1))
-            sums[vma(g)] = sums[vma(g)] + total if vma(g) in sums else total
-    whole = [lax.psum(total, tuple(axis for axis in AXES if axis in axes)) if axes else total for axes, total in sums.items()]
-    return jnp.sqrt(sum(whole[1:], whole[0]))
-
-
-def _first_replicas(expert_LP: jax.Array, num_experts: int) -> jax.Array:
-    """Which of this rank's slots are the first of their expert; a rank holds an expert at most once. Bool [L, P/R]."""
-    held_LE = jnp.any(expert_LP[:, :, None] == jnp.arange(num_experts), axis=1)
-    rank = lax.axis_index("expert")
-    first_LE = lax.pmin(jnp.where(held_LE, rank, lax.axis_size("expert")), "expert")
-    return (expert_LP != EMPTY) & (jnp.take_along_axis(first_LE, jnp.maximum(expert_LP, 0), axis=1) == rank)
-
-
-def _square_sums(g: jax.Array, dims: int) -> jax.Array:
-    """Sums of squares over all but the first `dims` dims (and at least the last), [...], computed one row at a time.
-
-    XLA:CPU writes the squares of a large array out before it sums them; those of a row stay in the cache.
-    """
-    dims = min(dims, g.ndim - 1)
-    rows = g.reshape(-1, *g.shape[dims:])
-    return lax.map(lambda row: jnp.sum(row * row), rows).reshape(g.shape[:dims])

@@ -1,8 +1,9 @@
 """Output head and cross-entropy in one: the logits of a few hundred tokens at a time, never of all.
 
-The forward pass already makes the gradients of a chunk while its logits are at hand, so that the backward
-pass recomputes nothing and the [T, V] logits are never kept (the idea of Cut Cross-Entropy, Wijmans et al.,
-2024, without its filtering). The vocabulary may be sharded over a mesh axis.
+The forward pass already makes the gradients of a chunk while its logits are at hand, so that the
+backward pass recomputes nothing and the [T, V] logits are never kept (the idea of Cut
+Cross-Entropy, Wijmans et al., 2024, without its filtering). The vocabulary may be sharded over a
+mesh axis.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax import lax
 from moe_jax.parallel.collectives import vary, vary_alike, vma
 from moe_jax.utils.annotations import Array, Float, Int
 
-Impl = Literal["chunked", "reference"]
+CrossEntropyImpl = Literal["chunked", "reference"]
 Axis = str | tuple[str, ...] | None
 
 CHUNK = 1024  # tokens; each chunk re-reads the [D, V] gradient once, so small chunks cost bandwidth
@@ -30,41 +31,55 @@ def linear_cross_entropy(
     weight_T: Float[Array, " T"],
     *,
     axis: Axis = None,
-    impl: Impl = "chunked",
+    impl: CrossEntropyImpl = "chunked",
 ) -> Float[Array, ""]:
-    """Weighted sum over tokens of the negative log-likelihood (nats, f32) of `target_T` under softmax(h @ w).
+    """Weighted sum over tokens of the negative log-likelihood (nats, f32) of `target_T` under
+    softmax(h @ w).
 
-    With `axis`, `w_DV` is this device's block of columns of a vocabulary sharded over that mesh axis (or axes), `target_T`
-    still numbers the whole vocabulary, and the result is the same on all devices of the axis. `weight_T` gets
-    no gradient. Raises ValueError for an unknown `impl`.
+    With `axis`, `w_DV` is this device's block of columns of a vocabulary sharded over that mesh
+    axis (or axes), `target_T` still numbers the whole vocabulary, and the result is the same on all
+    devices of the axis. `weight_T` gets no gradient. Raises ValueError for an unknown `impl`.
     """
     if axis is not None:
-        h_TD = vary(h_TD, (axis,) if isinstance(axis, str) else axis)  # its transpose sums the blocks' gradients
+        h_TD = vary(
+            h_TD, (axis,) if isinstance(axis, str) else axis
+        )  # its transpose sums the blocks' gradients
     h_TD, w_DV, _ = vary_alike(h_TD, w_DV.astype(h_TD.dtype), target_T)
     if impl == "reference":
         return jnp.sum(weight_T * _loss_T(h_TD, w_DV, target_T, axis)[0])
     if impl == "chunked":
         return _chunked(h_TD, w_DV, target_T, weight_T, axis)
-    raise ValueError(f"impl={impl!r} is not a back end of linear_cross_entropy: use chunked or reference")
+    raise ValueError(
+        f"impl={impl!r} is not a back end of linear_cross_entropy: use chunked or reference"
+    )
 
 
 def logits(h_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"]) -> Float[Array, "T V"]:
     """Logits in f32 of this device's block of the vocabulary."""
-    return jnp.einsum("td,dv->tv", h_TD, w_DV.astype(h_TD.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "td,dv->tv", h_TD, w_DV.astype(h_TD.dtype), preferred_element_type=jnp.float32
+    )
 
 
-def _loss_T(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, axis: Axis) -> tuple[jax.Array, ...]:
-    """Loss of each token, and what its gradient needs: exp(logits - top), their sum, the local target index."""
+def _loss_T(
+    h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, axis: Axis
+) -> tuple[jax.Array, ...]:
+    """Loss of each token, and what its gradient needs: exp(logits - top), their sum, the local
+    target index.
+    """
     logits_TV = logits(h_TD, w_DV)
     top_T = lax.stop_gradient(jnp.max(logits_TV, axis=-1))
     local_T = target_T
     if axis is not None:
-        # A maximum over one device is a sum over one device: some back ends have no other collective.
+        # A maximum over one device is a sum over one device: some back ends have no other
+        # collective.
         top_T = lax.psum(top_T, axis) if lax.axis_size(axis) == 1 else lax.pmax(top_T, axis)
         local_T = target_T - lax.axis_index(axis) * w_DV.shape[1]
     exp_TV = jnp.exp(logits_TV - top_T[:, None])
     sum_T = jnp.sum(exp_TV, axis=-1)
-    hit_T = jnp.take_along_axis(logits_TV, local_T[:, None], axis=-1, mode="fill", fill_value=0.0)[:, 0]
+    hit_T = jnp.take_along_axis(logits_TV, local_T[:, None], axis=-1, mode="fill", fill_value=0.0)[
+        :, 0
+    ]
     hit_T = jnp.where((local_T >= 0) & (local_T < w_DV.shape[1]), hit_T, 0.0)
     if axis is not None:
         sum_T, hit_T = lax.psum((sum_T, hit_T), axis)
@@ -80,18 +95,27 @@ def _split(x_T: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis) -> jax.Array:
-    losses = lax.map(lambda c: jnp.sum(c[2] * _loss_T(c[0], w_DV, c[1], axis)[0]), tuple(map(_split, (h_TD, target_T, weight_T))))
+def _chunked(
+    h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis
+) -> jax.Array:
+    losses = lax.map(
+        lambda c: jnp.sum(c[2] * _loss_T(c[0], w_DV, c[1], axis)[0]),
+        tuple(map(_split, (h_TD, target_T, weight_T))),
+    )
     return jnp.sum(losses)
 
 
-def _chunked_fwd(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis):
+def _chunked_fwd(
+    h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis
+):
     def chunk(dw_DV: jax.Array | None, x: tuple[jax.Array, ...]):
         h, target, weight = x
         loss_T, exp_TV, sum_T, local_T = _loss_T(h, w_DV, target, axis)
         hit_TV = (jnp.arange(w_DV.shape[1]) == local_T[:, None]).astype(jnp.float32)
         dlogits_TV = ((exp_TV / sum_T[:, None] - hit_TV) * weight[:, None]).astype(h.dtype)
-        dh = jnp.einsum("tv,dv->td", dlogits_TV, w_DV, preferred_element_type=jnp.float32).astype(h.dtype)
+        dh = jnp.einsum("tv,dv->td", dlogits_TV, w_DV, preferred_element_type=jnp.float32).astype(
+            h.dtype
+        )
         dw = jnp.einsum("tv,td->dv", dlogits_TV, h, preferred_element_type=jnp.float32)
         return (dw if dw_DV is None else dw_DV + dw), (jnp.sum(weight * loss_T), dh)
 
@@ -99,7 +123,9 @@ def _chunked_fwd(h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T
     if chunks[0].shape[0] == 1:  # one chunk needs no zeroed accumulator
         dw_DV, (loss, dh) = chunk(None, tuple(x[0] for x in chunks))
     else:
-        dw_DV, (losses, dh) = lax.scan(chunk, vary(jnp.zeros(w_DV.shape, jnp.float32), vma(w_DV)), chunks)
+        dw_DV, (losses, dh) = lax.scan(
+            chunk, vary(jnp.zeros(w_DV.shape, jnp.float32), vma(w_DV)), chunks
+        )
         loss = jnp.sum(losses)
     return loss, (dh.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]], dw_DV.astype(w_DV.dtype))
 

@@ -1,8 +1,9 @@
-"""Small tools for code that runs inside `shard_map`: every device runs the same program on its shard.
+"""Small tools for code that runs inside `shard_map`: every device runs the same program on its
+shard.
 
-JAX types each value there by the mesh axes over which it varies (its vma) and refuses to call replicated
-what is not; these helpers state such casts once. Collectives over an axis of size 1 are left out, so that
-the program of a single device holds none (some back ends have none).
+JAX types each value there by the mesh axes over which it varies (its vma) and refuses to call
+replicated what is not; these helpers state such casts once. Collectives over an axis of size 1 are
+left out, so that the program of a single device holds none (some back ends have none).
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ BATCH_AXES = ("data", "expert")
 def vma(x: jax.Array) -> frozenset[str]:
     """Mesh axes over which `x` may differ from device to device; empty outside `shard_map`."""
     kind: Any = jax.typeof(x)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # the attribute's name changed between JAX releases
+    return (
+        kind.mat.varying if hasattr(kind, "mat") else kind.vma
+    )  # the attribute's name changed between JAX releases
 
 
 def vary(tree: Any, axes: frozenset[str] | tuple[str, ...]) -> Any:
-    """The same values, typed as varying over `axes` too; the transpose sums cotangents over those axes."""
+    """The same values, typed as varying over `axes` too; the transpose sums cotangents over those
+    axes.
+    """
 
     def cast(x: jax.Array) -> jax.Array:
         missing = tuple(axis for axis in AXES if axis in axes and axis not in vma(x))
@@ -39,26 +44,38 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def all_gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
-    """Concatenates the shards of all devices along mesh `axes` on dimension `dim`; the transpose is a reduce-scatter."""
+    """Concatenates the shards of all devices along mesh `axes` on dimension `dim`; the transpose is
+    a reduce-scatter.
+    """
     return x if lax.axis_size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
 def all_to_all(x: jax.Array, axis: str) -> jax.Array:
-    """Swaps blocks of the first dimension [R*C, ...]: block r goes to rank r, and block r of the result came from it."""
-    return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
+    """Swaps blocks of the first dimension [R*C, ...]: block r goes to rank r, and block r of the
+    result came from it.
+    """
+    return (
+        x
+        if lax.axis_size(axis) == 1
+        else lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
+    )
 
 
 def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of them.
+    """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of
+    them.
 
-    Where one device is alone and nothing tracks which values vary (`Engine`), no collective is left.
+    Where one device is alone and nothing tracks which values vary (`Engine`), no collective is
+    left.
     """
     alone = lax.axis_size(axes) == 1 and vma(x).isdisjoint(axes) if axes else True
     return x if alone else lax.psum(x, axes)
 
 
 def once(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`x` on the first device along mesh `axes`, zeros on the others: what all of them hold alike, made a part of a sum."""
+    """`x` on the first device along mesh `axes`, zeros on the others: what all of them hold alike,
+    made a part of a sum.
+    """
     for axis in axes:
         if lax.axis_size(axis) > 1:
             x = jnp.where(lax.axis_index(axis) == 0, x, jnp.zeros((), x.dtype))

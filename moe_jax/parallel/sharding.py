@@ -1,13 +1,14 @@
 """Parameters and the mesh: one table from logical dimension names to mesh axes.
 
-A parameter names its dimensions once; how it is stored (its PartitionSpec) and how it is used (which
-dimension is gathered first, over which axes a product is summed) follow from the table. FSDP: dense
-parameters are stored in shards of their width over `data` and `expert`, expert slots over `expert` and,
-inside a slot, over `data`; each is gathered just before use and its gradient reduce-scattered by the
-transpose. `tensor` dimensions are never gathered.
+A parameter names its dimensions once; how it is stored (its PartitionSpec) and how it is used
+(which dimension is gathered first, over which axes a product is summed) follow from the table.
+FSDP: dense parameters are stored in shards of their width over `data` and `expert`, expert slots
+over `expert` and, inside a slot, over `data`; each is gathered just before use and its gradient
+reduce-scattered by the transpose. `tensor` dimensions are never gathered.
 
-For inference another table holds (`serving_rules`): nothing is gathered, every device keeps its part of
-each matrix, and dense layers are split over `expert` too, since all its devices see the same tokens.
+For inference another table holds (`serving_rules`): nothing is gathered, every device keeps its
+part of each matrix, and dense layers are split over `expert` too, since all its devices see the
+same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.ops.linear import Matrix
 from moe_jax.parallel.collectives import all_gather
 
 Rules = dict[str, tuple[str, ...]]
@@ -44,23 +44,39 @@ GATHERED = ("width", "slot_width")
 
 
 def serving_rules(
-    mesh: Mesh | AbstractMesh, *, heads: int, kv_heads: int, head_inputs: int, hiddens: tuple[int, ...], vocab: int, group: int = 1
+    mesh: Mesh | AbstractMesh,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_inputs: int,
+    hiddens: tuple[int, ...],
+    vocab: int,
+    group: int = 1,
 ) -> Rules:
-    """The table for inference: each kind of dims over `expert` and `tensor` together where they divide it, else over `tensor`.
+    """The table for inference: each kind of dims over `expert` and `tensor` together where they
+    divide it, else over `tensor`.
 
-    `head_inputs` is the number of attention's outputs that its output projection sums over, `hiddens` the hidden widths of dense
-    and shared feed-forward parts; `group` of these share a scale and stay together on a device where `expert` is concerned. What
-    `tensor` does not divide either stays whole; heads that it does not divide are the caller's to refuse.
+    `head_inputs` is the number of attention's outputs that its output projection sums over,
+    `hiddens` the hidden widths of dense and shared feed-forward parts; `group` of these share a
+    scale and stay together on a device where `expert` is concerned. What `tensor` does not divide
+    either stays whole; heads that it does not divide are the caller's to refuse.
     """
 
     def split(sizes: tuple[int, ...], inputs: tuple[int, ...] = ()) -> tuple[str, ...]:
         both, tensor = mesh.shape["expert"] * mesh.shape["tensor"], mesh.shape["tensor"]
-        if all(size % both == 0 for size in sizes) and all(size % (both * group) == 0 for size in inputs):
+        if all(size % both == 0 for size in sizes) and all(
+            size % (both * group) == 0 for size in inputs
+        ):
             return ("expert", "tensor")
         return ("tensor",) if all(size % tensor == 0 for size in sizes) else ()
 
     attention = split((heads, kv_heads), (head_inputs,))
-    changed = {"heads": attention, "kv_heads": attention, "hidden": split(hiddens, hiddens), "vocab": split((vocab,))}
+    changed = {
+        "heads": attention,
+        "kv_heads": attention,
+        "hidden": split(hiddens, hiddens),
+        "vocab": split((vocab,)),
+    }
     return RULES | {"width": (), "slot_width": ()} | changed
 
 
@@ -76,21 +92,33 @@ def spec(axes: tuple[str, ...], leading: int = 0, rules: Rules = RULES) -> Parti
             raise ValueError(f"logical axis {name!r} has no rule: the names are {sorted(rules)}")
         for axis in rules[name]:
             if axis in used:
-                raise ValueError(f"axes {axes}: {name!r} and {used[axis]!r} both claim mesh axis {axis!r}")
+                raise ValueError(
+                    f"axes {axes}: {name!r} and {used[axis]!r} both claim mesh axis {axis!r}"
+                )
             used[axis] = name
         entries.append(rules[name] or None)
     return PartitionSpec(*entries)
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
-    """An f32 parameter with named dimensions, normal with standard deviation `std`, or ones for None; sharded for training."""
-    value = jnp.ones(shape, jnp.float32) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None
+) -> nnx.Param:
+    """An f32 parameter with named dimensions, normal with standard deviation `std`, or ones for
+    None; sharded for training.
+    """
+    value = (
+        jnp.ones(shape, jnp.float32)
+        if std is None
+        else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    )
     return nnx.Param(value, axes=axes, mesh_axes=tuple(RULES[name] for name in axes))
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """An f32 parameter that starts at zero, sharded for training."""
-    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, mesh_axes=tuple(RULES[name] for name in axes))
+    return nnx.Param(
+        jnp.zeros(shape, jnp.float32), axes=axes, mesh_axes=tuple(RULES[name] for name in axes)
+    )
 
 
 def apply_rules(module: nnx.Module, rules: Rules) -> None:
@@ -101,28 +129,35 @@ def apply_rules(module: nnx.Module, rules: Rules) -> None:
 
 
 def gather(parameter: nnx.Param, dtype: Any = None) -> Any:
-    """This device's parameter as the computation needs it: cast to `dtype`, then gathered over its FSDP axes.
+    """This device's parameter as the computation needs it: cast to `dtype`, then gathered over its
+    FSDP axes.
 
     A `Matrix` (weights made for inference) is given as it is.
     """
     value = parameter.get_value()
-    if isinstance(value, Matrix):
+    if not isinstance(value, jax.Array):
         return value
     value = value if dtype is None else value.astype(dtype)
-    for dim, (name, axes) in enumerate(zip(parameter.get_metadata("axes"), parameter.get_metadata("mesh_axes"), strict=True)):
+    for dim, (name, axes) in enumerate(
+        zip(parameter.get_metadata("axes"), parameter.get_metadata("mesh_axes"), strict=True)
+    ):
         if name in GATHERED and axes:
             value = all_gather(value, axes, dim)
     return value
 
 
 def axes_of(parameter: nnx.Param, name: str) -> tuple[str, ...]:
-    """Mesh axes over which a parameter's dimension `name` is sharded: a product that contracts it is a part of a sum over them."""
+    """Mesh axes over which a parameter's dimension `name` is sharded: a product that contracts it
+    is a part of a sum over them.
+    """
     return parameter.get_metadata("mesh_axes")[parameter.get_metadata("axes").index(name)]
 
 
 def named(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """NamedShardings on a mesh from a tree of PartitionSpecs."""
-    return jax.tree.map(lambda one: NamedSharding(mesh, one), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda one: NamedSharding(mesh, one), tree, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def specs(variables: Any) -> Any:

@@ -4,36 +4,130 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from moe_jax.config.load import read_yaml, section_from_dict
 from moe_jax.errors import UserError
+from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.placement.topology import Topology
 
 
 def read_topology(path: Path, devices: int | None = None) -> Topology:
-    """The topology in a YAML file, checked against the mesh's number of devices where that is given.
+    """The topology in a YAML file, checked against the mesh's number of devices where that is
+    given.
 
-    Raises UserError for a file that cannot be read, a key that is unknown, missing or of the wrong type, a number out of
-    range, or another number of devices.
+    Raises UserError for a file that cannot be read, a key that is unknown, missing or of the wrong
+    type, a number out of range, or another number of devices.
     """
     values = read_yaml(path)
     fields = {field.name: field for field in dataclasses.fields(Topology)}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(fields)}."
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"the keys are {', '.join(fields)}."
+            )
             raise UserError(f"{path}: there is no key {str(key)!r}; {hint}")
-    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in values
+    ]
     if missing:
-        raise UserError(f"{path} leaves out {', '.join(missing)}: give every key of configs/placement/topology.yaml but memory.")
+        raise UserError(
+            f"{path} leaves out {', '.join(missing)}: give every key of "
+            f"configs/placement/topology.yaml but memory."
+        )
     try:
         found: Topology = section_from_dict(Topology, values, source=str(path))
     except UserError as error:
-        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+        raise (
+            error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")
+        ) from error
     if devices is not None and found.devices != devices:
         raise UserError(
-            f"{path} has hosts={found.hosts} x devices_per_host={found.devices_per_host} = {found.devices} devices, but the mesh has "
+            f"{path} has hosts={found.hosts} x devices_per_host={found.devices_per_host} = "
+            f"{found.devices} devices, but the mesh has "
             f"{devices}: make them equal."
         )
+    return found
+
+
+def read_table(
+    path: Path,
+    *,
+    layers: int | None = None,
+    num_experts: int | None = None,
+    ranks: int | None = None,
+    max_experts_per_device: int | None = None,
+) -> Placement:
+    """A placement table that `moe-jax placement plan --out` wrote; what is given must be what the
+    table has.
+
+    Raises UserError with the layer and the expert named for one that leaves an expert out, has it
+    twice on a device, or puts more than `max_experts_per_device` on one; and for a table of another
+    size.
+    """
+    value = _read_json(path, "a placement table")
+    keys = ("version", "num_experts", "num_slots", "physical_to_logical")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise UserError(
+            f"{path} leaves out {', '.join(missing)}: give a table that `moe-jax placement plan "
+            f"--out` wrote."
+        )
+    try:
+        table = Placement.from_json(value)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path}: physical_to_logical is not a list for each layer of "
+            f"num_slots={value['num_slots']!r} whole numbers: mend it."
+        ) from error
+    has = {
+        "layers": len(table.physical_to_logical),
+        "experts": table.num_experts,
+        "devices": table.ranks,
+    }
+    for (name, number), wanted in zip(has.items(), (layers, num_experts, ranks), strict=True):
+        if wanted is not None and number != wanted:
+            raise UserError(
+                f"{path} is a table for {number} {name}, and {wanted} are wanted: plan one for "
+                f"this model and mesh."
+            )
+    held_LR = np.sum(table.by_rank != EMPTY, axis=-1)
+    if max_experts_per_device is not None and held_LR.max(initial=0) > max_experts_per_device:
+        layer, rank = np.argwhere(held_LR > max_experts_per_device)[0]
+        last = table.by_rank[layer, rank][table.by_rank[layer, rank] != EMPTY][
+            max_experts_per_device
+        ]
+        raise UserError(
+            f"{path}: layer {layer} puts {held_LR[layer, rank]} experts on device {rank}, and "
+            f"placement.max_experts_per_device="
+            f"{max_experts_per_device}: move expert {last} to another device."
+        )
+    return table
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: there is no such file; give {what} or a run's directory."
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UserError(f"{path} is not JSON: give {what} or a run's directory.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: give {what} or a run's directory.")
     return found

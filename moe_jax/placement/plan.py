@@ -1,6 +1,8 @@
-"""Planning where experts live, from the traffic that was measured: one function for all strategies, in numpy alone.
+"""Planning where experts live, from the traffic that was measured: one function for all strategies,
+in numpy alone.
 
-    table = plan("topology_aware", traffic_LRE, ranks=8, redundant_slots=1, topology=topology, present=table)
+    options = {"redundant_slots": 1, "topology": topology, "present": table}
+    table = plan_placement("topology_aware", traffic_LRE, ranks=8, **options)
 
 The same arguments always give the same table.
 """
@@ -19,7 +21,7 @@ from moe_jax.placement.topology_aware import link_rows_by_part, topology_aware
 STRATEGIES = ("contiguous", "round_robin", "balanced", "topology_aware")
 
 
-def plan(
+def plan_placement(
     strategy: str,
     traffic_LRE: np.ndarray,
     *,
@@ -30,27 +32,39 @@ def plan(
     groups: int = 1,
     tensor: int = 1,
 ) -> Placement:
-    """The table of a strategy for `ranks` devices, each with `redundant_slots` slots beyond its share of the experts.
+    """The table of a strategy for `ranks` devices, each with `redundant_slots` slots beyond its
+    share of the experts.
 
-    `traffic_LRE` are the choices that tokens of each source rank made of each expert. Of them `balanced` uses the sum over
-    sources alone; `topology_aware` takes sources as alike where there are not `ranks` of them. Both fill every slot, and put
-    as much as they can where `present` has it. Without a topology all devices are on one host. `groups` are the router's
-    expert groups, which `balanced` keeps on one host each where they divide among hosts; `tensor` is the size of that mesh axis.
+    `traffic_LRE` are the choices that tokens of each source rank made of each expert. Of them
+    `balanced` uses the sum over sources alone; `topology_aware` takes sources as alike where there
+    are not `ranks` of them. Both fill every slot, and put as much as they can where `present` has
+    it. Without a topology all devices are on one host. `groups` are the router's expert groups,
+    which `balanced` keeps on one host each where they divide among hosts; `tensor` is the size of
+    that mesh axis.
 
     Raises UserError for an unknown strategy, or a topology that does not match the mesh.
     """
     layers, sources, num_experts = traffic_LRE.shape
     if strategy in ("contiguous", "round_robin"):
-        return (contiguous if strategy == "contiguous" else round_robin)(layers, num_experts, ranks, redundant_slots)
+        return (contiguous if strategy == "contiguous" else round_robin)(
+            layers, num_experts, ranks, redundant_slots
+        )
     if strategy not in STRATEGIES:
-        raise UserError(f"There is no placement strategy {strategy!r} to plan with: choose one of {', '.join(STRATEGIES)}.")
+        raise UserError(
+            f"There is no placement strategy {strategy!r} to plan with: choose one of "
+            f"{', '.join(STRATEGIES)}."
+        )
     traffic_LRE = np.asarray(traffic_LRE, np.float64)
     if sources != ranks:
         traffic_LRE = np.repeat(traffic_LRE.sum(1, keepdims=True) / ranks, ranks, axis=1)
     host_R = one_host(ranks) if topology is None else topology.host_of_rank(ranks, tensor)
     hosts, weight = int(host_R[-1]) + 1, 1.0 if topology is None else topology.between_weight
     slots = count_slots(num_experts, ranks, redundant_slots) // ranks
-    full = present is not None and not present.empty_slots and present.by_rank.shape == (layers, ranks, slots)
+    full = (
+        present is not None
+        and not present.empty_slots
+        and present.by_rank.shape == (layers, ranks, slots)
+    )
     present_LRS = present.by_rank if present is not None and full else None
     if strategy == "balanced":
         table_LRS = balanced(traffic_LRE.sum(1), ranks, slots, hosts, groups, present_LRS)

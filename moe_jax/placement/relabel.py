@@ -1,8 +1,10 @@
-"""Moving as little as possible: which device gets which part of a new table, and which slot which expert.
+"""Moving as little as possible: which device gets which part of a new table, and which slot which
+expert.
 
-Devices of a host are alike, so their parts may change places: the most experts stay where they are when parts are matched
-with devices by maximum overlap (the assignment problem, solved exactly by SciPy). A bound on the rows of a device's link
-keeps a table that was planned for its traffic as good as it is.
+Devices of a host are alike, so their parts may change places: the most experts stay where they are
+when parts are matched with devices by maximum overlap (the assignment problem, solved exactly by
+SciPy). A bound on the rows of a device's link keeps a table that was planned for its traffic as
+good as it is.
 """
 
 from __future__ import annotations
@@ -14,15 +16,26 @@ from moe_jax.placement.table import EMPTY, Placement
 
 
 def relabel(
-    new: Placement, present: Placement, hosts: int = 1, *, swap_hosts: bool = False, rows_LHDD: np.ndarray | None = None
+    new: Placement,
+    present: Placement,
+    hosts: int = 1,
+    *,
+    swap_hosts: bool = False,
+    rows_LHDD: np.ndarray | None = None,
 ) -> Placement:
-    """The parts of `new` on the devices, and the experts in the slots, where most of `present` stays as it is.
+    """The parts of `new` on the devices, and the experts in the slots, where most of `present`
+    stays as it is.
 
-    Parts stay on their host; with `swap_hosts` a host's parts may go to another host all together. `rows_LHDD` [L, H, device,
-    part] are the rows over a device's link if it gets a part: none then gets one with more rows than the layer's busiest
-    has now. A table of other experts, devices or layers than `present`'s comes back as it is.
+    Parts stay on their host; with `swap_hosts` a host's parts may go to another host all together.
+    `rows_LHDD` [L, H, device, part] are the rows over a device's link if it gets a part: none then
+    gets one with more rows than the layer's busiest has now. A table of other experts, devices or
+    layers than `present`'s comes back as it is.
     """
-    if (new.num_experts, new.ranks, len(new.by_rank)) != (present.num_experts, present.ranks, len(present.by_rank)):
+    if (new.num_experts, new.ranks, len(new.by_rank)) != (
+        present.num_experts,
+        present.ranks,
+        len(present.by_rank),
+    ):
         return new
     table_LRS, old_LRS = new.by_rank.copy(), present.by_rank
     for layer in range(len(table_LRS)):
@@ -39,12 +52,24 @@ def relabel(
                 overlap_DD = np.where(rows_LHDD[layer, host] <= busiest, overlap_DD, -new.num_slots)
             parts[host] = own_D[_match(overlap_DD)]
         table_LRS[layer] = table_LRS[layer, parts.reshape(-1)]
-    return Placement(_keep_slots(table_LRS, old_LRS).reshape(new.physical_to_logical.shape), new.num_experts, new.ranks)
+    return Placement(
+        _keep_slots(table_LRS, old_LRS).reshape(new.physical_to_logical.shape),
+        new.num_experts,
+        new.ranks,
+    )
 
 
 def moves(new: Placement, present: Placement) -> np.ndarray:
-    """Experts that each device must be sent, int64 [L, R]: those it does not hold at present. For tables of equally many devices."""
-    held_LRE = np.array([[_held(table, new.num_experts) for table in placement.by_rank] for placement in (new, present)], bool)
+    """Experts that each device must be sent, int64 [L, R]: those it does not hold at present. For
+    tables of equally many devices.
+    """
+    held_LRE = np.array(
+        [
+            [_held(table, new.num_experts) for table in placement.by_rank]
+            for placement in (new, present)
+        ],
+        bool,
+    )
     if not held_LRE.size:
         return np.zeros(new.by_rank.shape[:2], np.int64)
     return np.sum(held_LRE[0] & ~held_LRE[1], axis=-1)
@@ -52,25 +77,38 @@ def moves(new: Placement, present: Placement) -> np.ndarray:
 
 def _held(table_RS: np.ndarray, num_experts: int) -> np.ndarray:
     """Which devices hold which experts, float32 [R, E]."""
-    held_RE = np.zeros((len(table_RS), num_experts + 1), np.float32)  # EMPTY falls into the last place
+    held_RE = np.zeros(
+        (len(table_RS), num_experts + 1), np.float32
+    )  # EMPTY falls into the last place
     held_RE[np.arange(len(table_RS))[:, None], table_RS] = 1
     return held_RE[:, :-1]
 
 
 def _match(overlap: np.ndarray) -> np.ndarray:
-    """For each row its column, at the largest sum; among equals the diagonal, so that nothing moves without need."""
-    return linear_sum_assignment(overlap + 1e-3 * np.eye(len(overlap)) / len(overlap), maximize=True)[1]
+    """For each row its column, at the largest sum; among equals the diagonal, so that nothing moves
+    without need.
+    """
+    return linear_sum_assignment(
+        overlap + 1e-3 * np.eye(len(overlap)) / len(overlap), maximize=True
+    )[1]
 
 
 def _keep_slots(table_LRS: np.ndarray, old_LRS: np.ndarray) -> np.ndarray:
-    """The same parts with each expert in the slot that it has in `old_LRS`, where it has one there, [L, R, S]."""
+    """The same parts with each expert in the slot that it has in `old_LRS`, where it has one there,
+    [L, R, S].
+    """
     slots = table_LRS.shape[-1]
-    stays = (table_LRS[..., None] == old_LRS[..., None, :slots]) & (table_LRS[..., None] != EMPTY)  # [L, R, S new, S old]
+    stays = (table_LRS[..., None] == old_LRS[..., None, :slots]) & (
+        table_LRS[..., None] != EMPTY
+    )  # [L, R, S new, S old]
     kept = np.any(stays, axis=-1)
     target = np.argmax(stays, axis=-1)
     taken = np.any(stays, axis=-2)
-    taken = np.concatenate([taken, np.zeros((*taken.shape[:-1], slots - taken.shape[-1]), bool)], axis=-1)
-    # Those that stay go first, in the order of their slots, into the taken slots in that order; the others into the rest.
+    taken = np.concatenate(
+        [taken, np.zeros((*taken.shape[:-1], slots - taken.shape[-1]), bool)], axis=-1
+    )
+    # Those that stay go first, in the order of their slots, into the taken slots in that order; the
+    # others into the rest.
     order = np.argsort(np.where(kept, target, slots), axis=-1, kind="stable")
     places = np.argsort(~taken, axis=-1, kind="stable")
     placed = np.empty_like(table_LRS)

@@ -1,8 +1,10 @@
-"""The schedule of a migration: which expert goes from which device to which, in what order. Numpy only.
+"""The schedule of a migration: which expert goes from which device to which, in what order. Numpy
+only.
 
-A migration runs in calls of one compiled program. In a call every device first copies the experts that it must send aside, up to
-a budget, and then in each turn sends one of them `shift` ranks further and receives one from `shift` ranks before. Moves of
-all layers share turns, so that most devices have something to send in most turns.
+A migration runs in calls of one compiled program. In a call every device first copies the experts
+that it must send aside, up to a budget, and then in each turn sends one of them `shift` ranks
+further and receives one from `shift` ranks before. Moves of all layers share turns, so that most
+devices have something to send in most turns.
 """
 
 from __future__ import annotations
@@ -18,28 +20,40 @@ NOTHING = -1
 
 
 class Call(NamedTuple):
-    """One call of the program: what each rank copies aside (G places), and then its part in each of the turns (I places)."""
+    """One call of the program: what each rank copies aside (G places), and then its part in each of
+    the turns (I places).
+    """
 
-    send_layer_RG: np.ndarray  # int32: layer and local slot of each expert to copy aside; NOTHING where there are fewer
+    send_layer_RG: (
+        np.ndarray
+    )  # int32: layer and local slot of each expert to copy aside; NOTHING where there are fewer
     send_slot_RG: np.ndarray
     turns: np.ndarray  # int32 scalar: the places beyond are not used
     shift_I: np.ndarray  # int32: ranks that every expert of the turn travels; 0 stays on its device
-    row_RI: np.ndarray  # int32: which of the copies a rank sends; some copy or other where it has nothing to send
-    layer_RI: np.ndarray  # int32: where the expert that a rank receives goes; NOTHING where none is meant
+    row_RI: (
+        np.ndarray
+    )  # int32: which of the copies a rank sends; some copy or other where it has nothing to send
+    layer_RI: (
+        np.ndarray
+    )  # int32: where the expert that a rank receives goes; NOTHING where none is meant
     slot_RI: np.ndarray
 
 
 def moves_between(old: Placement, new: Placement) -> np.ndarray:
-    """The (layer, slot it comes from, slot it goes to) of each expert that `new` has where `old` has not, int [M, 3]."""
+    """The (layer, slot it comes from, slot it goes to) of each expert that `new` has where `old`
+    has not, int [M, 3].
+    """
     sources_LP = slot_sources(old, new)
     layer, slot = np.nonzero((sources_LP != np.arange(new.num_slots)) & (sources_LP != EMPTY))
     return np.stack([layer, sources_LP[layer, slot], slot], axis=1)
 
 
 def schedule(old: Placement, new: Placement, budget: int) -> list[Call]:
-    """Calls that turn `old` into `new`, each with at most `budget` (at least P/R) copies a device and R x `budget` turns.
+    """Calls that turn `old` into `new`, each with at most `budget` (at least P/R) copies a device
+    and R x `budget` turns.
 
-    All moves of a layer are in one call, whose copies are made before anything is written: their order does not matter.
+    All moves of a layer are in one call, whose copies are made before anything is written: their
+    order does not matter.
     """
     share = old.num_slots // old.ranks
     assert (old.ranks, old.num_slots) == (new.ranks, new.num_slots) and budget >= share
@@ -57,20 +71,38 @@ def schedule(old: Placement, new: Placement, budget: int) -> list[Call]:
 
 
 def _fits(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int) -> bool:
-    copies = np.bincount([source // share for _, source in {(layer, source) for layer, source, _ in moves}], minlength=ranks)
-    return bool(np.max(copies) <= budget) and sum(_turns(moves, ranks, share).values()) <= ranks * budget
+    copies = np.bincount(
+        [source // share for _, source in {(layer, source) for layer, source, _ in moves}],
+        minlength=ranks,
+    )
+    return (
+        bool(np.max(copies) <= budget)
+        and sum(_turns(moves, ranks, share).values()) <= ranks * budget
+    )
 
 
 def _turns(moves: list[tuple[int, int, int]], ranks: int, share: int) -> dict[int, int]:
     """Turns that each shift takes, ascending: as many as its busiest sender has moves."""
-    queues = Counter(((slot // share - source // share) % ranks, source // share) for _, source, slot in moves)
-    return {shift: max(queues[shift, rank] for rank in range(ranks)) for shift in sorted({shift for shift, _ in queues})}
+    queues = Counter(
+        ((slot // share - source // share) % ranks, source // share) for _, source, slot in moves
+    )
+    return {
+        shift: max(queues[shift, rank] for rank in range(ranks))
+        for shift in sorted({shift for shift, _ in queues})
+    }
 
 
 def _call(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int) -> Call:
-    empty = lambda size: np.full((ranks, size), NOTHING, np.int32)  # noqa: E731
+
+    def empty(size):
+        return np.full((ranks, size), NOTHING, np.int32)
+
     send_layer, send_slot = empty(budget), empty(budget)
-    row, layer_of, slot_of = np.zeros((ranks, ranks * budget), np.int32), empty(ranks * budget), empty(ranks * budget)
+    row, layer_of, slot_of = (
+        np.zeros((ranks, ranks * budget), np.int32),
+        empty(ranks * budget),
+        empty(ranks * budget),
+    )
     turns = _turns(moves, ranks, share)
     start = dict(zip(turns, np.cumsum([0, *turns.values()]).tolist(), strict=False))
     copies: dict[tuple[int, int], int] = {}
@@ -84,8 +116,14 @@ def _call(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int
         shift = (receiver - rank) % ranks
         turn = start[shift] + next_turn[shift, rank]
         next_turn[shift, rank] += 1
-        row[rank, turn], layer_of[receiver, turn], slot_of[receiver, turn] = copies[layer, source], layer, slot % share
+        row[rank, turn], layer_of[receiver, turn], slot_of[receiver, turn] = (
+            copies[layer, source],
+            layer,
+            slot % share,
+        )
     shifts = np.repeat(list(turns), list(turns.values())).astype(np.int32)
     padded = np.zeros(ranks * budget, np.int32)
     padded[: shifts.size] = shifts
-    return Call(send_layer, send_slot, np.array(shifts.size, np.int32), padded, row, layer_of, slot_of)
+    return Call(
+        send_layer, send_slot, np.array(shifts.size, np.int32), padded, row, layer_of, slot_of
+    )

@@ -1,8 +1,9 @@
-"""Placement tables: which slot of which device holds each expert. Plain numpy, checked on construction.
+"""Placement tables: which slot of which device holds each expert. Plain numpy, checked on
+construction.
 
-Weights live in slot order, [P, ...] sharded over the `expert` axis, so slot p is on rank p // (P/R). Routing
-stays in logical order; a table translates. P can exceed the number of experts: the slots beyond are empty
-(the axis does not divide the experts) or hold replicas.
+Weights live in slot order, [P, ...] sharded over the `expert` axis, so slot p is on rank p //
+(P/R). Routing stays in logical order; a table translates. P can exceed the number of experts: the
+slots beyond are empty (the axis does not divide the experts) or hold replicas.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from moe_jax.errors import UserError
 
 EMPTY = -1
-VERSION = 2
+TABLE_VERSION = 2
 
 
 def count_slots(num_experts: int, ranks: int, redundant_slots: int = 0) -> int:
@@ -25,10 +26,11 @@ def count_slots(num_experts: int, ranks: int, redundant_slots: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """For each MoE layer the expert in each slot, int32 [L, P] with EMPTY (-1) for none; rank r holds slots r*P/R to (r+1)*P/R - 1.
+    """For each MoE layer the expert in each slot, int32 [L, P] with EMPTY (-1) for none; rank r
+    holds slots r*P/R to (r+1)*P/R - 1.
 
-    Raises UserError, naming layer and expert, if an expert is missing, a slot names one that is not there, or a device
-    would hold one twice, which serves nothing.
+    Raises UserError, naming layer and expert, if an expert is missing, a slot names one that is not
+    there, or a device would hold one twice, which serves nothing.
     """
 
     physical_to_logical: np.ndarray
@@ -39,23 +41,31 @@ class Placement:
         table = np.array(self.physical_to_logical, np.int32)
         if table.ndim != 2 or self.ranks < 1 or table.shape[1] % self.ranks:
             raise UserError(
-                f"The placement table has shape {table.shape}: it must be [layers, slots], as many slots on each of {self.ranks} devices."
+                f"The placement table has shape {table.shape}: it must be [layers, slots], as "
+                f"many slots on each of {self.ranks} devices."
             )
         table.flags.writeable = False
         object.__setattr__(self, "physical_to_logical", table)
         for layer, slots in enumerate(table):
             wrong = slots[(slots < EMPTY) | (slots >= self.num_experts)]
             if wrong.size:
-                raise UserError(f"Placement of MoE layer {layer} names expert {wrong[0]}: use 0 to {self.num_experts - 1}, or -1 for none.")
+                raise UserError(
+                    f"Placement of MoE layer {layer} names expert {wrong[0]}: use 0 to "
+                    f"{self.num_experts - 1}, or -1 for none."
+                )
             missing = np.setdiff1d(np.arange(self.num_experts), slots)
             if missing.size:
-                raise UserError(f"Placement of MoE layer {layer} leaves expert {missing[0]} without a slot: give each expert one.")
+                raise UserError(
+                    f"Placement of MoE layer {layer} leaves expert {missing[0]} without a slot: "
+                    f"give each expert one."
+                )
         held = np.sort(self.by_rank, axis=-1)
         twice = np.argwhere((held[..., 1:] == held[..., :-1]) & (held[..., 1:] != EMPTY))
         if twice.size:
             layer, rank, at = twice[0]
             raise UserError(
-                f"Placement of MoE layer {layer} has expert {held[layer, rank, at]} twice on device {rank}: put its replica on another."
+                f"Placement of MoE layer {layer} has expert {held[layer, rank, at]} twice on "
+                f"device {rank}: put its replica on another."
             )
 
     @property
@@ -76,14 +86,18 @@ class Placement:
 
     def first_slot(self) -> np.ndarray:
         """The first slot of each expert, int32 [L, E]."""
-        return np.argmax(self.physical_to_logical[:, None, :] == np.arange(self.num_experts)[:, None], axis=-1).astype(np.int32)
+        return np.argmax(
+            self.physical_to_logical[:, None, :] == np.arange(self.num_experts)[:, None], axis=-1
+        ).astype(np.int32)
 
     def slots_of(self, layer: int, expert: int) -> np.ndarray:
         """The slots that hold an expert, ascending."""
         return np.flatnonzero(self.physical_to_logical[layer] == expert)
 
     def logical_to_physical(self) -> np.ndarray:
-        """Slots of each expert, ascending, int32 [L, E, largest replica count]; EMPTY beyond an expert's own."""
+        """Slots of each expert, ascending, int32 [L, E, largest replica count]; EMPTY beyond an
+        expert's own.
+        """
         counts = self.replica_count()
         slots = np.full((*counts.shape, int(counts.max(initial=1))), EMPTY, np.int32)
         order = np.argsort(self.physical_to_logical, axis=1, kind="stable")
@@ -100,10 +114,12 @@ class Placement:
         return np.asarray(np.sum(held, axis=1), np.int32)
 
     def routing(self, hosts: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The table as routing reads it, for tokens of each of `hosts`, which hold equal runs of ranks.
+        """The table as routing reads it, for tokens of each of `hosts`, which hold equal runs of
+        ranks.
 
-        Slots by expert, those on the host first and empty ones last, int32 [L, N, P]; where each expert's begin [L, E]; how many
-        of them the host's tokens use [L, N, E]: those on the host, or all where it has none.
+        Slots by expert, those on the host first and empty ones last, int32 [L, N, P]; where each
+        expert's begin [L, E]; how many of them the host's tokens use [L, N, E]: those on the host,
+        or all where it has none.
         """
         table, counts = self.physical_to_logical, self.replica_count()
         host_P = np.arange(self.num_slots) * hosts // self.num_slots
@@ -111,14 +127,20 @@ class Placement:
         expert_LP = np.where(table == EMPTY, self.num_experts, table)
         slots_LNP = np.argsort(2 * expert_LP[:, None] + away_NP, axis=-1, kind="stable")
         held = expert_LP[..., None] == np.arange(self.num_experts)  # [L, P, E]
-        near_LNE = np.stack([np.sum(held[:, host_P == host], axis=1) for host in range(hosts)], axis=1)
+        near_LNE = np.stack(
+            [np.sum(held[:, host_P == host], axis=1) for host in range(hosts)], axis=1
+        )
         replicas_LNE = np.where(near_LNE > 0, near_LNE, counts[:, None])
-        return slots_LNP.astype(np.int32), (np.cumsum(counts, axis=1) - counts).astype(np.int32), replicas_LNE.astype(np.int32)
+        return (
+            slots_LNP.astype(np.int32),
+            (np.cumsum(counts, axis=1) - counts).astype(np.int32),
+            replicas_LNE.astype(np.int32),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form that `from_json` reads."""
         return {
-            "version": VERSION,
+            "version": TABLE_VERSION,
             "num_experts": self.num_experts,
             "ranks": self.ranks,
             "num_slots": self.num_slots,  # what an empty table (no MoE layers) does not show
@@ -127,29 +149,40 @@ class Placement:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
-        """Reads `to_json`'s form, and version 1's, which does not name devices. Raises UserError for another version."""
-        if value.get("version") not in (1, VERSION):
-            raise UserError(f"The placement table has version {value.get('version')!r}: this program reads version {VERSION}.")
+        """Reads `to_json`'s form, and version 1's, which does not name devices. Raises UserError
+        for another version.
+        """
+        if value.get("version") not in (1, TABLE_VERSION):
+            raise UserError(
+                f"The placement table has version {value.get('version')!r}: this program reads "
+                f"version {TABLE_VERSION}."
+            )
         table = np.array(value["physical_to_logical"], np.int32).reshape(-1, value["num_slots"])
         return cls(table, value["num_experts"], value.get("ranks", 1))
 
 
 def contiguous(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:
-    """The default: equal runs of experts a rank, owner = expert // share; the last ranks' spare slots stay empty.
+    """The default: equal runs of experts a rank, owner = expert // share; the last ranks' spare
+    slots stay empty.
 
-    A rank's redundant slots hold replicas of the experts that come after its own (a planner does better).
+    A rank's redundant slots hold replicas of the experts that come after its own (a planner does
+    better).
     """
     share = -(-num_experts // ranks)
     first = np.arange(ranks)[:, None] * share
     own = first + np.arange(share)
     own = np.where(own < num_experts, own, EMPTY)
     after = first + share + np.arange(redundant_slots)
-    after = np.where(share + np.arange(redundant_slots) < num_experts, after % num_experts, EMPTY)  # none that it has already
+    after = np.where(
+        share + np.arange(redundant_slots) < num_experts, after % num_experts, EMPTY
+    )  # none that it has already
     return _every_layer(np.concatenate([own, after], axis=1), layers, num_experts)
 
 
 def round_robin(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:
-    """Experts dealt out one by one, owner = expert % ranks; a rank's redundant slots hold replicas of the next rank's first experts."""
+    """Experts dealt out one by one, owner = expert % ranks; a rank's redundant slots hold replicas
+    of the next rank's first experts.
+    """
     share, rank = -(-num_experts // ranks), np.arange(ranks)[:, None]
     own = rank + np.arange(share) * ranks
     after = (rank + 1) % ranks + np.arange(redundant_slots) * ranks
@@ -164,9 +197,11 @@ def _every_layer(table_RN: np.ndarray, layers: int, num_experts: int) -> Placeme
 
 
 def slot_sources(old: Placement, new: Placement) -> np.ndarray:
-    """For each slot of `new` the slot of `old` with the same expert's weights, int32 [L, P]; EMPTY for empty slots.
+    """For each slot of `new` the slot of `old` with the same expert's weights, int32 [L, P]; EMPTY
+    for empty slots.
 
-    A slot that keeps its expert is its own source; else the source is on the same device, if one there has the expert.
+    A slot that keeps its expert is its own source; else the source is on the same device, if one
+    there has the expert.
     """
     table = new.physical_to_logical
     sources = np.take_along_axis(old.first_slot(), np.maximum(table, 0), axis=1)
@@ -174,6 +209,8 @@ def slot_sources(old: Placement, new: Placement) -> np.ndarray:
         before, after = old.by_rank, new.by_rank
         same_LRNM = after[..., :, None] == before[..., None, :]
         here = np.argmax(same_LRNM, axis=-1) + np.arange(old.ranks)[:, None] * before.shape[-1]
-        sources = np.where(np.any(same_LRNM, axis=-1), here, sources.reshape(after.shape)).reshape(table.shape)
+        sources = np.where(np.any(same_LRNM, axis=-1), here, sources.reshape(after.shape)).reshape(
+            table.shape
+        )
         sources = np.where(table == old.physical_to_logical, np.arange(table.shape[1]), sources)
     return np.where(table == EMPTY, EMPTY, sources).astype(np.int32)

@@ -1,4 +1,6 @@
-"""What connects the devices: hosts, devices a host, and what the links within and between hosts carry."""
+"""What connects the devices: hosts, devices a host, and what the links within and between hosts
+carry.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from moe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Hosts of equally many devices, in the order of the mesh (data, expert, tensor), and their links.
+    """Hosts of equally many devices, in the order of the mesh (data, expert, tensor), and their
+    links.
 
     Raises UserError for a number that no machine has.
     """
@@ -29,11 +32,16 @@ class Topology:
         for key in ("hosts", "devices_per_host", "bandwidth_within", "bandwidth_between", "memory"):
             value = getattr(self, key)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"The topology has {key}={value}: it must be a finite number above 0.")
+                raise UserError(
+                    f"The topology has {key}={value}: it must be a finite number above 0."
+                )
         for key in ("latency_within", "latency_between"):
             value = getattr(self, key)
             if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"The topology has {key}={value}: it must be a finite number of seconds, 0 or more.")
+                raise UserError(
+                    f"The topology has {key}={value}: it must be a finite number of seconds, 0 or "
+                    f"more."
+                )
 
     @property
     def devices(self) -> int:
@@ -42,26 +50,35 @@ class Topology:
 
     @property
     def between_weight(self) -> float:
-        """How many times longer a row takes over a host's link than over a device's: bandwidth_within / bandwidth_between."""
+        """How many times longer a row takes over a host's link than over a device's:
+        bandwidth_within / bandwidth_between.
+        """
         return self.bandwidth_within / self.bandwidth_between
 
     def host_of_rank(self, ranks: int, tensor: int = 1) -> np.ndarray:
-        """The host of each rank of the expert axis, int32 [R], counted from 0, in a mesh whose `tensor` axis has that size.
+        """The host of each rank of the expert axis, int32 [R], counted from 0, in a mesh whose
+        `tensor` axis has that size.
 
-        The mesh puts its devices (data, expert, tensor) in order, so a data row is ranks * tensor devices in a run; each
-        must lie over hosts as the first does. Raises UserError where it does not, or the devices are not whole rows.
+        The mesh puts its devices (data, expert, tensor) in order, so a data row is ranks * tensor
+        devices in a run; each must lie over hosts as the first does. Raises UserError where it does
+        not, or the devices are not whole rows.
         """
         row, host = ranks * tensor, self.devices_per_host
         if self.devices % row:
             raise UserError(
-                f"The topology has {self.hosts} hosts x {host} devices = {self.devices}, which {ranks} ranks x tensor={tensor} "
+                f"The topology has {self.hosts} hosts x {host} devices = {self.devices}, which "
+                f"{ranks} ranks x tensor={tensor} "
                 "do not divide: give the topology of the mesh's own devices."
             )
         if host % tensor:
-            raise UserError(f"Groups of tensor={tensor} devices do not fit into hosts of {host} devices: change mesh.tensor.")
+            raise UserError(
+                f"Groups of tensor={tensor} devices do not fit into hosts of {host} devices: "
+                f"change mesh.tensor."
+            )
         if row < self.devices and row % host and host % row:
             raise UserError(
-                f"The topology's {host} devices a host cut the mesh's data rows of {row} devices in different places: "
+                f"The topology's {host} devices a host cut the mesh's data rows of {row} devices "
+                f"in different places: "
                 "make one a multiple of the other."
             )
         return (np.arange(ranks) * tensor // host).astype(np.int32)

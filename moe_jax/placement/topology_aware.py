@@ -1,10 +1,12 @@
-"""Least time on the busiest device and the busiest link together, from measured traffic and what connects the devices.
+"""Least time on the busiest device and the busiest link together, from measured traffic and what
+connects the devices.
 
-Every layer starts from several tables (even load; greedy, each expert where its tokens are; the present table; and the fewer
-and smaller the layers, the more random ones), which are improved by single changes: two slots swap their experts, or a
-replica makes way for one of another expert. Where a table is small, all changes are tried at each step; else a few are drawn
-that touch what is busiest. A change alters the rows of two experts only, so trying one costs O(R), not O(R E). The search is
-this project's own; the cost it lowers is that of cost.py.
+Every layer starts from several tables (even load; greedy, each expert where its tokens are; the
+present table; and the fewer and smaller the layers, the more random ones), which are improved by
+single changes: two slots swap their experts, or a replica makes way for one of another expert.
+Where a table is small, all changes are tried at each step; else a few are drawn that touch what is
+busiest. A change alters the rows of two experts only, so trying one costs O(R), not O(R E). The
+search is this project's own; the cost it lowers is that of cost.py.
 """
 
 from __future__ import annotations
@@ -13,9 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.placement.balanced import DISTURBANCE, balanced, deal, heaviest_first, refine, replicate
+from moe_jax.placement.balanced import (
+    DISTURBANCE,
+    LEAST_GAIN,
+    balanced,
+    deal,
+    heaviest_first,
+    refine,
+    replicate,
+)
 
-LEAST_GAIN = 1e-9  # of a layer's cost, below which a change is rounding
 ALL_CHANGES = 512  # most changes that are all tried at each step
 MOST_STARTS = 16  # of a layer
 RANDOM_STARTS = 160  # most of all layers together
@@ -26,39 +35,63 @@ WORK = 1e7  # changes drawn x ranks over all layers and steps, which bounds the 
 
 
 class _Links(NamedTuple):
-    """What connects the ranks: hosts of equally many, in order, and what a row between hosts weighs."""
+    """What connects the ranks: hosts of equally many, in order, and what a row between hosts
+    weighs.
+    """
 
     hosts: int
     between_weight: float
 
 
 def topology_aware(
-    traffic_LRE: np.ndarray, slots: int, hosts: int, between_weight: float, present_LRS: np.ndarray | None = None
+    traffic_LRE: np.ndarray,
+    slots: int,
+    hosts: int,
+    between_weight: float,
+    present_LRS: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The experts in each device's slots, int32 [L, R, S], at the lowest cost found; R is a multiple of `hosts`.
+    """The experts in each device's slots, int32 [L, R, S], at the lowest cost found; R is a
+    multiple of `hosts`.
 
-    `between_weight` is Topology.between_weight. `present_LRS`, of the same shape, is one more table to start from.
+    `between_weight` is Topology.between_weight. `present_LRS`, of the same shape, is one more table
+    to start from.
     """
     layers, ranks, num_experts = traffic_LRE.shape
     even_LRS = balanced(traffic_LRE.sum(1), ranks, slots, hosts, 1, present_LRS)
-    if not traffic_LRE.size or ranks == 1 or slots >= num_experts:  # every device holds every expert
+    if (
+        not traffic_LRE.size or ranks == 1 or slots >= num_experts
+    ):  # every device holds every expert
         return even_LRS
     links = _Links(hosts, between_weight)
     all_changes = _all_changes(ranks, slots) if 2 * (ranks * slots) ** 2 <= ALL_CHANGES else None
     most = MOST_STARTS if all_changes else int(WORK / (layers * ranks * DRAWN * LEAST_STEPS))
-    starts = [even_LRS, _greedy(traffic_LRE, slots, even_LRS, links)] + ([] if present_LRS is None else [present_LRS])
-    starts += _random_starts(traffic_LRE.sum(1), ranks, slots, min(most, MOST_STARTS, RANDOM_STARTS // layers) - len(starts))
+    starts = [even_LRS, _greedy(traffic_LRE, slots, even_LRS, links)] + (
+        [] if present_LRS is None else [present_LRS]
+    )
+    starts += _random_starts(
+        traffic_LRE.sum(1),
+        ranks,
+        slots,
+        min(most, MOST_STARTS, RANDOM_STARTS // layers) - len(starts),
+    )
     source_LER = np.ascontiguousarray(traffic_LRE.swapaxes(1, 2))
     tables_XLRS = _cheapest_first(np.array(starts), source_LER, links)[: max(most, 1)]
     tables_NRS = tables_XLRS.reshape(-1, ranks, slots)
-    climbed_NRS = _climb(tables_NRS, np.tile(source_LER, (len(tables_XLRS), 1, 1)), links, all_changes)
+    climbed_NRS = _climb(
+        tables_NRS, np.tile(source_LER, (len(tables_XLRS), 1, 1)), links, all_changes
+    )
     return _cheapest_first(climbed_NRS.reshape(tables_XLRS.shape), source_LER, links)[0]
 
 
 def _cheapest_first(tables_XLRS: np.ndarray, source_LER: np.ndarray, links: _Links) -> np.ndarray:
     """The tables of each layer by rising cost."""
     experts = source_LER.shape[1]
-    cost_XL = np.array([_cost(_total(_holders(table_LRS, experts), source_LER, links), links) for table_LRS in tables_XLRS])
+    cost_XL = np.array(
+        [
+            _cost(_total(_holders(table_LRS, experts), source_LER, links), links)
+            for table_LRS in tables_XLRS
+        ]
+    )
     return tables_XLRS[np.argsort(cost_XL, axis=0, kind="stable"), np.arange(len(source_LER))]
 
 
@@ -73,7 +106,9 @@ def _random_starts(load_LE: np.ndarray, ranks: int, slots: int, number: int) -> 
 
 
 def _greedy(traffic_LRE: np.ndarray, slots: int, even_LRS: np.ndarray, links: _Links) -> np.ndarray:
-    """Replicas, heaviest first, each to the host where load and rows between hosts grow least; then even within each host."""
+    """Replicas, heaviest first, each to the host where load and rows between hosts grow least; then
+    even within each host.
+    """
     layers, ranks, num_experts = traffic_LRE.shape
     hosts, share = links.hosts, ranks // links.hosts
     source_LHE = traffic_LRE.reshape(layers, hosts, share, num_experts).sum(2)
@@ -84,9 +119,14 @@ def _greedy(traffic_LRE: np.ndarray, slots: int, even_LRS: np.ndarray, links: _L
     busy_LH, rows_LH = np.zeros((layers, hosts)), np.zeros((layers, hosts))
     layer, stuck_L = np.arange(layers), np.zeros(layers, bool)
     for expert_L in heaviest_first(load_LE / counts_LE, counts_LE, ranks * slots).T:
-        weight_L1, count_L1 = (load_LE / counts_LE)[layer, expert_L, None], counts_LE[layer, expert_L, None]
+        weight_L1, count_L1 = (
+            (load_LE / counts_LE)[layer, expert_L, None],
+            counts_LE[layer, expert_L, None],
+        )
         source_LH, held_LH = source_LHE[layer, :, expert_L], held_LHE[layer, :, expert_L]
-        more_LH = weight_L1 - source_LH / count_L1 - source_LH * (held_LH == 0)  # rows that come from elsewhere, less those that stay
+        more_LH = (
+            weight_L1 - source_LH / count_L1 - source_LH * (held_LH == 0)
+        )  # rows that come from elsewhere, less those that stay
         score_LH = (busy_LH + weight_L1) / share + links.between_weight * (rows_LH + more_LH)
         host_L = np.argmin(np.where((room_LH > 0) & (held_LH < share), score_LH, np.inf), axis=1)
         stuck_L |= (room_LH[layer, host_L] == 0) | (held_LH[layer, host_L] == share)
@@ -99,14 +139,18 @@ def _greedy(traffic_LRE: np.ndarray, slots: int, even_LRS: np.ndarray, links: _L
     table_LRS = even_LRS.copy()
     weight_NE = weight_LHE[~stuck_L].reshape(-1, num_experts)
     dealt = deal(weight_NE, held_LHE[~stuck_L].reshape(-1, num_experts), share, slots)
-    table_LRS[~stuck_L] = refine(dealt, weight_NE, np.ones(weight_NE.shape, np.int64))[0].reshape(-1, ranks, slots)
+    table_LRS[~stuck_L] = refine(dealt, weight_NE, np.ones(weight_NE.shape, np.int64))[0].reshape(
+        -1, ranks, slots
+    )
     return table_LRS
 
 
 def _rows(held: np.ndarray, source: np.ndarray, links: _Links) -> np.ndarray:
-    """The rows that experts cause, [..., 3 R + 2 H]: load, in and out of each device within its host, in and out of each host.
+    """The rows that experts cause, [..., 3 R + 2 H]: load, in and out of each device within its
+    host, in and out of each host.
 
-    `held` [..., R] tells which devices hold the expert, `source` [..., R] how many of its rows each device has.
+    `held` [..., R] tells which devices hold the expert, `source` [..., R] how many of its rows each
+    device has.
     """
     split = (*held.shape[:-1], links.hosts, held.shape[-1] // links.hosts)
     held, source = held.reshape(split), source.reshape(split)
@@ -125,7 +169,9 @@ def _cost(total: np.ndarray, links: _Links) -> np.ndarray:
     """The cost of sums of `_rows`, [...]; what cost.py computes from the flow between ranks."""
     ranks = (total.shape[-1] - 2 * links.hosts) // 3
     within = total[..., ranks : 3 * ranks].max(-1)
-    return total[..., :ranks].max(-1) + np.maximum(within, links.between_weight * total[..., 3 * ranks :].max(-1))
+    return total[..., :ranks].max(-1) + np.maximum(
+        within, links.between_weight * total[..., 3 * ranks :].max(-1)
+    )
 
 
 def _holders(table_NRS: np.ndarray, num_experts: int) -> np.ndarray:
@@ -137,18 +183,36 @@ def _holders(table_NRS: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _total(held_NER: np.ndarray, source_NER: np.ndarray, links: _Links) -> np.ndarray:
-    """Sums of `_rows` over the experts, [N, 3 R + 2 H], a problem at a time: all at once need much memory."""
-    return np.array([_rows(held, source, links).sum(0) for held, source in zip(held_NER, source_NER, strict=True)])
+    """Sums of `_rows` over the experts, [N, 3 R + 2 H], a problem at a time: all at once need much
+    memory.
+    """
+    return np.array(
+        [
+            _rows(held, source, links).sum(0)
+            for held, source in zip(held_NER, source_NER, strict=True)
+        ]
+    )
 
 
-def _climb(table_NRS: np.ndarray, source_NER: np.ndarray, links: _Links, changes: tuple[np.ndarray, ...] | None) -> np.ndarray:
-    """The tables after changes that each lower their problem's cost; all `changes` are tried at each step, or drawn ones."""
+def _climb(
+    table_NRS: np.ndarray,
+    source_NER: np.ndarray,
+    links: _Links,
+    changes: tuple[np.ndarray, ...] | None,
+) -> np.ndarray:
+    """The tables after changes that each lower their problem's cost; all `changes` are tried at
+    each step, or drawn ones.
+    """
     table_NRS, held_NER = table_NRS.copy(), _holders(table_NRS, source_NER.shape[1])
     total_NV = _total(held_NER, source_NER, links)
     draw, failed_N = np.random.default_rng(0), np.zeros(len(table_NRS), int)
     active_N, work = np.arange(len(table_NRS)), 0.0
     while active_N.size and (changes is not None or work < WORK):
-        drawn = _draw_changes(draw, table_NRS.shape, total_NV[active_N], links) if changes is None else changes
+        drawn = (
+            _draw_changes(draw, table_NRS.shape, total_NV[active_N], links)
+            if changes is None
+            else changes
+        )
         work += drawn[0].size * table_NRS.shape[1]
         improved = _step(table_NRS, held_NER, total_NV, source_NER, links, active_N, drawn)
         failed_N[active_N] = np.where(improved, 0, failed_N[active_N] + 1)
@@ -165,10 +229,11 @@ def _step(
     active_N: np.ndarray,
     changes: tuple[np.ndarray, ...],
 ) -> np.ndarray:
-    """Makes the best of the changes in each active problem, in place, if it helps; returns where it does, bool [active].
+    """Makes the best of the changes in each active problem, in place, if it helps; returns where it
+    does, bool [active].
 
-    A change (device r, slot i, device q, slot j, swap), each [active, C] or [1, C], gives the expert of (r, i) to (q, j), and
-    with `swap` that of (q, j) to (r, i).
+    A change (device r, slot i, device q, slot j, swap), each [active, C] or [1, C], gives the
+    expert of (r, i) to (q, j), and with `swap` that of (q, j) to (r, i).
     """
     row = active_N[:, None]
     r, i, q, j, swap = (np.broadcast_to(part, (len(active_N), part.shape[1])) for part in changes)
@@ -198,17 +263,26 @@ def _step(
 
 def _all_changes(ranks: int, slots: int) -> tuple[np.ndarray, ...]:
     """Every pair of slots of two devices, to swap (each pair once) and to replace."""
-    a, b, swap = (part.reshape(1, -1) for part in np.meshgrid(*[np.arange(ranks * slots)] * 2, [False, True], indexing="ij"))
+    a, b, swap = (
+        part.reshape(1, -1)
+        for part in np.meshgrid(*[np.arange(ranks * slots)] * 2, [False, True], indexing="ij")
+    )
     kept = (a // slots != b // slots) & (~swap | (a < b))
     a, b, swap = a[kept][None], b[kept][None], swap[kept][None]
     return a // slots, a % slots, b // slots, b % slots, swap
 
 
-def _draw_changes(draw: np.random.Generator, shape: tuple[int, ...], total: np.ndarray, links: _Links) -> tuple[np.ndarray, ...]:
-    """Random changes, half of which touch the busiest device and half an end of the busiest link."""
+def _draw_changes(
+    draw: np.random.Generator, shape: tuple[int, ...], total: np.ndarray, links: _Links
+) -> tuple[np.ndarray, ...]:
+    """Random changes, half of which touch the busiest device and half an end of the busiest
+    link.
+    """
     problems, ranks, slots, share = len(total), shape[1], shape[2], shape[1] // links.hosts
     device_N = total[:, :ranks].argmax(1)
-    weighed = np.concatenate([total[:, ranks : 3 * ranks], total[:, 3 * ranks :] * links.between_weight], axis=1)
+    weighed = np.concatenate(
+        [total[:, ranks : 3 * ranks], total[:, 3 * ranks :] * links.between_weight], axis=1
+    )
     link_N1 = weighed.argmax(1)[:, None]
     size = (problems, DRAWN)
     of_host = (link_N1 - 2 * ranks) % links.hosts * share + draw.integers(share, size=size)
@@ -222,10 +296,11 @@ def _draw_changes(draw: np.random.Generator, shape: tuple[int, ...], total: np.n
 
 
 def link_rows_by_part(table_LRS: np.ndarray, traffic_LRE: np.ndarray, hosts: int) -> np.ndarray:
-    """Rows over the link of each device within its host, the larger of in and out, if it had another's part.
+    """Rows over the link of each device within its host, the larger of in and out, if it had
+    another's part.
 
-    float64 [L, H, device of the host, part of the host]; its diagonal is the table as it is. A device's load, and rows
-    between hosts, do not change when parts change places within a host.
+    float64 [L, H, device of the host, part of the host]; its diagonal is the table as it is. A
+    device's load, and rows between hosts, do not change when parts change places within a host.
     """
     layers, ranks, num_experts = traffic_LRE.shape
     split = (hosts, ranks // hosts, num_experts)

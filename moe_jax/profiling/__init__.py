@@ -1,1 +1,3 @@
-"""Measuring: time without compiling, memory, FLOPs, what a compiled program holds, what this machine can do."""
+"""Measuring: time without compiling, memory, FLOPs, what a compiled program holds, what this
+machine can do.
+"""

@@ -1,8 +1,9 @@
-"""Reading a compiled program: what its collectives move and what its matmuls cost, from `compiled.as_text()`.
+"""Reading a compiled program: what its collectives move and what its matmuls cost, from
+`compiled.as_text()`.
 
-XLA's own cost analysis counts the body of a loop once. Here every instruction is weighted by the trip counts of
-the loops around it, which XLA writes beside counted loops. A loop whose length is known only at run time counts
-as one pass, and what stands inside such loops is reported apart.
+XLA's own cost analysis counts the body of a loop once. Here every instruction is weighted by the
+trip counts of the loops around it, which XLA writes beside counted loops. A loop whose length is
+known only at run time counts as one pass, and what stands inside such loops is reported apart.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
 _GEMM = re.compile(r'custom_call_target="(__cublas\$(?:lt\$)?(?:gemm|matmul)\S*|__onednn\$matmul)"')
@@ -41,7 +44,9 @@ class Visit(NamedTuple):
     instruction: Instruction
     scope: dict[str, Instruction]
     runs: int
-    unknown: int  # loops and branches around it of which only the run can tell how often they are taken
+    unknown: (
+        int  # loops and branches around it of which only the run can tell how often they are taken
+    )
 
 
 class Collective(NamedTuple):
@@ -50,12 +55,15 @@ class Collective(NamedTuple):
     op: str
     group: int  # devices that take part; with 1 nothing moves
     times: int
-    bytes: int  # size of the larger of operand and result: what a device holds when all parts are together
+    # size of the larger of operand and result: what a device holds when all parts are together
+    bytes: int
     dynamic: bool  # inside a loop of unknown length: one pass is counted
 
 
 class Dot(NamedTuple):
-    """A matmul on each device: `flops` for one run, of `runs` in counted loops, inside `unknown` loops of unknown length."""
+    """A matmul on each device: `flops` for one run, of `runs` in counted loops, inside `unknown`
+    loops of unknown length.
+    """
 
     flops: int
     runs: int
@@ -79,7 +87,11 @@ def _instruction(name: str, text: str) -> Instruction:
     opening = body.index("(")
     closing = _close(body, opening)
     operands = re.sub(r"/\*.*?\*/", "", body[opening + 1 : closing - 1])
-    names = [part.split()[-1].lstrip("%") for part in re.split(r",\s*(?![^\[{(]*[\]})])", operands) if part.strip()]
+    names = [
+        part.split()[-1].lstrip("%")
+        for part in re.split(r",\s*(?![^\[{(]*[\]})])", operands)
+        if part.strip()
+    ]
     return Instruction(name, kind, body[:opening], names, body[closing:])
 
 
@@ -102,7 +114,9 @@ def parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
 
 
 def walk(hlo: str) -> Iterator[Visit]:
-    """Every instruction that the program runs, fusions, calls and loop bodies opened, with how often."""
+    """Every instruction that the program runs, fusions, calls and loop bodies opened, with how
+    often.
+    """
     entry, computations = parse(hlo)
 
     def visit(name: str, runs: int, unknown: int) -> Iterator[Visit]:
@@ -112,17 +126,27 @@ def walk(hlo: str) -> Iterator[Visit]:
             if instruction.op not in ("while", "fusion", "call", "async-start", "conditional"):
                 continue
             trips = _TRIPS.search(instruction.rest) if instruction.op == "while" else None
-            endless = (instruction.op == "while" and trips is None) or instruction.op == "conditional"
+            endless = (
+                instruction.op == "while" and trips is None
+            ) or instruction.op == "conditional"
             for called in _CALLED.findall(instruction.rest):
                 for inner in called.strip("{}").split(","):
-                    yield from visit(inner.strip().lstrip("%"), runs * (int(trips[1]) if trips else 1), unknown + endless)
+                    yield from visit(
+                        inner.strip().lstrip("%"),
+                        runs * (int(trips[1]) if trips else 1),
+                        unknown + endless,
+                    )
 
     yield from visit(entry, 1, 0)
 
 
 def shapes(kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, dims) of each array in a type, tuples flattened: `(f32[2,3]{1,0}, s32[])` gives two."""
-    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(kind)]
+    """(dtype, dims) of each array in a type, tuples flattened: `(f32[2,3]{1,0}, s32[])` gives
+    two.
+    """
+    return [
+        (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(kind)
+    ]
 
 
 def type_bytes(kind: str) -> int:
@@ -135,7 +159,9 @@ def type_bytes(kind: str) -> int:
 
 
 def group_size(rest: str, devices: int) -> int:
-    """Devices in a group of `replica_groups`, in any of its three notations; all of them where it is empty."""
+    """Devices in a group of `replica_groups`, in any of its three notations; all of them where it
+    is empty.
+    """
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -150,7 +176,8 @@ def group_size(rest: str, devices: int) -> int:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The program's collectives, summed by kind, group size and whether their loop's length is known.
+    """The program's collectives, summed by kind, group size and whether their loop's length is
+    known.
 
     Asynchronous pairs count once. A variadic all-to-all or all-reduce counts the sum of its arrays.
     """
@@ -161,32 +188,48 @@ def collectives(hlo: str) -> list[Collective]:
         op = instruction.op.removesuffix("-done")
         if op not in COLLECTIVES:
             continue
-        # The start of a pair has operand and result in its type; the end has the result alone, but not the groups.
-        rest = scope[instruction.operands[0]].rest if instruction.op.endswith("-done") else instruction.rest
+        # The start of a pair has operand and result in its type; the end has the result alone, but
+        # not the groups.
+        rest = (
+            scope[instruction.operands[0]].rest
+            if instruction.op.endswith("-done")
+            else instruction.rest
+        )
         group = group_size(rest, devices)
         size = type_bytes(instruction.type) * (group if op == "reduce-scatter" else 1)
         total = found.setdefault((op, group, unknown > 0), [0, 0])
         total[0] += runs
         total[1] += runs * size
-    return [Collective(op, group, count, size, dynamic) for (op, group, dynamic), (count, size) in sorted(found.items())]
+    return [
+        Collective(op, group, count, size, dynamic)
+        for (op, group, dynamic), (count, size) in sorted(found.items())
+    ]
 
 
 def dots(hlo: str) -> list[Dot]:
-    """Every matmul: `dot`, wherever it is fused, and the library calls that XLA rewrites dots to on CPU and GPU."""
+    """Every matmul: `dot`, wherever it is fused, and the library calls that XLA rewrites dots to on
+    CPU and GPU.
+    """
     found = []
     for instruction, scope, runs, unknown in walk(hlo):
-        if instruction.op != "dot" and not (instruction.op == "custom-call" and _GEMM.search(instruction.rest)):
+        if instruction.op != "dot" and not (
+            instruction.op == "custom-call" and _GEMM.search(instruction.rest)
+        ):
             continue
         contracted = _CONTRACTED.search(instruction.rest)
         left = shapes(scope[instruction.operands[0]].type)[0][1]
-        summed = tuple(left[int(dim)] for dim in re.findall(r"\d+", contracted[1])) if contracted else ()
+        summed = (
+            tuple(left[int(dim)] for dim in re.findall(r"\d+", contracted[1])) if contracted else ()
+        )
         dims = shapes(instruction.type)[0][1] + summed
         found.append(Dot(2 * math.prod(dims), runs, unknown, dims))
     return found
 
 
 def dot_flops(hlo: str) -> tuple[int, int]:
-    """FLOPs a device of all matmuls in straight code and counted loops, and of one pass of those in other loops."""
+    """FLOPs a device of all matmuls in straight code and counted loops, and of one pass of those in
+    other loops.
+    """
     known = unknown = 0
     for dot in dots(hlo):
         if dot.unknown:
@@ -197,7 +240,9 @@ def dot_flops(hlo: str) -> tuple[int, int]:
 
 
 def uncounted(hlo: str) -> list[str]:
-    """Operations that may hold matmuls which `dots` does not count: convolutions, ragged dots and foreign calls."""
+    """Operations that may hold matmuls which `dots` does not count: convolutions, ragged dots and
+    foreign calls.
+    """
     names = set()
     for instruction, *_ in walk(hlo):
         if instruction.op in NOT_COUNTED:

@@ -1,1 +1,3 @@
-"""All that is global to the process and nowhere else: devices, platform, processes, signals, caches."""
+"""All that is global to the process and nowhere else: devices, platform, processes, signals,
+caches.
+"""

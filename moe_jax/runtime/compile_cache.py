@@ -1,7 +1,8 @@
 """Compiled programs kept on disk, so that a model answers sooner the next time it is opened.
 
-They go to $MOE_JAX_CACHE, by default moe-jax/ in the user's cache folder; an empty MOE_JAX_CACHE turns this off. A program
-for a CPU is machine code, so each kind of CPU has a folder of its own. Needs nothing but the standard library until it is called.
+They go to $MOE_JAX_CACHE, by default moe-jax/ in the user's cache folder; an empty MOE_JAX_CACHE
+turns this off. A program for a CPU is machine code, so each kind of CPU has a folder of its own.
+Needs nothing but the standard library until it is called.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import os
 import platform
 from pathlib import Path
 
-VARIABLE = "MOE_JAX_CACHE"
+CACHE_VARIABLE = "MOE_JAX_CACHE"
 SHORTEST = 0.2  # seconds of compiling from which a program is kept
 
 
 def cache_folder() -> Path | None:
     """Where compiled programs go, or None."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    chosen = os.environ.get(VARIABLE, Path(home) / "moe-jax")
+    chosen = os.environ.get(CACHE_VARIABLE, Path(home) / "moe-jax")
     return Path(chosen) / _processor() if chosen else None
 
 
@@ -26,14 +27,19 @@ def _processor() -> str:
     """A name that differs for CPUs that do not run each other's code."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0] if lines else "")
+    flags = next(
+        (line for line in lines if line.startswith(("flags", "Features"))),
+        lines[0] if lines else "",
+    )
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs from now on. Call it before JAX is imported: else XLA:CPU prints what follows.
+    """Keeps compiled programs from now on. Call it before JAX is imported: else XLA:CPU prints what
+    follows.
 
-    On loading a kept program XLA:CPU reports two tuning preferences as instructions that the processor lacks.
+    On loading a kept program XLA:CPU reports two tuning preferences as instructions that the
+    processor lacks.
     """
     folder = cache_folder()
     if folder is None:

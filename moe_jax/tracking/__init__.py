@@ -1,1 +1,3 @@
-"""What a run leaves on disk and how it is looked at: its directory, metrics, figures, reports, the live view."""
+"""What a run leaves on disk and how it is looked at: its directory, metrics, figures, reports, the
+live view.
+"""

@@ -1,4 +1,5 @@
-"""Alerts: when a training line passes a limit of the config's `monitor` section, once, and when it is over.
+"""Alerts: when a training line passes a limit of the config's `monitor` section, once, and when it
+is over.
 
     alerts = Alerts(config.monitor)
     for event in alerts.check(record):  # a training line of metrics.jsonl
@@ -16,12 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config.schema import MonitorConfig
-from moe_jax.tracking.metrics import max_over_mean
+from moe_jax.tracking.metrics import load_max_over_mean
 
-WELL = 0.8  # share of a limit that is well within it: between the two a value that hovers neither raises nor ends an alert
-CALM = 5  # training lines in a row well within the limit that end an alert; one step's load is too noisy to end it
+# share of a limit that is well within it: between the two a value that hovers neither raises nor
+# ends an alert
+WELL = 0.8
+# training lines in a row well within the limit that end an alert; one step's load is too noisy to
+# end it
+CALM = 5
 
-NAMES = {
+ALERT_LABELS = {
     "device_load": "device load max/mean",
     "max_violation": "max violation",
     "dead_experts": "share of experts without a token",
@@ -41,14 +46,19 @@ class _Reading(NamedTuple):
 
 
 class Alerts:
-    """The limits, and which of them are passed now. A resumed run takes that up by checking the lines that it has, once more."""
+    """The limits, and which of them are passed now. A resumed run takes that up by checking the
+    lines that it has, once more.
+    """
 
     def __init__(self, monitor: MonitorConfig):
         self._monitor = monitor
-        self._calm: dict[tuple[str, int | None], int] = {}  # of each alert under way, the lines in a row well within its limit
+        self._calm: dict[
+            tuple[str, int | None], int
+        ] = {}  # of each alert under way, the lines in a row well within its limit
 
     def check(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Event lines after a training line: `alert` where a limit is first passed, `alert_over` CALM lines well within it later.
+        """Event lines after a training line: `alert` where a limit is first passed, `alert_over`
+        CALM lines well within it later.
 
         A field that the line lacks is not checked. docs/metrics.md has the events' fields.
         """
@@ -58,13 +68,24 @@ class Alerts:
             bound = f"(limit monitor.{reading.what}={limit:g})"
             if limit and reading.value > limit:
                 if key not in self._calm:
-                    events.append(_event("alert", record["step"], reading, limit, f"{reading.found} {bound}: {reading.remedy}."))
+                    events.append(
+                        _event(
+                            "alert",
+                            record["step"],
+                            reading,
+                            limit,
+                            f"{reading.found} {bound}: {reading.remedy}.",
+                        )
+                    )
                 self._calm[key] = 0
             elif key in self._calm:
                 self._calm[key] = self._calm[key] + 1 if reading.value <= WELL * limit else 0
                 if self._calm[key] == CALM:
                     del self._calm[key]
-                    text = f"{NAMES[reading.what]} has come back to {reading.value:.3g} {bound}."
+                    text = (
+                        f"{ALERT_LABELS[reading.what]} has come back to {reading.value:.3g} "
+                        f"{bound}."
+                    )
                     events.append(_event("alert_over", record["step"], reading, limit, text))
         return events
 
@@ -76,7 +97,8 @@ def _event(name: str, step: int, reading: _Reading, limit: float, text: str) -> 
 
 
 def spans(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The alerts of a run, oldest first, each with `until`: the step at which it was over, or None while it goes on.
+    """The alerts of a run, oldest first, each with `until`: the step at which it was over, or None
+    while it goes on.
 
     Takes event lines of metrics.jsonl.
     """
@@ -99,26 +121,57 @@ def _readings(record: dict[str, Any]) -> Iterator[_Reading]:
     for layer in layers:
         load, number = np.asarray(layer["load"]), layer["layer"]
         if "device_load" in layer:
-            ratio, device = max_over_mean(layer["device_load"]), int(np.argmax(layer["device_load"]))
-            remedy = "move experts with placement.strategy: balanced and placement.replan_every, or raise moe.aux_loss"
-            yield _Reading("device_load", number, ratio, f"device {device} is asked for {ratio:.2f} times the mean load", remedy)
+            ratio, device = (
+                load_max_over_mean(layer["device_load"]),
+                int(np.argmax(layer["device_load"])),
+            )
+            remedy = (
+                "move experts with placement.strategy: balanced and placement.replan_every, "
+                "or raise moe.aux_loss"
+            )
+            yield _Reading(
+                "device_load",
+                number,
+                ratio,
+                f"device {device} is asked for {ratio:.2f} times the mean load",
+                remedy,
+            )
         expert, excess = int(load.argmax()), layer["max_violation"]
-        remedy = "raise moe.aux_loss or moe.bias_rate, or give it replicas with placement.redundant_slots"
-        found = f"expert {expert} has {1 + excess:.2f} times the mean load, max violation {excess:.2f}"
+        remedy = (
+            "raise moe.aux_loss or moe.bias_rate, or give it replicas with "
+            "placement.redundant_slots"
+        )
+        found = (
+            f"expert {expert} has {1 + excess:.2f} times the mean load, max violation {excess:.2f}"
+        )
         yield _Reading("max_violation", number, excess, found, remedy)
         dead, count = layer["dead_experts"], load.size
         remedy = "raise moe.aux_loss or moe.bias_rate, or train fewer experts"
-        yield _Reading("dead_experts", number, dead / count, f"{dead} of {count} experts got no token", remedy)
+        yield _Reading(
+            "dead_experts", number, dead / count, f"{dead} of {count} experts got no token", remedy
+        )
     if layers and "dropped_fraction" in record:
         share = record["dropped_fraction"]
         remedy = "raise moe.capacity_factor or moe.aux_loss, or set moe.dropless: true"
-        yield _Reading("dropped", None, share, f"{share:.1%} of the expert assignments were dropped{_most_dropped(layers)}", remedy)
+        yield _Reading(
+            "dropped",
+            None,
+            share,
+            f"{share:.1%} of the expert assignments were dropped{_most_dropped(layers)}",
+            remedy,
+        )
 
 
 def _most_dropped(layers: list[dict[str, Any]]) -> str:
-    """Where most were dropped: the layer, and the rank to which its pools were full, as far as the line says."""
+    """Where most were dropped: the layer, and the rank to which its pools were full, as far as the
+    line says.
+    """
     worst = max(layers, key=lambda layer: layer.get("dropped", 0))
     if not worst.get("dropped"):
         return ""
-    to = f" on their way to rank {int(np.argmax(worst['dropped_to']))}" if "dropped_to" in worst else ""
+    to = (
+        f" on their way to rank {int(np.argmax(worst['dropped_to']))}"
+        if "dropped_to" in worst
+        else ""
+    )
     return f", most in layer {worst['layer']}{to}"

@@ -1,4 +1,6 @@
-"""A run as it grows: its metrics.jsonl read on from where it was left, by files alone, so that the run does not notice."""
+"""A run as it grows: its metrics.jsonl read on from where it was left, by files alone, so that the
+run does not notice.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any, BinaryIO
 
 from moe_jax.errors import UserError
 from moe_jax.tracking.metrics import FILE_NAME, is_number, parse_record
-from moe_jax.tracking.run_dir import read_config
+from moe_jax.tracking.run_dir import read_run_config
 
 QUIET_SECONDS = 30.0  # at least, without a new line, before the view says so
 
@@ -57,13 +59,19 @@ class FollowedRun:
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended: all its steps are done and saved, or it stopped early and drew its report."""
+        """Whether the run has ended: all its steps are done and saved, or it stopped early and drew
+        its report.
+        """
         if self.steps is None or not self.training:
             return False
         if self.checkpoint is not None and self.checkpoint >= self.steps:
             return True
         report, metrics = self.run_dir / "report.html", self.run_dir / FILE_NAME
-        return self.quiet is not None and report.exists() and report.stat().st_mtime >= metrics.stat().st_mtime
+        return (
+            self.quiet is not None
+            and report.exists()
+            and report.stat().st_mtime >= metrics.stat().st_mtime
+        )
 
     @property
     def quiet(self) -> float | None:
@@ -80,15 +88,19 @@ class FollowedRun:
         return sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else None
 
     def read(self) -> None:
-        """Reads what was written since the last call; begins anew where the file was replaced, as a resumed run does."""
+        """Reads what was written since the last call; begins anew where the file was replaced, as a
+        resumed run does.
+        """
         path = self.run_dir / FILE_NAME
-        if self._file and (not path.exists() or path.stat().st_ino != os.fstat(self._file.fileno()).st_ino):
+        if self._file and (
+            not path.exists() or path.stat().st_ino != os.fstat(self._file.fileno()).st_ino
+        ):
             self._forget()
         if self._file is None:
             if not path.exists() or not (self.run_dir / "config.yaml").exists():
                 return
             self._file = path.open("rb")
-            self.steps = read_config(self.run_dir).train.steps
+            self.steps = read_run_config(self.run_dir).train.steps
         for record in self._new_records(path):
             self._take(record)
 
@@ -101,7 +113,10 @@ class FollowedRun:
             self._offset += len(line)
             record = parse_record(line)
             if record is None:
-                raise UserError(f"{path} has a line that is not a metrics record, ending at byte {self._offset}: restore the file.")
+                raise UserError(
+                    f"{path} has a line that is not a metrics record, ending at byte "
+                    f"{self._offset}: restore the file."
+                )
             yield record
 
     def _take(self, record: dict[str, Any]) -> None:

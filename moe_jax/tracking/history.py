@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.tracking.metrics import is_number, iter_metrics, max_over_mean
+from moe_jax.tracking.metrics import is_number, iter_metrics, load_max_over_mean
 
 COUNTS = ("load", "device_load", "slot_load", "dropped_to")  # lists of a layer's record
 
@@ -23,7 +23,9 @@ class History:
     """
 
     train: dict[str, np.ndarray]  # float64 [N] by scalar's name, `step` among them
-    after_compile: np.ndarray  # bool [N]: not the first line of a process, whose time includes its compilation
+    after_compile: (
+        np.ndarray
+    )  # bool [N]: not the first line of a process, whose time includes its compilation
     validation: dict[str, np.ndarray]  # float64 [M] by scalar's name; empty without validation
     events: list[dict[str, Any]]  # without those of traffic
     traffic: dict[str, Any] | None  # the newest traffic event
@@ -32,14 +34,18 @@ class History:
     max_violation_NL: np.ndarray
     router_entropy_NL: np.ndarray  # nats
     device_load_NL: np.ndarray  # load of the busiest device over the mean device's
-    slot_load: list[np.ndarray]  # N of float32 [L, P] choices by slot, before drops; [L, 0] where a line has none
+    slot_load: list[
+        np.ndarray
+    ]  # N of float32 [L, P] choices by slot, before drops; [L, 0] where a line has none
 
     def column(self, name: str) -> np.ndarray:
         """The training lines' scalar `name`, float64 [N]; NaN where a line lacks it."""
         return self.train.get(name, np.full_like(self.train["step"], np.nan))
 
     def steady(self, name: str) -> np.ndarray:
-        """`column(name)` with NaN in the lines whose time includes a compilation, unless there are no others."""
+        """`column(name)` with NaN in the lines whose time includes a compilation, unless there are
+        no others.
+        """
         return np.where(self.after_compile | ~self.after_compile.any(), self.column(name), np.nan)
 
     def drop_share(self) -> float:
@@ -49,7 +55,9 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Reads a metrics.jsonl into columns. Raises UserError where it is missing, damaged, or has no training line."""
+    """Reads a metrics.jsonl into columns. Raises UserError where it is missing, damaged, or has no
+    training line.
+    """
     train: list[dict[str, Any]] = []
     validation: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
@@ -65,18 +73,26 @@ def read_history(path: Path) -> History:
         elif "val_loss" in record:
             validation.append(record)
         else:
-            # Python's integers take ten times the room of an array's: a long run with many experts has millions.
+            # Python's integers take ten times the room of an array's: a long run with many experts
+            # has millions.
             record["layers"] = [
-                {name: np.asarray(value, np.float32) if name in COUNTS else value for name, value in layer.items()}
+                {
+                    name: np.asarray(value, np.float32) if name in COUNTS else value
+                    for name, value in layer.items()
+                }
                 for layer in record.get("layers", [])
             ]
             for layer in record["layers"]:
-                layer["device_max_over_mean"] = max_over_mean(layer["device_load"]) if "device_load" in layer else None
+                layer["device_max_over_mean"] = (
+                    load_max_over_mean(layer["device_load"]) if "device_load" in layer else None
+                )
             train.append(record)
             after_compile.append(not fresh)
             fresh = False
     if not train:
-        raise UserError(f"{path} has no training line yet: let the run reach its first train.log_every steps.")
+        raise UserError(
+            f"{path} has no training line yet: let the run reach its first train.log_every steps."
+        )
     return History(
         train=_columns(train),
         after_compile=np.array(after_compile),
@@ -95,10 +111,12 @@ def read_history(path: Path) -> History:
 def decisions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The placement decisions among a run's events, oldest first.
 
-    Each has `realised`, the event that tells what came of it, or None, and `predicted_gain`: measured as the realised gain is
-    where there is one.
+    Each has `realised`, the event that tells what came of it, or None, and `predicted_gain`:
+    measured as the realised gain is where there is one.
     """
-    realised = {event["of_step"]: event for event in events if event["event"] == "placement_realised"}
+    realised = {
+        event["of_step"]: event for event in events if event["event"] == "placement_realised"
+    }
     found = []
     for event in events:
         if event["event"] == "placement":
@@ -108,20 +126,27 @@ def decisions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def link_rows(traffic: dict[str, Any]) -> np.ndarray:
-    """Rows a step from source rank to destination rank, float64 [R, R], all MoE layers of a traffic event together."""
+def measured_link_rows(traffic: dict[str, Any]) -> np.ndarray:
+    """Rows a step from source rank to destination rank, float64 [R, R], all MoE layers of a traffic
+    event together.
+    """
     return np.sum([layer["sent"] for layer in traffic["layers"]], axis=0) / max(traffic["steps"], 1)
 
 
 def describe_links(rows_RR: np.ndarray) -> str:
-    """The busiest link between two ranks, against the mean link, and the share of rows that travel at all."""
+    """The busiest link between two ranks, against the mean link, and the share of rows that travel
+    at all.
+    """
     ranks = len(rows_RR)
     links = np.where(np.eye(ranks, dtype=bool), 0, rows_RR)
     if not links.any():
         return "all rows stay on their device"
     source, destination = np.unravel_index(links.argmax(), links.shape)
     times = links.max() * ranks * (ranks - 1) / links.sum()
-    return f"{source} to {destination} is busiest, {links.max():,.0f} rows ({times:.2f} x mean); {links.sum() / rows_RR.sum():.0%} travel"
+    return (
+        f"{source} to {destination} is busiest, {links.max():,.0f} rows ({times:.2f} x mean); "
+        f"{links.sum() / rows_RR.sum():.0%} travel"
+    )
 
 
 def finite(values: np.ndarray) -> np.ndarray:
@@ -145,24 +170,32 @@ def median(values: np.ndarray) -> float:
 
 
 def running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Mean of each row of `values` [N, ...] and the rows before it, and over how many rows: a fiftieth of N.
+    """Mean of each row of `values` [N, ...] and the rows before it, and over how many rows: a
+    fiftieth of N.
 
     Values that are not finite are left out of the mean; where all are, it is NaN.
     """
     window = max(1, len(values) // 50)
     valid = np.isfinite(values)
     sums, counts = np.where(valid, values, 0.0).cumsum(0), valid.cumsum(0)
-    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    sums[window:], counts[window:] = (
+        sums[window:] - sums[:-window],
+        counts[window:] - counts[:-window],
+    )
     return np.divide(sums, counts, out=np.full(values.shape, np.nan), where=counts > 0), window
 
 
-def relative_load(step: np.ndarray, load_NLE: np.ndarray, max_bins: int) -> tuple[np.ndarray, np.ndarray]:
+def relative_load(
+    step: np.ndarray, load_NLE: np.ndarray, max_bins: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Load over its layer's mean (1 is even), in at most `max_bins` spans of steps.
 
-    Takes `step` [N] and counts `load_NLE`. Returns the spans' edges [B + 1], in steps, and the ratio
-    [B, L, E]; a layer that got no token has ratio 0.
+    Takes `step` [N] and counts `load_NLE`. Returns the spans' edges [B + 1], in steps, and the
+    ratio [B, L, E]; a layer that got no token has ratio 0.
     """
-    starts = np.unique(np.linspace(0, len(step), min(len(step), max_bins), endpoint=False).astype(int))
+    starts = np.unique(
+        np.linspace(0, len(step), min(len(step), max_bins), endpoint=False).astype(int)
+    )
     load_BLE = np.add.reduceat(load_NLE, starts, axis=0)
     mean_BL1 = load_BLE.mean(-1, keepdims=True)
     ratio_BLE = np.divide(load_BLE, mean_BL1, out=np.zeros_like(load_BLE), where=mean_BL1 > 0)
@@ -173,7 +206,9 @@ def relative_load(step: np.ndarray, load_NLE: np.ndarray, max_bins: int) -> tupl
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Numeric fields of `records` as float64 [len(records)] by name; null and missing are NaN."""
-    names = dict.fromkeys(name for record in records for name, value in record.items() if is_number(value))
+    names = dict.fromkeys(
+        name for record in records for name, value in record.items() if is_number(value)
+    )
     return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
 
 
@@ -181,12 +216,17 @@ def _layer_indices(train: list[dict[str, Any]], path: Path) -> list[int]:
     indices = [layer["layer"] for layer in train[0]["layers"]]
     for record in train:
         if [layer["layer"] for layer in record["layers"]] != indices:
-            raise UserError(f"{path} lists other MoE layers at step {record['step']} than at step {train[0]['step']}: keep one run a file.")
+            raise UserError(
+                f"{path} lists other MoE layers at step {record['step']} than at step "
+                f"{train[0]['step']}: keep one run a file."
+            )
     return indices
 
 
 def _layer_column(train: list[dict[str, Any]], name: str) -> np.ndarray:
-    values = np.array([[layer.get(name) for layer in record["layers"]] for record in train], np.float64)
+    values = np.array(
+        [[layer.get(name) for layer in record["layers"]] for record in train], np.float64
+    )
     return values.reshape(len(train), -1)
 
 
@@ -197,4 +237,8 @@ def _layer_load(train: list[dict[str, Any]]) -> np.ndarray:
 
 def _slot_load(layers: list[dict[str, Any]]) -> np.ndarray:
     load = [layer["slot_load"] for layer in layers if "slot_load" in layer]
-    return np.array(load) if load and len(load) == len(layers) else np.zeros((len(layers), 0), np.float32)
+    return (
+        np.array(load)
+        if load and len(load) == len(layers)
+        else np.zeros((len(layers), 0), np.float32)
+    )

@@ -26,17 +26,20 @@ from moe_jax.placement import cost
 FILE_NAME = "metrics.jsonl"
 
 
-def max_over_mean(load: ArrayLike) -> float:
-    """How many times the mean the largest of `load` [n] counts is: 1 is even, n is all on one; 1 too where all are 0."""
+def load_max_over_mean(load: ArrayLike) -> float:
+    """How many times the mean the largest of `load` [n] counts is: 1 is even, n is all on one; 1
+    too where all are 0.
+    """
     return float(cost.max_over_mean(np.asarray(load, dtype=np.float64)))
 
 
 def max_violation(load: ArrayLike) -> float:
-    """How far the fullest expert is above the mean: max / mean - 1 of `load` [E] counts; 0 is even, E - 1 is all to one.
+    """How far the fullest expert is above the mean: max / mean - 1 of `load` [E] counts; 0 is even,
+    E - 1 is all to one.
 
     Where no token was routed at all it is 0.
     """
-    return max_over_mean(load) - 1.0
+    return load_max_over_mean(load) - 1.0
 
 
 def dead_experts(load: ArrayLike) -> int:
@@ -52,12 +55,15 @@ def is_number(value: Any) -> bool:
 class MetricsWriter:
     """Appends records to RUN_DIR/metrics.jsonl and mirrors their scalars to RUN_DIR/tensorboard.
 
-    A new run (`resume_step=None`) must find no metrics.jsonl. A resumed one keeps its lines up to and
-    including `resume_step`, so that the file goes on as if the run had never stopped.
+    A new run (`resume_step=None`) must find no metrics.jsonl. A resumed one keeps its lines up to
+    and including `resume_step`, so that the file goes on as if the run had never stopped.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None, *, active: bool = True) -> None:
-        """Raises UserError where a new run finds metrics.jsonl, or a resumed one finds none or a damaged one.
+    def __init__(
+        self, run_dir: Path, resume_step: int | None = None, *, active: bool = True
+    ) -> None:
+        """Raises UserError where a new run finds metrics.jsonl, or a resumed one finds none or a
+        damaged one.
 
         Of several processes one is `active`; the others' writers do nothing.
         """
@@ -68,15 +74,21 @@ class MetricsWriter:
         if resume_step is not None:
             _keep_until(path, resume_step)
         elif path.exists():
-            raise UserError(f"{path} exists already: continue that run with --resume, or replace it with --overwrite.")
-        self._events = _EventFile(run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+            raise UserError(
+                f"{path} exists already: continue that run with --resume, or replace it with "
+                f"--overwrite."
+            )
+        self._events = _EventFile(
+            run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1
+        )
         self._file = path.open("ab")
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record, which has an int `step`, and flushes it.
 
-        Floats are kept exactly. Numpy values become Python's own. A float that is not finite is written
-        as null and named in `nonfinite`, since JSON has no NaN. OSError (a full disk) passes upward.
+        Floats are kept exactly. Numpy values become Python's own. A float that is not finite is
+        written as null and named in `nonfinite`, since JSON has no NaN. OSError (a full disk)
+        passes upward.
         """
         if not self._active:
             return
@@ -113,7 +125,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line of metrics.jsonl, or None where it is no JSON object with an int `step`."""
+    """The record in a line of metrics.jsonl, or None where it is no JSON object with an int
+    `step`.
+    """
     try:
         record = json.loads(line)
     except ValueError:
@@ -131,11 +145,16 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if record is not None:
                 yield line.rstrip(b"\n") + b"\n", record
             elif line.endswith(b"\n"):
-                raise UserError(f"{path} line {number} is not a metrics record with a step: remove that line or restore the file.")
+                raise UserError(
+                    f"{path} line {number} is not a metrics record with a step: remove that line "
+                    f"or restore the file."
+                )
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Rewrites a metrics.jsonl with only the lines up to `step`, byte for byte; killed in between, the old file stands."""
+    """Rewrites a metrics.jsonl with only the lines up to `step`, byte for byte; killed in between,
+    the old file stands.
+    """
     kept = [line for line, record in _lines(path) if record["step"] <= step]
     temporary = path.with_name(f"{FILE_NAME}.tmp")
     with temporary.open("wb") as file:
@@ -146,11 +165,16 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _as_json(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
-    """`value` in JSON's types; the dotted path of each float that became null goes into `nonfinite`."""
+    """`value` in JSON's types; the dotted path of each float that became null goes into
+    `nonfinite`.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
-        return {key: _as_json(item, f"{path}.{key}" if path else key, nonfinite) for key, item in value.items()}
+        return {
+            key: _as_json(item, f"{path}.{key}" if path else key, nonfinite)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_as_json(item, f"{path}.{index}", nonfinite) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
@@ -160,42 +184,61 @@ def _as_json(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
 
 
 def _tensorboard_scalars(record: dict[str, Any]) -> dict[str, float]:
-    """What TensorBoard shows of a record, by tag: its scalars and each layer's balance; nothing of an event line."""
+    """What TensorBoard shows of a record, by tag: its scalars and each layer's balance; nothing of
+    an event line.
+    """
     if "event" in record:
         return {}
     group = "validation" if "val_loss" in record else "train"
-    scalars = {f"{group}/{name}": value for name, value in record.items() if name != "step" and is_number(value)}
+    scalars = {
+        f"{group}/{name}": value
+        for name, value in record.items()
+        if name != "step" and is_number(value)
+    }
     for layer in record.get("layers", []):
         figures = {name: layer.get(name) for name in ("max_violation", "dead_experts")}
         if "device_load" in layer:
-            figures["device_load_max_over_mean"] = max_over_mean(layer["device_load"])
+            figures["device_load_max_over_mean"] = load_max_over_mean(layer["device_load"])
         if "dropped" in layer:
             figures["dropped_fraction"] = layer["dropped"] / max(sum(layer["load"]), 1)
-        scalars |= {f"{name}/layer_{layer['layer']}": value for name, value in figures.items() if is_number(value)}
+        scalars |= {
+            f"{name}/layer_{layer['layer']}": value
+            for name, value in figures.items()
+            if is_number(value)
+        }
     return scalars
 
 
 class _EventFile:
     """A TensorBoard event file, written in the caller's thread.
 
-    tensorboardX's SummaryWriter hands events to a thread through a bounded queue. On a full disk that
-    thread dies, and the training loop would wait on the queue for ever; here the error passes upward.
+    tensorboardX's SummaryWriter hands events to a thread through a bounded queue. On a full disk
+    that thread dies, and the training loop would wait on the queue for ever; here the error passes
+    upward.
     """
 
     def __init__(self, directory: Path, purge_step: int | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        # The writer's own name has seconds and host only: a quick resume would overwrite the first file.
-        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{purge_step or 0}")
+        # The writer's own name has seconds and host only: a quick resume would overwrite the first
+        # file.
+        self._writer = EventsWriter(
+            str(directory / "events"), filename_suffix=f".{os.getpid()}.{purge_step or 0}"
+        )
         if purge_step is not None:
-            # TensorBoard forgets, from earlier files, what a killed process had logged beyond its checkpoint.
+            # TensorBoard forgets, from earlier files, what a killed process had logged beyond its
+            # checkpoint.
             session = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=session))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=purge_step, session_log=session)
+            )
         self._writer.flush()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if scalars:
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+            )
             self._writer.flush()
 
     def close(self) -> None:

@@ -1,27 +1,19 @@
-"""A run's directory: claimed without harming another run, described by config.yaml and environment.json."""
+"""A run's directory: claimed without harming another run, described by config.yaml and
+environment.json.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from moe_jax import __version__
 from moe_jax.config.load import config_from_text, dump_config, dump_value
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 # What a run writes.
 CONTENTS = (
@@ -37,12 +29,22 @@ CONTENTS = (
     "hf_config.json",
 )
 
-# What a resumed run must share with its beginning: sections and keys, but for those that only say how to compute.
-FIXED = ("init_from", "model", "moe", "data", "train.seed", "train.global_batch", "train.seq_len", "optimizer.name")
+# What a resumed run must share with its beginning: sections and keys, but for those that only say
+# how to compute.
+FIXED = (
+    "init_from",
+    "model",
+    "moe",
+    "data",
+    "train.seed",
+    "train.global_batch",
+    "train.seq_len",
+    "optimizer.name",
+)
 FREE = ("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below")
 
 
-def read_config(run_dir: Path) -> Config:
+def read_run_config(run_dir: Path) -> Config:
     """The configuration of a run. Raises UserError for one that cannot be read."""
     path = run_dir / "config.yaml"
     return config_from_text(path.read_text(encoding="utf-8"), str(path))
@@ -51,39 +53,52 @@ def read_config(run_dir: Path) -> Config:
 def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
     """Checks that the run may write to `run_dir`; changes nothing.
 
-    Raises UserError for a directory that is in use without `resume` or `overwrite`, for one that is not a run or that
-    holds what no run wrote (`overwrite` would delete it), and for a resumed run whose model, data or batch differ from
-    what it began with.
+    Raises UserError for a directory that is in use without `resume` or `overwrite`, for one that is
+    not a run or that holds what no run wrote (`overwrite` would delete it), and for a resumed run
+    whose model, data or batch differ from what it began with.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file: name a directory.")
-    names = {path.name for path in run_dir.iterdir() if not path.name.endswith(".part")} if run_dir.exists() else set()
+    names = (
+        {path.name for path in run_dir.iterdir() if not path.name.endswith(".part")}
+        if run_dir.exists()
+        else set()
+    )
     if not names:
         return
     if "config.yaml" not in names:
-        raise UserError(f"--run-dir {run_dir} holds something other than a run (it has no config.yaml): name another directory.")
+        raise UserError(
+            f"--run-dir {run_dir} holds something other than a run (it has no config.yaml): name "
+            f"another directory."
+        )
     if resume:
-        _check_unchanged(read_config(run_dir), config, run_dir)
+        _check_unchanged(read_run_config(run_dir), config, run_dir)
     elif overwrite:
         foreign = sorted(name for name in names if name.removesuffix(".tmp") not in CONTENTS)
         if foreign:
             raise UserError(
-                f"--overwrite would delete {run_dir / foreign[0]}, which no run wrote: move it away, or name another --run-dir."
+                f"--overwrite would delete {run_dir / foreign[0]}, which no run wrote: move it "
+                f"away, or name another --run-dir."
             )
     else:
         raise UserError(
-            f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with --overwrite, or name another."
+            f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with "
+            f"--overwrite, or name another."
         )
 
 
-def tokenizer_spec(run_dir: Path, config: Config) -> str:
-    """What `load_tokenizer` takes for a run: the tokenizer that it keeps for itself, else what data.tokenizer names."""
+def run_tokenizer(run_dir: Path, config: Config) -> str:
+    """What `load_tokenizer` takes for a run: the tokenizer that it keeps for itself, else what
+    data.tokenizer names.
+    """
     kept = run_dir / "tokenizer"
     return str(kept) if kept.is_dir() else config.data.tokenizer
 
 
 def clear(run_dir: Path) -> None:
-    """Deletes the run in a directory that `claim` has checked; config.yaml, by which it is known as one, goes last."""
+    """Deletes the run in a directory that `claim` has checked; config.yaml, by which it is known as
+    one, goes last.
+    """
     if run_dir.exists():
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.yaml"):
             if path.is_dir() and not path.is_symlink():
@@ -97,7 +112,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not dataclasses.is_dataclass(value):
         return {prefix: value}
     fields = (field.name for field in dataclasses.fields(value))
-    return {key: leaf for name in fields for key, leaf in _flat(getattr(value, name), f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: leaf
+        for name in fields
+        for key, leaf in _flat(getattr(value, name), f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def _check_unchanged(old: Config, new: Config, run_dir: Path) -> None:
@@ -106,55 +125,21 @@ def _check_unchanged(old: Config, new: Config, run_dir: Path) -> None:
         fixed = any(key == name or key.startswith(name + ".") for name in FIXED) and key not in FREE
         if fixed and before[key] != value:
             raise UserError(
-                f"{key}={dump_value(value)} but the run in {run_dir} began with {dump_value(before[key])}: resume with the same value, or "
+                f"{key}={dump_value(value)} but the run in {run_dir} began with "
+                f"{dump_value(before[key])}: resume with the same value, or "
                 "start another run."
             )
 
 
-def describe(config: Config, **found: Any) -> dict[str, Any]:
-    """What environment.json holds: versions, devices and commit, and whatever else was `found` (see docs/metrics.md)."""
-    return {
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "versions": {"python": platform.python_version(), "moe-jax": __version__, **{name: metadata.version(name) for name in PACKAGES}},
-        "platform": jax.default_backend(),
-        "devices": [f"{device.id}: {device.device_kind}" for device in jax.devices()[: config.mesh.size]],
-        "mesh": dataclasses.asdict(config.mesh),
-        "git_commit": _git_commit(),
-        **found,
-    }
-
-
 def write_description(run_dir: Path, config: Config, environment: dict[str, Any]) -> None:
-    """Writes config.yaml (resolved), by which a run is known, and environment.json, each whole or not at all."""
+    """Writes config.yaml (resolved), by which a run is known, and environment.json, each whole or
+    not at all.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.yaml", dump_config(config)), ("environment.json", json.dumps(environment, indent=2) + "\n")):
+    for name, text in (
+        ("config.yaml", dump_config(config)),
+        ("environment.json", json.dumps(environment, indent=2) + "\n"),
+    ):
         part = run_dir / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, run_dir / name)
-
-
-def bytes_per_device(state: Any) -> dict[str, dict[str, int]]:
-    """Bytes of parameters and optimizer state, dense and expert, that each of this process's devices holds."""
-    held: dict[int, dict[str, int]] = {}
-    for group in ("params", "opt_state"):
-        for path, leaf in jax.tree.leaves_with_path(getattr(state, group)):
-            expert = any(getattr(entry, "key", None) == "experts" for entry in path)
-            kind = ("expert_" if expert else "dense_") + ("parameters" if group == "params" else "optimizer")
-            for shard in leaf.addressable_shards:
-                kinds = held.setdefault(shard.device.id, dict.fromkeys(_KINDS, 0))
-                kinds[kind] += shard.data.nbytes
-    return {str(device): held[device] for device in sorted(held)}
-
-
-_KINDS = ("dense_parameters", "expert_parameters", "dense_optimizer", "expert_optimizer")
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that the package runs from, or None."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None

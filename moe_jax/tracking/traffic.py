@@ -1,25 +1,29 @@
-"""Reads measured load (a run's traffic.json, or a load file of the same form) and placement tables, with one sentence for what is wrong.
+"""Reads measured load (a run's traffic.json, or a load file of the same form) and placement tables,
+with one sentence for what is wrong.
 
-A load file is JSON: {"version": 1, "steps": n, "num_experts": E, "layers": [numbers of the MoE layers], "traffic": [L][R][E]},
-choices that each source rank's tokens made of each expert in n steps; or, where the sources are not known, "load": [L][E].
+A load file is JSON: {"version": 1, "steps": n, "num_experts": E, "layers": [numbers of the MoE
+layers], "traffic": [L][R][E]}, choices that each source rank's tokens made of each expert in n
+steps; or, where the sources are not known, "load": [L][E].
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.placement.table import EMPTY, Placement
+from moe_jax.placement.files import _read_json
 
-VERSION = 1
+LOAD_VERSION = 1
 RUN_FILE = "traffic.json"
 
 
-class Measured(NamedTuple):
+class MeasuredTraffic(NamedTuple):
     """Choices of experts in a window of steps."""
 
     traffic_LRE: np.ndarray  # float64, a step; R is 1 where the sources are not known
@@ -28,109 +32,100 @@ class Measured(NamedTuple):
     step: int | None  # at its end
 
 
-def read_measured(path: Path) -> Measured:
+def read_measured(path: Path) -> MeasuredTraffic:
     """The load in a file, or in the traffic.json of a run's directory.
 
     Raises UserError, with the layer named, for numbers of the wrong shape, negative or not finite.
     """
     if path.is_dir():
         if not (path / RUN_FILE).is_file():
-            raise UserError(f"{path} has no {RUN_FILE}: give a run that has saved a checkpoint since it measures load, or a load file.")
+            raise UserError(
+                f"{path} has no {RUN_FILE}: give a run that has saved a checkpoint since it "
+                f"measures load, or a load file."
+            )
         path = path / RUN_FILE
     found = _read_json(path, "a load file")
     missing = [key for key in ("version", "steps", "num_experts", "layers") if key not in found]
     if missing or ("traffic" in found) == ("load" in found):
-        lacks = f"leaves out {', '.join(missing)}" if missing else "must have either traffic or load"
-        raise UserError(f"{path} {lacks}: a load file has version, steps, num_experts, layers, and traffic or load.")
-    if found["version"] != VERSION:
-        raise UserError(f"{path} has version {found['version']!r}: this program reads version {VERSION}.")
+        lacks = (
+            f"leaves out {', '.join(missing)}" if missing else "must have either traffic or load"
+        )
+        raise UserError(
+            f"{path} {lacks}: a load file has version, steps, num_experts, layers, and traffic or "
+            f"load."
+        )
+    if found["version"] != LOAD_VERSION:
+        raise UserError(
+            f"{path} has version {found['version']!r}: this program reads version {LOAD_VERSION}."
+        )
     for key in ("steps", "num_experts"):
         if type(found[key]) is not int or found[key] < 1:
             raise UserError(f"{path}: {key}={found[key]!r} must be a whole number, at least 1.")
     layers = found["layers"]
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise UserError(f"{path}: layers must be a list of whole numbers, the MoE layers' numbers in the model.")
+        raise UserError(
+            f"{path}: layers must be a list of whole numbers, the MoE layers' numbers in the model."
+        )
     traffic_LRE = _array(path, found, layers)
-    return Measured(traffic_LRE / found["steps"], layers, found["steps"], found.get("step"))
+    return MeasuredTraffic(traffic_LRE / found["steps"], layers, found["steps"], found.get("step"))
 
 
 def _array(path: Path, found: dict[str, Any], layers: list[int]) -> np.ndarray:
     """The numbers as float64 [L, R, E], each layer checked."""
-    key, experts = ("traffic", found["num_experts"]) if "traffic" in found else ("load", found["num_experts"])
+    key, experts = (
+        ("traffic", found["num_experts"]) if "traffic" in found else ("load", found["num_experts"])
+    )
     values = found[key]
     if not isinstance(values, list) or len(values) != len(layers):
         have = len(values) if isinstance(values, list) else "no list of"
-        raise UserError(f"{path}: {key} has {have} layers and `layers` names {len(layers)}: make them equal.")
+        raise UserError(
+            f"{path}: {key} has {have} layers and `layers` names {len(layers)}: make them equal."
+        )
     parts: list[np.ndarray] = []
     for layer, value in zip(layers, values, strict=True):
         wanted = f"[source ranks][{experts}]" if key == "traffic" else f"[{experts}]"
         try:
             part = np.array(value, np.float64)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {key} of layer {layer} is not {wanted} numbers: mend it.") from error
+            raise UserError(
+                f"{path}: {key} of layer {layer} is not {wanted} numbers: mend it."
+            ) from error
         part = part[None] if key == "load" else part
         sources = parts[0].shape[0] if parts else max(part.shape[:1], default=0)
         if part.ndim != 2 or part.shape != (sources, experts) or not sources:
             shape = list(part.shape[1:] if key == "load" else part.shape)
-            wanted = f"[{sources}, {experts}] as in the layers before" if parts and key == "traffic" else wanted
-            raise UserError(f"{path}: {key} of layer {layer} has shape {shape}: it must be {wanted}.")
+            wanted = (
+                f"[{sources}, {experts}] as in the layers before"
+                if parts and key == "traffic"
+                else wanted
+            )
+            raise UserError(
+                f"{path}: {key} of layer {layer} has shape {shape}: it must be {wanted}."
+            )
         wrong = np.argwhere(~(np.isfinite(part) & (part >= 0)))
         if wrong.size:
             raise UserError(
-                f"{path}: {key} of layer {layer} holds {part[*wrong[0]]:g} for expert {wrong[0][1]}: counts are finite and 0 or more."
+                f"{path}: {key} of layer {layer} holds {part[*wrong[0]]:g} for expert "
+                f"{wrong[0][1]}: counts are finite and 0 or more."
             )
         parts.append(part)
     return np.array(parts) if parts else np.zeros((0, 1, experts))
 
 
-def read_table(
-    path: Path,
-    *,
-    layers: int | None = None,
-    num_experts: int | None = None,
-    ranks: int | None = None,
-    max_experts_per_device: int | None = None,
-) -> Placement:
-    """A placement table that `moe-jax placement plan --out` wrote; what is given must be what the table has.
-
-    Raises UserError with the layer and the expert named for one that leaves an expert out, has it twice on a device, or
-    puts more than `max_experts_per_device` on one; and for a table of another size.
-    """
-    value = _read_json(path, "a placement table")
-    keys = ("version", "num_experts", "num_slots", "physical_to_logical")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise UserError(f"{path} leaves out {', '.join(missing)}: give a table that `moe-jax placement plan --out` wrote.")
-    try:
-        table = Placement.from_json(value)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path}: physical_to_logical is not a list for each layer of num_slots={value['num_slots']!r} whole numbers: mend it."
-        ) from error
-    has = {"layers": len(table.physical_to_logical), "experts": table.num_experts, "devices": table.ranks}
-    for (name, number), wanted in zip(has.items(), (layers, num_experts, ranks), strict=True):
-        if wanted is not None and number != wanted:
-            raise UserError(f"{path} is a table for {number} {name}, and {wanted} are wanted: plan one for this model and mesh.")
-    held_LR = np.sum(table.by_rank != EMPTY, axis=-1)
-    if max_experts_per_device is not None and held_LR.max(initial=0) > max_experts_per_device:
-        layer, rank = np.argwhere(held_LR > max_experts_per_device)[0]
-        last = table.by_rank[layer, rank][table.by_rank[layer, rank] != EMPTY][max_experts_per_device]
-        raise UserError(
-            f"{path}: layer {layer} puts {held_LR[layer, rank]} experts on device {rank}, and placement.max_experts_per_device="
-            f"{max_experts_per_device}: move expert {last} to another device."
-        )
-    return table
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; give {what} or a run's directory.") from error
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"{path} is not JSON: give {what} or a run's directory.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: give {what} or a run's directory.")
-    return found
+def write_traffic(
+    directory: Path, step: int, steps: int, traffic_LRE: np.ndarray, layers: Sequence[int]
+) -> None:
+    """Replaces the run's traffic.json, from which `moe-jax placement plan` plans."""
+    text = json.dumps(
+        {
+            "version": LOAD_VERSION,
+            "step": step,
+            "steps": steps,
+            "num_experts": traffic_LRE.shape[-1],
+            "layers": list(layers),
+            "traffic": traffic_LRE.astype(np.int64).tolist(),
+        }
+    )
+    temporary = directory / f"{RUN_FILE}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, directory / RUN_FILE)

@@ -1,4 +1,6 @@
-"""Where experts are when a run starts or goes on: the table, what connects the devices, and whether there is room."""
+"""Where experts are when a run starts or goes on: the table, what connects the devices, and whether
+there is room.
+"""
 
 from __future__ import annotations
 
@@ -11,69 +13,111 @@ from jax.sharding import Mesh
 
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
-from moe_jax.models.transformer import count_moe_layers
-from moe_jax.placement.files import read_topology
-from moe_jax.placement.plan import plan
+from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.placement.files import read_table, read_topology
+from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
 from moe_jax.placement.topology import Topology
-from moe_jax.tracking.traffic import read_table
-from moe_jax.training.step import Program
-from moe_jax.training.traffic_window import Window
+from moe_jax.training.step import TrainProgram
+from moe_jax.training.traffic_window import TrafficWindow
 
-# Where no file says what the links carry, these are assumed by platform, bytes/s: within a host a device, between hosts a host.
+# Where no file says what the links carry, these are assumed by platform, bytes/s: within a host a
+# device, between hosts a host.
 LINKS = {"cpu": (4e9, 1e9), "gpu": (4.5e11, 2e11), "tpu": (4e11, 1e11)}
 
 
-def topology(config: Config, mesh: Mesh) -> Topology:
-    """That of placement.topology; else what the processes of the mesh's devices show, with links as they are commonly.
+def mesh_topology(config: Config, mesh: Mesh) -> Topology:
+    """That of placement.topology; else what the processes of the mesh's devices show, with links as
+    they are commonly.
 
     Raises UserError for a file that cannot be read or does not match the mesh.
     """
     if config.placement.topology is not None:
-        found = read_topology(Path(config.placement.topology).expanduser(), devices=config.mesh.size)
-        found.host_of_rank(config.mesh.expert, config.mesh.tensor)  # refuses hosts that cut the mesh's rows
+        found = read_topology(
+            Path(config.placement.topology).expanduser(), devices=config.mesh.size
+        )
+        found.host_of_rank(
+            config.mesh.expert, config.mesh.tensor
+        )  # refuses hosts that cut the mesh's rows
         return found
-    process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(config.mesh.data, config.mesh.expert, -1)
+    process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
+        config.mesh.data, config.mesh.expert, -1
+    )
     hosts = config.mesh.data * processes_a_row(process_NRT)
-    if hosts == config.mesh.data:  # every row within one host, or none in equal parts: as if there were one
+    if (
+        hosts == config.mesh.data
+    ):  # every row within one host, or none in equal parts: as if there were one
         hosts = 1
     within, between = LINKS.get(mesh.devices.flat[0].platform, LINKS["gpu"])
-    return Topology(hosts, config.mesh.size // hosts, within, between, latency_within=1e-6, latency_between=1e-5)
+    return Topology(
+        hosts, config.mesh.size // hosts, within, between, latency_within=1e-6, latency_between=1e-5
+    )
 
 
 def processes_a_row(process_NRT: np.ndarray) -> int:
-    """Processes over which each data row's ranks lie in equal runs; 1 where they do not. Takes int [data, R, tensor]."""
+    """Processes over which each data row's ranks lie in equal runs; 1 where they do not. Takes int
+    [data, R, tensor].
+    """
     ranks = process_NRT.shape[1]
     count = len(np.unique(process_NRT[0]))
     runs_NR = process_NRT[:, :: max(ranks // count, 1), 0]
-    equal = ranks % count == 0 and np.array_equal(process_NRT, np.repeat(runs_NR, ranks // count, axis=1)[..., None] + 0 * process_NRT)
+    equal = ranks % count == 0 and np.array_equal(
+        process_NRT, np.repeat(runs_NR, ranks // count, axis=1)[..., None] + 0 * process_NRT
+    )
     return count if equal else 1
 
 
-def placement(config: Config, topology: Topology, saved: Placement | None, kept: dict[str, Any] | None) -> Placement:
-    """The table to begin with. `saved` and `kept` are a resumed run's table and what its `Replanner` kept.
+def first_placement(
+    config: Config, topology: Topology, saved: Placement | None, kept: dict[str, Any] | None
+) -> Placement:
+    """The table to begin with. `saved` and `kept` are a resumed run's table and what its
+    `Replanner` kept.
 
-    A strategy that plans follows the saved table where it fits the mesh, else plans by the load that was measured, else begins
-    contiguous. The others say what their table is. Raises UserError for a custom table that does not fit.
+    A strategy that plans follows the saved table where it fits the mesh, else plans by the load
+    that was measured, else begins contiguous. The others say what their table is. Raises UserError
+    for a custom table that does not fit.
     """
-    layers, experts, ranks = count_moe_layers(config.model, config.moe), config.moe.num_experts, config.mesh.expert
+    layers, experts, ranks = (
+        count_moe_layers(config.model, config.moe),
+        config.moe.num_experts,
+        config.mesh.expert,
+    )
     chosen, redundant = config.placement, config.placement.redundant_slots
     if chosen.strategy == "custom":
         path = Path(str(chosen.file)).expanduser()
-        return read_table(path, layers=layers, num_experts=experts, ranks=ranks, max_experts_per_device=chosen.max_experts_per_device)
+        return read_table(
+            path,
+            layers=layers,
+            num_experts=experts,
+            ranks=ranks,
+            max_experts_per_device=chosen.max_experts_per_device,
+        )
     if chosen.strategy == "round_robin":
         return round_robin(layers, experts, ranks, redundant)
     if chosen.strategy == "contiguous" or layers == 0:
         return contiguous(layers, experts, ranks, redundant)
-    if saved is not None and (saved.ranks, saved.num_slots) == (ranks, count_slots(experts, ranks, redundant)):
+    if saved is not None and (saved.ranks, saved.num_slots) == (
+        ranks,
+        count_slots(experts, ranks, redundant),
+    ):
         return saved
-    windows = [Window.from_json(kept[name]) for name in ("window", "before") if kept[name] is not None] if kept else []
+    windows = (
+        [
+            TrafficWindow.from_json(kept[name])
+            for name in ("window", "before")
+            if kept[name] is not None
+        ]
+        if kept
+        else []
+    )
     longest = max(windows, key=lambda window: window.steps, default=None)
     if longest is None or not longest.steps:
         return contiguous(layers, experts, ranks, redundant)
     load_LE = longest.traffic_LRE.sum(1)
-    traffic_LRE = np.repeat(load_LE[:, None] / ranks, ranks, axis=1)  # what these ranks will send is not known
-    return plan(
+    traffic_LRE = np.repeat(
+        load_LE[:, None] / ranks, ranks, axis=1
+    )  # what these ranks will send is not known
+    return plan_placement(
         chosen.strategy,
         traffic_LRE,
         ranks=ranks,
@@ -85,15 +129,23 @@ def placement(config: Config, topology: Topology, saved: Placement | None, kept:
     )
 
 
-def check_memory(topology: Topology, program: Program) -> None:
+def check_state_memory(topology: Topology, program: TrainProgram) -> None:
     """Refuses a training state that a device of the topology has no room for."""
     if topology.memory is None:
         return
-    shapes, shardings = jax.tree.leaves(program.abstract_state), jax.tree.leaves(program.state_shardings)
-    held = sum(np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in zip(shapes, shardings, strict=True))
+    shapes, shardings = (
+        jax.tree.leaves(program.abstract_state),
+        jax.tree.leaves(program.state_shardings),
+    )
+    held = sum(
+        np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(shapes, shardings, strict=True)
+    )
     if held > topology.memory:
         slots = program.placement.num_slots // program.placement.ranks
         raise UserError(
-            f"placement.topology gives a device {topology.memory:,} bytes of memory, but weights and moments alone, with {slots} slots "
-            f"a layer on each, take {held:,.0f}: use more devices or fewer placement.redundant_slots."
+            f"placement.topology gives a device {topology.memory:,} bytes of memory, but weights "
+            f"and moments alone, with {slots} slots "
+            f"a layer on each, take {held:,.0f}: use more devices or fewer "
+            f"placement.redundant_slots."
         )

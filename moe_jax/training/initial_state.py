@@ -1,6 +1,7 @@
-"""What a run starts from: weights drawn at random, or, with `init_from`, those of another model with its architecture and tokenizer.
+"""What a run starts from: weights drawn at random, or, with `init_from`, those of another model
+with its architecture and tokenizer.
 
-config = resolve(config, run_dir, resume=False)     # the architecture of init_from in the place of the default one
+config = resolve(config, run_dir, resume=False)     # with the architecture of init_from
 state = first_state(program, config)
 keep(run_dir, config)                               # the run needs the other model's folder no more
 
@@ -27,13 +28,15 @@ from moe_jax.errors import UserError
 from moe_jax.model_io.describe import CONVERTED, Description, describe
 from moe_jax.model_io.packed_header import KEPT_CONFIG
 from moe_jax.model_io.weights import Weights, open_weights
-from moe_jax.models.transformer import expert_layers
+from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.moe.tables import make_tables
-from moe_jax.tracking.run_dir import read_config
-from moe_jax.training.step import Program, TrainState
+from moe_jax.tracking.run_dir import read_run_config
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import TrainProgram
 from moe_jax.utils.progress import byte_progress
 
-# Keys of the `model` and `moe` sections that say how to compute or to train: they are the configuration's own.
+# Keys of the `model` and `moe` sections that say how to compute or to train: they are the
+# configuration's own.
 OWN = frozenset(
     [
         "model.compute_dtype",
@@ -50,28 +53,38 @@ OWN = frozenset(
     ]
 )
 
-# Keys that the other model says how it was trained with, where the configuration leaves them at their defaults.
-LOSSES = frozenset(("moe.input_noise", "moe.z_loss", "moe.aux_loss", "moe.aux_over", "moe.sequence_aux_loss"))
+# Keys that the other model says how it was trained with, where the configuration leaves them at
+# their defaults.
+LOSSES = frozenset(
+    ("moe.input_noise", "moe.z_loss", "moe.aux_loss", "moe.aux_over", "moe.sequence_aux_loss")
+)
 
 
 def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
-    """The configuration with the architecture and, unless it names another, the tokenizer of `init_from`.
+    """The configuration with the architecture and, unless it names another, the tokenizer of
+    `init_from`.
 
-    Everything in `OWN` stays as it is. A resumed run takes them from its own config.yaml, so that the other model need not
-    be there any more. Raises UserError for a key that was set (differs from its default) and contradicts the architecture,
-    and for what is wrong with the folder.
+    Everything in `OWN` stays as it is. A resumed run takes them from its own config.yaml, so that
+    the other model need not be there any more. Raises UserError for a key that was set (differs
+    from its default) and contradicts the architecture, and for what is wrong with the folder.
     """
     if config.init_from is None:
         return config
     if resume and (directory / "config.yaml").is_file():
-        before = read_config(directory)
+        before = read_run_config(directory)
         if before.init_from != config.init_from:
             return config  # which `claim` refuses, naming both
         model, moe, tokenizer = before.model, before.moe, before.data.tokenizer
     else:
         found = _describe(config, directory)
-        model, moe, tokenizer = dataclasses.replace(found.model, vocab_size=found.vocab_size), found.moe, found.tokenizer
-    tokenizer = tokenizer if config.data.tokenizer == DataConfig().tokenizer else config.data.tokenizer
+        model, moe, tokenizer = (
+            dataclasses.replace(found.model, vocab_size=found.vocab_size),
+            found.moe,
+            found.tokenizer,
+        )
+    tokenizer = (
+        tokenizer if config.data.tokenizer == DataConfig().tokenizer else config.data.tokenizer
+    )
     return dataclasses.replace(
         config,
         model=_adopt(config.model, model, "model.", config.init_from),
@@ -83,12 +96,21 @@ def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
 def _describe(config: Config, directory: Path) -> Description:
     path = _path(config)
     if not path.is_dir():
-        raise UserError(f"init_from={config.init_from!r} is not a folder: name a Hugging Face folder or a run directory.")
+        raise UserError(
+            f"init_from={config.init_from!r} is not a folder: name a Hugging Face folder or a run "
+            f"directory."
+        )
     if path.resolve() == directory.resolve():
-        raise UserError(f"init_from={config.init_from!r} is the run's own directory: continue that run with --resume, or name another.")
+        raise UserError(
+            f"init_from={config.init_from!r} is the run's own directory: continue that run with "
+            f"--resume, or name another."
+        )
     found = describe(path)
     if found.source == CONVERTED:
-        raise UserError(f"init_from={config.init_from!r} is a converted folder: name the folder or the run that it was made from.")
+        raise UserError(
+            f"init_from={config.init_from!r} is a converted folder: name the folder or the run "
+            f"that it was made from."
+        )
     return found
 
 
@@ -100,7 +122,11 @@ def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
     """A section of ours with the architecture of theirs."""
     values = {}
     for field in dataclasses.fields(ours):
-        key, mine, other = f"{prefix}{field.name}", getattr(ours, field.name), getattr(theirs, field.name)
+        key, mine, other = (
+            f"{prefix}{field.name}",
+            getattr(ours, field.name),
+            getattr(theirs, field.name),
+        )
         if key in OWN or (key in LOSSES and mine != field.default):
             continue
         if dataclasses.is_dataclass(mine):
@@ -108,14 +134,19 @@ def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
         elif mine in (field.default, other):
             values[field.name] = other
         else:
-            raise UserError(f"{key}={dump_value(mine)} but init_from={origin} has {dump_value(other)} there: leave {key} out.")
+            raise UserError(
+                f"{key}={dump_value(mine)} but init_from={origin} has {dump_value(other)} there: "
+                f"leave {key} out."
+            )
     return dataclasses.replace(ours, **values)
 
 
-def first_state(program: Program, config: Config) -> TrainState:
-    """The state before the first step, sharded over the program's mesh; each process reads what its devices hold.
+def first_state(program: TrainProgram, config: Config) -> TrainState:
+    """The state before the first step, sharded over the program's mesh; each process reads what its
+    devices hold.
 
-    A run as the source is restored whole in each process; a Hugging Face folder is read by byte ranges.
+    A run as the source is restored whole in each process; a Hugging Face folder is read by byte
+    ranges.
     """
     if config.init_from is None:
         return jax.block_until_ready(program.init(config.train.seed))
@@ -126,7 +157,9 @@ def first_state(program: Program, config: Config) -> TrainState:
     with byte_progress("loading", size) as done:
 
         def place(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-            array = _place("/".join(str(key.key) for key in keys), shape, sharding, program, weights)
+            array = _place(
+                "/".join(str(key.key) for key in keys), shape, sharding, program, weights
+            )
             done(array.nbytes)
             return array
 
@@ -134,7 +167,9 @@ def first_state(program: Program, config: Config) -> TrainState:
     return begin(program, params, weights.bias_LE, config.train.seed)
 
 
-def _place(path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: Program, weights: Weights) -> jax.Array:
+def _place(
+    path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: TrainProgram, weights: Weights
+) -> jax.Array:
     """One parameter on the mesh, experts in the program's slots, f32."""
     rows_of = expert_layers(program.model, program.moe)
 
@@ -153,7 +188,7 @@ def _place(path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: Progr
     return jax.make_array_from_callback(shape.shape, sharding, part)
 
 
-def begin(program: Program, params: Any, bias_LE: np.ndarray | None, seed: int) -> TrainState:
+def begin(program: TrainProgram, params: Any, bias_LE: np.ndarray | None, seed: int) -> TrainState:
     """A state with these parameters and nothing done yet."""
     shardings = program.state_shardings
     moments = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)(params)
@@ -165,19 +200,24 @@ def begin(program: Program, params: Any, bias_LE: np.ndarray | None, seed: int) 
         zero = jnp.int32(0)
         return TrainState(zero, jnp.uint32(seed), None, None, tables, expert_LP, zero, zero)
 
-    # Compiled, so that no two of its arrays share memory: a step takes over the memory of each, and would take it twice.
+    # Compiled, so that no two of its arrays share memory: a step takes over the memory of each, and
+    # would take it twice.
     state = jax.jit(rest, out_shardings=shardings._replace(params=None, opt_state=None))()
     return jax.block_until_ready(state._replace(params=params, opt_state=moments))
 
 
 def keep(directory: Path, config: Config) -> None:
-    """Puts the tokenizer's files, and the config.json that an export will have, into the run's directory."""
+    """Puts the tokenizer's files, and the config.json that an export will have, into the run's
+    directory.
+    """
     if config.init_from is None or jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
     found = describe(_path(config))
     if found.hf_config is not None:
-        (directory / KEPT_CONFIG).write_text(json.dumps(found.hf_config, indent=2) + "\n", encoding="utf-8")
+        (directory / KEPT_CONFIG).write_text(
+            json.dumps(found.hf_config, indent=2) + "\n", encoding="utf-8"
+        )
     if config.data.tokenizer != "bytes":
         part, whole = directory / "tokenizer.part", directory / "tokenizer"
         for left in (part, whole):  # by a start that was killed
@@ -188,10 +228,18 @@ def keep(directory: Path, config: Config) -> None:
 
 
 def vocabulary(config: Config, corpus: Corpus) -> int:
-    """The model's vocabulary: as configured, or the tokenizer's. Raises UserError where it does not fit."""
+    """The model's vocabulary: as configured, or the tokenizer's. Raises UserError where it does not
+    fit.
+    """
     size = config.model.vocab_size or corpus.tokenizer.vocab_size
     if size < corpus.tokenizer.num_ids:
-        raise UserError(f"model.vocab_size={size} is less than the tokenizer's {corpus.tokenizer.num_ids}: raise it, or leave it out.")
+        raise UserError(
+            f"model.vocab_size={size} is less than the tokenizer's {corpus.tokenizer.num_ids}: "
+            f"raise it, or leave it out."
+        )
     if size % config.mesh.tensor:
-        raise UserError(f"mesh.tensor={config.mesh.tensor} does not divide the vocabulary of {size}: set model.vocab_size to a multiple.")
+        raise UserError(
+            f"mesh.tensor={config.mesh.tensor} does not divide the vocabulary of {size}: set "
+            f"model.vocab_size to a multiple."
+        )
     return size

@@ -1,4 +1,6 @@
-"""What a person sees while a run goes on: a live bar on a terminal, a line now and then in a pipe."""
+"""What a person sees while a run goes on: a live bar on a terminal, a line now and then in a
+pipe.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,30 @@ class RunProgress:
         self._began = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"))
-            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task("train", total=steps, completed=start, figures="compiling")
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}"),
+            )
+            self._bar = Progress(
+                *columns, TextColumn("left"), TimeRemainingColumn(), console=self._console
+            )
+            self._task = self._bar.add_task(
+                "train", total=steps, completed=start, figures="compiling"
+            )
 
     def __enter__(self) -> RunProgress:
         if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -41,27 +57,46 @@ class RunProgress:
 
     def train(self, record: dict[str, Any]) -> None:
         """Shows a training record."""
-        figures = f"loss {record['ce_loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  dropped {record['dropped_fraction']:.1%}"
+        figures = (
+            f"loss {record['ce_loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"dropped {record['dropped_fraction']:.1%}"
+        )
         step, now = record["step"], time.monotonic()
         if self._bar:
             self._bar.update(self._task, completed=step, figures=figures)
-        elif step == self._steps or step == self._start + 1 or now - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif (
+            step == self._steps
+            or step == self._start + 1
+            or now - self._last_line >= SECONDS_BETWEEN_LINES
+        ):
             self._last_line = now
             left = (now - self._began) / (step - self._start) * (self._steps - step)
             self.say(f"step {step}/{self._steps}  {figures}  left {left:.0f} s")
 
     def validation(self, record: dict[str, Any], layers: list[dict[str, Any]]) -> None:
-        """Shows a validation record, with the experts that the newest training step used most and least."""
-        self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f} nats a token{extremes(layers)}")
+        """Shows a validation record, with the experts that the newest training step used most and
+        least.
+        """
+        self.say(
+            f"step {record['step']}: validation loss {record['val_loss']:.4f} nats a "
+            f"token{extremes(layers)}"
+        )
 
 
 def extremes(layers: list[dict[str, Any]]) -> str:
-    """The most and the least loaded experts over all layers, with their load over the even share."""
+    """The most and the least loaded experts over all layers, with their load over the even
+    share.
+    """
     if not layers:
         return ""
-    share = np.array([np.divide(layer["load"], max(np.mean(layer["load"]), 1e-9)) for layer in layers])
-    (hot, high), (cold, low) = (np.unravel_index(i, share.shape) for i in (np.argmax(share), np.argmin(share)))
+    share = np.array(
+        [np.divide(layer["load"], max(np.mean(layer["load"]), 1e-9)) for layer in layers]
+    )
+    (hot, high), (cold, low) = (
+        np.unravel_index(i, share.shape) for i in (np.argmax(share), np.argmin(share))
+    )
     return (
-        f"; most loaded: layer {layers[hot]['layer']} expert {high} ({share[hot, high]:.2f} x even), "
+        f"; most loaded: layer {layers[hot]['layer']} expert {high} ({share[hot, high]:.2f} x "
+        f"even), "
         f"least: layer {layers[cold]['layer']} expert {low} ({share[cold, low]:.2f} x)"
     )

@@ -1,29 +1,36 @@
-"""What a run writes of its steps: the training lines of metrics.jsonl, the links' traffic, and traffic.json (docs/metrics.md)."""
+"""What a run writes of its steps: the training lines of metrics.jsonl, the links' traffic, and
+traffic.json (docs/metrics.md).
+"""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_jax.moe.layer import Flow, LayerStats
+from moe_jax.moe.stats import LayerStats, RoutingCounts
 from moe_jax.placement.cost import max_over_mean
 from moe_jax.tracking.metrics import dead_experts, max_violation
-from moe_jax.tracking.traffic import RUN_FILE, VERSION
-from moe_jax.training.step import StepFigures
-from moe_jax.training.traffic_window import Window
+from moe_jax.training.state import StepStats
 
 
 def training_record(
-    step: int, figures: StepFigures, seconds: float, *, tokens: int, model_flops: float, layers: Sequence[int]
+    step: int,
+    figures: StepStats,
+    seconds: float,
+    *,
+    tokens: int,
+    model_flops: float,
+    layers: Sequence[int],
 ) -> dict[str, Any]:
-    """A training line. `seconds` are a step's, `tokens` a batch's; `model_flops` is a step's share of what the machine does in a second."""
+    """A training line. `seconds` are a step's, `tokens` a batch's; `model_flops` is a step's share
+    of what the machine does in a second.
+    """
     stats = figures.figures.layers
-    kept, dropped = (0, 0) if stats is None else (int(np.sum(stats.kept)), int(np.sum(stats.dropped)))
+    kept, dropped = (
+        (0, 0) if stats is None else (int(np.sum(stats.kept)), int(np.sum(stats.dropped)))
+    )
     record = {
         "step": step,
         "loss": float(figures.loss),
@@ -42,13 +49,15 @@ def training_record(
         "skipped": int(figures.skipped),
     }
     if stats is not None:
-        asked = np.asarray(stats.flow.asked_NR)
-        record["device_load_max_over_mean"] = float(np.mean(max_over_mean(asked.reshape(len(asked), -1))))
+        asked = np.asarray(stats.counts.device_load_NR)
+        record["device_load_max_over_mean"] = float(
+            np.mean(max_over_mean(asked.reshape(len(asked), -1)))
+        )
     return record | {"layers": [] if stats is None else _layers(stats, layers)}
 
 
 def _layers(stats: LayerStats, layers: Sequence[int]) -> list[dict[str, Any]]:
-    flow: Flow = stats.flow
+    counts: RoutingCounts = stats.counts
     return [
         {
             "layer": layer,
@@ -57,10 +66,10 @@ def _layers(stats: LayerStats, layers: Sequence[int]) -> list[dict[str, Any]]:
             "dead_experts": dead_experts(stats.router.load_E[i]),
             "router_entropy": float(stats.router.entropy[i]) / max(int(stats.router.tokens[i]), 1),
             "dropped": int(stats.dropped[i]),
-            "dropped_to": flow.dropped_RR[i].sum(0).tolist(),
+            "dropped_to": counts.dropped_RR[i].sum(0).tolist(),
             "rounds": int(stats.rounds[i]),
-            "device_load": flow.asked_NR[i].reshape(-1).tolist(),
-            "slot_load": flow.slot_P[i].tolist(),
+            "device_load": counts.device_load_NR[i].reshape(-1).tolist(),
+            "slot_load": counts.slot_load_P[i].tolist(),
         }
         for i, layer in enumerate(layers)
     ]
@@ -73,7 +82,7 @@ class Links:
         self.sent_LRR: np.ndarray | None = None
         self.steps = 0
 
-    def add(self, flow: Flow) -> None:
+    def add(self, flow: RoutingCounts) -> None:
         """A step's counts, stacked over layers."""
         sent_LRR = np.asarray(flow.sent_RR, np.int64)
         self.sent_LRR = sent_LRR if self.sent_LRR is None else self.sent_LRR + sent_LRR
@@ -82,24 +91,10 @@ class Links:
     def event(self, step: int, layers: Sequence[int]) -> dict[str, Any]:
         """What metrics.jsonl says of them; counting begins anew."""
         assert self.sent_LRR is not None
-        sent = [{"layer": layer, "sent": rows.tolist()} for layer, rows in zip(layers, self.sent_LRR, strict=True)]
+        sent = [
+            {"layer": layer, "sent": rows.tolist()}
+            for layer, rows in zip(layers, self.sent_LRR, strict=True)
+        ]
         found = {"step": step, "event": "traffic", "steps": self.steps, "layers": sent}
         self.sent_LRR, self.steps = None, 0
         return found
-
-
-def write_traffic(directory: Path, step: int, window: Window, layers: Sequence[int]) -> None:
-    """Replaces the run's traffic.json, from which `moe-jax placement plan` plans."""
-    text = json.dumps(
-        {
-            "version": VERSION,
-            "step": step,
-            "steps": window.steps,
-            "num_experts": window.traffic_LRE.shape[-1],
-            "layers": list(layers),
-            "traffic": window.traffic_LRE.astype(np.int64).tolist(),
-        }
-    )
-    temporary = directory / f"{RUN_FILE}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, directory / RUN_FILE)

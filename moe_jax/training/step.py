@@ -1,13 +1,14 @@
 """One training step: gradients inside `shard_map`, the update outside it, on sharded state.
 
-`Program` holds what is static (mesh, model structure, optimizer) and the compiled functions; `TrainState` holds
-all that changes and all that a checkpoint must keep. Needs jax, flax, optax and numpy alone.
+`Program` holds what is static (mesh, model structure, optimizer) and the compiled functions;
+`TrainState` holds all that changes and all that a checkpoint must keep. Needs jax, flax, optax and
+numpy alone.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,62 +22,24 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import OptimizerConfig
 from moe_jax.errors import UserError
-from moe_jax.models.attention import Batch
-from moe_jax.models.transformer import Transformer, count_moe_layers, expert_layers
+from moe_jax.models.batch import Batch
+from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.models.transformer import Transformer
 from moe_jax.moe import load_balancing, slots
-from moe_jax.moe.layer import LayerStats
 from moe_jax.moe.router import RouterStats
 from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
 from moe_jax.parallel.collectives import BATCH_AXES, vary, vma
 from moe_jax.parallel.sharding import specs
 from moe_jax.placement.table import Placement
+from moe_jax.training import gradients
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.utils.annotations import Array, Float, Int
-
-
-class TrainState(NamedTuple):
-    """Everything that a run's next step depends on, besides its data."""
-
-    step: Int[Array, ""]  # optimizer steps done, skipped ones included
-    seed: Int[Array, ""]  # uint32; the noise of step n has the key fold_in(key(seed), n)
-    params: Any
-    opt_state: Any
-    tables: LayerTables  # stacked over the MoE layers
-    expert_LP: Int[Array, "L P"]  # the expert in each slot, -1 for none
-    skipped: Int[Array, ""]  # steps whose loss or gradients were not finite, in all
-    skipped_in_row: Int[Array, ""]
-
-
-class Figures(NamedTuple):
-    """What a pass over a batch measured; losses are means over its counted tokens, in nats."""
-
-    ce_loss: Float[Array, ""]
-    aux_loss: Float[Array, ""]
-    z_loss: Float[Array, ""]
-    layers: LayerStats | None  # stacked over the MoE layers
-
-    @property
-    def loss(self) -> jax.Array:
-        """What is differentiated."""
-        return self.ce_loss + self.aux_loss + self.z_loss
-
-
-class StepFigures(NamedTuple):
-    """What one step reports."""
-
-    loss: Float[Array, ""]
-    figures: Figures
-    grad_norm: Float[Array, ""]
-    lr: Float[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_row: Int[Array, ""]
-
+from moe_jax.training.state import PassStats, StepStats, TrainState
 
 BATCH_SPEC = Batch._make(P(BATCH_AXES) for _ in Batch._fields)
 
 
-class Program:
+class TrainProgram:
     """A model on a mesh, with its compiled train, evaluation and logits functions."""
 
     def __init__(
@@ -92,31 +55,47 @@ class Program:
         accumulation: int = 1,
         hosts: int = 1,
     ):
-        """`placement` is where experts start; states may come to have others of its shape. `hosts` share the `expert` axis evenly."""
+        """`placement` is where experts start; states may come to have others of its shape. `hosts`
+        share the `expert` axis evenly.
+        """
         self.model, self.moe, self.mesh, self.placement = model, moe, mesh, placement
         self.hosts = hosts
-        self.vocab_size, self.accumulation, self.clip_norm = vocab_size, accumulation, optimizer.clip_norm
+        self.vocab_size, self.accumulation, self.clip_norm = (
+            vocab_size,
+            accumulation,
+            optimizer.clip_norm,
+        )
         self.has_moe = count_moe_layers(model, moe) > 0
         abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
         self.graph, variables = nnx.split(abstract)
         self.param_specs = nnx.to_pure_dict(specs(variables))
-        is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
-        self.param_axes = nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata("axes"), variables, is_leaf=is_variable))
+
+        def is_variable(v):
+            return isinstance(v, nnx.Variable)
+
+        self.param_axes = nnx.to_pure_dict(
+            jax.tree.map(lambda v: v.get_metadata("axes"), variables, is_leaf=is_variable)
+        )
         self.schedule = make_schedule(optimizer, steps)
         self.optimizer = make_optimizer(optimizer, self.param_axes)
         self.abstract_state = jax.eval_shape(self._init, np.uint32(0))
         if optimizer.name == "adafactor":
             self._refuse_mixed_slots()
-        self.state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self._state_specs())
+        self.state_shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), self._state_specs()
+        )
         self.batch_sharding = NamedSharding(mesh, P(BATCH_AXES))
 
     def _refuse_mixed_slots(self) -> None:
-        """Adafactor keeps means over the two largest dims of an array from 128 on; over slots, they would depend on the placement."""
+        """Adafactor keeps means over the two largest dims of an array from 128 on; over slots, they
+        would depend on the placement.
+        """
         for path, leaf in jax.tree.leaves_with_path(self.abstract_state.params):
             dims = np.argsort(leaf.shape, stable=True)[-2:]
             if "experts" in jax.tree_util.keystr(path) and 1 in dims and leaf.shape[dims[0]] >= 128:
                 raise UserError(
-                    f"optimizer.name=adafactor would mix the moments of a layer's {leaf.shape[1]} slots, whose experts are smaller "
+                    f"optimizer.name=adafactor would mix the moments of a layer's {leaf.shape[1]} "
+                    f"slots, whose experts are smaller "
                     f"({' x '.join(map(str, leaf.shape[2:]))}): choose adamw or muon."
                 )
 
@@ -126,20 +105,37 @@ class Program:
     def _init(self, seed: jax.Array) -> TrainState:
         # Drawn in logical order, so that the initial experts depend on neither mesh nor placement.
         params = nnx.to_pure_dict(nnx.state(self._build(jax.random.key(seed))))
-        params = slots.lay_out(params, self.model, self.moe, self.placement.physical_to_logical)
+        params = slots.lay_out(
+            params, expert_layers(self.model, self.moe), self.placement.physical_to_logical
+        )
         tables, expert_LP = make_tables(self.placement, self.hosts)
         zero = jnp.int32(0)
-        return TrainState(zero, jnp.uint32(seed), params, self.optimizer.init(params), tables, expert_LP, zero, zero)
+        return TrainState(
+            zero,
+            jnp.uint32(seed),
+            params,
+            self.optimizer.init(params),
+            tables,
+            expert_LP,
+            zero,
+            zero,
+        )
 
     def _state_specs(self) -> TrainState:
-        """Optimizer moments are sharded like their parameters; what has another shape is replicated."""
+        """Optimizer moments are sharded like their parameters; what has another shape is
+        replicated.
+        """
         shapes = self.abstract_state
-        params = zip(jax.tree.leaves_with_path(shapes.params), jax.tree.leaves(self.param_specs), strict=True)
+        params = zip(
+            jax.tree.leaves_with_path(shapes.params), jax.tree.leaves(self.param_specs), strict=True
+        )
         known = {path: (param.shape, spec) for (path, param), spec in params}
 
         def moment(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> P:
             # A moment's path ends with its parameter's.
-            shape, spec = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), (None, P()))
+            shape, spec = next(
+                (known[path[i:]] for i in range(len(path)) if path[i:] in known), (None, P())
+            )
             return spec if leaf.shape == shape else P()
 
         opt = jax.tree.map_with_path(moment, shapes.opt_state)
@@ -150,35 +146,65 @@ class Program:
         return jax.jit(self._init, out_shardings=self.state_shardings)(np.uint32(seed))
 
     def with_tables(self, state: TrainState, placement: Placement) -> TrainState:
-        """The state with the tables of a placement, by which its experts lie already; the bias stays."""
-        tables, expert_LP = jax.device_put(make_tables(placement, self.hosts), self.state_shardings.expert_LP)
-        return state._replace(tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP)
+        """The state with the tables of a placement, by which its experts lie already; the bias
+        stays.
+        """
+        tables, expert_LP = jax.device_put(
+            make_tables(placement, self.hosts), self.state_shardings.expert_LP
+        )
+        return state._replace(
+            tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP
+        )
 
     def shard(self, batch: dict[str, np.ndarray], first_sequence: int = 0) -> Batch:
-        """This process's rows of a batch as global arrays; `first_sequence` numbers its first row within the batch."""
+        """This process's rows of a batch as global arrays; `first_sequence` numbers its first row
+        within the batch.
+        """
         rows = len(batch["tokens"])
-        arrays = {**batch, "sequences": np.arange(first_sequence, first_sequence + rows, dtype=np.int32)}
-        return Batch(**{name: jax.make_array_from_process_local_data(self.batch_sharding, arrays[name]) for name in Batch._fields})
+        arrays = {
+            **batch,
+            "sequences": np.arange(first_sequence, first_sequence + rows, dtype=np.int32),
+        }
+        return Batch(
+            **{
+                name: jax.make_array_from_process_local_data(self.batch_sharding, arrays[name])
+                for name in Batch._fields
+            }
+        )
 
     # Inside shard_map: every device's part.
 
-    def _figures(self, params: Any, batch: Batch, tables: LayerTables, full: RouterStats | None, count: jax.Array, key: Any) -> Figures:
+    def _figures(
+        self,
+        params: Any,
+        batch: Batch,
+        tables: LayerTables,
+        full: RouterStats | None,
+        count: jax.Array,
+        key: Any,
+    ) -> PassStats:
         """Losses of a batch, or of a part of one whose counted tokens are `count` in all."""
         hidden_BSD, head_DV, stats = nnx.merge(self.graph, params)(batch, tables, full, key)
         weight_T = (batch.mask / count).reshape(-1)
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        ce = linear_cross_entropy(hidden_TD, head_DV, batch.targets.reshape(-1), weight_T, axis="tensor")
+        ce = linear_cross_entropy(
+            hidden_TD, head_DV, batch.targets.reshape(-1), weight_T, axis="tensor"
+        )
         zero = jnp.float32(0)
         aux, z = (jnp.sum(stats.aux_loss), jnp.sum(stats.z_loss)) if stats else (zero, zero)
         if stats:
-            aux = aux + load_balancing.pooled_loss(self.moe, stats.router, stats.router if full is None else full)
-        return Figures(lax.psum(ce, BATCH_AXES), aux, z, stats)
+            aux = aux + load_balancing.pooled_loss(
+                self.moe, stats.router, stats.router if full is None else full
+            )
+        return PassStats(lax.psum(ce, BATCH_AXES), aux, z, stats)
 
-    def _gradients(self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array) -> tuple[Any, Figures]:
+    def _gradients(
+        self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
+    ) -> tuple[Any, PassStats]:
         """Gradients of the whole batch, sharded like the parameters, and its figures."""
         count = jnp.maximum(lax.psum(jnp.sum(batch.mask), BATCH_AXES), 1.0)
 
-        def loss(params: Any, part: Batch, full: RouterStats | None) -> tuple[jax.Array, Figures]:
+        def loss(params: Any, part: Batch, full: RouterStats | None) -> tuple[jax.Array, PassStats]:
             figures = self._figures(params, part, tables, full, count, key)
             return figures.loss, figures
 
@@ -188,7 +214,7 @@ class Program:
         parts = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
         full = self._whole_sums(params, parts, tables, count, key) if self.has_moe else None
 
-        def add(total: Any, part: Batch) -> tuple[Any, Figures]:
+        def add(total: Any, part: Batch) -> tuple[Any, PassStats]:
             grads, figures = gradient(params, part, full)
             return jax.tree.map(jnp.add, total, grads), figures
 
@@ -196,10 +222,14 @@ class Program:
         grads, figures = lax.scan(add, zeros, parts)
         return grads, _sum_parts(figures)
 
-    def _whole_sums(self, params: Any, parts: Batch, tables: LayerTables, count: jax.Array, key: jax.Array) -> RouterStats:
-        """The router's sums over the whole batch, which losses over the batch need before any part's gradient.
+    def _whole_sums(
+        self, params: Any, parts: Batch, tables: LayerTables, count: jax.Array, key: jax.Array
+    ) -> RouterStats:
+        """The router's sums over the whole batch, which losses over the batch need before any
+        part's gradient.
 
-        It costs a forward pass over all parts; without such losses only the number of tokens is needed.
+        It costs a forward pass over all parts; without such losses only the number of tokens is
+        needed.
         """
         if self.moe.aux_loss or self.moe.variance_loss:
 
@@ -212,46 +242,69 @@ class Program:
         layers, experts = tables.start_E.shape
         tokens = jnp.broadcast_to(lax.psum(jnp.sum(parts.segments > 0), BATCH_AXES), (layers,))
         nothing = jnp.zeros(layers)
-        return RouterStats(jnp.zeros((layers, experts), jnp.int32), jnp.zeros((layers, experts)), nothing, nothing, nothing, tokens)
+        return RouterStats(
+            jnp.zeros((layers, experts), jnp.int32),
+            jnp.zeros((layers, experts)),
+            nothing,
+            nothing,
+            nothing,
+            tokens,
+        )
 
     # Compiled functions of the whole mesh.
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepFigures]:
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepStats]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         in_specs = (self.param_specs, BATCH_SPEC, P(), P())
-        sharded = jax.shard_map(self._gradients, mesh=self.mesh, in_specs=in_specs, out_specs=(self.param_specs, P()))
+        sharded = jax.shard_map(
+            self._gradients, mesh=self.mesh, in_specs=in_specs, out_specs=(self.param_specs, P())
+        )
         grads, figures = sharded(state.params, batch, state.tables, key)
         grads, norm = self._merge(grads, state.expert_LP)
         ok = jnp.isfinite(norm) & jnp.isfinite(figures.loss)
         clip = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
         lr = jnp.float32(self.schedule(state.step))
         clipped = jax.tree.map(lambda g: g * clip, grads)
-        updates, opt_state = self.optimizer.update(clipped, state.opt_state, state.params, ok=ok, lr=lr)
+        updates, opt_state = self.optimizer.update(
+            clipped, state.opt_state, state.params, ok=ok, lr=lr
+        )
         params = optax.apply_updates(state.params, updates)
         tables = state.tables
         if self.moe.bias_rate and figures.layers is not None:
-            bias = load_balancing.update_bias(tables.bias_E, figures.layers.router.load_E, self.moe.bias_rate)
+            bias = load_balancing.update_bias(
+                tables.bias_E, figures.layers.router.load_E, self.moe.bias_rate
+            )
             tables = tables._replace(bias_E=jnp.where(ok, bias, tables.bias_E))
         in_row = jnp.where(ok, 0, state.skipped_in_row + 1)
         skipped = state.skipped + (1 - ok.astype(jnp.int32))
-        after = TrainState(state.step + 1, state.seed, params, opt_state, tables, state.expert_LP, skipped, in_row)
-        return after, StepFigures(figures.loss, figures, norm, lr, skipped, in_row)
+        after = TrainState(
+            state.step + 1, state.seed, params, opt_state, tables, state.expert_LP, skipped, in_row
+        )
+        return after, StepStats(figures.loss, figures, norm, lr, skipped, in_row)
 
     def _merge(self, grads: Any, expert_LP: jax.Array) -> tuple[Any, jax.Array]:
         """Gradients summed over the replicas of each expert, and their global norm."""
         experts, layers = self.moe.num_experts, expert_layers(self.model, self.moe)
 
         def local(grads: Any, expert_LP: jax.Array) -> tuple[Any, jax.Array]:
-            grads = slots.sum_replicas(grads, expert_LP, experts, layers)
-            return grads, slots.norm(grads, expert_LP, experts, layers)
+            grads = gradients.sum_replicas(grads, expert_LP, experts, layers)
+            return grads, gradients.norm(grads, expert_LP, experts, layers)
 
         specs = (self.param_specs, P(None, "expert"))
-        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(self.param_specs, P()))(grads, expert_LP)
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=specs, out_specs=(self.param_specs, P())
+        )(grads, expert_LP)
 
     @cached_property
     def train_step(self):
-        """(state, batch) -> (state, StepFigures); the given state's buffers are reused. A step that is not finite only counts."""
-        return jax.jit(self._train_step, donate_argnums=0, out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())))
+        """(state, batch) -> (state, StepFigures); the given state's buffers are reused. A step that
+        is not finite only counts.
+        """
+        return jax.jit(
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
+        )
 
     @cached_property
     def eval_step(self):
@@ -261,23 +314,37 @@ class Program:
             figures = self._figures(params, batch, tables, None, jnp.float32(1.0), None)
             return figures.ce_loss, lax.psum(jnp.sum(batch.mask), BATCH_AXES)
 
-        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=(self.param_specs, P(), BATCH_SPEC), out_specs=P()))
+        return jax.jit(
+            jax.shard_map(
+                local, mesh=self.mesh, in_specs=(self.param_specs, P(), BATCH_SPEC), out_specs=P()
+            )
+        )
 
     @cached_property
     def next_logits(self):
-        """(params, tables, batch, last_B) -> f32 [B, V], the logits after position last_B of each sequence."""
+        """(params, tables, batch, last_B) -> f32 [B, V], the logits after position last_B of each
+        sequence.
+        """
 
         def local(params: Any, tables: LayerTables, batch: Batch, last_B: jax.Array) -> jax.Array:
             hidden_BSD, head_DV, _ = nnx.merge(self.graph, params)(batch, tables)
-            return logits(jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0], head_DV)
+            return logits(
+                jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0], head_DV
+            )
 
         in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
-        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")))
+        return jax.jit(
+            jax.shard_map(
+                local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")
+            )
+        )
 
 
-def _sum_parts(figures: Figures) -> Figures:
+def _sum_parts(figures: PassStats) -> PassStats:
     """Figures of a batch from those of its parts: sums, but for the number of rounds."""
     summed = jax.tree.map(lambda a: jnp.sum(a, axis=0), figures)
     if figures.layers is None:
         return summed
-    return summed._replace(layers=summed.layers._replace(rounds=jnp.max(figures.layers.rounds, axis=0)))
+    return summed._replace(
+        layers=summed.layers._replace(rounds=jnp.max(figures.layers.rounds, axis=0))
+    )

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.moe.layer import Flow
+from moe_jax.moe.stats import RoutingCounts
 from moe_jax.placement.cost import max_over_mean
 
 ARRAYS = ("traffic_LRE", "earlier_LRE", "asked_LR")
 
 
 @dataclasses.dataclass
-class Window:
+class TrafficWindow:
     """Sums over its steps."""
 
     traffic_LRE: np.ndarray  # choices by source rank and expert
@@ -28,22 +28,25 @@ class Window:
     dropped: int = 0
 
     @classmethod
-    def empty(cls, layers: int, ranks: int, num_experts: int) -> Window:
+    def empty(cls, layers: int, ranks: int, num_experts: int) -> TrafficWindow:
         """One without steps."""
         traffic_LRE = np.zeros((layers, ranks, num_experts))
         return cls(traffic_LRE, traffic_LRE.copy(), np.zeros((layers, ranks)))
 
-    def add(self, found: Flow, seconds: float | None, half: int) -> None:
+    def add(self, found: RoutingCounts, seconds: float | None, half: int) -> None:
         """One step's counts, stacked over layers; steps are earlier ones until there are `half`."""
         self.traffic_LRE += found.traffic_RE
         if self.steps < half:
             self.earlier_LRE += found.traffic_RE
             self.earlier += 1
-        self.asked_LR += np.asarray(found.asked_NR).sum(1)
+        self.asked_LR += np.asarray(found.device_load_NR).sum(1)
         self.steps += 1
         if seconds is not None:
             self.timed, self.seconds = self.timed + 1, self.seconds + seconds
-        self.kept, self.dropped = self.kept + int(np.sum(found.sent_RR)), self.dropped + int(np.sum(found.dropped_RR))
+        self.kept, self.dropped = (
+            self.kept + int(np.sum(found.sent_RR)),
+            self.dropped + int(np.sum(found.dropped_RR)),
+        )
 
     @property
     def halves(self) -> bool:
@@ -64,9 +67,12 @@ class Window:
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint; counts are whole numbers."""
-        return {name: value.astype(np.int64).tolist() if name in ARRAYS else value for name, value in vars(self).items()}
+        return {
+            name: value.astype(np.int64).tolist() if name in ARRAYS else value
+            for name, value in vars(self).items()
+        }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Window:
+    def from_json(cls, value: dict[str, Any]) -> TrafficWindow:
         """Reads `to_json`'s form."""
         return cls(**value | {name: np.array(value[name], np.float64) for name in ARRAYS})

@@ -1,1 +1,3 @@
-"""Small tools that need nothing of the package but its exception: units, files, progress, shape annotations."""
+"""Small tools that need nothing of the package but its exception: units, files, progress, shape
+annotations.
+"""

@@ -1,4 +1,6 @@
-"""A progress bar that counts bytes, on stderr: loading, converting and exporting show theirs through it."""
+"""A progress bar that counts bytes, on stderr: loading, converting and exporting show theirs
+through it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,17 @@ MEANINGFUL = 1 << 28  # bytes from which work takes long enough for a bar
 
 @contextmanager
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for `total` bytes; what is given is called with the bytes done since. Shown on a terminal, for much work alone."""
+    """A bar for `total` bytes; what is given is called with the bytes done since. Shown on a
+    terminal, for much work alone.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     hidden = total < MEANINGFUL or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task(what, total=total)

@@ -1,4 +1,6 @@
-"""The benchmark of replanning: its predictions come from replayed steps and can be checked against counts."""
+"""The benchmark of replanning: its predictions come from replayed steps and can be checked against
+counts.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,44 @@ from moe_jax.benchmarks import placement
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 
-SIZES = dict(layers=1, width=32, heads=2, kv_heads=1, head_dim=16, experts=8, expert_hidden=16, top_k=2, vocab=64, batch=8, seq=64)
+SIZES = dict(
+    layers=1,
+    width=32,
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    experts=8,
+    expert_hidden=16,
+    top_k=2,
+    vocab=64,
+    batch=8,
+    seq=64,
+)
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    run = dict(capacity_factor=1.0, strategy="balanced", redundant_slots=1, skew=2.0, warmup=1, steps=3, turns=1)
+    run = dict(
+        capacity_factor=1.0,
+        strategy="balanced",
+        redundant_slots=1,
+        skew=2.0,
+        warmup=1,
+        steps=3,
+        turns=1,
+    )
     return argparse.Namespace(**SIZES | run | changes)
 
 
 def test_what_is_predicted_is_near_what_comes():
-    found = placement.placement(options(), MeshConfig(expert=4))
+    found = placement.benchmark_placement(options(), MeshConfig(expert=4))
     assert found["capacity_device_load_after"] < found["capacity_device_load_before"]
     assert found["dropped_fraction_after"] < found["dropped_fraction_before"]
-    assert found["dropped_fraction_predicted"] == pytest.approx(found["dropped_fraction_after"], abs=0.06)
-    assert found["dropless_device_load_predicted"] == pytest.approx(found["dropless_device_load_after"], rel=0.2)
+    assert found["dropped_fraction_predicted"] == pytest.approx(
+        found["dropped_fraction_after"], abs=0.06
+    )
+    assert found["dropless_device_load_predicted"] == pytest.approx(
+        found["dropless_device_load_after"], rel=0.2
+    )
     assert found["rounds_packed"] > found["rounds_after"]
     slope = (found["dropless_step_seconds_packed"] - found["dropless_step_seconds_before"]) / (
         found["rounds_packed"] - found["rounds_before"]
@@ -35,4 +61,4 @@ def test_what_is_predicted_is_near_what_comes():
 
 def test_rows_of_several_data_rows_cannot_be_told_apart():
     with pytest.raises(UserError, match="--data 1"):
-        placement.placement(options(), MeshConfig(data=2, expert=4))
+        placement.benchmark_placement(options(), MeshConfig(data=2, expert=4))

@@ -35,10 +35,20 @@ def reference(words: np.ndarray) -> str:
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (0, 3)])
 @pytest.mark.parametrize(
     ("dtype", "word"),
-    [("float32", np.uint32), ("bfloat16", np.uint16), ("int8", np.uint8), ("bool", np.uint8), ("float8_e4m3fn", np.uint8)],
+    [
+        ("float32", np.uint32),
+        ("bfloat16", np.uint16),
+        ("int8", np.uint8),
+        ("bool", np.uint8),
+        ("float8_e4m3fn", np.uint8),
+    ],
 )
 def test_equals_the_definition(shape: tuple[int, ...], dtype: str, word: type) -> None:
-    values = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 100, shape).astype(jnp.dtype(dtype))
+    values = (
+        np.random.default_rng(0)
+        .integers(0, 2 if dtype == "bool" else 100, shape)
+        .astype(jnp.dtype(dtype))
+    )
     assert checksum_of(jnp.asarray(values)) == reference(values.reshape(-1).view(word))
 
 
@@ -47,8 +57,17 @@ def test_is_the_same_on_every_mesh(kind: AxisType) -> None:
     values = np.random.default_rng(0).standard_normal((16, 8, 3), np.float32)
     found = set()
     for shape in ((1, 1), (8, 1), (2, 4), (1, 2)):
-        mesh = jax.make_mesh(shape, ("data", "expert"), axis_types=(kind,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
-        for spec in (PartitionSpec(), PartitionSpec("data", "expert"), PartitionSpec(("expert", "data"))):
+        mesh = jax.make_mesh(
+            shape,
+            ("data", "expert"),
+            axis_types=(kind,) * 2,
+            devices=jax.devices()[: shape[0] * shape[1]],
+        )
+        for spec in (
+            PartitionSpec(),
+            PartitionSpec("data", "expert"),
+            PartitionSpec(("expert", "data")),
+        ):
             found.add(checksum_of(jax.device_put(values, NamedSharding(mesh, spec))))
     assert found == {reference(values.view(np.uint32))}
 

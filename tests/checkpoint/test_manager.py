@@ -1,4 +1,6 @@
-"""Checkpoints: what is saved comes back on any mesh, what is damaged is refused, what is half-written does not count."""
+"""Checkpoints: what is saved comes back on any mesh, what is damaged is refused, what is
+half-written does not count.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,18 @@ from tests.support import ROOT
 
 
 def mesh(data: int, expert: int) -> Mesh:
-    return jax.make_mesh((data, expert), ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * expert])
+    return jax.make_mesh(
+        (data, expert),
+        ("data", "expert"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: data * expert],
+    )
 
 
 def make_state(mesh: Mesh, seed: int = 0) -> dict:
-    """A small training state: dicts, a list, optax NamedTuples, a scalar, bfloat16, raw PRNG bits, an empty array."""
+    """A small training state: dicts, a list, optax NamedTuples, a scalar, bfloat16, raw PRNG bits,
+    an empty array.
+    """
     rng = np.random.default_rng(seed)
 
     def put(array, *spec: str | None):
@@ -41,12 +50,22 @@ def make_state(mesh: Mesh, seed: int = 0) -> dict:
     }
     moments = optax.adam(1e-3).init(params)
     moments = jax.tree.map(lambda x: put(x) if x.ndim == 0 else x, moments)
-    return {"params": params, "opt_state": moments, "rng": put(np.array([1, 2**32 - 1], np.uint32)), "step": put(np.int32(seed))}
+    return {
+        "params": params,
+        "opt_state": moments,
+        "rng": put(np.array([1, 2**32 - 1], np.uint32)),
+        "step": put(np.int32(seed)),
+    }
 
 
 def target_of(state, mesh: Mesh):
     """The state's structure on `mesh`, with each array's partition spec."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+        ),
+        state,
+    )
 
 
 def assert_same(found, expected) -> None:
@@ -56,10 +75,18 @@ def assert_same(found, expected) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def saved(directory: Path, *steps: int, keep_last: int = 9, keep_best: int = 0, losses: dict[int, float] | None = None) -> Checkpoints:
+def saved(
+    directory: Path,
+    *steps: int,
+    keep_last: int = 9,
+    keep_best: int = 0,
+    losses: dict[int, float] | None = None,
+) -> Checkpoints:
     checkpoints = Checkpoints(directory, keep_last, keep_best)
     for step in steps:
-        checkpoints.save(step, make_state(mesh(2, 4), step), {"step": step}, (losses or {}).get(step), wait=True)
+        checkpoints.save(
+            step, make_state(mesh(2, 4), step), {"step": step}, (losses or {}).get(step), wait=True
+        )
     return checkpoints
 
 
@@ -84,7 +111,9 @@ def test_restores_on_any_mesh(tmp_path: Path, data: int, expert: int) -> None:
 
 
 def test_donating_the_state_after_save_changes_nothing(tmp_path: Path) -> None:
-    """`save` returns before the bytes are on the disk; ten donating steps then overwrite the state."""
+    """`save` returns before the bytes are on the disk; ten donating steps then overwrite the
+    state.
+    """
     sharding = NamedSharding(mesh(2, 4), PartitionSpec("expert", "data"))
     values = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
     state = {str(i): jax.device_put(values + i, sharding) for i in range(8)}
@@ -105,7 +134,9 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, *losses, keep_last=2, keep_best=2, losses=losses)
     assert checkpoints.steps() == [2, 3, 5, 6]
     assert checkpoints.latest() == 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (2, 3, 5, 6)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step_{step:08d}" for step in (2, 3, 5, 6)
+    ]
 
 
 def test_save_of_an_earlier_step_replaces_what_the_run_left(tmp_path: Path) -> None:
@@ -158,8 +189,12 @@ def test_truncated_missing_and_extra_files_are_refused(tmp_path: Path, harm: str
         assert harmed.name in str(caught.value)
 
 
-def test_values_are_verified_even_if_the_files_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault between the disk and the devices: what was read is not what the manifest says of the array."""
+def test_values_are_verified_even_if_the_files_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault between the disk and the devices: what was read is not what the manifest says of the
+    array.
+    """
     checkpoints = saved(tmp_path, 1)
     state = make_state(mesh(2, 4), 1)
     read = orbax_io.read
@@ -183,7 +218,9 @@ def test_fallback_takes_the_newest_good_step_and_says_what_it_skipped(tmp_path: 
         checkpoints.restore_latest(target)
     found = checkpoints.restore_latest(target, fallback=True)
     assert (found.step, found.meta) == (1, {"step": 1})
-    assert ["step_0000000" + step in note for step, note in zip("32", found.skipped, strict=True)] == [True, True]
+    assert [
+        "step_0000000" + step in note for step, note in zip("32", found.skipped, strict=True)
+    ] == [True, True]
     assert_same(found.state, make_state(mesh(2, 4), 1))
     (step_path(tmp_path, 1) / "manifest.json").unlink()
     with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* is whole"):
@@ -209,13 +246,22 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     fewer = {"params": state["params"]}
     with pytest.raises(UserError, match=r"has an array .* that the model does not"):
         checkpoints.restore(1, target_of(fewer, mesh(2, 4)))
-    assert_same(checkpoints.restore(1, target_of(fewer, mesh(1, 2)), partial=True), {"params": make_state(mesh(2, 4), 1)["params"]})
+    assert_same(
+        checkpoints.restore(1, target_of(fewer, mesh(1, 2)), partial=True),
+        {"params": make_state(mesh(2, 4), 1)["params"]},
+    )
     with pytest.raises(UserError, match=r"array rng .* is uint32 where the model has int32"):
-        checkpoints.restore(1, target_of(state | {"rng": state["rng"].astype(jnp.int32)}, mesh(2, 4)))
-    wider = state | {"rng": jnp.concatenate([state["rng"], state["rng"]])}
-    with pytest.raises(UserError, match=r"array rng .* has shape \(2,\) where the model has \(4,\)"):
         checkpoints.restore(
-            1, target_of(state, mesh(2, 4)) | {"rng": jax.ShapeDtypeStruct((4,), jnp.uint32, sharding=wider["step"].sharding)}
+            1, target_of(state | {"rng": state["rng"].astype(jnp.int32)}, mesh(2, 4))
+        )
+    wider = state | {"rng": jnp.concatenate([state["rng"], state["rng"]])}
+    with pytest.raises(
+        UserError, match=r"array rng .* has shape \(2,\) where the model has \(4,\)"
+    ):
+        checkpoints.restore(
+            1,
+            target_of(state, mesh(2, 4))
+            | {"rng": jax.ShapeDtypeStruct((4,), jnp.uint32, sharding=wider["step"].sharding)},
         )
 
 
@@ -225,22 +271,26 @@ def test_adapt_receives_the_stored_array_and_its_result_is_placed(tmp_path: Path
     state = make_state(mesh(2, 4), 1)
     target = target_of(state, mesh(1, 2))
     sharding = NamedSharding(mesh(1, 2), PartitionSpec("expert"))
-    target["params"]["blocks"][0]["gate_up"] = jax.ShapeDtypeStruct((10, 8, 4), jnp.float32, sharding=sharding)
+    target["params"]["blocks"][0]["gate_up"] = jax.ShapeDtypeStruct(
+        (10, 8, 4), jnp.float32, sharding=sharding
+    )
     seen = []
 
     def adapt(path: str, array: jax.Array) -> jax.Array:
         seen.append((path, array.shape, array.sharding.is_fully_replicated))
         return jnp.concatenate([array, array[:2]])
 
-    found = checkpoints.restore(1, target, Adapt(lambda path: False, adapt))["params"]["blocks"][0]["gate_up"]
+    found = checkpoints.restore(1, target, Adapt(lambda path: False, adapt))["params"]["blocks"][0][
+        "gate_up"
+    ]
     assert seen == [("params/blocks/0/gate_up", (8, 8, 4), True)]
     assert found.sharding == sharding
     expected = np.asarray(state["params"]["blocks"][0]["gate_up"])
     np.testing.assert_array_equal(np.asarray(found), np.concatenate([expected, expected[:2]]))
 
 
-# For each moment a process that saves step 1 and kills itself at that moment of the next save. Forked, before JAX has
-# started anything, because imports take most of a process's time.
+# For each moment a process that saves step 1 and kills itself at that moment of the next save.
+# Forked, before JAX has started anything, because imports take most of a process's time.
 CHILDREN = """
 import os, signal, sys, warnings
 from pathlib import Path
@@ -248,7 +298,9 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 root, tests, *moments = sys.argv[1:]
 sys.path.insert(0, tests)
-from moe_jax.checkpoint import integrity as checksum, manager as checkpoint, orbax_io as named_arrays
+from moe_jax.checkpoint import integrity as checksum
+from moe_jax.checkpoint import manager as checkpoint
+from moe_jax.checkpoint import orbax_io as named_arrays
 from tests.checkpoint.test_manager import make_state, mesh
 
 def kill_around(owner, name, before=lambda *args: False, after=lambda *args: False):
@@ -268,10 +320,14 @@ def run(moment):
         case "copied": kill_around(named_arrays, "start_writing", after=always)
         case "written": kill_around(checksum, "write_durably", before=always)
         case "sealed": kill_around(checksum, "seal_directory", after=always)
-        case "replacing": kill_around(Path, "rename", after=lambda path, to: str(to).endswith(".replaced"))
-        case "renamed": kill_around(Path, "rename", after=lambda path, to: str(path).endswith("2.partial"))
-        case "pruning": kill_around(Path, "rename", after=lambda path, to: str(to).endswith("1.partial"))
-    checkpoints.save(1 if moment == "replacing" else 2, make_state(mesh(2, 4), 2), {"step": 2}, wait=True)
+        case "replacing":
+            kill_around(Path, "rename", after=lambda path, to: str(to).endswith(".replaced"))
+        case "renamed":
+            kill_around(Path, "rename", after=lambda path, to: str(path).endswith("2.partial"))
+        case "pruning":
+            kill_around(Path, "rename", after=lambda path, to: str(to).endswith("1.partial"))
+    step = 1 if moment == "replacing" else 2
+    checkpoints.save(step, make_state(mesh(2, 4), 2), {"step": 2}, wait=True)
 
 warnings.filterwarnings("ignore", message=".*fork")
 children = []
@@ -283,7 +339,14 @@ for moment in moments:
 print([os.waitpid(child, 0)[1] for child in children])
 """
 # What counts afterwards: the step, and the seed of its state.
-MOMENTS = {"copied": (1, 1), "written": (1, 1), "sealed": (1, 1), "replacing": (1, 1), "renamed": (2, 2), "pruning": (2, 2)}
+MOMENTS = {
+    "copied": (1, 1),
+    "written": (1, 1),
+    "sealed": (1, 1),
+    "replacing": (1, 1),
+    "renamed": (2, 2),
+    "pruning": (2, 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +371,9 @@ def test_a_kill_during_a_save_leaves_the_step_before_as_latest(killed: Path, mom
     checkpoints.save(3, make_state(mesh(2, 4), 3), {}, wait=True)
     # The first save swept up what the killed one left, and nothing that counted.
     assert checkpoints.partial_steps() == []
-    assert {path.name for path in directory.iterdir()} == {f"step_{kept:08d}" for kept in checkpoints.steps()}
+    assert {path.name for path in directory.iterdir()} == {
+        f"step_{kept:08d}" for kept in checkpoints.steps()
+    }
     assert_same(checkpoints.restore(step, target), make_state(mesh(2, 4), seed))
 
 
@@ -320,7 +385,9 @@ def test_an_opened_directory_is_left_alone_while_another_saves(tmp_path: Path) -
     assert (reader.steps(), reader.partial_steps()) == ([1], [2])
 
 
-def test_a_step_pruned_while_it_is_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_pruned_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = saved(tmp_path, 1)
     match = orbax_io.match
 
@@ -339,7 +406,11 @@ def small_disk(tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk],
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a small file system needs root")
     yield disk
@@ -348,25 +419,38 @@ def small_disk(tmp_path: Path):
 
 @pytest.mark.parametrize("noticed", ["before", "while writing"])
 def test_a_full_disk_is_one_sentence_and_earlier_steps_stay(
-    small_disk: Path, noticed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small_disk: Path,
+    noticed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     checkpoints = saved(small_disk, 1)
     noise = np.random.default_rng(0).standard_normal((8, 1024, 128), np.float32)
-    large = {str(i): jax.device_put(part, NamedSharding(mesh(2, 4), PartitionSpec("expert"))) for i, part in enumerate(noise)}
+    large = {
+        str(i): jax.device_put(part, NamedSharding(mesh(2, 4), PartitionSpec("expert")))
+        for i, part in enumerate(noise)
+    }
     if noticed == "while writing":
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40)
+        )
     with pytest.raises(UserError, match=r"the disk of .* is too full to save step 2"):
         checkpoints.save(2, large, {})
         checkpoints.wait()
     assert (checkpoints.steps(), checkpoints.partial_steps()) == ([1], [])
     checkpoints.save(3, make_state(mesh(2, 4), 3), {}, wait=True)
-    assert_same(checkpoints.restore(3, target_of(make_state(mesh(2, 4)), mesh(2, 4))), make_state(mesh(2, 4), 3))
+    assert_same(
+        checkpoints.restore(3, target_of(make_state(mesh(2, 4)), mesh(2, 4))),
+        make_state(mesh(2, 4), 3),
+    )
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])
-def test_an_error_in_the_background_surfaces_on_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_an_error_in_the_background_surfaces_on_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     checkpoints = saved(tmp_path, 1)
     state = make_state(mesh(2, 4))
 

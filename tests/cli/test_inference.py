@@ -1,4 +1,6 @@
-"""The commands that run a model, as typed: what comes on stdout and stderr, exit codes, and what the engine is asked for."""
+"""The commands that run a model, as typed: what comes on stdout and stderr, exit codes, and what
+the engine is asked for.
+"""
 
 from __future__ import annotations
 
@@ -39,30 +41,99 @@ def model(monkeypatch):
 
 
 def test_generate_streams_only_the_text(monkeypatch, capsys, run_dir, model):
-    assert call("generate", run_dir, "--prompt", "U:def\nA:", "--greedy", "--top-k", "3", "--step", "20") == 0
+    assert (
+        call(
+            "generate", run_dir, "--prompt", "U:def\nA:", "--greedy", "--top-k", "3", "--step", "20"
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out == "DEF"
-    assert "prompt 8 tokens, " in err and "generated 3 tokens, " in err and "compiled in" in err and "peak memory" in err
+    assert (
+        "prompt 8 tokens, " in err
+        and "generated 3 tokens, " in err
+        and "compiled in" in err
+        and "peak memory" in err
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("U:from stdin\nA:"))
-    assert call("generate", run_dir, "--prompt", "-", "--max-tokens", "6", "--stop", "zzz", "--temperature", "0") == 0
+    assert (
+        call(
+            "generate",
+            run_dir,
+            "--prompt",
+            "-",
+            "--max-tokens",
+            "6",
+            "--stop",
+            "zzz",
+            "--temperature",
+            "0",
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "FROM S"
-    assert [opened["step"] for opened in model.opened] == [20, None] and model.opened[0]["path"] == run_dir
-    assert call("generate", run_dir, "--prompt", "U:ab\nA:", "--seed", "3", "--temperature", "2", "--max-tokens", "50") == 0
+    assert [opened["step"] for opened in model.opened] == [20, None] and model.opened[0][
+        "path"
+    ] == run_dir
+    assert (
+        call(
+            "generate",
+            run_dir,
+            "--prompt",
+            "U:ab\nA:",
+            "--seed",
+            "3",
+            "--temperature",
+            "2",
+            "--max-tokens",
+            "50",
+        )
+        == 0
+    )
     first = capsys.readouterr().out
-    assert call("generate", run_dir, "--prompt", "U:ab\nA:", "--seed", "3", "--temperature", "2", "--max-tokens", "50") == 0
+    assert (
+        call(
+            "generate",
+            run_dir,
+            "--prompt",
+            "U:ab\nA:",
+            "--seed",
+            "3",
+            "--temperature",
+            "2",
+            "--max-tokens",
+            "50",
+        )
+        == 0
+    )
     assert capsys.readouterr().out == first
 
 
 def test_generate_from_a_folder(capsys, tmp_path, model):
     arguments = ["generate", "--model", tmp_path, "--greedy"]
-    assert call(*arguments, "--prompt", "hello", "--system-prompt", "loud", "--mesh", "expert=4", "--dtype", "bfloat16") == 0
+    assert (
+        call(
+            *arguments,
+            "--prompt",
+            "hello",
+            "--system-prompt",
+            "loud",
+            "--mesh",
+            "expert=4",
+            "--dtype",
+            "bfloat16",
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "HELLO"
     assert model.feeds[0] == list(b"S:loud\nU:hello\nA:")
     assert model.opened[0]["mesh"].expert == 4 and model.opened[0]["dtype"] == "bfloat16"
     model.context = 10
     assert call(*arguments, "--prompt", "U:too long\nA:") == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("moe-jax: The prompt has 13 tokens and the model's context 10: shorten it.\n")
+    assert out == "" and err.startswith(
+        "moe-jax: The prompt has 13 tokens and the model's context 10: shorten it.\n"
+    )
     assert call(*arguments, "--prompt", "U:hello\nA:") == 0
     out, err = capsys.readouterr()
     assert out == "H" and "the context of 10 tokens is full" in err
@@ -92,14 +163,24 @@ def test_eval_and_bench(capsys, tmp_path, model):
     small = ("-p", "4", "-g", "2", "--repeats", "1")
     assert call("bench", "--model", tmp_path, *small, "--quantize", "int4", "--json", *text) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["perplexity"] == pytest.approx(math.e**2) and found["perplexity_unquantised"] == pytest.approx(math.e)
+    assert found["perplexity"] == pytest.approx(math.e**2) and found[
+        "perplexity_unquantised"
+    ] == pytest.approx(math.e)
     assert [opened["quantize"] for opened in model.opened] == ["int4", None, "int4"]
-    assert found["decode_tokens_per_second"] > 0 and found["load_seconds"] > 0 and found["read_bytes_per_second"] > 1e8
+    assert (
+        found["decode_tokens_per_second"] > 0
+        and found["load_seconds"] > 0
+        and found["read_bytes_per_second"] > 1e8
+    )
     assert call("bench", "--model", tmp_path, *small) == 0
     assert "share_of_floor" in capsys.readouterr().out
     assert call("eval", "--model", tmp_path, "--json", *text) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["nats_per_token"] == pytest.approx(1.0) and found["tokens"] == 8 and found["quantize"] is None
+    assert (
+        found["nats_per_token"] == pytest.approx(1.0)
+        and found["tokens"] == 8
+        and found["quantize"] is None
+    )
     assert call("eval", "--model", tmp_path, *text) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["perplexity", "2.7183"]
 
@@ -113,16 +194,23 @@ def test_ctrl_c_during_generate_exits_130(capsys, tmp_path, model):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "U:x\nA:"], ["chat"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "U:x\nA:"], ["chat"]], ids=lambda command: command[0]
+)
 def test_a_reader_of_text_that_went_away_is_no_error(command, tmp_path):
     """stdout is a pipe that nobody reads any more: no traceback, and nothing is said about it."""
     script = (
-        f"import os, sys, types\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.support import fake_model\nfrom moe_jax.cli import main as cli\n"
-        "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\nmodel = fake_model.Loaded(fake_model.shout)\n"
-        "sys.modules['moe_jax.inference.load'] = types.SimpleNamespace(Session=fake_model.Session, open_model=lambda *a, **o: model)\n"
+        f"import os, sys, types\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.support import "
+        f"fake_model\nfrom moe_jax.cli import main as cli\n"
+        "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\nmodel = "
+        "fake_model.Loaded(fake_model.shout)\n"
+        "sys.modules['moe_jax.inference.load'] = "
+        "types.SimpleNamespace(Session=fake_model.Session, open_model=lambda *a, **o: model)\n"
         f"cli.main([{command[0]!r}, '--model', {str(tmp_path)!r}, *{command[1:]!r}])"
     )
-    done = subprocess.run([sys.executable, "-c", script], input="hi\n", capture_output=True, cwd=ROOT, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="hi\n", capture_output=True, cwd=ROOT, text=True
+    )
     assert done.returncode == 1 and "Error" not in done.stderr and "Traceback" not in done.stderr
 
 
@@ -130,4 +218,7 @@ def test_a_terminal_that_cannot_show_a_character(monkeypatch, capsys, tmp_path, 
     model.speak = lambda tokens: "\u4e13".encode()[(len(tokens) - 1) % 3]
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert call("generate", "--model", tmp_path, "--prompt", "x", "--greedy") == 2
-    assert "standard output is ascii and cannot show '\u4e13': set PYTHONIOENCODING=utf-8." in capsys.readouterr().err
+    assert (
+        "standard output is ascii and cannot show '\u4e13': set PYTHONIOENCODING=utf-8."
+        in capsys.readouterr().err
+    )

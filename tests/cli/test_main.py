@@ -1,4 +1,6 @@
-"""The command line: help, exit codes, what it passes on, and what it does with errors; nothing is trained here."""
+"""The command line: help, exit codes, what it passes on, and what it does with errors; nothing is
+trained here.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ def test_help_fits_80_columns_and_ends_with_an_example(command, capsys):
 def test_help_and_config_errors_load_no_jax():
     script = (
         "import sys\nfrom moe_jax.cli.main import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    sys.exit('jax' in sys.modules or 'matplotlib' in sys.modules)"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    sys.exit('jax' in sys.modules or "
+        "'matplotlib' in sys.modules)"
     )
     for arguments in (
         ["--help"],
@@ -69,7 +72,12 @@ def test_help_and_config_errors_load_no_jax():
         ["generate", "--model", "tests", "--prompt", ""],
         ["chat", "--model", "tests", "--mesh", "expert:4"],
     ):
-        assert subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, cwd=ROOT).returncode == 0, arguments
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", script, *arguments], capture_output=True, cwd=ROOT
+            ).returncode
+            == 0
+        ), arguments
 
 
 def test_version(capsys):
@@ -79,7 +87,15 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["trian"], ["train"], ["generate", "x"], ["generate", "x", "--prompt", "y", "--top-p", "2"], ["chat"], ["doctor", "--jsn"]],
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["generate", "x"],
+        ["generate", "x", "--prompt", "y", "--top-p", "2"],
+        ["chat"],
+        ["doctor", "--jsn"],
+    ],
     ids=" ".join,
 )
 def test_usage_errors_exit_2(arguments, capsys):
@@ -99,12 +115,21 @@ def test_usage_errors_exit_2(arguments, capsys):
         (["train", TINY, "--fallback"], "--resume"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not a run directory"),
         (["generate", "--prompt", "x"], "give either a run directory or --model DIR"),
-        (["generate", "a", "--model", "b", "--prompt", "x"], "give either a run directory or --model DIR"),
+        (
+            ["generate", "a", "--model", "b", "--prompt", "x"],
+            "give either a run directory or --model DIR",
+        ),
         (["generate", "--model", "nowhere", "--prompt", "x"], "--model nowhere does not exist"),
         (["generate", "--model", ".", "--prompt", ""], "--prompt is empty"),
         (["generate", "--model", ".", "--prompt", "x", "--stop", ""], "--stop is empty"),
-        (["generate", "--model", ".", "--prompt", "x", "--dtype", "f16"], "--dtype 'f16' is unknown"),
-        (["generate", "--model", ".", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty=0.0 is out of range"),
+        (
+            ["generate", "--model", ".", "--prompt", "x", "--dtype", "f16"],
+            "--dtype 'f16' is unknown",
+        ),
+        (
+            ["generate", "--model", ".", "--prompt", "x", "--repetition-penalty", "0"],
+            "repetition_penalty=0.0 is out of range",
+        ),
         (["chat", "--model", ".", "--mesh", "experts=4"], "--mesh 'experts=4' cannot be read"),
         (["chat", "--model", ".", "--memory", "lots"], "--memory 'lots' cannot be read"),
         (["eval", "--model", ".", "--text", "nothere.txt"], "--text nothere.txt: No such file"),
@@ -112,7 +137,9 @@ def test_usage_errors_exit_2(arguments, capsys):
         (["report", "nowhere"], "nowhere is not a run directory"),
     ],
 )
-def test_mistakes_are_one_sentence_on_stderr_and_exit_2(arguments, words, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_sentence_on_stderr_and_exit_2(
+    arguments, words, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert call(*arguments) == 2
     out, err = capsys.readouterr()
@@ -122,10 +149,18 @@ def test_mistakes_are_one_sentence_on_stderr_and_exit_2(arguments, words, capsys
 
 def test_train_passes_its_arguments_on(monkeypatch):
     calls = []
-    stub(monkeypatch, "training.trainer", train=lambda config, place, **options: calls.append((config.train.steps, place, options)))
+    stub(
+        monkeypatch,
+        "training.trainer",
+        train=lambda config, place, **options: calls.append((config.train.steps, place, options)),
+    )
     assert call("train", TINY, "--set", "train.steps=5") == 0
     assert call("train", TINY, "--run-dir", "there", "--resume", "--fallback") == 0
-    assert calls[0] == (5, Path("runs/tiny"), {"resume": False, "overwrite": False, "fallback": False})
+    assert calls[0] == (
+        5,
+        Path("runs/tiny"),
+        {"resume": False, "overwrite": False, "fallback": False},
+    )
     assert calls[1][1:] == (Path("there"), {"resume": True, "overwrite": False, "fallback": True})
 
 
@@ -138,9 +173,18 @@ def test_report_prints_the_path(monkeypatch, capsys, run_dir):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "runs/tiny: no space is left on its disk"),
-        (OSError(errno.ENOSPC, "No space left on device", "deep/file"), "deep/file: no space is left"),
-        (PermissionError(errno.EACCES, "Permission denied", "deep/file"), "deep/file: Permission denied"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "runs/tiny: no space is left on its disk",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "deep/file"),
+            "deep/file: no space is left",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "deep/file"),
+            "deep/file: Permission denied",
+        ),
         (UserError("Mend this."), "moe-jax: Mend this.\n"),
     ],
 )
@@ -168,7 +212,11 @@ def test_interrupt_exits_130_and_sigterm_143(monkeypatch, capsys):
 
     stub(monkeypatch, "training.trainer", train=interrupted)
     assert call("train", TINY) == 130
-    stub(monkeypatch, "training.trainer", train=lambda *arguments, **options: signal.raise_signal(signal.SIGTERM))
+    stub(
+        monkeypatch,
+        "training.trainer",
+        train=lambda *arguments, **options: signal.raise_signal(signal.SIGTERM),
+    )
     assert call("train", TINY) == 143
     assert "Traceback" not in capsys.readouterr().err
 
@@ -176,38 +224,70 @@ def test_interrupt_exits_130_and_sigterm_143(monkeypatch, capsys):
 def test_a_reader_that_went_away_is_no_error(run_dir):
     """stdout is a pipe that nobody reads any more: no traceback, nothing on stderr."""
     script = (
-        "import os, sys, types\nfrom moe_jax.cli import main as cli\nreader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\n"
-        "sys.modules['moe_jax.tracking.report'] = types.SimpleNamespace(write_report=lambda place: 'x' * 10)\n"
+        "import os, sys, types\nfrom moe_jax.cli import main as cli\nreader, writer = "
+        "os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\n"
+        "sys.modules['moe_jax.tracking.report'] = types.SimpleNamespace(write_report=lambda "
+        "place: 'x' * 10)\n"
         f"cli.main(['report', {str(run_dir)!r}])"
     )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT).stderr == b""
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT).stderr == b""
+    )
 
 
 @pytest.mark.parametrize("script", ["train.py", "generate.py"])
 def test_scripts_are_the_same_commands(script, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and f"Usage: moe-jax {script.removesuffix('.py')}" in done.stdout
 
 
 def test_doctor_reports_this_machine():
-    done = subprocess.run([sys.executable, "-m", "moe_jax", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_jax", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     found = json.loads(done.stdout)
     assert (done.returncode, found["ok"]) == (0, True), found["problems"]
     status = {probe["name"]: probe["status"] for probe in found["probes"]}
-    for probe in ("jit arithmetic", "bf16 matmul", "grouped_matmul reference", "grouped_matmul ragged", "grouped_matmul tiled"):
+    for probe in (
+        "jit arithmetic",
+        "bf16 matmul",
+        "grouped_matmul reference",
+        "grouped_matmul ragged",
+        "grouped_matmul tiled",
+    ):
         assert status[probe] == "ok", probe
-    for probe in ("attention reference", "attention blockwise", "all_to_all", "f32 matmul rate", "memory read rate"):
+    for probe in (
+        "attention reference",
+        "attention blockwise",
+        "all_to_all",
+        "f32 matmul rate",
+        "memory read rate",
+    ):
         assert status[probe] == "ok", probe
     assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**30
-    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"} <= {row["name"] for row in found["versions"]}
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"} <= {
+        row["name"] for row in found["versions"]
+    }
 
 
 def test_doctor_names_bad_versions():
     asked = Requirement("jaxlib>=0.10.1,!=0.10.2,<0.12")
     assert "wrong results on CPU" in doctor.judge_version("jaxlib", "0.10.2", asked).problem
     assert "outside" in doctor.judge_version("jaxlib", "0.12.0", asked).problem
-    assert doctor.judge_version("jaxlib", None, asked).problem.startswith("jaxlib is not installed: pip install 'jaxlib")
-    assert [doctor.judge_version("jaxlib", good, asked).problem for good in ("0.10.1", "0.11.2")] == ["", ""]
+    assert doctor.judge_version("jaxlib", None, asked).problem.startswith(
+        "jaxlib is not installed: pip install 'jaxlib"
+    )
+    assert [
+        doctor.judge_version("jaxlib", good, asked).problem for good in ("0.10.1", "0.11.2")
+    ] == ["", ""]
 
 
 def test_doctor_exits_1_on_wrong_arithmetic(monkeypatch, capsys):
@@ -217,12 +297,17 @@ def test_doctor_exits_1_on_wrong_arithmetic(monkeypatch, capsys):
     def missing():
         raise NotImplementedError("no such instruction\nat line 3")
 
-    monkeypatch.setattr(doctor, "PROBES", [("broken", wrong), ("absent", missing), ("fine", lambda: "quick")])
+    monkeypatch.setattr(
+        doctor, "PROBES", [("broken", wrong), ("absent", missing), ("fine", lambda: "quick")]
+    )
     monkeypatch.setattr(doctor, "simulate_devices", lambda: None)
     assert call("doctor", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert [probe["status"] for probe in found["probes"]] == ["ok", "wrong", "unavailable", "ok"]
     assert found["probes"][2]["text"] == "NotImplementedError: no such instruction"
-    assert any("element (3,) is 1 instead of 2; pip install 'jax>=" in problem for problem in found["problems"])
+    assert any(
+        "element (3,) is 1 instead of 2; pip install 'jax>=" in problem
+        for problem in found["problems"]
+    )
     assert call("doctor") == 1
     assert "problem" in capsys.readouterr().out

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.model_options import ModelChoice, parse_bytes, parse_mesh
+from moe_jax.cli.model_options import ModelChoice, parse_mesh
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
+from moe_jax.utils.units import parse_bytes
 from tests.support.fake_model import Loaded, install, shout
 
 
@@ -17,15 +18,36 @@ def test_meshes() -> None:
     assert parse_mesh(" data = 3 ") == MeshConfig(data=3)
 
 
-@pytest.mark.parametrize("text", ["", "expert", "exprt=4", "expert=4,", "expert=2,expert=2", "expert=x", "expert=4;tensor=2", "expert=0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "expert",
+        "exprt=4",
+        "expert=4,",
+        "expert=2,expert=2",
+        "expert=x",
+        "expert=4;tensor=2",
+        "expert=0",
+    ],
+)
 def test_meshes_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match=r"--mesh '.*' cannot be read at|mesh.expert=0 is out of range"):
+    with pytest.raises(
+        UserError, match=r"--mesh '.*' cannot be read at|mesh.expert=0 is out of range"
+    ):
         parse_mesh(text)
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("24GB", 24 * 10**9), ("1.5 mib", 3 * 2**19), ("2TB", 2 * 10**12), ("4096", 4096)],
+    [
+        ("24GiB", 24 * 2**30),
+        ("24G", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("1.5 mib", 3 * 2**19),
+        ("2TB", 2 * 10**12),
+        ("4096", 4096),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -42,7 +64,10 @@ def test_sizes_that_are_none(text: str) -> None:
     [
         ({"dtype": "float16"}, "--dtype 'float16' is unknown: choose float32 or bfloat16."),
         ({"quantize": "int3"}, "--quantize 'int3' is unknown: choose int8 or int4."),
-        ({"mesh": "expert=4", "simulate": 2}, "--simulate 2 is less than the 4 devices of --mesh expert=4"),
+        (
+            {"mesh": "expert=4", "simulate": 2},
+            "--simulate 2 is less than the 4 devices of --mesh expert=4",
+        ),
         ({"memory": "much"}, "--memory 'much'"),
         ({"step": 3}, "is not a run directory"),
         ({"fallback": True}, "is not a run directory"),
@@ -57,7 +82,9 @@ def test_mistakes_cost_nothing(options: dict, words: str, tmp_path: Path) -> Non
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_engine_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_gets_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = install(monkeypatch, Loaded(shout))
     (tmp_path / "config.yaml").write_text("")
     choice = ModelChoice(tmp_path, "expert=4,tensor=2", "bfloat16", "int4", "1GiB", None, 7, True)
@@ -78,4 +105,6 @@ def test_the_engine_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
             "check": None,
         }
     ]
-    assert ModelChoice(Path("someone/some-model")).mesh_config == MeshConfig()  # a name on the hub: the engine's to find
+    assert (
+        ModelChoice(Path("someone/some-model")).mesh_config == MeshConfig()
+    )  # a name on the hub: the engine's to find

@@ -1,4 +1,6 @@
-"""`moe-jax placement`: plan, show and diff on load files, tables and a run that was never trained."""
+"""`moe-jax placement`: plan, show and diff on load files, tables and a run that was never
+trained.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from matplotlib.image import imread
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.cli import main
 from moe_jax.errors import UserError
+from moe_jax.placement.files import read_table
 from moe_jax.placement.table import contiguous, round_robin
-from moe_jax.tracking.traffic import read_measured, read_table
+from moe_jax.tracking.traffic import read_measured
 from tests.support import ROOT
 
 TOPOLOGY = str(ROOT / "configs" / "placement" / "topology.yaml")
@@ -37,8 +40,18 @@ def call(*arguments: object) -> int:
 def traffic(layers: int, ranks: int, experts: int) -> dict:
     """A load file's content, with busy experts."""
     draw = np.random.default_rng(0)
-    counts = 1000 * draw.lognormal(0, 0.8, (layers, 1, experts)) * draw.lognormal(0, 0.5, (layers, ranks, experts))
-    head = {"version": 1, "step": 40, "steps": 10, "num_experts": experts, "layers": list(range(1, layers + 1))}
+    counts = (
+        1000
+        * draw.lognormal(0, 0.8, (layers, 1, experts))
+        * draw.lognormal(0, 0.5, (layers, ranks, experts))
+    )
+    head = {
+        "version": 1,
+        "step": 40,
+        "steps": 10,
+        "num_experts": experts,
+        "layers": list(range(1, layers + 1)),
+    }
     return head | {"traffic": counts.astype(int).tolist()}
 
 
@@ -58,7 +71,9 @@ def run(tmp_path_factory):
     (path / "traffic.json").write_text(json.dumps(traffic(2, 4, 8)))
     checkpoints = Checkpoints(path / "checkpoints", 2, 0)
     for step, table in ((20, contiguous(2, 8, 4, 1)), (40, round_robin(2, 8, 4, 1))):
-        checkpoints.save(step, {"x": jnp.zeros(3)}, {"placement": table.to_json(), "config": CONFIG}, wait=True)
+        checkpoints.save(
+            step, {"x": jnp.zeros(3)}, {"placement": table.to_json(), "config": CONFIG}, wait=True
+        )
     checkpoints.close()
     return path
 
@@ -72,11 +87,29 @@ def test_help_fits_80_columns_and_ends_with_an_example(command, capsys):
 
 
 def test_plan_prints_draws_and_writes_a_table_that_training_reads(here, capsys):
-    assert call("plan", "load.json", "--topology", TOPOLOGY, "--redundant-slots", 1, "--strategy", "topology_aware", "--out", "p.json") == 0
+    assert (
+        call(
+            "plan",
+            "load.json",
+            "--topology",
+            TOPOLOGY,
+            "--redundant-slots",
+            1,
+            "--strategy",
+            "topology_aware",
+            "--out",
+            "p.json",
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert max(map(len, out.splitlines())) <= 80
     assert "topology_aware for 8 devices on 2 hosts, from 10 steps of load" in out
-    assert "from \\ to" in out and "experts must move" in out and "wrote load-placement.png and p.json" in err
+    assert (
+        "from \\ to" in out
+        and "experts must move" in out
+        and "wrote load-placement.png and p.json" in err
+    )
     table = read_table(Path("p.json"), layers=2, num_experts=16, ranks=8, max_experts_per_device=3)
     assert table.num_slots == 24 and table.empty_slots == 0
     assert imread("load-placement.png").shape[1] == 1080
@@ -91,7 +124,11 @@ def test_plan_in_json_has_the_figures_of_both(here, capsys):
     found = json.loads(capsys.readouterr().out)
     rows = np.sum(traffic(2, 8, 16)["traffic"]) / 10
     for name in ("today", "proposed"):
-        assert np.sum(found[name]["device_load"]) == pytest.approx(rows) == pytest.approx(np.sum(found[name]["traffic"]))
+        assert (
+            np.sum(found[name]["device_load"])
+            == pytest.approx(rows)
+            == pytest.approx(np.sum(found[name]["traffic"]))
+        )
     even = found["figures"]["max_over_mean"]
     assert even["proposed"] < 0.9 * even["today"] and found["moves"] > 0
     assert found["predicted_gain"]["busiest_device_rows"] > 0.1
@@ -113,7 +150,10 @@ def test_load_without_sources_needs_ranks(here, capsys):
 def test_existing_files_stay(here, capsys):
     Path("mine.json").write_text("mine")
     assert call("plan", "load.json", "--out", "mine.json") == 2
-    assert "mine.json exists already" in capsys.readouterr().err and Path("mine.json").read_text() == "mine"
+    assert (
+        "mine.json exists already" in capsys.readouterr().err
+        and Path("mine.json").read_text() == "mine"
+    )
     assert not Path("load-placement.png").exists()
     assert call("plan", "load.json", "--out", "mine.json", "--overwrite") == 0
     assert read_table(Path("mine.json")).ranks == 8
@@ -133,7 +173,11 @@ def test_plan_show_and_diff_of_a_run(run, here, capsys):
 
 
 def test_diff_tells_what_moves_where(here, capsys):
-    for name, table in (("a.json", contiguous(1, 4, 2)), ("b.json", round_robin(1, 4, 2)), ("c.json", contiguous(1, 4, 4))):
+    for name, table in (
+        ("a.json", contiguous(1, 4, 2)),
+        ("b.json", round_robin(1, 4, 2)),
+        ("c.json", contiguous(1, 4, 4)),
+    ):
         Path(name).write_text(json.dumps(table.to_json()))
     assert call("diff", "a.json", "b.json") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -148,7 +192,10 @@ def test_diff_tells_what_moves_where(here, capsys):
     [
         (["plan", "nowhere.json"], "nowhere.json: there is no such file"),
         (["plan", "load.json", "--strategy", "evenly"], "--strategy 'evenly' is unknown"),
-        (["plan", "load.json", "--ranks", "6", "--topology", TOPOLOGY], "6 ranks x tensor=1 do not divide"),
+        (
+            ["plan", "load.json", "--ranks", "6", "--topology", TOPOLOGY],
+            "6 ranks x tensor=1 do not divide",
+        ),
         (["plan", "."], "has no traffic.json"),
         (["show", "load.json"], "load.json leaves out num_slots, physical_to_logical"),
         (["show", "load.json", "--step", "3"], "choose a run's checkpoint"),
@@ -180,11 +227,26 @@ def test_mistakes_about_a_run(run, capsys):
         (lambda f: f.update(steps=0), "steps=0 must be"),
         (lambda f: f.update(layers="all"), "layers must be a list"),
         (lambda f: f["layers"].append(7), "traffic has 2 layers and `layers` names 3"),
-        (lambda f: f["traffic"][1][3].pop(), r"traffic of layer 2 is not \[source ranks\]\[16\] numbers"),
-        (lambda f: f["traffic"][1].pop(), r"traffic of layer 2 has shape \[7, 16\]: it must be \[8, 16\]"),
-        (lambda f: f.update(num_experts=9), r"traffic of layer 1 has shape \[8, 16\]: it must be \[source ranks\]\[9\]"),
-        (lambda f: f["traffic"][1][3].__setitem__(5, -1), "traffic of layer 2 holds -1 for expert 5"),
-        (lambda f: f["traffic"][0][3].__setitem__(5, float("nan")), "traffic of layer 1 holds nan for expert 5"),
+        (
+            lambda f: f["traffic"][1][3].pop(),
+            r"traffic of layer 2 is not \[source ranks\]\[16\] numbers",
+        ),
+        (
+            lambda f: f["traffic"][1].pop(),
+            r"traffic of layer 2 has shape \[7, 16\]: it must be \[8, 16\]",
+        ),
+        (
+            lambda f: f.update(num_experts=9),
+            r"traffic of layer 1 has shape \[8, 16\]: it must be \[source ranks\]\[9\]",
+        ),
+        (
+            lambda f: f["traffic"][1][3].__setitem__(5, -1),
+            "traffic of layer 2 holds -1 for expert 5",
+        ),
+        (
+            lambda f: f["traffic"][0][3].__setitem__(5, float("nan")),
+            "traffic of layer 1 holds nan for expert 5",
+        ),
         (lambda f: f["traffic"][0][3].__setitem__(5, "many"), "traffic of layer 1 is not"),
     ],
 )
@@ -199,10 +261,19 @@ def test_a_wrong_load_file_is_refused_with_its_layer(change, words, here):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t["physical_to_logical"][1].__setitem__(1, 7), "layer 1 leaves expert 1 without a slot"),
-        (lambda t: t["physical_to_logical"][1].__setitem__(2, 1), "layer 1 has expert 1 twice on device 0"),
+        (
+            lambda t: t["physical_to_logical"][1].__setitem__(1, 7),
+            "layer 1 leaves expert 1 without a slot",
+        ),
+        (
+            lambda t: t["physical_to_logical"][1].__setitem__(2, 1),
+            "layer 1 has expert 1 twice on device 0",
+        ),
         (lambda t: t["physical_to_logical"][1].__setitem__(0, 8), "layer 1 names expert 8"),
-        (lambda t: t["physical_to_logical"][1].pop(), "is not a list for each layer of num_slots=12 whole numbers"),
+        (
+            lambda t: t["physical_to_logical"][1].pop(),
+            "is not a list for each layer of num_slots=12 whole numbers",
+        ),
         (lambda t: t.update(version=9), "version 9"),
         (lambda t: t.pop("num_slots"), "leaves out num_slots"),
     ],
@@ -221,7 +292,11 @@ def test_a_wrong_table_is_refused_with_layer_and_expert(change, words, here):
         ({"layers": 3}, "for 2 layers, and 3 are wanted"),
         ({"num_experts": 9}, "for 8 experts, and 9 are wanted"),
         ({"ranks": 8}, "for 4 devices, and 8 are wanted"),
-        ({"max_experts_per_device": 2}, "layer 0 puts 3 experts on device 0, and placement.max_experts_per_device=2: move expert 2 "),
+        (
+            {"max_experts_per_device": 2},
+            "layer 0 puts 3 experts on device 0, and placement.max_experts_per_device=2: move "
+            "expert 2 ",
+        ),
     ],
 )
 def test_a_table_for_something_else_is_refused(wanted, words, here):

@@ -1,4 +1,6 @@
-"""Configuration files: what is read, how overrides merge, and the sentence that each mistake gets."""
+"""Configuration files: what is read, how overrides merge, and the sentence that each mistake
+gets.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,15 @@ def parameters(config: Config) -> tuple[int, int]:
     """(total, active a token) by the textbook formula, norms left out; all layers have experts."""
     model, moe = config.model, config.moe
     heads = model.num_heads * 2 + model.num_kv_heads * 2
-    dense = model.num_layers * (model.width * model.head_width * heads + model.width * moe.num_experts)
+    dense = model.num_layers * (
+        model.width * model.head_width * heads + model.width * moe.num_experts
+    )
     dense += (model.vocab_size or 257) * model.width * (1 if model.tied_embeddings else 2)
     expert = 3 * model.width * moe.hidden
-    return dense + model.num_layers * moe.num_experts * expert, dense + model.num_layers * moe.top_k * expert
+    return (
+        dense + model.num_layers * moe.num_experts * expert,
+        dense + model.num_layers * moe.top_k * expert,
+    )
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):
@@ -58,7 +65,12 @@ def test_every_config_loads_round_trips_and_says_what_it_needs(path):
 
 @pytest.mark.parametrize(
     ("name", "total", "active"),
-    [("tiny", 3.4e6, 1.0e6), ("small-gpu", 107e6, 19e6), ("mixtral-8x7b", 46.7e9, 12.9e9), ("qwen3-30b-a3b", 30.5e9, 3.3e9)],
+    [
+        ("tiny", 3.4e6, 1.0e6),
+        ("small-gpu", 107e6, 19e6),
+        ("mixtral-8x7b", 46.7e9, 12.9e9),
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9),
+    ],
 )
 def test_configs_have_the_sizes_their_comments_state(name, total, active):
     counted = parameters(load_config(ROOT / "configs" / f"{name}.yaml", []))
@@ -66,7 +78,10 @@ def test_configs_have_the_sizes_their_comments_state(name, total, active):
 
 
 def test_numbers_are_read_as_yaml_1_2():
-    config = config_from_text("optimizer: {learning_rate: 3e-4, eps: 1E-7}\nmodel: {rope: {theta: 10000}}\ntrain: {steps: 1_000}\nname: no")
+    config = config_from_text(
+        "optimizer: {learning_rate: 3e-4, eps: 1E-7}\nmodel: {rope: {theta: 10000}}\ntrain: "
+        "{steps: 1_000}\nname: no"
+    )
     assert config.optimizer.learning_rate == 3e-4 and config.optimizer.eps == 1e-7
     assert config.model.rope.theta == 10_000.0 and isinstance(config.model.rope.theta, float)
     assert config.train.steps == 1000 and config.name == "no"
@@ -74,15 +89,30 @@ def test_numbers_are_read_as_yaml_1_2():
 
 def test_file_goes_over_base_and_overrides_over_both(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "base.yaml").write_text("train: {steps: 7, seed: 3}\nmoe: {top_k: 1, dense_layers: [0, 1]}\nname: below")
-    (tmp_path / "sub" / "top.yaml").write_text("base: ../base.yaml\ntrain: {steps: 8}\nmoe: {dense_layers: [2]}")
-    config = load_config(tmp_path / "sub" / "top.yaml", ["train.steps=9", "moe.hidden=64", "moe={every: 2}", "train.steps=10"])
+    (tmp_path / "base.yaml").write_text(
+        "train: {steps: 7, seed: 3}\nmoe: {top_k: 1, dense_layers: [0, 1]}\nname: below"
+    )
+    (tmp_path / "sub" / "top.yaml").write_text(
+        "base: ../base.yaml\ntrain: {steps: 8}\nmoe: {dense_layers: [2]}"
+    )
+    config = load_config(
+        tmp_path / "sub" / "top.yaml",
+        ["train.steps=9", "moe.hidden=64", "moe={every: 2}", "train.steps=10"],
+    )
     assert (config.train.steps, config.train.seed, config.name) == (10, 3, "below")
-    assert (config.moe.top_k, config.moe.hidden, config.moe.every, config.moe.dense_layers) == (1, 64, 2, (2,))
+    assert (config.moe.top_k, config.moe.hidden, config.moe.every, config.moe.dense_layers) == (
+        1,
+        64,
+        2,
+        (2,),
+    )
 
 
 def test_override_values_are_yaml():
-    load = lambda *overrides: load_config(ROOT / "configs" / "tiny.yaml", overrides)  # noqa: E731
+
+    def load(*overrides):
+        return load_config(ROOT / "configs" / "tiny.yaml", overrides)
+
     assert load("model.sliding_window=128").model.sliding_window == 128
     assert load("model.sliding_window=null").model.sliding_window is None
     assert load("moe.dropless=true").moe.dropless is True
@@ -185,8 +215,15 @@ configs = st.builds(
     Config,
     name=words,
     model=st.builds(ModelConfig, norm_eps=finite, vocab_size=st.none() | st.integers(2, 10**6)),
-    moe=st.builds(MoEConfig, capacity_factor=finite, dense_layers=st.lists(st.integers(0, 99)).map(tuple), dropless=st.booleans()),
-    data=st.builds(DataConfig, source=words, tokenizer=st.sampled_from(["3e-4", "no", "~", "017", "1_0", ""])),
+    moe=st.builds(
+        MoEConfig,
+        capacity_factor=finite,
+        dense_layers=st.lists(st.integers(0, 99)).map(tuple),
+        dropless=st.booleans(),
+    ),
+    data=st.builds(
+        DataConfig, source=words, tokenizer=st.sampled_from(["3e-4", "no", "~", "017", "1_0", ""])
+    ),
     optimizer=st.builds(OptimizerConfig, learning_rate=finite, eps=finite),
     train=st.builds(TrainConfig, seed=st.integers(0, 2**32 - 1), sample_prompt=words),
 )
@@ -202,7 +239,14 @@ def test_dump_and_read_give_an_equal_config(config):
 
 def test_all_keys_name_every_field_of_the_tree():
     keys = all_keys()
-    assert {"name", "model.rope.theta", "moe.num_experts", "mesh.tensor", "devices.simulate", "checkpoint.every"} <= set(keys)
+    assert {
+        "name",
+        "model.rope.theta",
+        "moe.num_experts",
+        "mesh.tensor",
+        "devices.simulate",
+        "checkpoint.every",
+    } <= set(keys)
     leaves = [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
     for key in leaves:
         value = Config()
@@ -212,7 +256,9 @@ def test_all_keys_name_every_field_of_the_tree():
 
 
 def test_configuration_page_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("config_docs", ROOT / "scripts" / "config_docs.py")
+    spec = importlib.util.spec_from_file_location(
+        "config_docs", ROOT / "scripts" / "config_docs.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run `make docs`"

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config.schema import DataConfig
-from moe_jax.data.corpus import Corpus, Packed, hold_out, load_corpus, pack
+from moe_jax.data.corpus import Corpus, hold_out, load_corpus
+from moe_jax.data.packing import Packed, pack_documents
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
@@ -43,13 +44,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Sixty documents of 20 to 79 random letters, in sequences of 16."""
     file = tmp_path_factory.mktemp("corpus") / "lines.jsonl"
     letters = np.random.RandomState(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (60, 80))
-    file.write_text("".join(json.dumps({"text": "".join(row[: 20 + i])}) + "\n" for i, row in enumerate(letters)))
+    file.write_text(
+        "".join(
+            json.dumps({"text": "".join(row[: 20 + i])}) + "\n" for i, row in enumerate(letters)
+        )
+    )
     return load_corpus(DataConfig(source=str(file), validation_fraction=0.2), seq_len=16, seed=7)
 
 
 def test_packing_by_hand() -> None:
-    # Stream: a b | EOS, c | EOS, d e f | EOS -> windows of 4 inputs start at 0, 4 and end in padding.
-    packed = pack([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 4, BYTES)
+    # Stream: a b | EOS, c | EOS, d e f | EOS -> windows of 4 inputs start at 0, 4 and end in
+    # padding.
+    packed = pack_documents([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 4, BYTES)
     assert packed.tokens.dtype == np.uint16
     assert packed.tokens.tolist() == [1, 2, EOS, 3, EOS, 4, 5, 6, EOS]
     assert packed.starts.tolist() == [0, 3, 5]
@@ -70,7 +76,9 @@ def test_packing_by_hand() -> None:
 
 
 def test_padding_by_hand() -> None:
-    packed = pack([np.array([1, 2, 3]), np.array([4, 5])], 5, BYTES)  # 1 2 3 EOS 4 | 5 EOS, then three of padding
+    packed = pack_documents(
+        [np.array([1, 2, 3]), np.array([4, 5])], 5, BYTES
+    )  # 1 2 3 EOS 4 | 5 EOS, then three of padding
     batch = packed.batch(np.array([1]))
     assert batch["tokens"].tolist() == [[5, EOS, EOS, EOS, EOS]]
     assert batch["segments"].tolist() == [[1, 1, 0, 0, 0]]
@@ -87,16 +95,20 @@ def test_padding_by_hand() -> None:
 def test_windows_reproduce_the_stream(lengths: list[int], seq_len: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     documents = [random.integers(0, 256, length) for length in lengths]
-    packed = pack(documents, seq_len, BYTES)
+    packed = pack_documents(documents, seq_len, BYTES)
     stream = [int(token) for document in documents if len(document) for token in (*document, EOS)]
     assert packed.tokens.tolist() == stream
     batch = packed.batch(np.arange(len(packed)))
     real = batch["segments"] > 0
-    # Every token but the last (which has no target) is an input once; a last one may stand beside the padding.
+    # Every token but the last (which has no target) is an input once; a last one may stand beside
+    # the padding.
     assert batch["tokens"][real].tolist() in (stream, stream[:-1])
     # Every token counts as a target exactly once, but for the first of each document.
-    assert sorted(batch["targets"][batch["mask"] > 0].tolist()) == sorted(int(t) for d in documents if len(d) for t in (*d[1:], EOS))
-    # Within a row the segments count up by one, positions restart with them, and a target of another segment is masked.
+    assert sorted(batch["targets"][batch["mask"] > 0].tolist()) == sorted(
+        int(t) for d in documents if len(d) for t in (*d[1:], EOS)
+    )
+    # Within a row the segments count up by one, positions restart with them, and a target of
+    # another segment is masked.
     for row in range(len(packed)):
         segments, positions = batch["segments"][row], batch["positions"][row]
         for i, (a, b) in enumerate(pairwise(segments.tolist())):
@@ -108,7 +120,9 @@ def test_windows_reproduce_the_stream(lengths: list[int], seq_len: int, seed: in
 
 
 def test_big_vocabularies_take_four_bytes() -> None:
-    packed = pack([np.array([70_000])], 2, dataclasses.replace(BYTES, num_ids=100_000, eos_id=99_999))
+    packed = pack_documents(
+        [np.array([70_000])], 2, dataclasses.replace(BYTES, num_ids=100_000, eos_id=99_999)
+    )
     assert packed.tokens.dtype == np.uint32
     assert packed.tokens.tolist() == [70_000, 99_999]
 
@@ -120,12 +134,16 @@ def test_big_vocabularies_take_four_bytes() -> None:
     seq_len=st.integers(2, 10),
 )
 @settings(max_examples=80, deadline=None)
-def test_hold_out_loses_and_shares_nothing(lengths: list[int], order: list[int], fraction: float, seq_len: int) -> None:
+def test_hold_out_loses_and_shares_nothing(
+    lengths: list[int], order: list[int], fraction: float, seq_len: int
+) -> None:
     # No token is in two of the five documents, which come in any order and number of copies.
     documents = [100 * i + np.arange(lengths[i]) for i in order]
     keys = [hashlib.sha256(bytes([i])).digest() for i in order]
     train, validation = hold_out(documents, keys, fraction, seq_len)
-    trained, held = (np.concatenate([np.empty(0, int), *part]).tolist() for part in (train, validation))
+    trained, held = (
+        np.concatenate([np.empty(0, int), *part]).tolist() for part in (train, validation)
+    )
     assert sorted(trained + held) == sorted(np.concatenate(documents).tolist())
     assert not set(trained) & set(held)
     reordered = hold_out(documents[::-1], keys[::-1], fraction, seq_len)
@@ -154,7 +172,9 @@ def test_validation_documents_are_not_trained_on(corpus: Corpus) -> None:
     train, validation = documents(corpus.train), documents(corpus.validation)
     assert not train & validation
     assert len(train) + len(validation) == 60
-    share = len(corpus.validation.tokens) / (len(corpus.train.tokens) + len(corpus.validation.tokens))
+    share = len(corpus.validation.tokens) / (
+        len(corpus.train.tokens) + len(corpus.validation.tokens)
+    )
     assert 0.15 < share <= 0.2
 
 
@@ -163,7 +183,9 @@ def test_every_epoch_holds_every_window_in_another_order(corpus: Corpus) -> None
     windows = {packed.batch(np.array([w]))["tokens"].tobytes(): w for w in range(len(packed))}
     assert len(windows) == len(packed)
     batches = corpus.train_batches(1)
-    epochs = [[windows[next(batches)["tokens"].tobytes()] for _ in range(len(packed))] for _ in range(2)]
+    epochs = [
+        [windows[next(batches)["tokens"].tobytes()] for _ in range(len(packed))] for _ in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(packed)))
     assert epochs[0] != epochs[1]
 
@@ -202,7 +224,10 @@ def test_processes_share_the_global_batch(corpus: Corpus, processes: int) -> Non
 
 
 def test_validation_is_the_same_every_time(corpus: Corpus) -> None:
-    first, again = corpus.validation_batches(4, 3), dataclasses.replace(corpus, seed=99).validation_batches(4, 3)
+    first, again = (
+        corpus.validation_batches(4, 3),
+        dataclasses.replace(corpus, seed=99).validation_batches(4, 3),
+    )
     for a, b in zip(first, again, strict=True):
         assert_same(a, b)
     # A longer validation begins with the shorter one.
@@ -240,7 +265,9 @@ def test_tinyshakespeare() -> None:
 
 def test_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(UserError, match=r"data\.source=.*a\.txt' holds \d tokens, too few .*train\.seq_len=16"):
+    with pytest.raises(
+        UserError, match=r"data\.source=.*a\.txt' holds \d tokens, too few .*train\.seq_len=16"
+    ):
         load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=16, seed=0)
 
 

@@ -57,10 +57,26 @@ def test_builtin_is_the_same_every_time() -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 of .*a\.jsonl is not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"line 2 of .*a\.jsonl is not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"data\.text_field='text' is not a field of line 2 of .*a\.jsonl: it has body"),
-        ("a.jsonl", b'["x"]\n', r"data\.text_field='text' is not a field of line 1 of .*a\.jsonl: it has no fields"),
-        ("a.jsonl", b'{"text": 3}\n', r"data\.text_field='text' is not text in line 1 of .*a\.jsonl \(int\)"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "\xff"}\n',
+            r"line 2 of .*a\.jsonl is not valid JSON",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "y"}\n',
+            r"data\.text_field='text' is not a field of line 2 of .*a\.jsonl: it has body",
+        ),
+        (
+            "a.jsonl",
+            b'["x"]\n',
+            r"data\.text_field='text' is not a field of line 1 of .*a\.jsonl: it has no fields",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": 3}\n',
+            r"data\.text_field='text' is not text in line 1 of .*a\.jsonl \(int\)",
+        ),
         ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 text \(byte 3\)"),
         ("a.parquet", b"not parquet at all", r"a\.parquet cannot be read"),
         ("a.csv", b"x", r"data\.source=.*a\.csv.* not read: give \.txt, \.md"),
@@ -73,9 +89,13 @@ def test_wrong_files(tmp_path: Path, name: str, content: bytes, words: str) -> N
 
 
 def test_wrong_columns(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.text_field='text' is not a field of .*: it has body, n"):
+    with pytest.raises(
+        UserError, match=r"data\.text_field='text' is not a field of .*: it has body, n"
+    ):
         documents(write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]}))
-    with pytest.raises(UserError, match=r"data\.text_field='text' is not text in row 2 of .*NoneType"):
+    with pytest.raises(
+        UserError, match=r"data\.text_field='text' is not text in row 2 of .*NoneType"
+    ):
         documents(write_parquet(tmp_path / "a.parquet", {"text": ["x", None]}))
 
 
@@ -104,11 +124,17 @@ def test_unreadable_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPa
     ("module", "name", "words"),
     [
         ("pyarrow", "a.parquet", "needs the `pyarrow` package: pip install pyarrow"),
-        ("datasets", "hf:some/name", r"data\.source='hf:some/name' needs the `datasets` package: pip install datasets"),
+        (
+            "datasets",
+            "hf:some/name",
+            r"data\.source='hf:some/name' needs the `datasets` package: pip install datasets",
+        ),
         ("pydoc_data.topics", "builtin", r"data\.source='builtin' needs the module pydoc_data"),
     ],
 )
-def test_packages_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, words: str) -> None:
+def test_packages_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, words: str
+) -> None:
     write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=words):
@@ -131,9 +157,17 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", datasets)
     assert documents("hf:some/name", split="test") == ["test one", "two"]
-    with pytest.raises(UserError, match=r"data\.source='hf:other' with data\.split='train' cannot be loaded \(no dataset other\)"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.source='hf:other' with data\.split='train' cannot be loaded \(no dataset "
+        r"other\)",
+    ):
         documents("hf:other")
-    with pytest.raises(UserError, match=r"data\.text_field='body' is not a field of hf:some/name: it has text, id"):
+    with pytest.raises(
+        UserError, match=r"data\.text_field='body' is not a field of hf:some/name: it has text, id"
+    ):
         documents("hf:some/name", text_field="body")
-    with pytest.raises(UserError, match=r"data\.text_field='id' is not text in row 1 of hf:some/name"):
+    with pytest.raises(
+        UserError, match=r"data\.text_field='id' is not text in row 1 of hf:some/name"
+    ):
         documents("hf:some/name", text_field="id")

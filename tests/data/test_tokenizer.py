@@ -1,4 +1,6 @@
-"""Round trips through each kind of tokenizer, the ids that mean nothing, and what cannot be read."""
+"""Round trips through each kind of tokenizer, the ids that mean nothing, and what cannot be
+read.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_bytes_round_trip(text: str) -> None:
 def test_bytes_ids() -> None:
     tokenizer = load_tokenizer("bytes")
     assert (tokenizer.num_ids, tokenizer.eos_id, tokenizer.vocab_size) == (257, 256, 264)
-    assert tokenizer.decode([104, 256, 105, 257, 263]) == "hi"  # the end and the padding ids are no text
+    assert (
+        tokenizer.decode([104, 256, 105, 257, 263]) == "hi"
+    )  # the end and the padding ids are no text
     assert tokenizer.decode([0xC3, 0x28]) == "\ufffd("
     assert tokenizer.encode("a\ud800") == [97, 63]
 
@@ -41,7 +45,10 @@ def test_file_round_trip(tmp_path: Path, text: str) -> None:
     ids = tokenizer.encode(text)
     assert 0 not in ids  # no start token, and nothing cut off or padded
     assert tokenizer.decode([*ids, tokenizer.eos_id, tokenizer.vocab_size - 1]) == text
-    assert [list(row) for row in tokenizer.encode_batch([text, "x"])] == [ids, tokenizer.encode("x")]
+    assert [list(row) for row in tokenizer.encode_batch([text, "x"])] == [
+        ids,
+        tokenizer.encode("x"),
+    ]
 
 
 def test_end_of_document(tmp_path: Path) -> None:
@@ -54,7 +61,10 @@ def test_end_of_document(tmp_path: Path) -> None:
 
 def test_folder(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(save_folder(tmp_path / "saved")))
-    assert (tokenizer.eos_id, tokenizer.num_ids) == (1, 278)  # transformers adds the padding token that the file names
+    assert (tokenizer.eos_id, tokenizer.num_ids) == (
+        1,
+        278,
+    )  # transformers adds the padding token that the file names
     text = "the quick dog , été ."
     ids = tokenizer.encode(text)
     assert len(ids) > 4 and 0 not in ids
@@ -65,9 +75,14 @@ def test_folder(tmp_path: Path) -> None:
 def test_corpus_through_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(SAMPLE)
     path = train_tokenizer(tmp_path / "tokenizer.json", ["</s>"])
-    corpus = load_corpus(DataConfig(source=str(tmp_path / "a.txt"), tokenizer=str(path)), seq_len=8, seed=0)
+    corpus = load_corpus(
+        DataConfig(source=str(tmp_path / "a.txt"), tokenizer=str(path)), seq_len=8, seed=0
+    )
     assert corpus.tokenizer.decode([*corpus.train.tokens, *corpus.validation.tokens]) == SAMPLE
-    assert corpus.hash != load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=8, seed=0).hash
+    assert (
+        corpus.hash
+        != load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=8, seed=0).hash
+    )
 
 
 def test_torchtitan_file() -> None:
@@ -82,15 +97,23 @@ def test_unreadable(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.tokenizer='gpt2' does not exist"):
         load_tokenizer("gpt2")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"data\.tokenizer=.*tokenizer\.json' cannot be read as a tokenizer"):
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer=.*tokenizer\.json' cannot be read as a tokenizer"
+    ):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"data\.tokenizer=.* cannot be read as a tokenizer") as raised:
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer=.* cannot be read as a tokenizer"
+    ) as raised:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("module", "name"), [("tokenizers", "tokenizer.json"), ("transformers", "")])
-def test_packages_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [("tokenizers", "tokenizer.json"), ("transformers", "")]
+)
+def test_packages_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"needs the `{module}` package: pip install {module}"):
@@ -99,8 +122,13 @@ def test_packages_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "saved")
-    (folder / "tokenization_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
-    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    (folder / "tokenization_mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n"
+    )
+    settings = {
+        "tokenizer_class": "Mine",
+        "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     try:
         load_tokenizer(str(folder))

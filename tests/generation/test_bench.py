@@ -48,19 +48,35 @@ def test_spans_within_spans_count_once() -> None:
 
 
 def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = types.SimpleNamespace(decode_bytes=lambda batch: batch * 1000, mesh=types.SimpleNamespace(size=1, shape={"data": 1}))
+    engine = types.SimpleNamespace(
+        decode_bytes=lambda batch: batch * 1000,
+        mesh=types.SimpleNamespace(size=1, shape={"data": 1}),
+    )
     loaded = Loaded(lambda tokens: 65, engine=engine)
     install(monkeypatch, loaded)
     monkeypatch.setattr(bench, "read_bandwidth", lambda devices: 1e6 * devices)
     found = bench.bench(loaded, Session(loaded, 2), prompt=12, generated=5, repeats=3)
-    assert [len(feed) for feed in loaded.feeds[::2]] == [12, 1, 1, 1, 1, 1, 12, 1] + [12, 1, 1, 1, 1, 1] * 3  # the warm-up, then repeats
+    assert [len(feed) for feed in loaded.feeds[::2]] == [12, 1, 1, 1, 1, 1, 12, 1] + [
+        12,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ] * 3  # the warm-up, then repeats
     assert all(0 <= token < 256 for feed in loaded.feeds for token in feed)
     assert found["prefill_tokens_per_second"] == pytest.approx(24 / found["prefill_seconds"])
     assert found["decode_tokens_per_second"] == pytest.approx(2000 / found["decode_ms_per_step"])
-    assert found["decode_bytes_per_step"] == 2000 and found["floor_ms_per_step"] == pytest.approx(2.0)
+    assert found["decode_bytes_per_step"] == 2000 and found["floor_ms_per_step"] == pytest.approx(
+        2.0
+    )
     assert found["share_of_floor"] == pytest.approx(2.0 / found["decode_ms_per_step"])
-    assert found["first_token_seconds"] >= found["prefill_seconds"] > 0 and found["peak_bytes"] > 2**20
-    with pytest.raises(UserError, match="-p 199 and -g 2 make 201 tokens and the model's context is 200"):
+    assert (
+        found["first_token_seconds"] >= found["prefill_seconds"] > 0 and found["peak_bytes"] > 2**20
+    )
+    with pytest.raises(
+        UserError, match="-p 199 and -g 2 make 201 tokens and the model's context is 200"
+    ):
         bench.bench(loaded, Session(loaded), prompt=199, generated=2)
 
 

@@ -1,4 +1,6 @@
-"""Conversations: what is read anew, what is remembered, commands, interrupts, a full context, and other people's templates."""
+"""Conversations: what is read anew, what is remembered, commands, interrupts, a full context, and
+other people's templates.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.cli.chat import run_chat
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.generation.chat import Conversation, run_chat
+from moe_jax.generation.chat import Conversation
 from moe_jax.generation.sampling import SamplingOptions
 from tests.support.fake_model import Loaded, install, shout
 from tests.support.tokenizers import save_folder
@@ -42,14 +45,22 @@ def test_turns_are_remembered_and_only_the_rest_is_read(loaded: Loaded) -> None:
     assert loaded.feeds[0] == list(b"\nU:more\nA:")
     assert conversation.figures.reused_tokens == len(b"S:loud\nU:one\nA:ONE")
     assert conversation.figures.prompt_tokens == len(b"S:loud\nU:one\nA:ONE\nU:more\nA:")
-    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in conversation.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     loaded.feeds.clear()
     conversation.reset()
     assert "".join(conversation.reply("one")) == "ONE"
     assert loaded.feeds[0] == [ord(":")]  # all is cached; one token gives the logits
 
 
-def test_a_template_that_rewrites_what_was_said_is_read_from_where_it_differs(loaded: Loaded) -> None:
+def test_a_template_that_rewrites_what_was_said_is_read_from_where_it_differs(
+    loaded: Loaded,
+) -> None:
     conversation = Conversation(loaded, GREEDY)
     "".join(conversation.reply("one"))
     conversation.messages[-1]["content"] = "OH"  # as templates that drop a reply's thoughts do
@@ -76,15 +87,22 @@ def test_a_full_context_says_reset(loaded: Loaded) -> None:
         "".join(conversation.reply("and so on"))
     assert conversation.messages == before
     conversation.reset()
-    assert "".join(conversation.reply("y" * 18)) == "Y" * 8  # 23 tokens of prompt, 7 read after them, and the last is not read
+    assert (
+        "".join(conversation.reply("y" * 18)) == "Y" * 8
+    )  # 23 tokens of prompt, 7 read after them, and the last is not read
     assert conversation.figures.ended == "context"
 
 
 def test_limits(loaded: Loaded) -> None:
     conversation = Conversation(loaded, GREEDY, max_tokens=4, stop=["CAKE"])
-    assert "".join(conversation.reply("abcdef")) == "ABCD" and conversation.figures.ended == "tokens"
+    assert (
+        "".join(conversation.reply("abcdef")) == "ABCD" and conversation.figures.ended == "tokens"
+    )
     conversation = Conversation(loaded, GREEDY, stop=["CAKE"])
-    assert "".join(conversation.reply("eat cake now")) == "EAT " and conversation.figures.ended == "stop"
+    assert (
+        "".join(conversation.reply("eat cake now")) == "EAT "
+        and conversation.figures.ended == "stop"
+    )
     assert "".join(conversation.reply("eat ca")) == "EAT CA"
 
 
@@ -109,7 +127,9 @@ def talk(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, text: str) -> Conversa
 def test_a_pipe_gets_replies_on_stdout_and_the_rest_on_stderr(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conversation = talk(loaded, monkeypatch, "one\n\n/help\n/reset\n/nonsense\n  two  \n/quit\nthree\n")
+    conversation = talk(
+        loaded, monkeypatch, "one\n\n/help\n/reset\n/nonsense\n  two  \n/quit\nthree\n"
+    )
     out, err = capsys.readouterr()
     assert out == "ONE\nTWO\n"
     assert "/quit    leave" in err and "/nonsense is no command" in err and "forgotten" in err
@@ -124,7 +144,9 @@ def test_the_end_of_a_pipe_ends_the_chat_and_a_path_is_no_command(
     assert capsys.readouterr().out == "/USR/BIN OR\nLAST\n"
 
 
-def test_a_full_context_does_not_end_the_chat(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_context_does_not_end_the_chat(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded.context = 30
     talk(loaded, monkeypatch, f"{'x' * 40}\nhi\n{'y' * 14}\n/reset\n{'y' * 8}\n")
     out, err = capsys.readouterr()
@@ -184,7 +206,10 @@ def test_at_a_terminal_ctrl_c_clears_the_line_and_ctrl_d_leaves(
 
 # Templates of a folder.
 
-PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[reply]{% endif %}"
+PLAIN = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
+    "add_generation_prompt %}[reply]{% endif %}"
+)
 
 
 def with_template(folder: Path, template: str) -> Path:
@@ -198,10 +223,15 @@ def with_template(folder: Path, template: str) -> Path:
 def test_a_folders_template_is_rendered(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(with_template(tmp_path / "saved", PLAIN)))
     assert tokenizer.chat is not None
-    ids = tokenizer.chat([{"role": "system", "content": "be\ud800"}, {"role": "user", "content": "the dog"}])
+    ids = tokenizer.chat(
+        [{"role": "system", "content": "be\ud800"}, {"role": "user", "content": "the dog"}]
+    )
     assert ids == tokenizer.encode("[system]be?[user]the dog[reply]")
     assert tokenizer.bos_id == 0
-    assert tokenizer.encode_prompt("the dog") == [0, *tokenizer.encode("the dog")]  # nothing cut off or padded
+    assert tokenizer.encode_prompt("the dog") == [
+        0,
+        *tokenizer.encode("the dog"),
+    ]  # nothing cut off or padded
 
 
 def test_a_folder_without_a_template(tmp_path: Path) -> None:
@@ -224,7 +254,9 @@ def test_a_folder_without_a_template(tmp_path: Path) -> None:
 def test_a_template_that_fails_or_breaks_out_is_one_sentence(template: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(with_template(tmp_path / "saved", template)), "--model")
     assert tokenizer.chat is not None
-    with pytest.raises(UserError, match=r"--model=.*its chat template refuses these messages \(.+\)") as error:
+    with pytest.raises(
+        UserError, match=r"--model=.*its chat template refuses these messages \(.+\)"
+    ) as error:
         tokenizer.chat([{"role": "user", "content": "hi"}])
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,6 @@
-"""Perplexity: every token but the first counts once, whatever the window; and texts that cannot be scored."""
+"""Perplexity: every token but the first counts once, whatever the window; and texts that cannot be
+scored.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,23 @@ def scored() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 def loaded(scored: list) -> Loaded:
     """A model to which a token of id n costs n thousandths of a nat."""
 
-    def score(params: object, tables: object, tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def score(
+        params: object, tables: object, tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         scored.append((tokens, targets, mask))
         return np.float32((targets * mask).sum() / 1000), np.float32(mask.sum())
 
-    return Loaded(lambda tokens: 0, context=64, engine=types.SimpleNamespace(score=score, mesh=types.SimpleNamespace(shape={"data": 1})))
+    return Loaded(
+        lambda tokens: 0,
+        context=64,
+        engine=types.SimpleNamespace(score=score, mesh=types.SimpleNamespace(shape={"data": 1})),
+    )
 
 
 @pytest.mark.parametrize("window", [None, 64, 14, 5, 1])
-def test_every_token_but_the_first_counts_once(window: int | None, loaded: Loaded, scored: list) -> None:
+def test_every_token_but_the_first_counts_once(
+    window: int | None, loaded: Loaded, scored: list
+) -> None:
     found = evaluate(loaded, TEXT, window)
     data = TEXT.encode()
     nats = sum(data[1:]) / 1000
@@ -62,13 +72,20 @@ def test_a_loss_that_is_not_finite_is_refused(loaded: Loaded) -> None:
 
 
 def test_mistakes(loaded: Loaded, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--window 65 exceeds the model's context of 64 tokens: lower it."):
+    with pytest.raises(
+        UserError, match=r"--window 65 exceeds the model's context of 64 tokens: lower it."
+    ):
         evaluate(loaded, TEXT, 65)
     with pytest.raises(UserError, match=r"--text has 1 tokens: give a text of at least two."):
         evaluate(loaded, "x")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_text("")
-    for name, words in (("latin.txt", r"not UTF-8 \(byte 3\)"), ("empty.txt", "is empty"), ("none.txt", "No such file"), ("", "directory")):
+    for name, words in (
+        ("latin.txt", r"not UTF-8 \(byte 3\)"),
+        ("empty.txt", "is empty"),
+        ("none.txt", "No such file"),
+        ("", "directory"),
+    ):
         with pytest.raises(UserError, match=f"--text .*{words}") as error:
             read_text(tmp_path / name)
         assert "\n" not in str(error.value)

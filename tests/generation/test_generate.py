@@ -1,4 +1,6 @@
-"""Texts: how they end, and what is read for them and what is not, with a model that says what it is told."""
+"""Texts: how they end, and what is read for them and what is not, with a model that says what it is
+told.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from tests.support.fake_model import END, Loaded, Session, script
 GREEDY_OPTIONS = SamplingOptions(temperature=0.0)
 
 
-def say(loaded: Loaded, prompt: bytes = b"go", max_tokens: int = 99, options: SamplingOptions = GREEDY_OPTIONS, **more: Any) -> str:
+def say(
+    loaded: Loaded,
+    prompt: bytes = b"go",
+    max_tokens: int = 99,
+    options: SamplingOptions = GREEDY_OPTIONS,
+    **more: Any,
+) -> str:
     reader = Reader(Session(loaded))
     sampler = Sampler(options, loaded.tokenizer.num_ids)
     return "".join(generate(loaded, reader, list(prompt), sampler, max_tokens=max_tokens, **more))
@@ -46,7 +54,12 @@ def test_the_last_token_costs_no_further_pass() -> None:
     loaded, figures = saying(b"abc"), GenerationStats()  # a fourth would be out of range
     assert say(loaded, max_tokens=3, figures=figures) == "abc"
     assert loaded.feeds == [[*b"go"], [*b"a"], [*b"b"]]
-    assert (figures.prompt_tokens, figures.tokens, figures.steps, figures.reused_tokens) == (2, 3, 2, 0)
+    assert (figures.prompt_tokens, figures.tokens, figures.steps, figures.reused_tokens) == (
+        2,
+        3,
+        2,
+        0,
+    )
     assert figures.prompt_rate > 0 and figures.rate > 0
 
 
@@ -61,13 +74,25 @@ def test_repetition_is_counted_from_the_prompt_on() -> None:
     say_o = Loaded(lambda tokens: ord("o"))  # a logit of 9, all others 0
     assert say(say_o, max_tokens=3) == "ooo"
     loaded = Loaded(lambda tokens: ord("o"))
-    assert say(loaded, b"g", max_tokens=20, options=SamplingOptions(1.0, repetition_penalty=1e30)).count("o") < 5
+    assert (
+        say(
+            loaded, b"g", max_tokens=20, options=SamplingOptions(1.0, repetition_penalty=1e30)
+        ).count("o")
+        < 5
+    )
 
 
 def test_an_interrupted_text_says_so() -> None:
     figures = GenerationStats()
     loaded = saying(b"abc")
-    pieces = generate(loaded, Reader(Session(loaded)), [1, 2], Sampler(GREEDY_OPTIONS), max_tokens=9, figures=figures)
+    pieces = generate(
+        loaded,
+        Reader(Session(loaded)),
+        [1, 2],
+        Sampler(GREEDY_OPTIONS),
+        max_tokens=9,
+        figures=figures,
+    )
     assert next(pieces) == "a"
     pieces.close()
     assert figures.ended == "interrupted"
@@ -76,13 +101,18 @@ def test_an_interrupted_text_says_so() -> None:
 def test_prompts_that_cannot_be() -> None:
     with pytest.raises(UserError, match="--prompt is empty"):
         say(saying(b"a"), b"")
-    with pytest.raises(UserError, match=r"The prompt has 5 tokens and the model's context 4: shorten it."):
+    with pytest.raises(
+        UserError, match=r"The prompt has 5 tokens and the model's context 4: shorten it."
+    ):
         say(saying(b"a", context=4), b"12345")
 
 
 def test_a_full_context_ends_the_text_or_slides() -> None:
     figures = GenerationStats()
-    assert say(saying(b"abcdefgh", context=6), figures=figures) == "abcde" and figures.ended == "context"
+    assert (
+        say(saying(b"abcdefgh", context=6), figures=figures) == "abcde"
+        and figures.ended == "context"
+    )
 
     def count_up(tokens: Sequence[int]) -> int:
         return tokens[-1] + 1
@@ -90,7 +120,15 @@ def test_a_full_context_ends_the_text_or_slides() -> None:
     loaded = Loaded(count_up, context=6)
     assert say(loaded, b"12345678", max_tokens=7, slide=True) == "9:;<=>?"
     # The prompt's end; then the last half, and on from there until it is full again.
-    assert [bytes(feed) for feed in loaded.feeds] == [b"345678", b"789", b":", b";", b"<", b";<=", b">"]
+    assert [bytes(feed) for feed in loaded.feeds] == [
+        b"345678",
+        b"789",
+        b":",
+        b";",
+        b"<",
+        b";<=",
+        b">",
+    ]
 
 
 def test_a_reader_reads_what_it_does_not_hold() -> None:

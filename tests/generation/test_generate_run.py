@@ -11,7 +11,15 @@ from moe_jax.generation.generate import generate_run
 from moe_jax.inference import load
 from tests.support.tiny_run import copy_until, finished, run
 
-GREEDY = {"max_tokens": 12, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0, "step": None, "fallback": False}
+GREEDY = {
+    "max_tokens": 12,
+    "temperature": 0.0,
+    "top_k": None,
+    "top_p": None,
+    "seed": 0,
+    "step": None,
+    "fallback": False,
+}
 BIAS = "moe.bias_rate=0.01"
 
 
@@ -32,8 +40,12 @@ def test_the_same_seed_gives_the_same_text(base: Path) -> None:
     assert text(base, step=3, seed=5, **options) != text(base, seed=5, **options)
 
 
-def test_a_run_says_the_same_wherever_it_was_trained(base: Path, folder: Path, tmp_path: Path) -> None:
-    """The same checkpoint after a move to another mesh, with other slots, and no step in between."""
+def test_a_run_says_the_same_wherever_it_was_trained(
+    base: Path, folder: Path, tmp_path: Path
+) -> None:
+    """The same checkpoint after a move to another mesh, with other slots, and no step in
+    between.
+    """
     moved = copy_until(base, tmp_path / "moved", 6)
     mesh = ("mesh.data=1", "mesh.expert=8", "placement.redundant_slots=1")
     options = {"temperature": 1.0, "max_tokens": 30}
@@ -52,7 +64,11 @@ def test_a_runs_context_is_no_limit_of_its_text(base: Path) -> None:
     assert load.open_model(base).context == 32
     tail = "expert of the loaded gate, load "
     assert len(tail) == 32
-    assert text(base, tail, max_tokens=40) == text(base, "something else " * 9 + tail, max_tokens=40) != ""
+    assert (
+        text(base, tail, max_tokens=40)
+        == text(base, "something else " * 9 + tail, max_tokens=40)
+        != ""
+    )
 
 
 def test_reading_token_by_token_is_reading_at_once(base: Path) -> None:

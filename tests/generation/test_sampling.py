@@ -1,4 +1,6 @@
-"""What is drawn: against a plain full sort, by the frequencies of many draws, and where numbers are extreme."""
+"""What is drawn: against a plain full sort, by the frequencies of many draws, and where numbers are
+extreme.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LOGITS = np.log(np.array([0.125, 0.5, 0.125, 0.25])).astype(np.float32)
 def shares(logits_V: np.ndarray, count: int = 4000, **options: float) -> np.ndarray:
     """How often each token is drawn."""
     sampler = Sampler(SamplingOptions(**{"temperature": 1.0, **options}))
-    return np.bincount([sampler.draw(logits_V) for _ in range(count)], minlength=len(logits_V)) / count
+    return (
+        np.bincount([sampler.draw(logits_V) for _ in range(count)], minlength=len(logits_V)) / count
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,9 @@ def test_distribution_equals_a_full_sort(options: dict[str, float], spread: floa
     found[slice(None) if ids is None else ids] = chance / chance.sum(dtype=np.float64)
     expected = plain(logits_V, settings)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
-    assert abs(int((found > 0).sum()) - int((expected > 0).sum())) <= 1  # at an edge f32 and f64 may differ
+    assert (
+        abs(int((found > 0).sum()) - int((expected > 0).sum())) <= 1
+    )  # at an edge f32 and f64 may differ
 
 
 def test_equal_logits_are_taken_in_order() -> None:
@@ -130,18 +136,24 @@ def test_repetition_penalty_counts_prompt_and_what_was_drawn() -> None:
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     logits_V = np.array([0, 0, 0, 9, 9], np.float32)
-    assert {Sampler(SamplingOptions(seed=seed), num_ids=3).draw(logits_V) for seed in range(40)} == {0, 1, 2}
+    assert {
+        Sampler(SamplingOptions(seed=seed), num_ids=3).draw(logits_V) for seed in range(40)
+    } == {0, 1, 2}
 
 
 def test_extreme_logits() -> None:
-    np.testing.assert_allclose(shares(np.array([3e38, 3e38, -3e38], np.float32), 2000), [0.5, 0.5, 0], atol=0.05)
+    np.testing.assert_allclose(
+        shares(np.array([3e38, 3e38, -3e38], np.float32), 2000), [0.5, 0.5, 0], atol=0.05
+    )
     masked = np.array([-np.inf, 0, -np.inf, 0], np.float32)
     for options in ({}, {"top_p": 0.9999}, {"top_k": 3}):
         np.testing.assert_allclose(shares(masked, 2000, **options), [0, 0.5, 0, 0.5], atol=0.05)
     for bad in (np.nan, np.inf):
         for temperature in (0.0, 1.0):
             with pytest.raises(UserError, match="logits are not finite"):
-                Sampler(SamplingOptions(temperature=temperature)).draw(np.array([0, bad, 1], np.float32))
+                Sampler(SamplingOptions(temperature=temperature)).draw(
+                    np.array([0, bad, 1], np.float32)
+                )
 
 
 def test_the_seed_decides() -> None:
@@ -154,7 +166,14 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+    ],
     ids=str,
 )
 def test_options_out_of_range(wrong: dict[str, float]) -> None:

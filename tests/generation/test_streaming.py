@@ -1,4 +1,6 @@
-"""Text from tokens: whole characters, spaces between words, stop strings that are split over tokens in any way."""
+"""Text from tokens: whole characters, spaces between words, stop strings that are split over tokens
+in any way.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,16 @@ def test_an_unfinished_character_at_the_end_is_not_lost() -> None:
 
 
 def test_bytes_that_are_no_character_do_not_stop_the_text() -> None:
-    assert "".join(pieces(list(b"a\xffb\xfe"))) == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+    assert (
+        "".join(pieces(list(b"a\xffb\xfe")))
+        == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+    )
 
 
 @given(st.text(), st.lists(st.text(min_size=1, max_size=3), max_size=2))
-def test_what_is_shown_is_the_text_up_to_the_stop_string_that_is_complete_first(text: str, stop: list[str]) -> None:
+def test_what_is_shown_is_the_text_up_to_the_stop_string_that_is_complete_first(
+    text: str, stop: list[str]
+) -> None:
     ends = sorted((text.find(one) + len(one), text.find(one)) for one in stop if one in text)
     assert "".join(pieces(list(text.encode()), stop=stop)) == (text[: ends[0][1]] if ends else text)
 
@@ -73,13 +80,28 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer as Llama's: words with the space before them, which is dropped where nothing comes before, and bytes."""
-    names = ["<unk>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdefghijklmnopqrstuvwxyz"]
+    """A tokenizer as Llama's: words with the space before them, which is dropped where nothing
+    comes before, and bytes.
+    """
+    names = [
+        "<unk>",
+        "</s>",
+        "\u2581",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"abcdefghijklmnopqrstuvwxyz",
+    ]
     names += ["\u2581once", "\u2581upon", "\u2581a", "\u2581time"]
-    inner = tokenizers.Tokenizer(models.Unigram([(name, -1.0) for name in names], unk_id=0, byte_fallback=True))
+    inner = tokenizers.Tokenizer(
+        models.Unigram([(name, -1.0) for name in names], unk_id=0, byte_fallback=True)
+    )
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     inner.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     path = Path(tmp_path_factory.mktemp("words")) / "tokenizer.json"
     inner.save(str(path))

@@ -14,7 +14,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.config import map_config
 from moe_jax.hf.families import FAMILIES
-from moe_jax.models.transformer import layer_kinds
+from moe_jax.models.layer_pattern import layer_kinds
 from moe_jax.moe.load_balancing import switch_loss
 
 SIZES = {
@@ -71,7 +71,10 @@ def test_a_config_of_sizes_alone_takes_the_defaults_of_its_family(family: str) -
     model, moe = read(family)
     assert (model.width, model.num_layers, model.num_heads, model.vocab_size) == (32, 4, 4, 64)
     assert moe.dropless and moe.z_loss == 0
-    assert not model.tied_embeddings and model.rope.theta == {"mixtral": 1e6, "gpt_oss": 150_000.0}.get(family, 1e4)
+    assert not model.tied_embeddings and model.rope.theta == {
+        "mixtral": 1e6,
+        "gpt_oss": 150_000.0,
+    }.get(family, 1e4)
     assert model.norm_eps == (1e-5 if family in ("mixtral", "olmoe", "gpt_oss") else 1e-6)
 
 
@@ -80,9 +83,18 @@ def test_a_config_of_sizes_alone_takes_the_defaults_of_its_family(family: str) -
     ("change", "says"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.type='longrope' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "stretch": 3}}, "rope_scaling.stretch=3 is a setting"),
-        ({"logit_softcap": 30.0}, "logit_softcap=30.0 is a setting that this family is not known to have"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope_scaling.type='longrope' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "stretch": 3}},
+            "rope_scaling.stretch=3 is a setting",
+        ),
+        (
+            {"logit_softcap": 30.0},
+            "logit_softcap=30.0 is a setting that this family is not known to have",
+        ),
         ({"hidden_size": "wide"}, "hidden_size='wide' must be a whole number"),
         ({"hidden_size": None}, "hidden_size=null must be a whole number"),
         ({"num_key_value_heads": 3}, "model.num_kv_heads=3"),
@@ -92,7 +104,9 @@ def test_a_config_of_sizes_alone_takes_the_defaults_of_its_family(family: str) -
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_would_change_the_arithmetic_is_refused_by_name(family: str, change: dict[str, Any], says: str) -> None:
+def test_what_would_change_the_arithmetic_is_refused_by_name(
+    family: str, change: dict[str, Any], says: str
+) -> None:
     with pytest.raises(UserError, match=says) as error:
         read(family, **change)
     assert str(error.value).startswith("config.json") and "\n" not in str(error.value)
@@ -117,44 +131,89 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(family: str, change
         ("llama", {"rope_scalings": {}}, r"\(is rope_scaling meant\?\)"),
     ],
 )
-def test_what_one_family_cannot_do_is_refused_by_name(family: str, change: dict[str, Any], says: str) -> None:
+def test_what_one_family_cannot_do_is_refused_by_name(
+    family: str, change: dict[str, Any], says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         read(family, **change)
 
 
 def test_keys_that_change_nothing_are_passed_over() -> None:
     plain = read("llama")
-    assert read("llama", attention_dropout=0.1, pretraining_tp=1, auto_map={"AutoModel": "x.y"}, some_new_key=None) == plain
+    assert (
+        read(
+            "llama",
+            attention_dropout=0.1,
+            pretraining_tp=1,
+            auto_map={"AutoModel": "x.y"},
+            some_new_key=None,
+        )
+        == plain
+    )
     assert read("mistral", attention_bias=False, use_cache=True) == read("mistral")
 
 
 @pytest.mark.parametrize(
     ("scaling", "wanted"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, {"scaling": "linear", "factor": 2.0, "original_length": 512}),
-        # dynamic starts at the length that the config states, whatever the original one was
-        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}, {"scaling": "dynamic", "original_length": 512}),
         (
-            {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64},
+            {"rope_type": "linear", "factor": 2.0},
+            {"scaling": "linear", "factor": 2.0, "original_length": 512},
+        ),
+        # dynamic starts at the length that the config states, whatever the original one was
+        (
+            {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9},
+            {"scaling": "dynamic", "original_length": 512},
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8,
+                "low_freq_factor": 1,
+                "high_freq_factor": 4,
+                "original_max_position_embeddings": 64,
+            },
             {"scaling": "llama3", "factor": 8.0, "original_length": 64, "high_freq_factor": 4.0},
         ),
         (
-            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128, "truncate": False},
-            {"scaling": "yarn", "factor": 4.0, "original_length": 128, "truncate": False, "attention_factor": None},
+            {
+                "rope_type": "yarn",
+                "factor": None,
+                "original_max_position_embeddings": 128,
+                "truncate": False,
+            },
+            {
+                "scaling": "yarn",
+                "factor": 4.0,
+                "original_length": 128,
+                "truncate": False,
+                "attention_factor": None,
+            },
         ),
         ({"rope_type": "default"}, {"scaling": "none", "factor": 1.0}),
     ],
 )
-def test_rope_reads_the_same_in_the_old_style_and_in_the_new(scaling: dict[str, Any], wanted: dict[str, Any]) -> None:
+def test_rope_reads_the_same_in_the_old_style_and_in_the_new(
+    scaling: dict[str, Any], wanted: dict[str, Any]
+) -> None:
     old = {key.replace("rope_type", "type"): value for key, value in scaling.items()}
     before, _ = read("llama", rope_theta=5e5, rope_scaling=old)
     after, _ = read("llama", rope_parameters=scaling | {"rope_theta": 5e5})
     assert before.rope == after.rope and before.rope.theta == 5e5
-    assert wanted.items() <= {name: getattr(before.rope, name) for name in RopeConfig.__dataclass_fields__}.items()
+    assert (
+        wanted.items()
+        <= {name: getattr(before.rope, name) for name in RopeConfig.__dataclass_fields__}.items()
+    )
 
 
 def test_yarn_scales_of_deepseek() -> None:
-    scaling = {"type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "original_max_position_embeddings": 64}
+    scaling = {
+        "type": "yarn",
+        "factor": 8.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "original_max_position_embeddings": 64,
+    }
     model, _ = read("deepseek_v3", rope_scaling=scaling)
     whole, part = 0.1 * math.log(8) + 1, 0.05 * math.log(8) + 1
     assert model.rope.attention_factor == pytest.approx(whole / part)
@@ -165,15 +224,28 @@ def test_yarn_scales_of_deepseek() -> None:
 def test_partial_rotation_and_head_width() -> None:
     model, _ = read("llama", partial_rotary_factor=0.5, head_dim=16)
     assert (model.rope.fraction, model.head_width) == (0.5, 16)
-    assert read("qwen3")[0].head_width == 128 and read("gpt_oss")[0].head_width == 64 and read("llama")[0].head_width == 8
+    assert (
+        read("qwen3")[0].head_width == 128
+        and read("gpt_oss")[0].head_width == 64
+        and read("llama")[0].head_width == 8
+    )
 
 
 def test_windows_are_in_the_layers_that_the_family_gives_them() -> None:
-    assert has_window("mistral") == [True] * 4 and has_window("mistral", sliding_window=None) == [False] * 4
-    assert has_window("mixtral") == [False] * 4 and has_window("mixtral", sliding_window=8) == [True] * 4
+    assert (
+        has_window("mistral") == [True] * 4
+        and has_window("mistral", sliding_window=None) == [False] * 4
+    )
+    assert (
+        has_window("mixtral") == [False] * 4
+        and has_window("mixtral", sliding_window=8) == [True] * 4
+    )
     assert has_window("gpt_oss") == [True, False, True, False]
     used = {"use_sliding_window": True, "sliding_window": 8}
-    assert has_window("qwen3_moe", sliding_window=8) == [False] * 4 and has_window("qwen3_moe", **used) == [True] * 4
+    assert (
+        has_window("qwen3_moe", sliding_window=8) == [False] * 4
+        and has_window("qwen3_moe", **used) == [True] * 4
+    )
     assert has_window("qwen3", **used, max_window_layers=1) == [False, True, True, True]
     assert has_window("qwen2_moe", **used, max_window_layers=3) == [True, False, True, False]
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
@@ -182,30 +254,58 @@ def test_windows_are_in_the_layers_that_the_family_gives_them() -> None:
 
 def test_experts_are_in_the_layers_that_the_family_gives_them() -> None:
     assert has_experts("llama") == [False] * 4 and has_experts("mixtral") == [True] * 4
-    assert has_experts("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3]) == [False, True, False, False]
+    assert has_experts("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3]) == [
+        False,
+        True,
+        False,
+        False,
+    ]
     assert has_experts("qwen2_moe", num_experts=0) == [False] * 4
-    assert has_experts("deepseek_v2") == [True] * 4 and has_experts("deepseek_v3") == [False, False, False, True]
-    assert has_experts("deepseek_v3", first_k_dense_replace=1, moe_layer_freq=2) == [False, False, True, False]
+    assert has_experts("deepseek_v2") == [True] * 4 and has_experts("deepseek_v3") == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert has_experts("deepseek_v3", first_k_dense_replace=1, moe_layer_freq=2) == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_routing_of_each_family() -> None:
     def routing(family: str, **changes: Any) -> tuple[Any, ...]:
         moe = read(family, **changes)[1]
-        return moe.score, moe.normalize, moe.num_groups, moe.top_groups, moe.routed_scale, moe.shared_width
+        return (
+            moe.score,
+            moe.normalize,
+            moe.num_groups,
+            moe.top_groups,
+            moe.routed_scale,
+            moe.shared_width,
+        )
 
     assert routing("mixtral") == ("softmax", "after", 1, 1, 1.0, 0)
     assert routing("qwen3_moe") == ("softmax", "before", 1, 1, 1.0, 0)
     assert routing("qwen3_moe", norm_topk_prob=True)[1] == "after"
     assert routing("qwen2_moe") == ("softmax", "before", 1, 1, 1.0, 40)
     assert routing("deepseek_v2", n_group=4, topk_group=2) == ("softmax", "before", 1, 1, 1.0, 48)
-    assert routing("deepseek_v2", n_group=4, topk_group=2, topk_method="group_limited_greedy")[2:4] == (4, 2)
+    assert routing("deepseek_v2", n_group=4, topk_group=2, topk_method="group_limited_greedy")[
+        2:4
+    ] == (4, 2)
     assert routing("deepseek_v3") == ("sigmoid", "after", 4, 2, 2.5, 24)
     gpt = read("gpt_oss")[1]
-    assert gpt.router_bias and gpt.expert_bias and gpt.swiglu_limit == 7.0 and gpt.normalize == "after"
+    assert (
+        gpt.router_bias and gpt.expert_bias and gpt.swiglu_limit == 7.0 and gpt.normalize == "after"
+    )
 
 
 def test_the_balance_loss_of_one_layer_is_that_of_transformers() -> None:
-    """Theirs counts every choice: E x sum over experts of (choices a token) x (mean probability)."""
+    """Theirs counts every choice: E x sum over experts of (choices a token) x (mean
+    probability).
+    """
     rng = np.random.default_rng(0)
     prob_TE = rng.dirichlet(np.ones(8), size=50)
     chosen_TK = np.argsort(-prob_TE)[:, :2]
@@ -237,4 +337,9 @@ def test_ends_of_text_are_those_of_generation_config(tmp_path: Path) -> None:
     assert hf.read_config(tmp_path).eos_ids == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     found = hf.read_config(tmp_path)
-    assert found.eos_ids == (3, 4) and found.context == 512 and found.vocab_size == 64 and found.family == "llama"
+    assert (
+        found.eos_ids == (3, 4)
+        and found.context == 512
+        and found.vocab_size == 64
+        and found.family == "llama"
+    )

@@ -14,12 +14,19 @@ from moe_jax import hf
 from moe_jax.config.model import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.config import map_config
-from moe_jax.models.transformer import count_moe_layers, layer_kinds
+from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from tests.support.hf_cases import CASES, build
 
 
 def copy(checkpoint: hf.Checkpoint, out: Path, **options) -> Path:
-    hf.export(out, checkpoint.family, checkpoint.config, checkpoint.leaf, bias_LE=checkpoint.bias_LE(), **options)
+    hf.export(
+        out,
+        checkpoint.family,
+        checkpoint.config,
+        checkpoint.leaf,
+        bias_LE=checkpoint.bias_LE(),
+        **options,
+    )
     return out
 
 
@@ -28,15 +35,25 @@ def test_what_is_exported_is_bitwise_what_was_read(case: str, tmp_path: Path) ->
     folder = build(case, tmp_path / "in")
     checkpoint = hf.open_checkpoint(folder)
     again = hf.open_checkpoint(copy(checkpoint, tmp_path / "out"))
-    assert (again.model, again.moe, again.context) == (checkpoint.model, checkpoint.moe, checkpoint.context)
+    assert (again.model, again.moe, again.context) == (
+        checkpoint.model,
+        checkpoint.moe,
+        checkpoint.context,
+    )
     for path in checkpoint.shapes():
         assert again.leaf(path).tobytes() == checkpoint.leaf(path).tobytes(), path
     if checkpoint.bias_LE() is not None:
         np.testing.assert_array_equal(again.bias_LE(), checkpoint.bias_LE())
     if "mxfp4" not in case:
-        before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+        before, after = (
+            load_file(folder / "model.safetensors"),
+            load_file(tmp_path / "out" / "model.safetensors"),
+        )
         assert after.keys() <= before.keys()
-        assert all(before[name].tobytes() == array.tobytes() and before[name].shape == array.shape for name, array in after.items())
+        assert all(
+            before[name].tobytes() == array.tobytes() and before[name].shape == array.shape
+            for name, array in after.items()
+        )
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
@@ -44,19 +61,40 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     out = copy(checkpoint, tmp_path / "out", shard_bytes=20_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
-    assert len(files) > 2 and set(index["weight_map"].values()) == set(files) and files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    assert index["metadata"]["total_size"] == sum(checkpoint.leaf(path).nbytes for path in checkpoint.shapes())
+    assert (
+        len(files) > 2
+        and set(index["weight_map"].values()) == set(files)
+        and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    )
+    assert index["metadata"]["total_size"] == sum(
+        checkpoint.leaf(path).nbytes for path in checkpoint.shapes()
+    )
     again = hf.open_checkpoint(out)
-    assert all(again.leaf(path).tobytes() == checkpoint.leaf(path).tobytes() for path in checkpoint.shapes())
+    assert all(
+        again.leaf(path).tobytes() == checkpoint.leaf(path).tobytes()
+        for path in checkpoint.shapes()
+    )
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_the_tokenizer_goes_along_and_nothing_else(tmp_path: Path) -> None:
     folder = build("llama-plain", tmp_path / "in")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "notes.txt", "modeling_x.py"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "notes.txt",
+        "modeling_x.py",
+    ):
         (folder / name).write_text("{}")
     out = copy(hf.open_checkpoint(folder), tmp_path / "out", tokenizer_from=folder)
-    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    copied = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
     assert {path.name for path in out.iterdir()} == copied | {"config.json", "model.safetensors"}
 
 
@@ -72,7 +110,12 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         copy(checkpoint, out)
     assert not out.exists() and not out.with_name("out.part").exists()
     with pytest.raises(RuntimeError, match="device lost"):
-        hf.export(out, checkpoint.family, checkpoint.config, lambda path: (_ for _ in ()).throw(RuntimeError("device lost")))
+        hf.export(
+            out,
+            checkpoint.family,
+            checkpoint.config,
+            lambda path: (_ for _ in ()).throw(RuntimeError("device lost")),
+        )
     assert not list(out.parent.iterdir())
     out.with_name("out.part").mkdir()  # left by one that was killed
     copy(checkpoint, out)
@@ -83,7 +126,13 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_selection_bias_that_a_family_cannot_hold(tmp_path: Path) -> None:
     checkpoint = hf.open_checkpoint(build("mixtral-plain", tmp_path / "in"))
     with pytest.raises(UserError, match=r"moe\.bias_rate"):
-        hf.export(tmp_path / "out", checkpoint.family, checkpoint.config, checkpoint.leaf, bias_LE=np.ones((3, 8), np.float32))
+        hf.export(
+            tmp_path / "out",
+            checkpoint.family,
+            checkpoint.config,
+            checkpoint.leaf,
+            bias_LE=np.ones((3, 8), np.float32),
+        )
 
 
 # Models of our own
@@ -97,23 +146,56 @@ YARN = RopeConfig(scaling="yarn", factor=4.0, original_length=64, beta_fast=20.0
     ("family", "model", "moe"),
     [
         ("qwen3_moe", ModelConfig(), EXPERTS),
-        ("qwen3_moe", ModelConfig(head_dim=16, sliding_window=8, rope=YARN), dataclasses.replace(EXPERTS, first_dense=1, every=2)),
-        ("qwen3_moe", ModelConfig(qkv_bias=True, out_bias=True), dataclasses.replace(EXPERTS, normalize="before")),
+        (
+            "qwen3_moe",
+            ModelConfig(head_dim=16, sliding_window=8, rope=YARN),
+            dataclasses.replace(EXPERTS, first_dense=1, every=2),
+        ),
+        (
+            "qwen3_moe",
+            ModelConfig(qkv_bias=True, out_bias=True),
+            dataclasses.replace(EXPERTS, normalize="before"),
+        ),
         ("olmoe", ModelConfig(qk_norm_over="width", clip_qkv=4.0), EXPERTS),
-        ("qwen2_moe", ModelConfig(qk_norm=False, qkv_bias=True), dataclasses.replace(EXPERTS, shared_experts=2, shared_gate=True)),
-        ("mixtral", ModelConfig(qk_norm=False, rope=RopeConfig(scaling="dynamic", factor=2.0, original_length=256)), EXPERTS),
+        (
+            "qwen2_moe",
+            ModelConfig(qk_norm=False, qkv_bias=True),
+            dataclasses.replace(EXPERTS, shared_experts=2, shared_gate=True),
+        ),
+        (
+            "mixtral",
+            ModelConfig(
+                qk_norm=False, rope=RopeConfig(scaling="dynamic", factor=2.0, original_length=256)
+            ),
+            EXPERTS,
+        ),
         ("qwen3", ModelConfig(sliding_window=8, window_every=2), DENSE),
-        ("llama", ModelConfig(qk_norm=False, mlp_bias=True, rope=RopeConfig(scaling="linear", factor=2.0)), DENSE),
+        (
+            "llama",
+            ModelConfig(
+                qk_norm=False, mlp_bias=True, rope=RopeConfig(scaling="linear", factor=2.0)
+            ),
+            DENSE,
+        ),
         ("mistral", ModelConfig(qk_norm=False, sliding_window=8), DENSE),
     ],
 )
-def test_a_model_of_our_own_gets_the_config_of_the_family_that_it_fits(family: str, model: ModelConfig, moe: MoEConfig) -> None:
+def test_a_model_of_our_own_gets_the_config_of_the_family_that_it_fits(
+    family: str, model: ModelConfig, moe: MoEConfig
+) -> None:
     found, config = hf.config_of(model, moe, 96, 256, eos_id=5)
-    assert found == family and config["eos_token_id"] == 5 and config["max_position_embeddings"] == 256
+    assert (
+        found == family and config["eos_token_id"] == 5 and config["max_position_embeddings"] == 256
+    )
     _, model_again, moe_again = map_config(config, "config.json")
     assert layer_kinds(model_again, moe_again) == layer_kinds(model, moe)
-    assert model_again.head_width == model.head_width and model_again.rope.scaling == model.rope.scaling
-    assert moe is DENSE or moe_again.aux_loss == pytest.approx(moe.aux_loss * count_moe_layers(model, moe))  # pooled over layers
+    assert (
+        model_again.head_width == model.head_width
+        and model_again.rope.scaling == model.rope.scaling
+    )
+    assert moe is DENSE or moe_again.aux_loss == pytest.approx(
+        moe.aux_loss * count_moe_layers(model, moe)
+    )  # pooled over layers
 
 
 @pytest.mark.parametrize(
@@ -130,9 +212,17 @@ def test_a_model_of_our_own_gets_the_config_of_the_family_that_it_fits(family: s
         ("model.out_bias=True", {"out_bias": True}, {}),
         ("model.attention_scale=0.5", {"attention_scale": 0.5}, {}),
         ("model.rope.fraction=0.5", {"rope": RopeConfig(fraction=0.5)}, {}),
-        ("model.rope.original_length=64", {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=64)}, {}),
+        (
+            "model.rope.original_length=64",
+            {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=64)},
+            {},
+        ),
         ("model.sliding_window=", {"sliding_window": 8, "window_every": 2}, {}),
-        ("model.latent=", {"latent": LatentConfig(kv_rank=16), "qk_norm": False, "num_kv_heads": 4}, {}),
+        (
+            "model.latent=",
+            {"latent": LatentConfig(kv_rank=16), "qk_norm": False, "num_kv_heads": 4},
+            {},
+        ),
     ],
 )
 def test_what_no_family_can_say_is_refused_by_name(setting: str, model: dict, moe: dict) -> None:
@@ -142,5 +232,15 @@ def test_what_no_family_can_say_is_refused_by_name(setting: str, model: dict, mo
 
 
 def test_training_settings_do_not_stand_in_the_way() -> None:
-    noisy = dataclasses.replace(EXPERTS, z_loss=0.1, input_noise=0.1, expert_dropout=0.1, capacity_factor=2.0, variance_loss=0.1)
-    assert hf.config_of(ModelConfig(remat="full", compute_dtype="bfloat16"), noisy, 96, 256)[0] == "qwen3_moe"
+    noisy = dataclasses.replace(
+        EXPERTS,
+        z_loss=0.1,
+        input_noise=0.1,
+        expert_dropout=0.1,
+        capacity_factor=2.0,
+        variance_loss=0.1,
+    )
+    assert (
+        hf.config_of(ModelConfig(remat="full", compute_dtype="bfloat16"), noisy, 96, 256)[0]
+        == "qwen3_moe"
+    )

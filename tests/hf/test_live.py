@@ -1,4 +1,5 @@
-"""transformers itself, as installed here: it still computes what cases.py holds, and it loads what we export.
+"""transformers itself, as installed here: it still computes what cases.py holds, and it loads what
+we export.
 
 Needs torch, which the other tests do not; without it all of this is skipped.
 """
@@ -50,14 +51,25 @@ def test_transformers_still_computes_what_was_recorded(case: str, tmp_path: Path
 @pytest.mark.parametrize("case", cases.CASES)
 def test_transformers_takes_the_checkpoints_tensors(case: str, tmp_path: Path) -> None:
     """The names and shapes on record are those that it saves."""
-    assert record_hf_cases.hub_tensors(cases.describe(case)["config"], tmp_path / "saved") == cases.describe(case)["tensors"]
+    assert (
+        record_hf_cases.hub_tensors(cases.describe(case)["config"], tmp_path / "saved")
+        == cases.describe(case)["tensors"]
+    )
 
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_transformers_loads_what_we_export(case: str, tmp_path: Path) -> None:
     checkpoint = hf.open_checkpoint(cases.build(case, tmp_path / "in"))
-    export(tmp_path / "out", checkpoint.family, checkpoint.config, checkpoint.leaf, bias_LE=checkpoint.bias_LE())
+    export(
+        tmp_path / "out",
+        checkpoint.family,
+        checkpoint.config,
+        checkpoint.leaf,
+        bias_LE=checkpoint.bias_LE(),
+    )
     wanted = cases.expected(case)
     model = record_hf_cases.load(tmp_path / "out")
-    found, _ = record_hf_cases.run(model, record_hf_cases.torch.from_numpy(wanted["tokens"].astype(np.int64)))
+    found, _ = record_hf_cases.run(
+        model, record_hf_cases.torch.from_numpy(wanted["tokens"].astype(np.int64))
+    )
     assert np.abs(found[:, -1] - wanted["last"]).max() <= 1e-5 * np.abs(wanted["last"]).max()

@@ -1,4 +1,6 @@
-"""Converted folders: bitwise what was opened, on any mesh, with the tokenizer along; and what is refused."""
+"""Converted folders: bitwise what was opened, on any mesh, with the tokenizer along; and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,20 @@ from tests.support.hf_folder import make_folder
 PROMPT = [[5, 9, 30, 80, 2, 7]]
 
 
-def to_converted(path: Path, out: Path, *, dtype: str | None = None, quantize: str | None = None, group: int = 16) -> Path:
-    convert.convert(path, out, dtype=dtype, quantize=quantize, group=group, step=None, fallback=False)
+def to_converted(
+    path: Path, out: Path, *, dtype: str | None = None, quantize: str | None = None, group: int = 16
+) -> Path:
+    convert.convert(
+        path, out, dtype=dtype, quantize=quantize, group=group, step=None, fallback=False
+    )
     return out
 
 
 def assert_same(a: LoadedModel, b: LoadedModel) -> None:
     """Weights and tables are bitwise alike, and lie alike."""
-    for x, y in zip(jax.tree.leaves((a.params, a.tables)), jax.tree.leaves((b.params, b.tables)), strict=True):
+    for x, y in zip(
+        jax.tree.leaves((a.params, a.tables)), jax.tree.leaves((b.params, b.tables)), strict=True
+    ):
         assert x.dtype == y.dtype and x.sharding == y.sharding
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
     assert (a.context, a.eos_ids, a.name) == (b.context, b.eos_ids, b.name)
@@ -46,7 +54,9 @@ def assert_same(a: LoadedModel, b: LoadedModel) -> None:
         ("llama-plain", {}),
     ],
 )
-def test_a_converted_folder_opens_as_the_one_it_was_made_from(case: str, options: dict, tmp_path: Path) -> None:
+def test_a_converted_folder_opens_as_the_one_it_was_made_from(
+    case: str, options: dict, tmp_path: Path
+) -> None:
     folder = make_folder(case, tmp_path / "in")
     out = to_converted(folder, tmp_path / "out", **options)
     for mesh in (MeshConfig(), MeshConfig(expert=2, tensor=2)):
@@ -55,7 +65,9 @@ def test_a_converted_folder_opens_as_the_one_it_was_made_from(case: str, options
     if options.get("quantize") == "int8":
         np.testing.assert_array_equal(Session(before).feed(PROMPT), Session(after).feed(PROMPT))
     assert after.tokenizer.encode("é") == [0xC3, 0xA9]
-    assert bytes(after.tokenizer.chat([{"role": "user", "content": "hi"}])) == b"user: hi\nassistant:"
+    assert (
+        bytes(after.tokenizer.chat([{"role": "user", "content": "hi"}])) == b"user: hi\nassistant:"
+    )
     assert not list(tmp_path.rglob("tokenizer/modeling.py"))
 
 
@@ -65,7 +77,9 @@ def test_experts_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
     assert_same(open_model(folder, mesh=mesh), open_model(out, mesh=mesh))
 
 
-def test_a_run_converts_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_converts_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tiny_run.finished(folder)
     assert call("convert", run, tmp_path / "out", "--step", "3") == 0
     assert "of weights in float32" in capsys.readouterr().err
@@ -90,8 +104,12 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "exists already" in refused("convert", folder, out)
     assert "converted already" in refused("convert", out, tmp_path / "again")
     assert "does not exist" in refused("convert", tmp_path / "missing", tmp_path / "again")
-    assert "--quantize 'int2'" in refused("convert", folder, tmp_path / "again", "--quantize", "int2")
-    assert "groups of 48" in refused("convert", folder, tmp_path / "again", "--quantize", "int4", "--group", "48")
+    assert "--quantize 'int2'" in refused(
+        "convert", folder, tmp_path / "again", "--quantize", "int2"
+    )
+    assert "groups of 48" in refused(
+        "convert", folder, tmp_path / "again", "--quantize", "int4", "--group", "48"
+    )
     assert "has no config.json" in refused("convert", tmp_path, tmp_path / "again")
     assert not (tmp_path / "again").exists() and not list(tmp_path.glob("*.part"))
     with pytest.raises(UserError, match=r"--dtype bfloat16 but .* was converted to float32"):
@@ -114,12 +132,20 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for patched in ((Checkpoints, "_commit"), (packed_checkpoint, "copy_tokenizer")):
-        with monkeypatch.context() as patch, pytest.raises((UserError, OSError), match=r"too full|No space"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises((UserError, OSError), match=r"too full|No space"),
+        ):
             patch.setattr(*patched, full)
             to_converted(folder, tmp_path / "out")
         assert {path.name for path in tmp_path.iterdir()} == {"in"}
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"its disk has 0\.0 MiB left"):
-        patch.setattr(packed_checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"its disk has 0\.0 MiB left"),
+    ):
+        patch.setattr(
+            packed_checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})
+        )
         to_converted(folder, tmp_path / "out")
     (tmp_path / "out.part").mkdir()  # left by one that was killed
     to_converted(folder, tmp_path / "out")
@@ -128,7 +154,10 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_damage_is_found(tmp_path: Path) -> None:
     out = to_converted(make_folder("llama-plain", tmp_path / "in"), tmp_path / "out")
-    victim = max((file for file in (out / "weights").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    victim = max(
+        (file for file in (out / "weights").rglob("*") if file.is_file()),
+        key=lambda file: file.stat().st_size,
+    )
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)

@@ -15,23 +15,38 @@ from moe_jax.errors import UserError
 from moe_jax.inference import engine as engine_module
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.session import LoadedModel
-from moe_jax.models.transformer import count_moe_layers
+from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.moe import slots
 from moe_jax.moe.tables import make_tables
-from moe_jax.ops.linear import Matrix, dequantize
+from moe_jax.ops.quantized import PackedWeight, dequantize
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.profiling import hlo
-from tests.support.small_models import LENGTH, PROMPTS, VOCAB, Case, assert_same, case, load, make_engine, tree, turn
+from tests.support.small_models import (
+    LENGTH,
+    PROMPTS,
+    VOCAB,
+    Case,
+    assert_same,
+    case,
+    load,
+    make_engine,
+    tree,
+    turn,
+)
 
 ROOM, WIDTH = 16, 8
 
 
 def write(case: Case, loaded: LoadedModel) -> np.ndarray:
-    """Logits [2, LENGTH - 4, V] from each row's prompt on: both read at once, then a token at a time from the cache."""
+    """Logits [2, LENGTH - 4, V] from each row's prompt on: both read at once, then a token at a
+    time from the cache.
+    """
     rows = [list(text[:count]) for text, count in zip(case.texts, PROMPTS, strict=True)]
     cache = loaded.engine.new_cache(2, ROOM)
-    logits, cache = loaded.engine.extend(loaded.params, loaded.tables, cache, turn(rows, [0, 0], WIDTH), fresh=True)
+    logits, cache = loaded.engine.extend(
+        loaded.params, loaded.tables, cache, turn(rows, [0, 0], WIDTH), fresh=True
+    )
     found, start = [logits], np.array(PROMPTS)
     for _ in range(LENGTH - max(PROMPTS)):
         step = turn(list(np.take_along_axis(case.texts, start[:, None], axis=1)), start, 1)
@@ -44,7 +59,12 @@ def write(case: Case, loaded: LoadedModel) -> np.ndarray:
 def wanted(case: Case) -> np.ndarray:
     """What `write` should give."""
     count = LENGTH - max(PROMPTS) + 1
-    return np.stack([row[prompt - 1 : prompt - 1 + count] for row, prompt in zip(case.logits, PROMPTS, strict=True)])
+    return np.stack(
+        [
+            row[prompt - 1 : prompt - 1 + count]
+            for row, prompt in zip(case.logits, PROMPTS, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +73,10 @@ def wanted(case: Case) -> np.ndarray:
         ("experts", {}),
         ("experts", {"expert": 2}),
         ("experts", {"expert": 4}),  # empty slots; heads and widths are split over it too
-        ("experts", {"expert": 8}),  # ranks without an expert; key heads and shared experts are not split
+        (
+            "experts",
+            {"expert": 8},
+        ),  # ranks without an expert; key heads and shared experts are not split
         ("experts", {"tensor": 4}),
         ("experts", {"expert": 2, "tensor": 2}),
         ("experts", {"data": 2, "expert": 2}),
@@ -66,9 +89,15 @@ def wanted(case: Case) -> np.ndarray:
         ("dense", {"expert": 2, "tensor": 2}),
         ("dense", {"data": 2, "tensor": 2}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(f"{axis}{size}" for axis, size in value.items()) or "one",
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else "-".join(f"{axis}{size}" for axis, size in value.items()) or "one"
+    ),
 )
-def test_prefill_and_cached_decoding_equal_the_training_program(name: str, mesh: dict[str, int]) -> None:
+def test_prefill_and_cached_decoding_equal_the_training_program(
+    name: str, mesh: dict[str, int]
+) -> None:
     assert_same(write(case(name), load(case(name), mesh)), wanted(case(name)))
 
 
@@ -106,13 +135,17 @@ def test_logits_everywhere_and_the_score(square: LoadedModel) -> None:
     targets, mask = np.roll(data.texts, -1, axis=1), np.ones_like(data.texts, np.float32)
     mask[:, -1], mask[0, 2:5] = 0, 0
     nats, count = square.engine.score(*args, data.texts, targets, mask)
-    likelihood = np.take_along_axis(np.asarray(jax.nn.log_softmax(data.logits.astype(np.float64))), targets[..., None], axis=-1)
+    likelihood = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(data.logits.astype(np.float64))), targets[..., None], axis=-1
+    )
     assert count == mask.sum() == 15
     np.testing.assert_allclose(nats, -(likelihood[..., 0] * mask).sum(), rtol=1e-5)
 
 
 def test_the_rest_of_a_prompt_in_a_larger_cache_and_again(single: LoadedModel) -> None:
-    """Several tokens behind others, as many as each row likes; then a row goes back and takes another way."""
+    """Several tokens behind others, as many as each row likes; then a row goes back and takes
+    another way.
+    """
     data = case("experts")
     a, b = (list(text) for text in data.texts)
     cache = single.engine.new_cache(2, 8)
@@ -134,9 +167,14 @@ def test_rows_do_not_see_each_other(single: LoadedModel) -> None:
     def outcome(other: list[int]) -> list[np.ndarray]:
         args = (single.params, single.tables)
         logits, cache = single.engine.extend(
-            *args, single.engine.new_cache(2, ROOM), turn([data.texts[0][:5], other], [0, 0], WIDTH), fresh=True
+            *args,
+            single.engine.new_cache(2, ROOM),
+            turn([data.texts[0][:5], other], [0, 0], WIDTH),
+            fresh=True,
         )
-        after, _ = single.engine.extend(*args, cache, turn([data.texts[0][5:6], other[:1]], [5, len(other)], 1))
+        after, _ = single.engine.extend(
+            *args, cache, turn([data.texts[0][5:6], other[:1]], [5, len(other)], 1)
+        )
         return [np.asarray(logits[0]), np.asarray(after[0])]
 
     for found, again in zip(outcome([1, 2, 3]), outcome([9, 8, 7, 6, 5, 4, 3]), strict=True):
@@ -145,16 +183,28 @@ def test_rows_do_not_see_each_other(single: LoadedModel) -> None:
 
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
 @pytest.mark.parametrize("mesh", [{}, {"expert": 2, "tensor": 2}], ids=["one", "four"])
-def test_weights_read_in_parts_are_those_of_training_packed(kind: str, mesh: dict[str, int]) -> None:
-    """Bitwise, and held where the engine says. The latent model has every sort of leaf but biases."""
+def test_weights_read_in_parts_are_those_of_training_packed(
+    kind: str, mesh: dict[str, int]
+) -> None:
+    """Bitwise, and held where the engine says. The latent model has every sort of leaf but
+    biases.
+    """
     data = case("latent")
     loaded = load(data, mesh, quantization=kind, group=4)
     engine = loaded.engine
     layout = engine.placement.physical_to_logical
-    whole = slots.lay_out(jax.tree.map(jnp.asarray, tree(data.leaves)), data.model, data.moe, layout)
-    for (path, found), packed in zip(jax.tree.leaves_with_path(loaded.params), jax.tree.leaves(engine.pack(whole)), strict=True):
-        assert found.dtype == packed.dtype and found.sharding.is_equivalent_to(packed.sharding, found.ndim), path
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(packed), err_msg=jax.tree_util.keystr(path))
+    whole = slots.lay_out(
+        jax.tree.map(jnp.asarray, tree(data.leaves)), expert_layers(data.model, data.moe), layout
+    )
+    for (path, found), packed in zip(
+        jax.tree.leaves_with_path(loaded.params), jax.tree.leaves(engine.pack(whole)), strict=True
+    ):
+        assert found.dtype == packed.dtype and found.sharding.is_equivalent_to(
+            packed.sharding, found.ndim
+        ), path
+        np.testing.assert_array_equal(
+            np.asarray(found), np.asarray(packed), err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize(("name", "kind"), [("experts", "int8"), ("latent", "int4")])
@@ -162,31 +212,51 @@ def test_quantised_weights_compute_as_what_they_stand_for(name: str, kind: str) 
     """One device's with the weights dequantised before, and four devices' as one's."""
     data = case(name)
     small = load(data, {}, quantization=kind, group=4)
-    assert sum(a.nbytes for a in jax.tree.leaves(small.params)) < 0.6 * sum(leaf.nbytes for leaf in data.leaves.values())
-    is_matrix = lambda value: isinstance(value, Matrix)  # noqa: E731
-    floats = lambda tree: jax.tree.map(lambda m: Matrix(dequantize(m, jnp.float32)) if is_matrix(m) else m, tree, is_leaf=is_matrix)  # noqa: E731
+    assert sum(a.nbytes for a in jax.tree.leaves(small.params)) < 0.6 * sum(
+        leaf.nbytes for leaf in data.leaves.values()
+    )
+
+    def is_matrix(value):
+        return isinstance(value, PackedWeight)
+
+    def floats(tree):
+        return jax.tree.map(
+            lambda m: PackedWeight(dequantize(m, jnp.float32)) if is_matrix(m) else m,
+            tree,
+            is_leaf=is_matrix,
+        )
+
     plain = jax.jit(floats)(small.params)
     stood_for = write(data, dataclasses.replace(small, engine=make_engine(data, {}), params=plain))
     assert_same(write(data, small), stood_for)
-    assert_same(write(data, load(data, {"expert": 2, "tensor": 2}, quantization=kind, group=4)), stood_for)
+    assert_same(
+        write(data, load(data, {"expert": 2, "tensor": 2}, quantization=kind, group=4)), stood_for
+    )
     off = np.abs(stood_for - wanted(data)).max() / np.abs(wanted(data)).max()
     assert 1e-4 < off < 0.7  # much where rounding changes a choice of experts
 
 
 def test_meshes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UserError, match="tensor=8 does not divide the model's 4 key and value heads"):
+    with pytest.raises(
+        UserError, match="tensor=8 does not divide the model's 4 key and value heads"
+    ):
         make_engine(case("experts"), {"tensor": 8})
     with pytest.raises(UserError, match="tensor=8 does not divide the model's 4 query heads"):
         make_engine(case("biases"), {"tensor": 8})
     odd = case("experts")._replace(moe=dataclasses.replace(case("experts").moe, hidden=15))
-    with pytest.raises(UserError, match="tensor=2 does not divide the model's 15 expert hidden width"):
+    with pytest.raises(
+        UserError, match="tensor=2 does not divide the model's 15 expert hidden width"
+    ):
         make_engine(odd, {"tensor": 2})
 
 
 def test_int4_groups_must_divide_what_each_device_has_of_the_inputs() -> None:
     """4 heads of 8: 32 inputs of `out`, 8 on each of four devices."""
     make_engine(case("dense"), {"tensor": 2}, quantization="int4", group=16)
-    with pytest.raises(UserError, match=r"groups of 16, .*attention/out's inputs \(32, of which each device has 8\)"):
+    with pytest.raises(
+        UserError,
+        match=r"groups of 16, .*attention/out's inputs \(32, of which each device has 8\)",
+    ):
         make_engine(case("dense"), {"tensor": 4}, quantization="int4", group=16)
 
 
@@ -198,25 +268,47 @@ LAYERS = 22
 def deep(mesh: dict[str, int], *, experts: bool = False) -> Engine:
     """TinyLlama's shape but for its widths, or the same with experts in every layer."""
     model = ModelConfig(
-        num_layers=LAYERS, width=64, num_heads=32, num_kv_heads=4, head_dim=2, hidden=64, qk_norm=False, tied_embeddings=False
+        num_layers=LAYERS,
+        width=64,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=2,
+        hidden=64,
+        qk_norm=False,
+        tied_embeddings=False,
     )
-    moe = MoEConfig(num_experts=4, hidden=16, dropless=True, first_dense=0 if experts else LAYERS, shared_experts=int(experts))
+    moe = MoEConfig(
+        num_experts=4,
+        hidden=16,
+        dropless=True,
+        first_dense=0 if experts else LAYERS,
+        shared_experts=int(experts),
+    )
     config = MeshConfig(**mesh)
     placement = contiguous(count_moe_layers(model, moe), 4, config.expert)
-    return Engine(model, moe, make_mesh(config, jax.devices()[: config.size]), placement, vocab_size=VOCAB)
+    return Engine(
+        model, moe, make_mesh(config, jax.devices()[: config.size]), placement, vocab_size=VOCAB
+    )
 
 
 def lowered(engine: Engine, program: str) -> jax.stages.Lowered:
-    """A program of the engine before any weight is there: a decode step, a prefill, or logits everywhere."""
-    shapes = engine.tree({path: leaf.abstract() for path, leaf in engine.leaves.items()})
-    place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
+    """A program of the engine before any weight is there: a decode step, a prefill, or logits
+    everywhere.
+    """
+    shapes = engine.tree({path: leaf.abstract() for path, leaf in engine.plans.items()})
+
+    def place(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
     params = jax.tree.map(place, shapes, engine.param_shardings)
     tables = make_tables(engine.placement)[0]
     if program == "logits":
         return engine.all_logits.lower(params, tables, turn([[1]] * 2, [0, 0], 8))
     cache = jax.eval_shape(lambda: engine.new_cache(2, ROOM))
     decoding = program == "decode"
-    return engine._compile(fresh=not decoding).lower(params, tables, cache, turn([[1]] * 2, [0, 0], 1 if decoding else 8))
+    return engine._compile(fresh=not decoding).lower(
+        params, tables, cache, turn([[1]] * 2, [0, 0], 1 if decoding else 8)
+    )
 
 
 def moved(program: jax.stages.Lowered) -> dict[str, int]:
@@ -230,17 +322,30 @@ def moved(program: jax.stages.Lowered) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("program", ["decode", "logits"])
-@pytest.mark.parametrize(("mesh", "experts"), [({"tensor": 2}, False), ({"expert": 2}, True)], ids=["tensor", "expert"])
-def test_two_sums_a_layer_and_a_gather_at_either_end(mesh: dict[str, int], experts: bool, program: str) -> None:
-    assert moved(lowered(deep(mesh, experts=experts), program)) == {"all-reduce": 2 * LAYERS, "all-gather": 2}
+@pytest.mark.parametrize(
+    ("mesh", "experts"), [({"tensor": 2}, False), ({"expert": 2}, True)], ids=["tensor", "expert"]
+)
+def test_two_sums_a_layer_and_a_gather_at_either_end(
+    mesh: dict[str, int], experts: bool, program: str
+) -> None:
+    assert moved(lowered(deep(mesh, experts=experts), program)) == {
+        "all-reduce": 2 * LAYERS,
+        "all-gather": 2,
+    }
 
 
 def test_one_device_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No collective, not even with itself, and no call of the host; the cache's memory is given back where that is known to work."""
+    """No collective, not even with itself, and no call of the host; the cache's memory is given
+    back where that is known to work.
+    """
     engine = deep({}, experts=True)
     step = lowered(engine, "decode")
     text, cache = step.as_text(), jax.tree.leaves(jax.eval_shape(lambda: engine.new_cache(2, ROOM)))
-    assert not [name for name in ("all_reduce", "all_gather", "all_to_all", "collective_permute", "callback") if name in text]
+    assert not [
+        name
+        for name in ("all_reduce", "all_gather", "all_to_all", "collective_permute", "callback")
+        if name in text
+    ]
     assert hlo.collectives(step.compile().as_text()) == []
     assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == len(cache)
     monkeypatch.setattr(engine_module, "DONATES", ())

@@ -1,4 +1,6 @@
-"""What a model takes on a mesh, from its headers: exact figures of a published model, and agreement with what is loaded."""
+"""What a model takes on a mesh, from its headers: exact figures of a published model, and agreement
+with what is loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from moe_jax.inference.inspect import Inspection, inspect
 from moe_jax.inference.load import open_model
 from moe_jax.inference.memory import device_bytes
 from moe_jax.inference.session import Session, room
-from moe_jax.model_io.describe import KINDS, by_kind, describe, kind_of
+from moe_jax.model_io.describe import PARAMETER_KINDS, by_kind, describe, kind_of
 from moe_jax.utils.units import ranges
 from tests.support import hf_cases as cases
 from tests.support import tiny_run
@@ -76,15 +78,25 @@ def test_qwen3_30b_a3b_in_bf16_is_exact(qwen: Path) -> None:
     found = inspect(describe(qwen))
     assert (total(found.parameters), total(found.active)) == (TOTAL, 3_353_032_704)
     assert total(found.file_bytes) == 2 * TOTAL
-    assert found.dtype == "bfloat16" and total(found.whole_bytes) == 2 * (TOTAL + ROUTERS + NORMS)  # both of which are held in f32
+    assert found.dtype == "bfloat16" and total(found.whole_bytes) == 2 * (
+        TOTAL + ROUTERS + NORMS
+    )  # both of which are held in f32
     assert found.cache_bytes_per_token == 48 * 2 * 4 * 128 * 2
-    assert found.parameters["experts"] == 48 * 128 * 3 * 2048 * 768 and found.active["experts"] * 16 == found.parameters["experts"]
+    assert (
+        found.parameters["experts"] == 48 * 128 * 3 * 2048 * 768
+        and found.active["experts"] * 16 == found.parameters["experts"]
+    )
     assert any("no tensor was checked" in note for note in found.notes)
 
 
 def test_qwen3_30b_a3b_in_4_bits_is_17_gb_and_half_of_it_on_each_of_two(qwen: Path) -> None:
-    one, two = (inspect(describe(qwen), mesh=MeshConfig(expert=ranks), quantize="int4") for ranks in (1, 2))
-    assert round(total(one.held_bytes) / 1e9, 1) == 17.2 and round(total(two.held_bytes) / 1e9, 1) == 8.6
+    one, two = (
+        inspect(describe(qwen), mesh=MeshConfig(expert=ranks), quantize="int4") for ranks in (1, 2)
+    )
+    assert (
+        round(total(one.held_bytes) / 1e9, 1) == 17.2
+        and round(total(two.held_bytes) / 1e9, 1) == 8.6
+    )
     experts, attention = 48 * 128 * 3 * 2048 * 768, 48 * 2048 * 128 * (2 * 32 + 2 * 4)
     scaled = (experts + attention) * (4 + 16 / 64) / 8
     assert total(one.held_bytes) == scaled + 2 * 2 * 151936 * 2048 + 4 * (ROUTERS + NORMS)
@@ -93,25 +105,43 @@ def test_qwen3_30b_a3b_in_4_bits_is_17_gb_and_half_of_it_on_each_of_two(qwen: Pa
 
 
 def test_a_mesh_of_64_devices_needs_none(qwen: Path) -> None:
-    found = inspect(describe(qwen), mesh=MeshConfig(data=2, expert=8, tensor=4), context=8192, batch=3)
-    assert [(entry.devices, entry.experts) for entry in found.experts][:2] == [("0-3, 32-35", "0-15"), ("4-7, 36-39", "16-31")]
+    found = inspect(
+        describe(qwen), mesh=MeshConfig(data=2, expert=8, tensor=4), context=8192, batch=3
+    )
+    assert [(entry.devices, entry.experts) for entry in found.experts][:2] == [
+        ("0-3, 32-35", "0-15"),
+        ("4-7, 36-39", "16-31"),
+    ]
     assert found.held_bytes["experts"] * 32 == found.whole_bytes["experts"]
-    assert found.held_bytes["attention"] * 4 == found.whole_bytes["attention"]  # 4 key heads: over tensor alone
-    assert found.cache_bytes == found.cache_bytes_per_token // 4 * 2 * 8192  # 3 sequences, 2 on each half of the mesh
+    assert (
+        found.held_bytes["attention"] * 4 == found.whole_bytes["attention"]
+    )  # 4 key heads: over tensor alone
+    assert (
+        found.cache_bytes == found.cache_bytes_per_token // 4 * 2 * 8192
+    )  # 3 sequences, 2 on each half of the mesh
     assert found.total_bytes == total(found.held_bytes) + found.cache_bytes
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_every_parameter_has_a_kind_and_every_byte_of_the_file_is_seen(case: str, tmp_path: Path) -> None:
+def test_every_parameter_has_a_kind_and_every_byte_of_the_file_is_seen(
+    case: str, tmp_path: Path
+) -> None:
     folder = cases.build(case, tmp_path)
     found, checkpoint = inspect(describe(folder)), hf.open_checkpoint(folder)
     shapes = checkpoint.shapes()
     assert found.parameters == by_kind(shapes, lambda path: math.prod(shapes[path]))
-    stored = sum(math.prod(shape) * (1 if name.endswith(("_blocks", "_scales")) else 4) for name, shape in cases.shapes(case).items())
+    stored = sum(
+        math.prod(shape) * (1 if name.endswith(("_blocks", "_scales")) else 4)
+        for name, shape in cases.shapes(case).items()
+    )
     assert checkpoint.bytes_read == 0
     bias_LE = checkpoint.bias_LE()
-    assert total(found.file_bytes) == stored - (0 if bias_LE is None else bias_LE.nbytes)  # which is no parameter
-    assert all(found.active[kind] <= count for kind, count in found.parameters.items()) and found.parameters.keys() <= set(KINDS)
+    assert total(found.file_bytes) == stored - (
+        0 if bias_LE is None else bias_LE.nbytes
+    )  # which is no parameter
+    assert all(
+        found.active[kind] <= count for kind, count in found.parameters.items()
+    ) and found.parameters.keys() <= set(PARAMETER_KINDS)
 
 
 @pytest.mark.parametrize(
@@ -122,20 +152,39 @@ def test_every_parameter_has_a_kind_and_every_byte_of_the_file_is_seen(case: str
         ("gpt_oss-plain", MeshConfig(data=2, tensor=2), {}),
     ],
 )
-def test_figures_are_those_of_the_loaded_model(case: str, mesh: MeshConfig, options: dict[str, Any], tmp_path: Path) -> None:
+def test_figures_are_those_of_the_loaded_model(
+    case: str, mesh: MeshConfig, options: dict[str, Any], tmp_path: Path
+) -> None:
     folder = make_folder(case, tmp_path / "in")
-    found = inspect(describe(folder), mesh=mesh, context=200, batch=3, **{"dtype": "float32", **options})
+    found = inspect(
+        describe(folder), mesh=mesh, context=200, batch=3, **{"dtype": "float32", **options}
+    )
     loaded = open_model(folder, mesh=mesh, **{"dtype": "float32", **options})
     assert set(device_bytes(loaded.engine).values()) == {total(found.held_bytes)}
     first = jax.devices()[0]
-    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(loaded.params) for shard in leaf.addressable_shards if shard.device == first)
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(loaded.params)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
     assert held == total(found.held_bytes)
     session = Session(loaded, batch=3)  # what a session of three rows asks the engine for
     kept = loaded.engine.new_cache(session._rows, room(200, 200))
-    cache = sum(shard.data.nbytes for leaf in jax.tree.leaves(kept) for shard in leaf.addressable_shards if shard.device == first)
+    cache = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(kept)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
     assert cache == found.cache_bytes
     if case == "qwen3_moe-mixed":
-        assert [(entry.experts, entry.empty_slots) for entry in found.experts] == [("0-1", 0), ("2-3", 0), ("4-5", 0), ("none", 2)]
+        assert [(entry.experts, entry.empty_slots) for entry in found.experts] == [
+            ("0-1", 0),
+            ("2-3", 0),
+            ("4-5", 0),
+            ("none", 2),
+        ]
         assert any("2 slots a layer stay empty" in note for note in found.notes)
     if case == "gpt_oss-plain":
         assert any("look back on" in note for note in found.notes)
@@ -149,22 +198,35 @@ def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path)
     from_run, from_yaml = (inspect(describe(path)) for path in (run, tiny_run.config_file(folder)))
     assert from_run.parameters == from_yaml.parameters and from_run.file_bytes is None
     assert (from_run.context, from_run.dtype, from_run.source) == (32, "float32", "run")
-    convert.convert(run, tmp_path / "out", dtype=None, quantize="int8", group=64, step=None, fallback=False)
+    convert.convert(
+        run, tmp_path / "out", dtype=None, quantize="int8", group=64, step=None, fallback=False
+    )
     found = inspect(describe(tmp_path / "out"))
-    assert found.quantization == "int8" and total(found.held_bytes) == sum(device_bytes(open_model(tmp_path / "out").engine).values())
+    assert found.quantization == "int8" and total(found.held_bytes) == sum(
+        device_bytes(open_model(tmp_path / "out").engine).values()
+    )
     with pytest.raises(UserError, match=r"--dtype bfloat16 but .* was converted to float32"):
         inspect(describe(tmp_path / "out"), dtype="bfloat16")
 
 
 def test_the_command(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("inspect", qwen, "--mesh", "expert=2", "--quantize", "int4", "--memory", "24GiB") == 0
+    assert (
+        call("inspect", qwen, "--mesh", "expert=2", "--quantize", "int4", "--memory", "24GiB") == 0
+    )
     out = capsys.readouterr().out
     assert "30,532,122,624" in out and "It fits: 9.90 GiB of 24.00 GiB" in out and "64-127" in out
     assert max(map(len, out.splitlines())) <= 80 and "\033" not in out and "\u2502" not in out
     assert call("inspect", qwen, "--mesh", "expert=2", "--memory", "24GiB", "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["fits"] is False and found["parameters_total"] == TOTAL and found["file_bytes_total"] == 2 * TOTAL
-    assert found["held_bytes_total"] + found["cache_bytes"] == found["total_bytes"] and found["experts"][1]["experts"] == "64-127"
+    assert (
+        found["fits"] is False
+        and found["parameters_total"] == TOTAL
+        and found["file_bytes_total"] == 2 * TOTAL
+    )
+    assert (
+        found["held_bytes_total"] + found["cache_bytes"] == found["total_bytes"]
+        and found["experts"][1]["experts"] == "64-127"
+    )
     assert set(Inspection._fields) <= found.keys()
 
 
@@ -180,7 +242,10 @@ def test_what_is_refused(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ((tmp_path / "empty",), "no config.json"),
         ((tmp_path / "pickles",), "never loaded"),
         ((tmp_path / "cut",), "truncated"),
-        ((qwen, "--mesh", "tensor=3"), "--mesh tensor=3 does not divide the model's 32 query heads"),
+        (
+            (qwen, "--mesh", "tensor=3"),
+            "--mesh tensor=3 does not divide the model's 32 query heads",
+        ),
         ((qwen, "--mesh", "rows=3"), "--mesh 'rows=3'"),
         ((qwen, "--memory", "much"), "--memory 'much'"),
         ((qwen, "--dtype", "float8"), "--dtype 'float8'"),
@@ -195,6 +260,10 @@ def test_what_is_refused(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_ranges_and_kinds() -> None:
     assert (ranges([]), ranges([3]), ranges([5, 0, 1, 2, 7, 8])) == ("none", "3", "0-2, 5, 7-8")
     assert (
-        kind_of("stacks/0/blocks/0/mlp/shared_gate") == "shared experts" and kind_of("stacks/0/blocks/0/mlp/down") == "dense feed-forward"
+        kind_of("stacks/0/blocks/0/mlp/shared_gate") == "shared experts"
+        and kind_of("stacks/0/blocks/0/mlp/down") == "dense feed-forward"
     )
-    assert kind_of("stacks/1/blocks/0/attention/query_norm/scale") == "norms" and kind_of("stacks/0/blocks/0/mlp/router/bias") == "routers"
+    assert (
+        kind_of("stacks/1/blocks/0/attention/query_norm/scale") == "norms"
+        and kind_of("stacks/0/blocks/0/mlp/router/bias") == "routers"
+    )

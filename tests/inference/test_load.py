@@ -1,4 +1,6 @@
-"""Reading checkpoints: no more bytes than are held, exactly, and in no more memory than that takes."""
+"""Reading checkpoints: no more bytes than are held, exactly, and in no more memory than that
+takes.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,23 @@ from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference import load, memory
 from moe_jax.inference.engine import Engine
-from moe_jax.models.transformer import count_moe_layers
+from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from tests.support.small_models import VOCAB, draw, tree
 
-MODEL = ModelConfig(num_layers=3, width=32, num_heads=4, num_kv_heads=4, hidden=48, tied_embeddings=False)
+MODEL = ModelConfig(
+    num_layers=3, width=32, num_heads=4, num_kv_heads=4, hidden=48, tied_embeddings=False
+)
 MOE = MoEConfig(num_experts=8, top_k=2, hidden=16, first_dense=1)
 MESHES = [{}, {"expert": 2}, {"tensor": 2}, {"expert": 2, "tensor": 2}, {"data": 2, "expert": 4}]
 HALF = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, np.ndarray]]:
     """A checkpoint in one type, and its weights."""
     leaves = {path: value.astype(request.param) for path, value in draw(MODEL, MOE).items()}
     family, config = hf.config_of(MODEL, MOE, VOCAB, 64)
@@ -41,27 +47,44 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def make_engine(mesh: dict[str, int], **options) -> Engine:
     config = MeshConfig(**mesh)
     placement = contiguous(count_moe_layers(MODEL, MOE), MOE.num_experts, config.expert)
-    return Engine(MODEL, MOE, make_mesh(config, jax.devices()[: config.size]), placement, vocab_size=VOCAB, **options)
+    return Engine(
+        MODEL,
+        MOE,
+        make_mesh(config, jax.devices()[: config.size]),
+        placement,
+        vocab_size=VOCAB,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_those_of_the_file(folder: tuple[Path, dict[str, np.ndarray]], dtype: str) -> None:
-    """Bitwise: f32 and bf16 files as they are, bf16 in f32 exactly, and f32 rounded to bf16 to the nearest."""
+def test_weights_are_those_of_the_file(
+    folder: tuple[Path, dict[str, np.ndarray]], dtype: str
+) -> None:
+    """Bitwise: f32 and bf16 files as they are, bf16 in f32 exactly, and f32 rounded to bf16 to the
+    nearest.
+    """
     path, leaves = folder
     engine = make_engine({"expert": 2, "tensor": 2}, dtype=dtype)
     found = load.read_params(engine, hf.open_checkpoint(path).leaf)
-    for plan in engine.leaves.values():
+    for plan in engine.plans.values():
         value = found
         for key in plan.path.split("/"):
             value = value[int(key) if key.isdigit() else key]
         (array,) = jax.tree.leaves(value)
-        wanted = leaves[plan.path] if plan.order is None else leaves[plan.path].transpose(plan.order)
+        wanted = (
+            leaves[plan.path] if plan.order is None else leaves[plan.path].transpose(plan.order)
+        )
         assert array.dtype == plan.dtype, plan.path
-        np.testing.assert_array_equal(np.asarray(array), wanted.reshape(array.shape).astype(array.dtype), err_msg=plan.path)
+        np.testing.assert_array_equal(
+            np.asarray(array), wanted.reshape(array.shape).astype(array.dtype), err_msg=plan.path
+        )
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_each_byte_is_read_once_and_no_other(folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int]) -> None:
+def test_each_byte_is_read_once_and_no_other(
+    folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int]
+) -> None:
     """By a process with all devices: what several hold alike is read for one of them."""
     path, leaves = folder
     checkpoint = hf.open_checkpoint(path)
@@ -70,16 +93,25 @@ def test_each_byte_is_read_once_and_no_other(folder: tuple[Path, dict[str, np.nd
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_a_process_reads_what_its_devices_hold(folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int], monkeypatch) -> None:
-    """As if each device were in a process of its own: the bytes of its share, in the type of the file."""
+def test_a_process_reads_what_its_devices_hold(
+    folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int], monkeypatch
+) -> None:
+    """As if each device were in a process of its own: the bytes of its share, in the type of the
+    file.
+    """
     path, leaves = folder
     engine = make_engine(mesh)
     itemsize = next(iter(leaves.values())).dtype.itemsize
     whole = jax.sharding.NamedSharding.addressable_devices_indices_map
     for device, held in memory.device_bytes(engine).items():
-        own = lambda sharding, shape, device=device: {device: whole(sharding, shape)[device]}  # noqa: E731
+
+        def own(sharding, shape, device=device):
+            return {device: whole(sharding, shape)[device]}
+
         monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
-        monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, arrays: arrays[0])
+        monkeypatch.setattr(
+            jax, "make_array_from_single_device_arrays", lambda shape, sharding, arrays: arrays[0]
+        )
         checkpoint = hf.open_checkpoint(path)
         parts = load.read_params(engine, checkpoint.leaf)
         monkeypatch.undo()
@@ -89,7 +121,9 @@ def test_a_process_reads_what_its_devices_hold(folder: tuple[Path, dict[str, np.
 
 @pytest.mark.parametrize("quantization", ["float", "int8", "int4"])
 @pytest.mark.parametrize("mesh", [{}, {"expert": 2, "tensor": 2}], ids=str)
-def test_devices_hold_what_was_planned(folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int], quantization: str) -> None:
+def test_devices_hold_what_was_planned(
+    folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int], quantization: str
+) -> None:
     engine = make_engine(mesh, quantization=quantization, group=4)
     found = jax.tree.leaves(load.read_params(engine, hf.open_checkpoint(folder[0]).leaf))
     held = dict.fromkeys(engine.mesh.devices.flat, 0)
@@ -99,10 +133,14 @@ def test_devices_hold_what_was_planned(folder: tuple[Path, dict[str, np.ndarray]
     assert held == memory.device_bytes(engine)
 
 
-def test_packing_training_weights_gives_what_is_read(folder: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_packing_training_weights_gives_what_is_read(
+    folder: tuple[Path, dict[str, np.ndarray]],
+) -> None:
     engine = make_engine({"expert": 2}, quantization="int8")
     read = load.read_params(engine, hf.open_checkpoint(folder[0]).leaf)
-    packed = engine.pack(jax.tree.map(lambda a: jax.numpy.asarray(a.astype(np.float32)), tree(folder[1])))
+    packed = engine.pack(
+        jax.tree.map(lambda a: jax.numpy.asarray(a.astype(np.float32)), tree(folder[1]))
+    )
     for found, wanted in zip(jax.tree.leaves(read), jax.tree.leaves(packed), strict=True):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
@@ -110,14 +148,26 @@ def test_packing_training_weights_gives_what_is_read(folder: tuple[Path, dict[st
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     engine = make_engine({"expert": 2})
     needed = max(memory.device_bytes(engine).values())
-    memory.check_memory(engine, needed)
-    with pytest.raises(UserError, match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16 or a --mesh"):
-        memory.check_memory(engine, needed - 1)
+    memory.check_weight_memory(engine, needed)
+    with pytest.raises(
+        UserError,
+        match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16 or "
+        r"a --mesh",
+    ):
+        memory.check_weight_memory(engine, needed - 1)
 
 
 # Memory
 
-LARGE = ModelConfig(num_layers=4, width=1024, num_heads=16, num_kv_heads=16, hidden=4096, qk_norm=False, tied_embeddings=False)
+LARGE = ModelConfig(
+    num_layers=4,
+    width=1024,
+    num_heads=16,
+    num_kv_heads=16,
+    hidden=4096,
+    qk_norm=False,
+    tied_embeddings=False,
+)
 LARGE_VOCAB = 8192
 
 PEAK = """
@@ -132,13 +182,15 @@ from moe_jax.placement.table import contiguous
 from moe_jax.config.schema import MeshConfig
 
 def status(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name + ":"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 checkpoint = hf.open_checkpoint({folder!r})
 config = MeshConfig(tensor={tensor})
 mesh = make_mesh(config, jax.devices()[: config.size])
-engine = Engine(checkpoint.model, checkpoint.moe, mesh, contiguous(0, checkpoint.moe.num_experts, 1), vocab_size=checkpoint.vocab_size,
-                quantization={kind!r})
+placement = contiguous(0, checkpoint.moe.num_experts, 1)
+options = dict(vocab_size=checkpoint.vocab_size, quantization={kind!r})
+engine = Engine(checkpoint.model, checkpoint.moe, mesh, placement, **options)
 jax.block_until_ready(jax.jit(lambda: jax.numpy.ones(3) + 1)())
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = status("VmRSS")
@@ -154,19 +206,29 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moe = MoEConfig(first_dense=LARGE.num_layers)
     family, config = hf.config_of(LARGE, moe, LARGE_VOCAB, 64)
     out = tmp_path_factory.mktemp("large") / "checkpoint"
-    shapes = {path: leaf.shape for path, leaf in make_large_engine(moe).leaves.items()}
+    shapes = {path: leaf.shape for path, leaf in make_large_engine(moe).plans.items()}
     hf.export(out, family, config, lambda path: np.full(shapes[path], 0.5, np.float32))
     return out
 
 
 def make_large_engine(moe: MoEConfig) -> Engine:
-    return Engine(LARGE, moe, make_mesh(MeshConfig(), jax.devices()[:1]), contiguous(0, moe.num_experts, 1), vocab_size=LARGE_VOCAB)
+    return Engine(
+        LARGE,
+        moe,
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        contiguous(0, moe.num_experts, 1),
+        vocab_size=LARGE_VOCAB,
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from /proc")
 @pytest.mark.parametrize(("tensor", "kind"), [(1, "float"), (2, "float"), (1, "int8")])
-def test_the_peak_of_memory_is_the_share_and_one_tensor(large: Path, tensor: int, kind: str) -> None:
-    """The largest tensor is the embedding, or the head; 64 MB are for compiled programs and what malloc keeps."""
+def test_the_peak_of_memory_is_the_share_and_one_tensor(
+    large: Path, tensor: int, kind: str
+) -> None:
+    """The largest tensor is the embedding, or the head; 64 MB are for compiled programs and what
+    malloc keeps.
+    """
     code = PEAK.format(folder=str(large), tensor=tensor, kind=kind)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -40,7 +40,15 @@ def test_the_least_recently_used_leaves_and_none_that_is_needed() -> None:
     assert cache.admit(ids(0, 4)) == [(0, 1)]  # 1 and 2 are as old as each other: the first slot
     assert cache.admit(ids(1, 2, 5)) == [(1, 0), (5, 1)]  # 2 stays though it is the oldest
     assert cache.expert_P.tolist() == [1, 5, 2]
-    assert cache.table(ids(2, 5)).tolist() == [3, 3, 2, 3, 3, 1, 3]  # 1 is there and not asked for; the last is padding's
+    assert cache.table(ids(2, 5)).tolist() == [
+        3,
+        3,
+        2,
+        3,
+        3,
+        1,
+        3,
+    ]  # 1 is there and not asked for; the last is padding's
 
 
 def test_rounds_begin_with_those_that_are_there() -> None:
@@ -48,7 +56,10 @@ def test_rounds_begin_with_those_that_are_there() -> None:
     cache.admit(ids(5, 6, 7))
     rounds = cache.rounds(ids(0, 1, 2, 5, 7))
     assert [group.tolist() for group in rounds] == [[5, 7, 0], [1, 2]]
-    assert [cache.admit(group) for group in rounds] == [[(0, 1)], [(1, 0), (2, 1)]]  # 5, then 0: as old as 7, but in earlier slots
+    assert [cache.admit(group) for group in rounds] == [
+        [(0, 1)],
+        [(1, 0), (2, 1)],
+    ]  # 5, then 0: as old as 7, but in earlier slots
     assert [group.tolist() for group in cache.rounds(ids())] == [[]]
 
 
@@ -56,7 +67,9 @@ def test_rounds_begin_with_those_that_are_there() -> None:
 
 
 class Outcome(NamedTuple):
-    """Logits [2, 4, V] of two rows, after prompts of different lengths and after three tokens more, one by one; and the model."""
+    """Logits [2, 4, V] of two rows, after prompts of different lengths and after three tokens more,
+    one by one; and the model.
+    """
 
     logits: np.ndarray
     loaded: LoadedModel
@@ -68,13 +81,25 @@ def write(data: Case, loaded: LoadedModel) -> np.ndarray:
     a, b = (list(map(int, text)) for text in data.texts)
     session = Session(loaded, batch=2)
     found = [session.feed([a[:5], b[:3]])]
-    return np.stack(found + [session.feed([a[5 + step : 6 + step], b[3 + step : 4 + step]]) for step in range(3)], axis=1)
+    return np.stack(
+        found
+        + [session.feed([a[5 + step : 6 + step], b[3 + step : 4 + step]]) for step in range(3)],
+        axis=1,
+    )
 
 
 def load_offloaded(data: Case, size: int, **options: Any) -> LoadedModel:
     engine = make_engine(data, {}, **options)
     offloaded, params = offload(engine, read_params(engine, data.read, experts_on_host=True), size)
-    return LoadedModel(offloaded, params, tables_of(engine, data.bias_LE), load_tokenizer("bytes"), 64, (), "offloaded")
+    return LoadedModel(
+        offloaded,
+        params,
+        tables_of(engine, data.bias_LE),
+        load_tokenizer("bytes"),
+        64,
+        (),
+        "offloaded",
+    )
 
 
 @functools.cache
@@ -106,9 +131,13 @@ def test_logits_are_those_of_the_engine_that_holds_all(name: str, size: int, kin
 
 
 def test_the_size_changes_no_bit() -> None:
-    """Whether in one round or in several, each choice's row is computed alike and summed in one order."""
+    """Whether in one round or in several, each choice's row is computed alike and summed in one
+    order.
+    """
     for size in (4, 9):
-        np.testing.assert_array_equal(outcome("experts", 2, "float").logits, outcome("experts", size, "float").logits)
+        np.testing.assert_array_equal(
+            outcome("experts", 2, "float").logits, outcome("experts", size, "float").logits
+        )
 
 
 @pytest.mark.parametrize(("name", "size", "kind"), RUNS)
@@ -117,15 +146,20 @@ def test_what_is_asked_for_is_a_hit_or_a_miss(name: str, size: int, kind: str) -
     counts = found.counts
     assert counts.tokens == 5 + 3 + 6 and engine.decode_counts.tokens == 6
     # An expert's bytes by the plan that `inspect` and `check_memory` use.
-    planned = sum(bytes_of(leaf) for path, leaf in engine.engine.leaves.items() if "/experts/" in path)
+    planned = sum(
+        bytes_of(leaf) for path, leaf in engine.engine.plans.items() if "/experts/" in path
+    )
     one = planned // (len(counts.hits_L) * engine.moe.num_experts)
     np.testing.assert_array_equal(counts.bytes_L, counts.misses_L * one)
-    # Once more: nothing is compiled, and as many experts are asked for; those that all fit are there.
+    # Once more: nothing is compiled, and as many experts are asked for; those that all fit are
+    # there.
     sizes = compiled(engine)
     write(case(name), found.loaded)
     again = engine.counts
     assert compiled(engine) == sizes
-    np.testing.assert_array_equal(again.hits_L + again.misses_L, 2 * (counts.hits_L + counts.misses_L))
+    np.testing.assert_array_equal(
+        again.hits_L + again.misses_L, 2 * (counts.hits_L + counts.misses_L)
+    )
     if size >= engine.moe.num_experts:
         np.testing.assert_array_equal(again.misses_L, counts.misses_L)
         assert counts.misses_L.max() <= engine.moe.num_experts == engine.size
@@ -134,22 +168,32 @@ def test_what_is_asked_for_is_a_hit_or_a_miss(name: str, size: int, kind: str) -
 def compiled(engine: OffloadEngine) -> list[int]:
     """Programs of each compiled function."""
     functions = [
-        part for layer in engine._layers for part in (*layer.parts.extend.values(), *layer.parts.attend.values(), *layer.parts[2:])
+        part
+        for layer in engine._layers
+        for part in (*layer.parts.extend.values(), *layer.parts.attend.values(), *layer.parts[2:])
     ]
-    return [function._cache_size() for function in (*functions, engine._embed, engine._last_logits, engine._put)]
+    return [
+        function._cache_size()
+        for function in (*functions, engine._embed, engine._last_logits, engine._put)
+    ]
 
 
 def test_the_same_experts_are_asked_for_whatever_the_size() -> None:
     asked = [outcome("experts", size, "float").counts for size in (2, 4, 9)]
     for counts in asked[1:]:
-        np.testing.assert_array_equal(counts.hits_L + counts.misses_L, asked[0].hits_L + asked[0].misses_L)
+        np.testing.assert_array_equal(
+            counts.hits_L + counts.misses_L, asked[0].hits_L + asked[0].misses_L
+        )
 
 
 def test_the_score() -> None:
     data, (_, normal) = case("experts"), whole("experts", "float")
     loaded = outcome("experts", 4, "float").loaded
     targets, mask = np.roll(data.texts, -1, axis=1), np.ones_like(data.texts, np.float32)
-    found, wanted = (some.engine.score(some.params, some.tables, data.texts, targets, mask) for some in (loaded, normal))
+    found, wanted = (
+        some.engine.score(some.params, some.tables, data.texts, targets, mask)
+        for some in (loaded, normal)
+    )
     assert found[1] == wanted[1] == mask.sum()
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
 
@@ -170,7 +214,13 @@ def test_memory_that_the_device_reads_by_itself(monkeypatch: pytest.MonkeyPatch)
 def test_sizes_that_cannot_be() -> None:
     module.check_size(make_engine(case("experts"), {}), 2)
     for name, mesh, size, words in (
-        ("experts", {}, 1, "--expert-cache-size 1 is less than the 2 experts that each token uses: give at least 2"),
+        (
+            "experts",
+            {},
+            1,
+            "--expert-cache-size 1 is less than the 2 experts that each token uses: give at "
+            "least 2",
+        ),
         ("experts", {"expert": 2}, 4, "--expert-cache-size 4 is for one device and --mesh has 2"),
         ("dense", {}, 4, "--expert-cache-size 4 is for models with experts and this one has none"),
     ):
@@ -182,11 +232,11 @@ def test_only_what_the_device_holds_need_fit_there() -> None:
     engine = make_engine(case("experts"), {})
     (needed,) = memory.device_bytes(engine, 2).values()
     (everything,) = memory.device_bytes(engine).values()
-    experts = sum(bytes_of(leaf) for path, leaf in engine.leaves.items() if "/experts/" in path)
+    experts = sum(bytes_of(leaf) for path, leaf in engine.plans.items() if "/experts/" in path)
     assert everything - needed == experts * 4 // 6
-    memory.check_memory(engine, needed, expert_cache=2)
+    memory.check_weight_memory(engine, needed, expert_cache=2)
     with pytest.raises(UserError, match="The weights take"):
-        memory.check_memory(engine, needed)
+        memory.check_weight_memory(engine, needed)
 
 
 def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,9 +252,32 @@ def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"experts: \d+\.\d% found on the device, [\d.]+ MiB fetched a token", said)
     assert call("convert", folder, tmp_path / "out", "--quantize", "int8") == 0
     (tmp_path / "text").write_text("The sea, the sea.")
-    assert call("eval", "--model", tmp_path / "out", "--text", tmp_path / "text", "--expert-cache-size", "3") == 0
+    assert (
+        call(
+            "eval",
+            "--model",
+            tmp_path / "out",
+            "--text",
+            tmp_path / "text",
+            "--expert-cache-size",
+            "3",
+        )
+        == 0
+    )
     assert "found on the device" in capsys.readouterr().err
-    bench = ("bench", "--model", tmp_path / "out", "-p", "3", "-g", "2", "--repeats", "1", "--expert-cache-size", "3")
+    bench = (
+        "bench",
+        "--model",
+        tmp_path / "out",
+        "-p",
+        "3",
+        "-g",
+        "2",
+        "--repeats",
+        "1",
+        "--expert-cache-size",
+        "3",
+    )
     assert call(*bench, "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["expert_cache_size"] == 3 and figures["expert_memory"] == "numpy"
@@ -214,11 +287,16 @@ def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert figures["expert_bytes"] > 0 and 0 < figures["decode_hit_rate"] <= 1
     assert call(*generate, folder, "--expert-cache-size", "1") == 2
-    assert capsys.readouterr().err.startswith("moe-jax: --expert-cache-size 1 is less than the 2 experts that each token uses")
+    assert capsys.readouterr().err.startswith(
+        "moe-jax: --expert-cache-size 1 is less than the 2 experts that each token uses"
+    )
     assert call("inspect", folder, "--expert-cache-size", "2", "--json") == 0
     small = json.loads(capsys.readouterr().out)
     assert call("inspect", folder, "--json") == 0
     large = json.loads(capsys.readouterr().out)
     experts = large["held_bytes"]["experts"]
     assert small["held_bytes"] == large["held_bytes"] | {"experts": experts * 2 // 8}
-    assert small["notes"][-1].startswith("The device keeps 2 of the 8 experts of a layer") and small["whole_bytes"] == large["whole_bytes"]
+    assert (
+        small["notes"][-1].startswith("The device keeps 2 of the 8 experts of a layer")
+        and small["whole_bytes"] == large["whole_bytes"]
+    )

@@ -1,4 +1,6 @@
-"""Sequences that grow in a cache, against the same texts read by the training program: see serving.py."""
+"""Sequences that grow in a cache, against the same texts read by the training program: see
+serving.py.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,51 @@ def loaded(data: Case) -> LoadedModel:
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few shapes to compile, and edges that short texts cross: chunks of 4 and 2 tokens, rooms of 8, 16 and 24."""
-    for name, value in {"SHORTEST_TURN": 2, "SHORTEST_CACHE": 8, "STEP": 8, "FIRST_CHUNK": 4, "NEXT_CHUNK": 2}.items():
+    """Few shapes to compile, and edges that short texts cross: chunks of 4 and 2 tokens, rooms of
+    8, 16 and 24.
+    """
+    for name, value in {
+        "SHORTEST_TURN": 2,
+        "SHORTEST_CACHE": 8,
+        "STEP": 8,
+        "FIRST_CHUNK": 4,
+        "NEXT_CHUNK": 2,
+    }.items():
         monkeypatch.setattr(module, name, value)
 
 
 def test_buckets() -> None:
     sizes = [bucket(length, 16) for length in range(1, 3000)]
     assert sorted(set(sizes)) == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-    assert all(size >= length and (size == 16 or size < 2 * length) for length, size in enumerate(sizes, 1))
+    assert all(
+        size >= length and (size == 16 or size < 2 * length) for length, size in enumerate(sizes, 1)
+    )
 
 
 def test_widths_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHORTEST_TURN", 16)
     sizes = [prompt_width(length) for length in range(1, 3000)]
-    assert sorted(set(sizes)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072]
-    assert all(size >= length and (size <= 32 or size <= 1.5 * length) for length, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [
+        16,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+        3072,
+    ]
+    assert all(
+        size >= length and (size <= 32 or size <= 1.5 * length)
+        for length, size in enumerate(sizes, 1)
+    )
 
 
 def test_near_the_end_of_the_context_nothing_is_lost(data: Case, loaded: LoadedModel) -> None:
@@ -59,7 +90,9 @@ def test_tokens_of_another_tokenizer_are_refused(loaded: LoadedModel) -> None:
     assert session.lengths == [0]
 
 
-def test_prompts_of_different_lengths_then_a_token_at_a_time(data: Case, loaded: LoadedModel) -> None:
+def test_prompts_of_different_lengths_then_a_token_at_a_time(
+    data: Case, loaded: LoadedModel
+) -> None:
     """In chunks, some of which have nothing left of a row, and from one room into the next."""
     a, b = (list(map(int, text)) for text in data.texts)
     session = Session(loaded, batch=2)
@@ -68,7 +101,8 @@ def test_prompts_of_different_lengths_then_a_token_at_a_time(data: Case, loaded:
     assert session.lengths == [7, 2]
     for step in range(3):
         assert_same(
-            session.feed([a[7 + step : 8 + step], b[2 + step : 3 + step]]), np.stack([data.logits[0, 7 + step], data.logits[1, 2 + step]])
+            session.feed([a[7 + step : 8 + step], b[2 + step : 3 + step]]),
+            np.stack([data.logits[0, 7 + step], data.logits[1, 2 + step]]),
         )
     assert session.lengths == [10, 5]
 
@@ -106,7 +140,9 @@ def test_rows_that_the_mesh_does_not_divide(data: Case) -> None:
     assert session.lengths == [5]
 
 
-def test_the_context_is_the_limit_and_nothing_changes_beyond_it(data: Case, loaded: LoadedModel) -> None:
+def test_the_context_is_the_limit_and_nothing_changes_beyond_it(
+    data: Case, loaded: LoadedModel
+) -> None:
     text = list(map(int, data.texts[0]))
     session = Session(dataclasses.replace(loaded, context=6, name="small"))
     session.feed([text[:4]])

@@ -27,26 +27,46 @@ def test_linear_divides_every_frequency():
 def test_dynamic_stretches_the_base_beyond_the_original_length_only():
     config = RopeConfig(scaling="dynamic", factor=2.0, original_length=64)
     np.testing.assert_allclose(frequencies(config, HEAD, length=64)[0], [1.0, 0.1, 0.01, 0.001])
-    # At 128 tokens the base grows by (2 * 128/64 - 1) ** (8/6) = 3 ** (4/3), so frequency i by 3 ** -(i/3).
+    # At 128 tokens the base grows by (2 * 128/64 - 1) ** (8/6) = 3 ** (4/3), so frequency i by 3 **
+    # -(i/3).
     frequency, scale = frequencies(config, HEAD, length=128)
-    np.testing.assert_allclose(frequency, [1.0, 0.1 * 3 ** (-1 / 3), 0.01 * 3 ** (-2 / 3), 0.001 / 3])
+    np.testing.assert_allclose(
+        frequency, [1.0, 0.1 * 3 ** (-1 / 3), 0.01 * 3 ** (-2 / 3), 0.001 / 3]
+    )
     assert scale == 1.0
 
 
 def test_llama3_keeps_short_waves_divides_long_ones_and_blends_between():
-    config = RopeConfig(theta=10_000.0, scaling="llama3", factor=8.0, original_length=1000, low_freq_factor=1.0, high_freq_factor=4.0)
+    config = RopeConfig(
+        theta=10_000.0,
+        scaling="llama3",
+        factor=8.0,
+        original_length=1000,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
     frequency, scale = frequencies(config, HEAD, length=8000)
-    # Turns over the original length: 1000 f / 2 pi = 159, 15.9, 1.59, 0.159; kept above 4, divided below 1.
+    # Turns over the original length: 1000 f / 2 pi = 159, 15.9, 1.59, 0.159; kept above 4, divided
+    # below 1.
     kept = (1000 * 0.01 / (2 * math.pi) - 1) / 3
-    np.testing.assert_allclose(frequency, [1.0, 0.1, 0.01 * kept + 0.01 / 8 * (1 - kept), 0.001 / 8])
+    np.testing.assert_allclose(
+        frequency, [1.0, 0.1, 0.01 * kept + 0.01 / 8 * (1 - kept), 0.001 / 8]
+    )
     assert scale == 1.0
 
 
 def test_yarn_ramps_between_its_two_dimensions_and_warms_the_softmax():
-    config = RopeConfig(theta=10_000.0, scaling="yarn", factor=4.0, original_length=1000, beta_fast=32.0, beta_slow=1.0)
+    config = RopeConfig(
+        theta=10_000.0,
+        scaling="yarn",
+        factor=4.0,
+        original_length=1000,
+        beta_fast=32.0,
+        beta_slow=1.0,
+    )
     frequency, scale = frequencies(config, HEAD, length=4000)
-    # The dimension that turns b times in 1000 tokens: 8 ln(1000 / (2 pi b)) / (2 ln 10000): 0.697 for 32 and 2.202 for 1,
-    # so the ramp runs from dimension 0 to dimension 3.
+    # The dimension that turns b times in 1000 tokens: 8 ln(1000 / (2 pi b)) / (2 ln 10000): 0.697
+    # for 32 and 2.202 for 1, so the ramp runs from dimension 0 to dimension 3.
     ramp = np.array([0, 1 / 3, 2 / 3, 1])
     np.testing.assert_allclose(frequency, np.array([1.0, 0.1, 0.01, 0.001]) * (1 - ramp + ramp / 4))
     assert scale == pytest.approx(0.1 * math.log(4) + 1)
@@ -61,10 +81,16 @@ def test_a_factor_of_one_changes_nothing(scaling):
 
 
 def test_rotation_by_a_quarter_turn():
-    x = jnp.array([1.0, 0.0, 2.0, 0.0]).reshape(1, 1, 1, 4)  # pairs (1, 2) and (0, 0): the first half against the second
+    x = jnp.array([1.0, 0.0, 2.0, 0.0]).reshape(
+        1, 1, 1, 4
+    )  # pairs (1, 2) and (0, 0): the first half against the second
     turned = rotate(x, jnp.array([[3]], jnp.int32), np.array([math.pi / 6, 0.1]))
     np.testing.assert_allclose(turned.ravel(), [-2.0, 0.0, 1.0, 0.0], atol=1e-6)
-    np.testing.assert_allclose(rotate(x, jnp.array([[3]], jnp.int32), np.array([math.pi / 6, 0.1]), 1.5), 1.5 * turned, atol=1e-6)
+    np.testing.assert_allclose(
+        rotate(x, jnp.array([[3]], jnp.int32), np.array([math.pi / 6, 0.1]), 1.5),
+        1.5 * turned,
+        atol=1e-6,
+    )
 
 
 def test_scores_depend_on_the_distance_alone_and_lengths_are_kept():
@@ -78,7 +104,11 @@ def test_scores_depend_on_the_distance_alone_and_lengths_are_kept():
 
     assert score(9, 4) == pytest.approx(float(score(45, 40)), abs=1e-5)
     assert score(9, 4) != pytest.approx(float(score(9, 5)), abs=1e-3)
-    np.testing.assert_allclose(jnp.linalg.norm(rotate(q, jnp.array([[7]], jnp.int32), frequency)), jnp.linalg.norm(q), rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotate(q, jnp.array([[7]], jnp.int32), frequency)),
+        jnp.linalg.norm(q),
+        rtol=1e-6,
+    )
 
 
 def test_half_precision_in_and_out_with_angles_in_f32():
@@ -88,10 +118,14 @@ def test_half_precision_in_and_out_with_angles_in_f32():
     half = rotate(x, jnp.array([[1001]], jnp.int32), frequency)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(
-        half.astype(jnp.float32), rotate(x.astype(jnp.float32), jnp.array([[1001]], jnp.int32), frequency), atol=0.01
+        half.astype(jnp.float32),
+        rotate(x.astype(jnp.float32), jnp.array([[1001]], jnp.int32), frequency),
+        atol=0.01,
     )
 
 
 def test_a_head_of_width_two_can_be_stretched():
-    frequency, _ = frequencies(RopeConfig(scaling="dynamic", factor=2.0, original_length=64), 2, length=128)
+    frequency, _ = frequencies(
+        RopeConfig(scaling="dynamic", factor=2.0, original_length=64), 2, length=128
+    )
     np.testing.assert_allclose(frequency, [1.0])

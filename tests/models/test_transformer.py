@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from moe_jax.config.model import ModelConfig, MoEConfig, RopeConfig
-from moe_jax.models.transformer import LayerKind, count_moe_layers, expert_layers, layer_kinds, stack_layers
+from moe_jax.models.layer_pattern import (
+    LayerKind,
+    count_moe_layers,
+    expert_layers,
+    layer_kinds,
+    stack_layers,
+)
 from tests.support.tiny_programs import LENGTH, VOCAB, make_batch, make_program
 
 YARN = RopeConfig(scaling="yarn", factor=2.0, original_length=8)
@@ -36,10 +42,18 @@ def test_which_layers_have_experts(moe, pattern):
 
 @pytest.mark.parametrize(
     ("window", "every", "windows"),
-    [(None, 1, [None] * 4), (8, 1, [8] * 4), (8, 2, [8, None, 8, None]), (8, 4, [8, 8, 8, None]), (None, 2, [None] * 4)],
+    [
+        (None, 1, [None] * 4),
+        (8, 1, [8] * 4),
+        (8, 2, [8, None, 8, None]),
+        (8, 4, [8, 8, 8, None]),
+        (None, 2, [None] * 4),
+    ],
 )
 def test_which_layers_have_a_window(window, every, windows):
-    kinds = layer_kinds(ModelConfig(num_layers=4, sliding_window=window, window_every=every), MoEConfig())
+    kinds = layer_kinds(
+        ModelConfig(num_layers=4, sliding_window=window, window_every=every), MoEConfig()
+    )
     assert [kind.window for kind in kinds] == windows
 
 
@@ -74,16 +88,32 @@ def test_weights_and_tables_of_a_layer_meet():
 
 @pytest.fixture(scope="module", params=["mixed", "dense"])
 def model(request):
-    """A window, patterns, untied embeddings, YaRN; on a mesh with all three axes; with and without experts."""
+    """A window, patterns, untied embeddings, YaRN; on a mesh with all three axes; with and without
+    experts.
+    """
     moe = dict(first_dense=1, shared_experts=1) if request.param == "mixed" else dict(first_dense=3)
-    settings = dict(num_layers=3, sliding_window=5, tied_embeddings=False, rope=YARN, num_heads=4, num_kv_heads=2)
+    settings = dict(
+        num_layers=3,
+        sliding_window=5,
+        tied_embeddings=False,
+        rope=YARN,
+        num_heads=4,
+        num_kv_heads=2,
+    )
     program = make_program(2, 2, 2, moe=moe, model=settings)
     return program, program.init(1)
 
 
 def last_logits(model, batch, last) -> np.ndarray:
     program, state = model
-    return np.asarray(program.next_logits(state.params, state.tables, program.shard(batch), np.full(len(batch["tokens"]), last, np.int32)))
+    return np.asarray(
+        program.next_logits(
+            state.params,
+            state.tables,
+            program.shard(batch),
+            np.full(len(batch["tokens"]), last, np.int32),
+        )
+    )
 
 
 def test_logits_see_their_own_document_up_to_here(model):
@@ -132,7 +162,9 @@ def test_the_program_does_not_grow_with_depth():
     def size(layers: int) -> int:
         program = make_program(1, 2, moe=dict(every=2), model=dict(num_layers=layers))
         batch = program.shard(make_batch())
-        return str(jax.make_jaxpr(program._train_step)(program.abstract_state, batch)).count(" = ")  # equations
+        return str(jax.make_jaxpr(program._train_step)(program.abstract_state, batch)).count(
+            " = "
+        )  # equations
 
     assert size(4) == size(12)
 

@@ -34,8 +34,8 @@ tables_jit = jax.jit(pool_tables, static_argnames=("capacity", "num_slots", "ran
 
 def test_queue_by_hand():
     queue = queue_jit(SLOT, WEIGHT, num_slots=4, ranks=2)
-    # Rank 0: the first choices of tokens 0 (0.9) and 1 (0.6), then the second ones of 1 (0.4) and 2 (0.3).
-    # Rank 1: the first choice of token 2, then the second of token 0.
+    # Rank 0: the first choices of tokens 0 (0.9) and 1 (0.6), then the second ones of 1 (0.4) and 2
+    # (0.3). Rank 1: the first choice of token 2, then the second of token 0.
     assert queue.position_TK.tolist() == [[0, 1], [1, 2], [0, 3]]
     assert queue.longest == 4
 
@@ -43,13 +43,18 @@ def test_queue_by_hand():
 def test_queue_puts_choice_before_weight_before_token():
     slot = jnp.zeros((3, 2), jnp.int32)
     weight = jnp.array([[0.2, 0.9], [0.5, 0.1], [0.5, 0.9]])
-    assert queue_jit(slot, weight, num_slots=1, ranks=1).position_TK.tolist() == [[2, 3], [0, 5], [1, 4]]
+    assert queue_jit(slot, weight, num_slots=1, ranks=1).position_TK.tolist() == [
+        [2, 3],
+        [0, 5],
+        [1, 4],
+    ]
 
 
 def test_pools_by_hand():
     queue = queue_jit(SLOT, WEIGHT, num_slots=4, ranks=2)
     tables, local = tables_jit(queue, 0, capacity=2, num_slots=4, ranks=2)
-    # Choices are numbered token * 2 + k; rows 0 and 1 go to rank 0, rows 2 and 3 to rank 1; 4 is none.
+    # Choices are numbered token * 2 + k; rows 0 and 1 go to rank 0, rows 2 and 3 to rank 1; 4 is
+    # none.
     assert tables.place_TK.tolist() == [[0, 3], [1, 4], [2, 4]]
     assert tables.source_M.tolist() == [0, 2, 4, 1]
     assert local.tolist() == [0, 1, 1, 0]
@@ -90,19 +95,39 @@ def test_invert_ignores_places_past_the_end():
 def test_replicas_take_turns_and_padding_goes_nowhere():
     slots, start, replicas = (jnp.array(a, jnp.int32) for a in ([0, 1, 3, 2], [0, 1, 3], [1, 2, 1]))
     expert = jnp.array([[1, 0], [1, 2], [3, 3], [1, 0], [0, 1]], jnp.int32)
-    assert choose_slots(expert, slots, start, replicas, 0).tolist() == [[1, 0], [3, 2], [4, 4], [3, 0], [0, 1]]
-    assert choose_slots(expert, slots, start, replicas, 5).tolist() == [[3, 0], [1, 2], [4, 4], [1, 0], [0, 3]]
+    assert choose_slots(expert, slots, start, replicas, 0).tolist() == [
+        [1, 0],
+        [3, 2],
+        [4, 4],
+        [3, 0],
+        [0, 1],
+    ]
+    assert choose_slots(expert, slots, start, replicas, 5).tolist() == [
+        [3, 0],
+        [1, 2],
+        [4, 4],
+        [1, 0],
+        [0, 3],
+    ]
 
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "ranks", "factor", "rows"),
-    [(8, 2, 4, 1.0, 4), (8, 2, 4, 1.25, 5), (5, 2, 4, 1.0, 3), (5, 2, 4, 100.0, 10), (1, 1, 8, 0.1, 1), (7, 3, 1, 1.0, 21)],
+    [
+        (8, 2, 4, 1.0, 4),
+        (8, 2, 4, 1.25, 5),
+        (5, 2, 4, 1.0, 3),
+        (5, 2, 4, 100.0, 10),
+        (1, 1, 8, 0.1, 1),
+        (7, 3, 1, 1.0, 21),
+    ],
 )
 def test_capacity_is_the_even_share_times_the_factor(tokens, top_k, ranks, factor, rows):
     assert pool_capacity(tokens, top_k, ranks, factor) == rows
 
 
-# Tokens, choices, ranks, slots a rank: few shapes, so that few are compiled; the routings are arbitrary.
+# Tokens, choices, ranks, slots a rank: few shapes, so that few are compiled; the routings are
+# arbitrary.
 SHAPES = [(1, 1, 1, 1), (5, 2, 2, 3), (7, 3, 4, 1), (16, 2, 8, 2)]
 
 
@@ -112,9 +137,17 @@ def routings(draw):
     tokens, top_k, ranks, slots = draw(st.sampled_from(SHAPES))
     slot = draw(hnp.arrays(np.int32, (tokens, top_k), elements=st.integers(0, ranks * slots - 1)))
     padding = draw(hnp.arrays(np.bool_, tokens))
-    weight = draw(hnp.arrays(np.float32, (tokens, top_k), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])))
+    weight = draw(
+        hnp.arrays(np.float32, (tokens, top_k), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    )
     capacity = draw(st.sampled_from([1, 3, tokens * top_k]))
-    return np.where(padding[:, None], ranks * slots, slot).astype(np.int32), weight, ranks, ranks * slots, capacity
+    return (
+        np.where(padding[:, None], ranks * slots, slot).astype(np.int32),
+        weight,
+        ranks,
+        ranks * slots,
+        capacity,
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -130,25 +163,35 @@ def test_every_choice_is_kept_once_or_dropped_for_better_ones(routing):
 
     carried = np.zeros((tokens, top_k), int)
     for round in range(-(-int(queue.longest) // capacity)):
-        tables, local = (jax.tree.map(np.asarray, t) for t in tables_jit(queue, round, capacity=capacity, num_slots=num_slots, ranks=ranks))
+        tables, local = (
+            jax.tree.map(np.asarray, t)
+            for t in tables_jit(queue, round, capacity=capacity, num_slots=num_slots, ranks=ranks)
+        )
         kept = tables.place_TK < none
         carried += kept
         if round == 0:
-            assert kept.sum() == np.minimum(counts, capacity).sum()  # a pool is full before anything is dropped
+            assert (
+                kept.sum() == np.minimum(counts, capacity).sum()
+            )  # a pool is full before anything is dropped
             # Nothing left out outranks what travels in the same pool.
             for r in range(ranks):
                 keys = [(k, -weight[t, k], t) for t, k in np.argwhere(kept & (rank == r))]
                 left = [(k, -weight[t, k], t) for t, k in np.argwhere(~kept & (rank == r))]
                 assert not keys or not left or max(keys) < min(left)
-        # A row of its own for each, in the pool of its rank, and tables that are each other's inverse.
+        # A row of its own for each, in the pool of its rank, and tables that are each other's
+        # inverse.
         places = tables.place_TK[kept]
         assert len(set(places.tolist())) == kept.sum()
         np.testing.assert_array_equal(places // capacity, rank[kept])
         np.testing.assert_array_equal(tables.source_M[places], np.flatnonzero(kept))
         np.testing.assert_array_equal(local[places], slot[kept] % (num_slots // ranks))
         empty = np.setdiff1d(np.arange(none), places)
-        assert np.all(tables.source_M[empty] == tokens * top_k) and np.all(local[empty] == num_slots // ranks)
-    np.testing.assert_array_equal(carried, valid)  # over all rounds each valid choice travels once, padding never
+        assert np.all(tables.source_M[empty] == tokens * top_k) and np.all(
+            local[empty] == num_slots // ranks
+        )
+    np.testing.assert_array_equal(
+        carried, valid
+    )  # over all rounds each valid choice travels once, padding never
 
 
 sort_jit = jax.jit(sort_by_slot, static_argnames="slots")
@@ -184,7 +227,12 @@ def test_gradients_equal_autodiff_of_plain_indexing(capacity, dtype):
     tolerance = 1e-6 if dtype == jnp.float32 else 0.02
     pairs = [
         (lambda x: gather_rows(x, tables.source_M, tables.place_TK), plain_gather, (x,), dy),
-        (lambda y, weight: combine_rows(y, weight, tables.source_M, tables.place_TK), plain_combine, (y, weight), dout),
+        (
+            lambda y, weight: combine_rows(y, weight, tables.source_M, tables.place_TK),
+            plain_combine,
+            (y, weight),
+            dout,
+        ),
     ]
 
     @partial(jax.jit, static_argnums=0)
@@ -200,7 +248,9 @@ def test_gradients_equal_autodiff_of_plain_indexing(capacity, dtype):
 
 
 def test_only_integers_are_scattered():
-    """Activations are gathered in both directions: a scatter-add of them is what the hand-written VJPs are for."""
+    """Activations are gathered in both directions: a scatter-add of them is what the hand-written
+    VJPs are for.
+    """
     queue = queue_jit(SLOT, WEIGHT, num_slots=4, ranks=2)
 
     def there_and_back(x, weight):

@@ -1,4 +1,6 @@
-"""Invariants 1 and 4: the layer equals a dense oracle, in value and every gradient, however tokens travel to experts."""
+"""Invariants 1 and 4: the layer equals a dense oracle, in value and every gradient, however tokens
+travel to experts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.config.schema import MeshConfig
-from moe_jax.moe.layer import LayerStats, MoE
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
 from moe_jax.parallel.collectives import BATCH_AXES
 from moe_jax.parallel.mesh import make_mesh
@@ -45,7 +48,10 @@ def case() -> Case:
         "shared_down": (HIDDEN, WIDTH),
         "shared_gate": (WIDTH, 1),
     }
-    params = {name: jnp.array(0.4 * rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    params = {
+        name: jnp.array(0.4 * rng.standard_normal(shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
     x, dy = (jnp.array(rng.standard_normal((BATCH, LENGTH, WIDTH)), jnp.float32) for _ in range(2))
     return Case(x, jnp.array(rng.random((BATCH, LENGTH)) < 0.85), dy, params)
 
@@ -57,18 +63,30 @@ def in_slots(weights: jax.Array, table: np.ndarray) -> np.ndarray:
 
 def transposed(tree: dict[str, Any]) -> dict[str, Any]:
     """The oracle's down projections are [F, D], the layer's [D, F]."""
-    return {name: np.swapaxes(a, -1, -2) if name.endswith("down") else a for name, a in tree.items()}
+    return {
+        name: np.swapaxes(a, -1, -2) if name.endswith("down") else a for name, a in tree.items()
+    }
 
 
 class Layer:
-    """A MoE layer on a mesh, compiled: (case, bias) -> output, figures, and gradients in logical order."""
+    """A MoE layer on a mesh, compiled: (case, bias) -> output, figures, and gradients in logical
+    order.
+    """
 
     def __init__(self, mesh: MeshConfig, placement: Placement, **settings: Any):
         self.config = MoEConfig(
-            num_experts=placement.num_experts, top_k=TOP_K, hidden=HIDDEN, shared_experts=1, shared_gate=True, **settings
+            num_experts=placement.num_experts,
+            top_k=TOP_K,
+            hidden=HIDDEN,
+            shared_experts=1,
+            shared_gate=True,
+            **settings,
         )
         self.placement = placement
-        make = lambda: MoE(self.config, WIDTH, 1.0, rngs=nnx.Rngs(0))  # noqa: E731
+
+        def make():
+            return MoE(self.config, WIDTH, 1.0, rngs=nnx.Rngs(0))
+
         graph, variables = nnx.split(nnx.eval_shape(make))
         param_specs, spread = nnx.to_pure_dict(specs(variables)), P(BATCH_AXES)
 
@@ -82,9 +100,13 @@ class Layer:
 
         in_specs = (param_specs, spread, spread, P(), spread)
         out_specs = (spread, P(), (param_specs, spread))
-        self.run = jax.jit(jax.shard_map(local, mesh=make_mesh(mesh), in_specs=in_specs, out_specs=out_specs))
+        self.run = jax.jit(
+            jax.shard_map(local, mesh=make_mesh(mesh), in_specs=in_specs, out_specs=out_specs)
+        )
 
-    def __call__(self, case: Case, bias=None, placement: Placement | None = None) -> tuple[jax.Array, LayerStats, dict[str, Any]]:
+    def __call__(
+        self, case: Case, bias=None, placement: Placement | None = None
+    ) -> tuple[jax.Array, LayerStats, dict[str, Any]]:
         placement = placement or self.placement
         table, p = placement.physical_to_logical[0], transposed(case.params)
         bias = jnp.zeros(placement.num_experts) if bias is None else jnp.array(bias, jnp.float32)
@@ -97,8 +119,15 @@ class Layer:
         y, stats, (grads, dx) = self.run(params, case.x, case.valid, tables, case.dy)
         experts = {name: np.asarray(g) for name, g in grads.pop("experts").items()}
         assert all(not np.any(g[table == EMPTY]) for g in experts.values())
-        by_expert = {n: np.stack([g[table == e].sum(0) for e in range(placement.num_experts)]) for n, g in experts.items()}
-        return y, stats, {"x": dx, "router": grads.pop("router")["weight"], **transposed(grads | by_expert)}
+        by_expert = {
+            n: np.stack([g[table == e].sum(0) for e in range(placement.num_experts)])
+            for n, g in experts.items()
+        }
+        return (
+            y,
+            stats,
+            {"x": dx, "router": grads.pop("router")["weight"], **transposed(grads | by_expert)},
+        )
 
 
 @jax.jit
@@ -106,7 +135,14 @@ def expected(case: Case, bias=0.0, kept_NE=1.0) -> tuple[jax.Array, dict[str, An
     """The oracle's output and gradients."""
 
     def value(params, x):
-        y = oracle.moe_layer(params, x.reshape(-1, WIDTH), case.valid.reshape(-1).astype(jnp.float32), TOP_K, bias, kept_NE)
+        y = oracle.moe_layer(
+            params,
+            x.reshape(-1, WIDTH),
+            case.valid.reshape(-1).astype(jnp.float32),
+            TOP_K,
+            bias,
+            kept_NE,
+        )
         return y.reshape(x.shape)
 
     y, pull = jax.vjp(value, case.params, case.x)
@@ -126,17 +162,50 @@ def table(*slots: int, ranks: int = 1) -> Placement:
 
 
 SHUFFLED = (5, 2, 7, 0, 3, 6, 1, 4)
-REPLICAS = (5, 2, 0, 7, 0, 3, 3, 6, 1, 0, 4, EMPTY)  # expert 0 in three slots, 3 in two, one slot empty
+REPLICAS = (
+    5,
+    2,
+    0,
+    7,
+    0,
+    3,
+    3,
+    6,
+    1,
+    0,
+    4,
+    EMPTY,
+)  # expert 0 in three slots, 3 in two, one slot empty
 MANY = dict(dispatch="pooled", dropless=True)
 
 LAYERS = {
     "1x1, alone": (MeshConfig(), table(*range(8)), dict(dropless=True)),
     "1x1, pooled in rounds": (MeshConfig(), table(*SHUFFLED), dict(**MANY, capacity_factor=0.4)),
-    "8x1, reference matmul": (MeshConfig(data=8), table(*SHUFFLED, EMPTY), dict(**MANY, grouped_matmul="reference")),
-    "1x8, rounds": (MeshConfig(expert=8), table(*SHUFFLED, ranks=8), dict(**MANY, capacity_factor=0.7)),
-    "2x4, large pools": (MeshConfig(data=2, expert=4), table(*REPLICAS, ranks=4), dict(dispatch="pooled", capacity_factor=50.0)),
-    "2x4, gathered": (MeshConfig(data=2, expert=4), table(*REPLICAS, ranks=4), dict(dispatch="gather")),
-    "2x2x2, rounds": (MeshConfig(data=2, expert=2, tensor=2), table(*SHUFFLED, ranks=2), dict(**MANY, capacity_factor=0.3)),
+    "8x1, reference matmul": (
+        MeshConfig(data=8),
+        table(*SHUFFLED, EMPTY),
+        dict(**MANY, grouped_matmul="reference"),
+    ),
+    "1x8, rounds": (
+        MeshConfig(expert=8),
+        table(*SHUFFLED, ranks=8),
+        dict(**MANY, capacity_factor=0.7),
+    ),
+    "2x4, large pools": (
+        MeshConfig(data=2, expert=4),
+        table(*REPLICAS, ranks=4),
+        dict(dispatch="pooled", capacity_factor=50.0),
+    ),
+    "2x4, gathered": (
+        MeshConfig(data=2, expert=4),
+        table(*REPLICAS, ranks=4),
+        dict(dispatch="gather"),
+    ),
+    "2x2x2, rounds": (
+        MeshConfig(data=2, expert=2, tensor=2),
+        table(*SHUFFLED, ranks=2),
+        dict(**MANY, capacity_factor=0.3),
+    ),
     "1x4x2, gathered, ragged matmul": (
         MeshConfig(expert=4, tensor=2),
         table(*range(8), ranks=4),
@@ -163,28 +232,47 @@ def test_layer_equals_the_oracle_for_even_and_skewed_load(layer, case):
     if layer.config.dropless and layer.config.capacity_factor < 1:
         assert stats.rounds > 1
     unused = np.array([1, 2, 4, 5, 6, 7])
-    assert not np.any(np.asarray(grads["gate_up"])[unused]) and not np.any(np.asarray(grads["down"])[unused])
+    assert not np.any(np.asarray(grads["gate_up"])[unused]) and not np.any(
+        np.asarray(grads["down"])[unused]
+    )
 
 
-def kept_choices(case: Case, placement: Placement, data: int, ranks: int, capacity: int) -> np.ndarray:
+def kept_choices(
+    case: Case, placement: Placement, data: int, ranks: int, capacity: int
+) -> np.ndarray:
     """Which choices [N, E] find room, by the documented priority, source by source."""
-    expert, weight = (np.asarray(a) for a in jax.jit(oracle.choices, static_argnums=2)(case.params, case.x.reshape(-1, WIDTH), TOP_K))
+    expert, weight = (
+        np.asarray(a)
+        for a in jax.jit(oracle.choices, static_argnums=2)(
+            case.params, case.x.reshape(-1, WIDTH), TOP_K
+        )
+    )
     slot_of = placement.logical_to_physical()[0, :, 0]
     local, kept = TOKENS // (data * ranks), np.zeros((TOKENS, EXPERTS))
     for source in range(data * ranks):
-        tokens = [n for n in range(source * local, (source + 1) * local) if case.valid.reshape(-1)[n]]
+        tokens = [
+            n for n in range(source * local, (source + 1) * local) if case.valid.reshape(-1)[n]
+        ]
         for rank in range(ranks):
             line = [(k, -weight[n, k], n) for n in tokens for k in range(TOP_K)]
-            line = [c for c in sorted(line) if slot_of[expert[c[2], c[0]]] // (placement.num_slots // ranks) == rank]
+            line = [
+                c
+                for c in sorted(line)
+                if slot_of[expert[c[2], c[0]]] // (placement.num_slots // ranks) == rank
+            ]
             for k, _, n in line[:capacity]:
                 kept[n, expert[n, k]] = 1.0
     return kept
 
 
-@pytest.mark.parametrize(("data", "ranks", "factor", "capacity"), [(1, 1, 0.25, 24), (2, 4, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("data", "ranks", "factor", "capacity"), [(1, 1, 0.25, 24), (2, 4, 0.5, 2)]
+)
 def test_a_capacity_drops_the_least_wanted_and_counts_them(case, data, ranks, factor, capacity):
     placement = table(*SHUFFLED, ranks=ranks)
-    y, stats, grads = Layer(MeshConfig(data=data, expert=ranks), placement, dispatch="pooled", capacity_factor=factor)(case)
+    y, stats, grads = Layer(
+        MeshConfig(data=data, expert=ranks), placement, dispatch="pooled", capacity_factor=factor
+    )(case)
     kept = kept_choices(case, placement, data, ranks, capacity)
     assert_equal((y, stats, grads), expected(case, kept_NE=jnp.array(kept, jnp.float32)))
     assert stats.kept == int(kept.sum())
@@ -194,7 +282,10 @@ def test_a_capacity_drops_the_least_wanted_and_counts_them(case, data, ranks, fa
 
 def test_empty_slots_where_the_axis_does_not_divide_the_experts(case):
     """Six experts on four ranks: eight slots, two of them empty."""
-    fewer = {n: a[..., :6] if n == "router" else a[:6] if n in ("gate_up", "down") else a for n, a in case.params.items()}
+    fewer = {
+        n: a[..., :6] if n == "router" else a[:6] if n in ("gate_up", "down") else a
+        for n, a in case.params.items()
+    }
     case = case._replace(params=fewer)
     got = Layer(MeshConfig(data=2, expert=4), contiguous(1, 6, 4), **MANY)(case)
     assert_equal(got, expected(case))
@@ -204,7 +295,11 @@ def test_empty_slots_where_the_axis_does_not_divide_the_experts(case):
 def test_another_placement_compiles_nothing_and_changes_nothing(case):
     layer = Layer(MeshConfig(expert=4), table(*REPLICAS, ranks=4), **MANY)
     first = layer(case)
-    for slots in ((0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0), (1, 0, 2, 1, 3, 7, 6, 5, 1, 4, 5, 6), (*SHUFFLED, *[EMPTY] * 4)):
+    for slots in (
+        (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0),
+        (1, 0, 2, 1, 3, 7, 6, 5, 1, 4, 5, 6),
+        (*SHUFFLED, *[EMPTY] * 4),
+    ):
         y, stats, grads = layer(case, placement=table(*slots, ranks=4))
         assert_equal((y, stats, grads), (first[0], first[2]))
         np.testing.assert_array_equal(stats.router.load_E, first[1].router.load_E)

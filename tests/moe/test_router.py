@@ -29,11 +29,15 @@ def _route(config: MoEConfig, mesh, x, valid, bias, keys):
         return routing, total(stats)
 
     in_specs = (spec(("width", "experts")), P(BATCH_AXES), P(BATCH_AXES), P(), P(BATCH_AXES))
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(Routing(P(BATCH_AXES), P(BATCH_AXES)), P()))
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=(Routing(P(BATCH_AXES), P(BATCH_AXES)), P())
+    )
     return sharded(jnp.eye(config.num_experts), x, valid, bias, keys)
 
 
-def route(config: MoEConfig, logits, valid=None, bias=None, keys=None, data=1, expert=1) -> tuple[Routing, RouterStats]:
+def route(
+    config: MoEConfig, logits, valid=None, bias=None, keys=None, data=1, expert=1
+) -> tuple[Routing, RouterStats]:
     """Routes tokens whose logits are given, [B, S, E]: the router's weight is the identity."""
     x = jnp.array(logits, jnp.float32)
     valid = jnp.ones(x.shape[:2], bool) if valid is None else jnp.array(valid)
@@ -64,7 +68,9 @@ def test_softmax_weights_best_first(settings, weights):
 
 def test_temperature_divides_logits():
     """At temperature 2 the odds are square roots: 1, 2, 3, 4 of 10."""
-    routing, stats = route(MoEConfig(num_experts=4, top_k=4, temperature=2.0), np.log([[[1.0, 9.0, 4.0, 16.0]]]))
+    routing, stats = route(
+        MoEConfig(num_experts=4, top_k=4, temperature=2.0), np.log([[[1.0, 9.0, 4.0, 16.0]]])
+    )
     np.testing.assert_allclose(routing.weight_TK, [[0.4, 0.3, 0.2, 0.1]], rtol=1e-6)
     np.testing.assert_allclose(stats.z, np.log(10) ** 2, rtol=1e-6)
 
@@ -79,7 +85,9 @@ def test_sigmoid_scores_with_a_bias_that_moves_the_choice_but_not_the_weight():
     assert routing.expert_TK.tolist() == [[3, 2]]
     np.testing.assert_allclose(routing.weight_TK, [[0.9 / 1.15, 0.25 / 1.15]], rtol=1e-6)
     np.testing.assert_allclose(stats.prob_E, np.array([0.5, 0.75, 0.25, 0.9]) / 2.4, rtol=1e-6)
-    routing, _ = route(MoEConfig(num_experts=4, top_k=2, score="sigmoid", normalize="before"), logits)
+    routing, _ = route(
+        MoEConfig(num_experts=4, top_k=2, score="sigmoid", normalize="before"), logits
+    )
     np.testing.assert_allclose(routing.weight_TK, [[0.9, 0.75]], rtol=1e-6)
 
 
@@ -96,7 +104,9 @@ def test_sigmoid_scores_with_a_bias_that_moves_the_choice_but_not_the_weight():
 )
 def test_group_limited_selection(score, bias, experts):
     scores = jnp.array([[[0.9, 0.0, 0.5, 0.45, 0.6, 0.1, 0.4, 0.3]]])
-    config = MoEConfig(num_experts=8, top_k=3, num_groups=4, top_groups=2, score=score, normalize="before")
+    config = MoEConfig(
+        num_experts=8, top_k=3, num_groups=4, top_groups=2, score=score, normalize="before"
+    )
     chosen, weights = select(config, scores, jnp.array(bias), None)
     assert chosen.ravel().tolist() == experts
     np.testing.assert_allclose(weights.ravel(), scores.ravel()[np.array(experts)])
@@ -131,12 +141,16 @@ def test_expert_dropout_takes_experts_from_whole_sequences():
     config = MoEConfig(num_experts=8, top_k=2, expert_dropout=0.5)
     logits = random_logits(16, 30, 8)
     routing, _ = route(config, logits, keys=jax.random.split(jax.random.key(1), 16))
-    used = np.array([np.isin(np.arange(8), sequence) for sequence in routing.expert_TK.reshape(16, -1)])
+    used = np.array(
+        [np.isin(np.arange(8), sequence) for sequence in routing.expert_TK.reshape(16, -1)]
+    )
     assert 0.3 < used.mean() < 0.7  # about half of the experts, for 60 choices of a sequence
     assert len({tuple(row) for row in used}) > 8  # not the same ones
     everywhere, _ = route(config, logits)
     assert np.isin(np.arange(8), everywhere.expert_TK.reshape(16, -1)[0]).all()
-    scattered, _ = route(config, logits, keys=jax.random.split(jax.random.key(1), 16), data=2, expert=4)
+    scattered, _ = route(
+        config, logits, keys=jax.random.split(jax.random.key(1), 16), data=2, expert=4
+    )
     np.testing.assert_array_equal(scattered.expert_TK, routing.expert_TK)
 
 
@@ -177,15 +191,25 @@ def test_switch_loss_is_one_when_even_and_counts_the_experts_when_not():
 
 def test_variance_loss_is_the_variance_of_usage():
     assert variance_loss(jnp.full(4, 0.25)) == 0
-    np.testing.assert_allclose(variance_loss(jnp.array([0.1, 0.3, 0.2, 0.4])), np.var([0.4, 1.2, 0.8, 1.6]), rtol=1e-6)
-    config = MoEConfig(num_experts=4, top_k=2, **COEFFICIENTS | dict(aux_loss=0.0, variance_loss=2.0))
+    np.testing.assert_allclose(
+        variance_loss(jnp.array([0.1, 0.3, 0.2, 0.4])), np.var([0.4, 1.2, 0.8, 1.6]), rtol=1e-6
+    )
+    config = MoEConfig(
+        num_experts=4, top_k=2, **COEFFICIENTS | dict(aux_loss=0.0, variance_loss=2.0)
+    )
     _, stats = route(config, FOUR)
-    np.testing.assert_allclose(losses(config, stats, stats)[0], 2.0 * np.var([0.4, 1.2, 0.8, 1.6]), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses(config, stats, stats)[0], 2.0 * np.var([0.4, 1.2, 0.8, 1.6]), rtol=1e-5
+    )
 
 
 def test_sequence_loss_sees_what_the_batch_hides():
-    """Each sequence goes to one expert, another one for each: even over the batch, as uneven as can be within."""
-    config = MoEConfig(num_experts=4, top_k=1, **COEFFICIENTS | dict(aux_loss=0.0, sequence_aux_loss=0.5))
+    """Each sequence goes to one expert, another one for each: even over the batch, as uneven as can
+    be within.
+    """
+    config = MoEConfig(
+        num_experts=4, top_k=1, **COEFFICIENTS | dict(aux_loss=0.0, sequence_aux_loss=0.5)
+    )
     logits = np.repeat(100.0 * np.eye(4)[:, None], 3, axis=1)
     _, stats = route(config, logits)
     np.testing.assert_allclose(losses(config, stats, stats)[0], 0.5 * 4.0, rtol=1e-6)
@@ -194,7 +218,9 @@ def test_sequence_loss_sees_what_the_batch_hides():
 
 
 def test_sequences_count_by_their_tokens():
-    config = MoEConfig(num_experts=2, top_k=1, **COEFFICIENTS | dict(aux_loss=0.0, sequence_aux_loss=1.0))
+    config = MoEConfig(
+        num_experts=2, top_k=1, **COEFFICIENTS | dict(aux_loss=0.0, sequence_aux_loss=1.0)
+    )
     logits = np.zeros((2, 4, 2))
     logits[0, :, 0] = 100.0  # all to one: 2
     logits[1, 0, 0] = logits[1, 1, 1] = 100.0  # even: 1
@@ -208,7 +234,9 @@ def test_padding_changes_no_statistic(data, expert):
     logits = random_logits(4, 6, 4)
     valid = np.arange(6) < np.array([6, 4, 1, 0])[:, None]
     routing, stats = route(config, logits, valid=valid, data=data, expert=expert)
-    other, other_stats = route(config, np.where(valid[..., None], logits, 50.0), valid=valid, data=data, expert=expert)
+    other, other_stats = route(
+        config, np.where(valid[..., None], logits, 50.0), valid=valid, data=data, expert=expert
+    )
     assert np.all((routing.expert_TK == 4) == ~valid.reshape(-1)[:, None])
     np.testing.assert_array_equal(routing.expert_TK, other.expert_TK)
     for got, want in zip(stats, other_stats, strict=True):
@@ -217,18 +245,26 @@ def test_padding_changes_no_statistic(data, expert):
     # And they are those of the tokens by themselves.
     alone = [route(config, logits[b : b + 1, :n])[1] for b, n in enumerate([6, 4, 1])]
     for name in RouterStats._fields:
-        np.testing.assert_allclose(getattr(stats, name), sum(getattr(a, name) for a in alone), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(stats, name), sum(getattr(a, name) for a in alone), rtol=1e-5, err_msg=name
+        )
 
 
 def test_a_batch_of_padding_costs_nothing():
-    config = MoEConfig(num_experts=4, top_k=2, aux_loss=0.1, variance_loss=0.0, sequence_aux_loss=0.1, z_loss=0.1)
+    config = MoEConfig(
+        num_experts=4, top_k=2, aux_loss=0.1, variance_loss=0.0, sequence_aux_loss=0.1, z_loss=0.1
+    )
     _, stats = route(config, random_logits(1, 3, 4), valid=np.zeros((1, 3), bool))
     assert losses(config, stats, stats) == (0.0, 0.0)
 
 
 def test_losses_of_parts_add_up_in_value_and_gradient():
-    """Batch losses are not linear in the batch: the parts' gradients must still add up to the whole's."""
-    config = MoEConfig(num_experts=4, top_k=2, aux_loss=0.3, variance_loss=0.7, sequence_aux_loss=0.2, z_loss=0.1)
+    """Batch losses are not linear in the batch: the parts' gradients must still add up to the
+    whole's.
+    """
+    config = MoEConfig(
+        num_experts=4, top_k=2, aux_loss=0.3, variance_loss=0.7, sequence_aux_loss=0.2, z_loss=0.1
+    )
     logits = jnp.array(2 * random_logits(4, 6, 4))
     valid = np.arange(6) < np.array([6, 4, 1, 2])[:, None]
 
@@ -242,21 +278,28 @@ def test_losses_of_parts_add_up_in_value_and_gradient():
     everything = slice(0, 4)
     full = stats_of(everything, logits)
     value, gradient = jax.value_and_grad(partial(loss, everything, None))(logits)
-    parts = [jax.value_and_grad(partial(loss, rows, full))(logits) for rows in (slice(0, 1), slice(1, 4))]
+    parts = [
+        jax.value_and_grad(partial(loss, rows, full))(logits) for rows in (slice(0, 1), slice(1, 4))
+    ]
     np.testing.assert_allclose(sum(v for v, _ in parts), value, rtol=1e-6)
     np.testing.assert_allclose(sum(g for _, g in parts), gradient, atol=1e-7)
     assert np.max(np.abs(gradient)) > 1e-3
     # The gradient itself, by differences.
     direction = np.zeros((4, 6, 4), np.float32)
     direction[1, 2, 3], eps = 1.0, 1e-2
-    slope = (loss(everything, None, logits + eps * direction) - loss(everything, None, logits - eps * direction)) / (2 * eps)
+    slope = (
+        loss(everything, None, logits + eps * direction)
+        - loss(everything, None, logits - eps * direction)
+    ) / (2 * eps)
     np.testing.assert_allclose(gradient[1, 2, 3], slope, rtol=0.02)
 
 
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones():
     bias = jnp.array([[0.0, 0.5, -0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
     load = jnp.array([[0, 20, 10, 10], [7, 7, 7, 7]], jnp.int32)
-    np.testing.assert_allclose(update_bias(bias, load, 0.125), [[0.125, 0.375, -0.25, 0.0], [0.0] * 4])
+    np.testing.assert_allclose(
+        update_bias(bias, load, 0.125), [[0.125, 0.375, -0.25, 0.0], [0.0] * 4]
+    )
 
 
 def test_the_router_learns_through_the_weights_and_not_through_the_bias():
@@ -270,6 +313,9 @@ def test_the_router_learns_through_the_weights_and_not_through_the_bias():
     logits = jnp.array([[[0.1, 0.9, -0.4, 0.5]]])
     dlogits, dbias = jax.grad(weighted, argnums=(0, 1))(logits, jnp.zeros(4))
     np.testing.assert_array_equal(dbias, 0.0)
-    # Renormalised, the two chosen weights are a softmax of their own: w = sigmoid(0.9 - 0.5), d(w - (1 - w)) = 2w(1-w).
+    # Renormalised, the two chosen weights are a softmax of their own: w = sigmoid(0.9 - 0.5), d(w -
+    # (1 - w)) = 2w(1-w).
     w = 1 / (1 + np.exp(-0.4))
-    np.testing.assert_allclose(dlogits.ravel(), [0, 2 * w * (1 - w), 0, -2 * w * (1 - w)], atol=1e-6)
+    np.testing.assert_allclose(
+        dlogits.ravel(), [0, 2 * w * (1 - w), 0, -2 * w * (1 - w)], atol=1e-6
+    )

@@ -9,7 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
-from moe_jax.ops.attention.api import MAX_BLOCKS, attention, cached_attention
+from moe_jax.ops.attention.api import attention
+from moe_jax.ops.attention.blockwise import MAX_BLOCKS
+from moe_jax.ops.attention.cached import cached_attention
 from moe_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -21,8 +23,8 @@ jitted = jax.jit(attention, static_argnames=("window", "impl", "scale"))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("moe_jax.ops.attention.api.MIN_BLOCK", BLOCK)
-    monkeypatch.setattr("moe_jax.ops.attention.api.CACHE_BLOCK", BLOCK)
+    monkeypatch.setattr("moe_jax.ops.attention.blockwise.MIN_BLOCK", BLOCK)
+    monkeypatch.setattr("moe_jax.ops.attention.cached.CACHE_BLOCK", BLOCK)
 
 
 def by_hand(q, k, v, segments, window, scale=None, sinks=None):
@@ -42,8 +44,12 @@ def by_hand(q, k, v, segments, window, scale=None, sinks=None):
     return out
 
 
-def operands(length: int, heads: int, seed: int = 0, value_width: int = HEAD) -> tuple[jax.Array, ...]:
-    """q, k, v, and segments: documents of uneven lengths, then padding, different in each sequence."""
+def operands(
+    length: int, heads: int, seed: int = 0, value_width: int = HEAD
+) -> tuple[jax.Array, ...]:
+    """q, k, v, and segments: documents of uneven lengths, then padding, different in each
+    sequence.
+    """
     rng = np.random.default_rng(seed)
     sizes = ((heads, HEAD), (GROUPS, HEAD), (GROUPS, value_width))
     q, k, v = (rng.standard_normal((BATCH, length, *size)).astype(np.float32) for size in sizes)
@@ -58,7 +64,9 @@ def operands(length: int, heads: int, seed: int = 0, value_width: int = HEAD) ->
 def test_short_sequences_equal_the_definition(impl, window):
     q, k, v, segments = operands(23, heads=4)
     out = jitted(q, k, v, segments, window=window, impl=impl)
-    np.testing.assert_allclose(out, by_hand(*map(np.asarray, (q, k, v, segments)), window), atol=1e-5)
+    np.testing.assert_allclose(
+        out, by_hand(*map(np.asarray, (q, k, v, segments)), window), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,12 @@ def test_blockwise_equals_reference(length, heads, window):
         return out, *pull(dout)
 
     want = jax.jit(partial(value_and_gradients, "reference"))()
-    for got, expected, name in zip(jax.jit(partial(value_and_gradients, "blockwise"))(), want, ("out", "dq", "dk", "dv"), strict=True):
+    for got, expected, name in zip(
+        jax.jit(partial(value_and_gradients, "blockwise"))(),
+        want,
+        ("out", "dq", "dk", "dv"),
+        strict=True,
+    ):
         np.testing.assert_allclose(got, expected, atol=3e-5, err_msg=name)
 
 
@@ -94,22 +107,33 @@ SINKS = jnp.array([0.5, -1.0, 3.0, 40.0])  # the last takes nearly all weight
 def test_sinks_scale_and_values_of_another_width(impl, window, value_width):
     q, k, v, segments = operands(2 * BLOCK + 3, heads=4, value_width=value_width)
     out = jitted(q, k, v, segments, window=window, scale=0.7, sinks_H=SINKS, impl=impl)
-    np.testing.assert_allclose(out, by_hand(*map(np.asarray, (q, k, v, segments)), window, 0.7, np.asarray(SINKS)), atol=1e-5)
+    np.testing.assert_allclose(
+        out,
+        by_hand(*map(np.asarray, (q, k, v, segments)), window, 0.7, np.asarray(SINKS)),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("window", [None, BLOCK + 9])
 def test_blockwise_gradients_with_sinks_scale_and_values_of_another_width(window):
     *qkv, segments = operands(3 * BLOCK - 1, heads=4, value_width=5)
-    dout = jnp.array(np.random.default_rng(1).standard_normal((*qkv[0].shape[:3], 5)).astype(np.float32))
+    dout = jnp.array(
+        np.random.default_rng(1).standard_normal((*qkv[0].shape[:3], 5)).astype(np.float32)
+    )
 
     def value_and_gradients(impl):
-        fn = lambda q, k, v, sinks: attention(q, k, v, segments, window=window, scale=0.7, sinks_H=sinks, impl=impl)  # noqa: E731
+
+        def fn(q, k, v, sinks):
+            return attention(q, k, v, segments, window=window, scale=0.7, sinks_H=sinks, impl=impl)
+
         out, pull = jax.vjp(fn, *qkv, SINKS)
         return out, *pull(dout)
 
     want = jax.jit(partial(value_and_gradients, "reference"))()
     names = ("out", "dq", "dk", "dv", "dsinks")
-    for got, expected, name in zip(jax.jit(partial(value_and_gradients, "blockwise"))(), want, names, strict=True):
+    for got, expected, name in zip(
+        jax.jit(partial(value_and_gradients, "blockwise"))(), want, names, strict=True
+    ):
         np.testing.assert_allclose(got, expected, atol=3e-5, err_msg=name)
     assert np.abs(want[-1][:3]).min() > 0.1  # a gradient that is there to be missed
 
@@ -119,7 +143,9 @@ def test_the_future_and_other_documents_cannot_be_seen(impl):
     q, k, v, segments = operands(50, heads=2)
     start = 50 // 3  # of the second document in sequence 0
     out = jitted(q, k, v, segments, impl=impl)
-    other = jitted(q, k.at[0, :start].multiply(-2.0), v.at[0, 47:].multiply(-3.0), segments, impl=impl)
+    other = jitted(
+        q, k.at[0, :start].multiply(-2.0), v.at[0, 47:].multiply(-3.0), segments, impl=impl
+    )
     np.testing.assert_array_equal(out[0, start:43], other[0, start:43])
     np.testing.assert_array_equal(out[1], other[1])
     assert not np.allclose(out[0, 5:start], other[0, 5:start])
@@ -131,11 +157,15 @@ def test_large_scores_and_half_precision(impl):
     assert np.all(np.isfinite(jitted(q * 1e4, k * 1e4, v, segments, impl=impl)))
     half = jitted(*(a.astype(jnp.bfloat16) for a in (q, k, v)), segments, impl=impl)
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(np.float32), jitted(q, k, v, segments, impl="reference"), atol=0.05)
+    np.testing.assert_allclose(
+        half.astype(np.float32), jitted(q, k, v, segments, impl="reference"), atol=0.05
+    )
 
 
 def test_inside_shard_map():
-    """Keys that are the same on every device, queries that vary: the keys' gradient is the sum over devices."""
+    """Keys that are the same on every device, queries that vary: the keys' gradient is the sum over
+    devices.
+    """
     q, k, v, segments = operands(BLOCK + 20, heads=2)
     mesh = make_mesh(MeshConfig(data=2))
 
@@ -143,11 +173,18 @@ def test_inside_shard_map():
         return jnp.sum(jnp.sin(attention(q, k, v, segments, impl=impl)))
 
     @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P(), P()), out_specs=(P("data"), P(), P()))
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P("data"), P(), P(), P()),
+        out_specs=(P("data"), P(), P()),
+    )
     def sharded(q, k, v, segments):
         return jax.grad(partial(loss, "blockwise"), argnums=(0, 1, 2))(q, k, v, segments)
 
-    want = jax.jit(jax.grad(partial(loss, "reference"), argnums=(0, 1, 2)))(q, *(jnp.concatenate([a[:1]] * 2) for a in (k, v, segments)))
+    want = jax.jit(jax.grad(partial(loss, "reference"), argnums=(0, 1, 2)))(
+        q, *(jnp.concatenate([a[:1]] * 2) for a in (k, v, segments))
+    )
     dq, dk, dv = sharded(q, k[:1], v[:1], segments[:1])
     np.testing.assert_allclose(dq, want[0], atol=2e-5)
     np.testing.assert_allclose(dk[0], want[1].sum(0), atol=2e-5)
@@ -169,25 +206,39 @@ POSITIONS = {
     "rows far apart": [[2 * BLOCK - 1], [2]],
     "the last place": [[PLACES - 1], [2 * BLOCK]],
     "several tokens over an edge": [[*range(BLOCK - 2, BLOCK + 3)], [*range(5)]],
-    "padding beyond the last place": [[*range(PLACES - 3, PLACES + 2)], [*range(2 * BLOCK - 3, 2 * BLOCK + 2)]],
+    "padding beyond the last place": [
+        [*range(PLACES - 3, PLACES + 2)],
+        [*range(2 * BLOCK - 3, 2 * BLOCK + 2)],
+    ],
 }
 
 
 @pytest.mark.parametrize("form", ["plain", "sinks", "values in keys"])
 @pytest.mark.parametrize("window", [None, 1, 5, BLOCK, BLOCK + 9])
 def test_a_cache_equals_the_definition(form, window):
-    """For positions of all kinds; other layers and what lies beyond a row's position are large numbers that would show."""
+    """For positions of all kinds; other layers and what lies beyond a row's position are large
+    numbers that would show.
+    """
     rng = np.random.default_rng(3)
     q_all, k, v, _ = operands(PLACES, heads=4, seed=3, value_width=6)
     sinks = SINKS if form == "sinks" else None
     v = k[..., :6] if form == "values in keys" else v
-    want = by_hand(*map(np.asarray, (q_all, k, v)), np.ones((BATCH, PLACES), np.int32), window, 0.7, None if sinks is None else SINKS)
+    want = by_hand(
+        *map(np.asarray, (q_all, k, v)),
+        np.ones((BATCH, PLACES), np.int32),
+        window,
+        0.7,
+        None if sinks is None else SINKS,
+    )
     for name, rows in POSITIONS.items():
         positions = np.array(rows, np.int32)
         inside = np.minimum(positions, PLACES - 1)
         q = np.take_along_axis(np.asarray(q_all), inside[..., None, None], axis=1)
         beyond = np.arange(PLACES) > inside.max(axis=1)[:, None]
-        keys, values = (rng.uniform(-50, 50, (LAYERS, *np.moveaxis(a, 1, 2).shape)).astype(np.float32) for a in (k, v))
+        keys, values = (
+            rng.uniform(-50, 50, (LAYERS, *np.moveaxis(a, 1, 2).shape)).astype(np.float32)
+            for a in (k, v)
+        )
         for stored, new in ((keys, k), (values, v)):
             kept = np.moveaxis(np.where(beyond[..., None, None], np.float32(50), new), 1, 2)
             stored[1] = kept
@@ -198,12 +249,19 @@ def test_a_cache_equals_the_definition(form, window):
         else:
             out = cached(jnp.asarray(q), keys, jnp.asarray(values), 1, positions, **options)
         true = positions < PLACES
-        np.testing.assert_allclose(out[true], np.take_along_axis(want, inside[..., None, None], axis=1)[true], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(
+            out[true],
+            np.take_along_axis(want, inside[..., None, None], axis=1)[true],
+            atol=2e-5,
+            err_msg=name,
+        )
         assert np.all(np.isfinite(out))
 
 
 def test_blocks_of_a_cache_that_nobody_sees_are_not_read():
-    """Neither those past the last position nor those before every window: NaN there would reach the result."""
+    """Neither those past the last position nor those before every window: NaN there would reach the
+    result.
+    """
     q, k, v, _ = (np.asarray(a) for a in operands(PLACES, heads=4, seed=4))
     positions = np.array([[2 * BLOCK + 3], [2 * BLOCK + 1]], np.int32)
     keys, values = (
@@ -211,8 +269,13 @@ def test_blocks_of_a_cache_that_nobody_sees_are_not_read():
         np.full((1, BATCH, GROUPS, PLACES, HEAD), np.nan, np.float32),
     )
     near = slice(BLOCK, 3 * BLOCK)  # a window of a block reaches back into the second block
-    keys[0, ..., near], values[0, :, :, near] = np.moveaxis(k, 1, 3)[..., near], np.swapaxes(v, 1, 2)[:, :, near]
-    out = cached(jnp.asarray(q[:, :1]), jnp.asarray(keys), jnp.asarray(values), 0, positions, window=BLOCK)
+    keys[0, ..., near], values[0, :, :, near] = (
+        np.moveaxis(k, 1, 3)[..., near],
+        np.swapaxes(v, 1, 2)[:, :, near],
+    )
+    out = cached(
+        jnp.asarray(q[:, :1]), jnp.asarray(keys), jnp.asarray(values), 0, positions, window=BLOCK
+    )
     assert np.all(np.isfinite(out))
 
 

@@ -26,7 +26,10 @@ def small_chunks(monkeypatch):
 
 def operands(tokens: int) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(tokens)
-    h, w = rng.standard_normal((tokens, WIDTH)).astype(np.float32), rng.standard_normal((WIDTH, VOCAB)).astype(np.float32)
+    h, w = (
+        rng.standard_normal((tokens, WIDTH)).astype(np.float32),
+        rng.standard_normal((WIDTH, VOCAB)).astype(np.float32),
+    )
     target = rng.integers(0, VOCAB, tokens).astype(np.int32)
     target[: min(2, tokens)] = [0, VOCAB - 1][: min(2, tokens)]  # the ends of the vocabulary
     weight = (rng.random(tokens) * (rng.random(tokens) < 0.8)).astype(np.float32)
@@ -44,9 +47,13 @@ def test_value_and_gradients_equal_optax(impl, tokens):
     h, w, target, weight = operands(tokens)
     loss = partial(linear_cross_entropy, impl=impl)
     value, (dh, dw) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(h, w, target, weight)
-    expected, (expected_dh, expected_dw) = jax.jit(jax.value_and_grad(by_optax, argnums=(0, 1)))(h, w, target, weight)
+    expected, (expected_dh, expected_dw) = jax.jit(jax.value_and_grad(by_optax, argnums=(0, 1)))(
+        h, w, target, weight
+    )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(loss)(h, w, target, weight), expected, rtol=1e-5)  # without a gradient
+    np.testing.assert_allclose(
+        jax.jit(loss)(h, w, target, weight), expected, rtol=1e-5
+    )  # without a gradient
     np.testing.assert_allclose(dh, expected_dh, atol=1e-5)
     np.testing.assert_allclose(dw, expected_dw, atol=1e-4)
 
@@ -54,8 +61,12 @@ def test_value_and_gradients_equal_optax(impl, tokens):
 @pytest.mark.parametrize("tokens", [9, CHUNK + 3])
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_sharded_vocabulary(impl, tokens):
-    """Tokens over `data`, vocabulary over `tensor`: the same loss and gradients as on one device."""
-    h, w, target, weight = (jnp.concatenate([a, a]) if i != 1 else a for i, a in enumerate(operands(tokens)))
+    """Tokens over `data`, vocabulary over `tensor`: the same loss and gradients as on one
+    device.
+    """
+    h, w, target, weight = (
+        jnp.concatenate([a, a]) if i != 1 else a for i, a in enumerate(operands(tokens))
+    )
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
 
     @jax.jit
@@ -67,12 +78,16 @@ def test_sharded_vocabulary(impl, tokens):
     )
     def sharded(h, w, target, weight):
         def loss(h, w):
-            return jax.lax.psum(2.0 * linear_cross_entropy(h, w, target, weight, axis="tensor", impl=impl), "data")
+            return jax.lax.psum(
+                2.0 * linear_cross_entropy(h, w, target, weight, axis="tensor", impl=impl), "data"
+            )
 
         return jax.value_and_grad(loss, argnums=(0, 1))(h, w)
 
     value, (dh, dw) = sharded(h, w, target, weight)
-    expected, (expected_dh, expected_dw) = jax.jit(jax.value_and_grad(by_optax, argnums=(0, 1)))(h, w, target, weight)
+    expected, (expected_dh, expected_dw) = jax.jit(jax.value_and_grad(by_optax, argnums=(0, 1)))(
+        h, w, target, weight
+    )
     np.testing.assert_allclose(value, 2 * expected, rtol=1e-5)
     np.testing.assert_allclose(dh, 2 * expected_dh, atol=2e-5)
     np.testing.assert_allclose(dw, 2 * expected_dw, atol=2e-4)
@@ -93,7 +108,9 @@ def test_half_precision_has_f32_logits_and_an_f32_gradient_of_the_masters():
     h, w, target, weight = operands(CHUNK + 1)
     half = h.astype(jnp.bfloat16)
     assert logits(half, w).dtype == jnp.float32
-    value, (dh, dw) = jax.jit(jax.value_and_grad(linear_cross_entropy, argnums=(0, 1)))(half, w, target, weight)
+    value, (dh, dw) = jax.jit(jax.value_and_grad(linear_cross_entropy, argnums=(0, 1)))(
+        half, w, target, weight
+    )
     assert (value.dtype, dh.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(value, by_optax(h, w, target, weight), rtol=0.01)
 

@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
-from moe_jax.ops.grouped_matmul.api import FEW_ROWS, SMALL_TILE, TILE, TILE_GRAD, grouped_matmul
-from moe_jax.ops.linear import Matrix, dequantize, quantize
+from moe_jax.ops.grouped_matmul.api import grouped_matmul
+from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, SMALL_TILE
+from moe_jax.ops.grouped_matmul.tiled import TILE, TILE_GRAD
+from moe_jax.ops.quantized import PackedWeight, dequantize, quantize
 from moe_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -36,12 +38,16 @@ def by_hand(x: np.ndarray, w: np.ndarray, sizes: list[int]) -> np.ndarray:
     out = np.zeros((x.shape[0], w.shape[2]))
     start = 0
     for group, size in enumerate(sizes):
-        out[start : start + size] = x[start : start + size].astype(np.float64) @ w[group].astype(np.float64)
+        out[start : start + size] = x[start : start + size].astype(np.float64) @ w[group].astype(
+            np.float64
+        )
         start += size
     return out
 
 
-def gradients_by_hand(x: np.ndarray, w: np.ndarray, dy: np.ndarray, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def gradients_by_hand(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray, sizes: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     dx, dw, start = np.zeros(x.shape), np.zeros(w.shape), 0
     for group, size in enumerate(sizes):
         rows = slice(start, start + size)
@@ -57,16 +63,28 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-BACK_ENDS = [(impl, transposed) for impl in ("reference", "ragged", "tiled", "auto") for transposed in (False, True)]
+BACK_ENDS = [
+    (impl, transposed)
+    for impl in ("reference", "ragged", "tiled", "auto")
+    for transposed in (False, True)
+]
 
 
-@pytest.fixture(scope="module", params=BACK_ENDS, ids=lambda p: f"{p[0]}{' transposed' if p[1] else ''}")
+@pytest.fixture(
+    scope="module", params=BACK_ENDS, ids=lambda p: f"{p[0]}{' transposed' if p[1] else ''}"
+)
 def value_and_gradients(request):
     impl, transposed = request.param
 
     def both(x, w, sizes, dy):
         def fn(x, w):
-            return grouped_matmul(x, jnp.swapaxes(w, 1, 2) if transposed else w, sizes, transposed=transposed, impl=impl)
+            return grouped_matmul(
+                x,
+                jnp.swapaxes(w, 1, 2) if transposed else w,
+                sizes,
+                transposed=transposed,
+                impl=impl,
+            )
 
         y, pull = jax.vjp(fn, x, w)
         return y, *pull(dy)
@@ -87,19 +105,26 @@ def test_values_and_gradients_equal_the_definition(value_and_gradients, operands
 
 
 def test_rows_past_the_last_group_do_not_leak(value_and_gradients, operands):
-    """Neither what they hold nor their cotangents may reach a gradient, even where they are not finite."""
+    """Neither what they hold nor their cotangents may reach a gradient, even where they are not
+    finite.
+    """
     x, w, dy = (a.copy() for a in operands)
     sizes = [60, 0, 3, 70, 0]
     expected = value_and_gradients(x, w, np.array(sizes, np.int32), dy)
     x[sum(sizes) :], dy[sum(sizes) :] = 1e30, -1e30
-    for got, want in zip(value_and_gradients(x, w, np.array(sizes, np.int32), dy), expected, strict=True):
+    for got, want in zip(
+        value_and_gradients(x, w, np.array(sizes, np.int32), dy), expected, strict=True
+    ):
         np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("rows", [0, 1, TILE, TILE + 1, TILE_GRAD])
 def test_any_number_of_rows(rows):
     rng = np.random.default_rng(rows)
-    x, w = rng.standard_normal((rows, 8)).astype(np.float32), rng.standard_normal((2, 8, 4)).astype(np.float32)
+    x, w = (
+        rng.standard_normal((rows, 8)).astype(np.float32),
+        rng.standard_normal((2, 8, 4)).astype(np.float32),
+    )
     sizes = [rows // 3, rows - rows // 3]
     for impl in ("reference", "tiled"):
         y = grouped_matmul(jnp.array(x), jnp.array(w), jnp.array(sizes, jnp.int32), impl=impl)
@@ -122,13 +147,20 @@ def test_half_precision_accumulates_in_f32(impl):
 
 @pytest.mark.parametrize("impl", ["reference", "ragged", "tiled"])
 def test_inside_shard_map(operands, impl):
-    """Rows vary over one axis, weights are the same on it: their gradient is the sum over its devices."""
+    """Rows vary over one axis, weights are the same on it: their gradient is the sum over its
+    devices.
+    """
     x, w, dy = operands
     mesh = make_mesh(MeshConfig(data=2))
     sizes = np.array([[40, 1, 60, 0, 9], [0, 49, 50, 51, 0]], np.int32)
 
     @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data"), P("data")), out_specs=(P("data"), P("data"), P()))
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data"), P("data")),
+        out_specs=(P("data"), P("data"), P()),
+    )
     def both(x, w, sizes, dy):
         y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes[0], impl=impl), x, w)
         return y, *pull(dy)
@@ -136,7 +168,9 @@ def test_inside_shard_map(operands, impl):
     y, dx, dw = both(x, w, sizes, dy)
     half = ROWS // 2
     parts = [(slice(0, half), sizes[0]), (slice(half, ROWS), sizes[1])]
-    np.testing.assert_allclose(y, np.concatenate([by_hand(x[rows], w, s) for rows, s in parts]), atol=2e-5)
+    np.testing.assert_allclose(
+        y, np.concatenate([by_hand(x[rows], w, s) for rows, s in parts]), atol=2e-5
+    )
     grads = [gradients_by_hand(x[rows], w, dy[rows], s) for rows, s in parts]
     np.testing.assert_allclose(dx, np.concatenate([dx for dx, _ in grads]), atol=2e-5)
     np.testing.assert_allclose(dw, sum(dw for _, dw in grads), atol=1e-4)
@@ -156,9 +190,15 @@ STACKED = 3  # layers whose matrices stand one after another; the second is used
 
 
 @pytest.fixture(scope="module", params=["float", "int8", "int4"])
-def banks(request) -> tuple[Matrix, np.ndarray]:
-    """Matrices [3 x G, 2, F/2, D], and the weights [G, D, F] that those of the second layer stand for."""
-    w = np.random.default_rng(1).standard_normal((STACKED * GROUPS, 2, HIDDEN // 2, WIDTH)).astype(np.float32)
+def banks(request) -> tuple[PackedWeight, np.ndarray]:
+    """Matrices [3 x G, 2, F/2, D], and the weights [G, D, F] that those of the second layer stand
+    for.
+    """
+    w = (
+        np.random.default_rng(1)
+        .standard_normal((STACKED * GROUPS, 2, HIDDEN // 2, WIDTH))
+        .astype(np.float32)
+    )
     matrix = quantize(jnp.asarray(w), request.param, 8)
     plain = np.asarray(dequantize(matrix, jnp.float32)).reshape(STACKED, GROUPS, HIDDEN, WIDTH)
     return matrix, plain[1].swapaxes(1, 2)
@@ -176,13 +216,19 @@ def test_a_matrix_equals_the_definition(served, banks, operands, impl, rows):
     matrix, plain = banks
     for name, sizes in SERVED.items():
         if sum(sizes) <= rows:
-            y = served(operands[0][:rows], matrix, np.array(sizes, np.int32), first=GROUPS, impl=impl)
-            np.testing.assert_allclose(y, by_hand(operands[0][:rows], plain, sizes), atol=3e-5, err_msg=name)
+            y = served(
+                operands[0][:rows], matrix, np.array(sizes, np.int32), first=GROUPS, impl=impl
+            )
+            np.testing.assert_allclose(
+                y, by_hand(operands[0][:rows], plain, sizes), atol=3e-5, err_msg=name
+            )
             assert not np.any(np.asarray(y)[sum(sizes) :]), name
 
 
 @pytest.mark.parametrize("impl", ["rows", "tiled"])
-def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(served, banks, operands, impl):
+def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(
+    served, banks, operands, impl
+):
     x, sizes = operands[0][:FEW_ROWS].copy(), [60, 0, 3, 20, 0]
     x[sum(sizes) :] = np.nan
     y = np.asarray(served(x, banks[0], np.array(sizes, np.int32), first=GROUPS, impl=impl))
@@ -192,10 +238,17 @@ def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(served
 def test_auto_takes_rows_for_few_and_tiles_for_more(served, banks, operands):
     sizes = np.array([20, 0, 50, 7, 3], np.int32)
     for rows, impl in ((FEW_ROWS, "rows"), (FEW_ROWS + 1, "tiled")):
-        text = [jax.jit(partial(grouped_matmul, impl=i)).lower(operands[0][:rows], banks[0], sizes).as_text() for i in ("auto", impl)]
+        text = [
+            jax.jit(partial(grouped_matmul, impl=i))
+            .lower(operands[0][:rows], banks[0], sizes)
+            .as_text()
+            for i in ("auto", impl)
+        ]
         assert text[0] == text[1]
 
 
 def test_unknown_back_end_is_refused(unchecked):
     with pytest.raises(ValueError, match="fancy"):
-        grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2], jnp.int32), impl="fancy")
+        grouped_matmul(
+            jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2], jnp.int32), impl="fancy"
+        )

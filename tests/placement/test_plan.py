@@ -1,4 +1,6 @@
-"""The planners: near the best by brute force, better than stated on skewed loads, and at home at the edges."""
+"""The planners: near the best by brute force, better than stated on skewed loads, and at home at
+the edges.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.placement.cost import cost, flow, max_over_mean
-from moe_jax.placement.plan import plan
+from moe_jax.placement.cost import cost, max_over_mean, planned_traffic
+from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.relabel import moves, relabel
 from moe_jax.placement.table import EMPTY, Placement, contiguous, round_robin
 from moe_jax.placement.topology import Topology, one_host
@@ -26,23 +28,63 @@ def topology(hosts: int, devices: int, weight: float = 4.0) -> Topology:
 def skewed(layers: int, ranks: int, experts: int, seed: int = 0) -> np.ndarray:
     """Traffic [L, R, E] with busy experts, and ranks that prefer some."""
     draw = np.random.default_rng(seed)
-    return 100 * draw.lognormal(0, 0.8, (layers, 1, experts)) * draw.lognormal(0, 0.8, (layers, ranks, experts))
+    return (
+        100
+        * draw.lognormal(0, 0.8, (layers, 1, experts))
+        * draw.lognormal(0, 0.8, (layers, ranks, experts))
+    )
 
 
-def planned(strategy: str, traffic: np.ndarray, redundant: int = 0, where: Topology | None = None, present=None, **options) -> Placement:
-    return plan(strategy, traffic, ranks=traffic.shape[1], redundant_slots=redundant, topology=where, present=present, **options)
+def planned(
+    strategy: str,
+    traffic: np.ndarray,
+    redundant: int = 0,
+    where: Topology | None = None,
+    present=None,
+    **options,
+) -> Placement:
+    return plan_placement(
+        strategy,
+        traffic,
+        ranks=traffic.shape[1],
+        redundant_slots=redundant,
+        topology=where,
+        present=present,
+        **options,
+    )
 
 
-# Experts, ranks, redundant slots: with and without replicas, more devices than experts, one expert a device.
-EVEN_CASES = [(6, 3, 0), (8, 2, 0), (8, 2, 1), (9, 3, 0), (6, 3, 1), (5, 4, 0), (6, 4, 0), (3, 4, 0), (4, 4, 1), (4, 5, 1)]
+# Experts, ranks, redundant slots: with and without replicas, more devices than experts, one expert
+# a device.
+EVEN_CASES = [
+    (6, 3, 0),
+    (8, 2, 0),
+    (8, 2, 1),
+    (9, 3, 0),
+    (6, 3, 1),
+    (5, 4, 0),
+    (6, 4, 0),
+    (3, 4, 0),
+    (4, 4, 1),
+    (4, 5, 1),
+]
 
 
 def test_balanced_is_within_5_percent_of_the_best_in_200_cases():
     gaps = []
     for experts, ranks, redundant in EVEN_CASES:
         load = np.random.default_rng(experts * ranks).lognormal(0, 0.8, (20, experts))
-        table = plan("balanced", load[:, None], ranks=ranks, redundant_slots=redundant, topology=None, present=None)
-        busiest = flow(table, np.repeat(load[:, None], ranks, axis=1) / ranks, one_host(ranks)).load_LR.max(1)
+        table = plan_placement(
+            "balanced",
+            load[:, None],
+            ranks=ranks,
+            redundant_slots=redundant,
+            topology=None,
+            present=None,
+        )
+        busiest = planned_traffic(
+            table, np.repeat(load[:, None], ranks, axis=1) / ranks, one_host(ranks)
+        ).load_LR.max(1)
         gaps.append(busiest / every(experts, ranks, table.num_slots // ranks).lowest_load(load) - 1)
     assert np.size(gaps) == 200 and np.min(gaps) > -1e-9
     assert np.mean(gaps) < 0.005 and np.max(gaps) < 0.05
@@ -50,8 +92,8 @@ def test_balanced_is_within_5_percent_of_the_best_in_200_cases():
 
 # Experts, ranks, redundant slots, hosts.
 LINK_CASES = [
-    (6, 4, 0, 2), (5, 4, 0, 2), (4, 4, 1, 2), (4, 4, 0, 2), (8, 4, 0, 2), (6, 3, 0, 3), (6, 3, 1, 1), (4, 4, 1, 4), (8, 2, 1, 2),
-    (3, 6, 0, 2),
+    (6, 4, 0, 2), (5, 4, 0, 2), (4, 4, 1, 2), (4, 4, 0, 2), (8, 4, 0, 2), (6, 3, 0, 3),
+    (6, 3, 1, 1), (4, 4, 1, 4), (8, 2, 1, 2), (3, 6, 0, 2),
 ]  # fmt: skip
 
 
@@ -62,25 +104,36 @@ def test_topology_aware_is_within_10_percent_of_the_best_in_200_cases():
         for weight in (1.0, 4.0):
             where = topology(hosts, ranks // hosts, weight)
             table = planned("topology_aware", traffic, redundant, where)
-            best = every(experts, ranks, table.num_slots // ranks, hosts).lowest_cost(traffic, weight)
-            gaps.append(placement_cost(table, traffic, where.host_of_rank(ranks), weight) / best - 1)
+            best = every(experts, ranks, table.num_slots // ranks, hosts).lowest_cost(
+                traffic, weight
+            )
+            gaps.append(
+                placement_cost(table, traffic, where.host_of_rank(ranks), weight) / best - 1
+            )
     assert np.size(gaps) == 200 and np.min(gaps) > -1e-9
     assert np.mean(gaps) < 0.005 and np.max(gaps) < 0.10
 
 
 @pytest.mark.parametrize(
     ("experts", "ranks", "stated"),
-    [(256, 16, (1.02, 1.00)), (128, 16, (1.12, 1.01)), (64, 16, (1.38, 1.02)), (256, 64, (1.86, 1.02))],
+    [
+        (256, 16, (1.02, 1.00)),
+        (128, 16, (1.12, 1.01)),
+        (64, 16, (1.38, 1.02)),
+        (256, 64, (1.86, 1.02)),
+    ],
 )
 def test_balanced_is_as_even_as_stated_on_lognormal_loads(experts, ranks, stated):
     load = np.random.default_rng(0).lognormal(0, 0.8, (100, 1, experts))
     for redundant, most in enumerate(stated):
-        table = plan("balanced", load, ranks=ranks, redundant_slots=redundant, topology=None, present=None)
+        table = plan_placement(
+            "balanced", load, ranks=ranks, redundant_slots=redundant, topology=None, present=None
+        )
         spread = np.repeat(load, ranks, axis=1) / ranks
-        reached = max_over_mean(flow(table, spread, one_host(ranks)).load_LR).mean()
+        reached = max_over_mean(planned_traffic(table, spread, one_host(ranks)).load_LR).mean()
         if not redundant:
-            # The largest of 256 draws differs much from sample to sample, and without replicas its device has all of it,
-            # with the smallest beside it at best.
+            # The largest of 256 draws differs much from sample to sample, and without replicas its
+            # device has all of it, with the smallest beside it at best.
             rising = np.sort(load[:, 0], axis=1)
             least = rising[:, -1] + rising[:, : experts // ranks - 1].sum(1)
             most = max(most, 1.005 * np.mean(np.maximum(least / load.sum((1, 2)) * ranks, 1)))
@@ -110,24 +163,36 @@ def test_topology_aware_keeps_rows_on_their_host():
     traffic[:, 2:, 1::2] += 99
     where = topology(2, 2, 9.0)
     table = planned("topology_aware", traffic, 0, where)
-    assert {tuple(sorted(host)) for host in table.physical_to_logical.reshape(2, 4).tolist()} == {(0, 2, 4, 6), (1, 3, 5, 7)}
+    assert {tuple(sorted(host)) for host in table.physical_to_logical.reshape(2, 4).tolist()} == {
+        (0, 2, 4, 6),
+        (1, 3, 5, 7),
+    }
     present = contiguous(1, 8, 4)
     host_R = where.host_of_rank(4)
-    assert cost(flow(table, traffic, host_R), host_R, 9.0) < 0.3 * cost(flow(present, traffic, host_R), host_R, 9.0)
+    assert cost(planned_traffic(table, traffic, host_R), host_R, 9.0) < 0.3 * cost(
+        planned_traffic(present, traffic, host_R), host_R, 9.0
+    )
 
 
 def test_larger_tables_improve_on_all_starts():
     traffic, where = skewed(2, 16, 64), topology(4, 4)
     host_R = where.host_of_rank(16)
     reach = {
-        name: cost(flow(planned(name, traffic, 1, where), traffic, host_R), host_R, where.between_weight).sum()
+        name: cost(
+            planned_traffic(planned(name, traffic, 1, where), traffic, host_R),
+            host_R,
+            where.between_weight,
+        ).sum()
         for name in ("contiguous", "balanced", "topology_aware")
     }
     assert reach["topology_aware"] < 0.9 * min(reach["contiguous"], reach["balanced"])
 
 
 @pytest.mark.parametrize("strategy", ["contiguous", "round_robin", "balanced", "topology_aware"])
-@pytest.mark.parametrize(("layers", "ranks", "experts"), [(2, 1, 4), (2, 8, 3), (0, 4, 8), (2, 4, 8), (1, 2, 1), (1, 24, 5)])
+@pytest.mark.parametrize(
+    ("layers", "ranks", "experts"),
+    [(2, 1, 4), (2, 8, 3), (0, 4, 8), (2, 4, 8), (1, 2, 1), (1, 24, 5)],
+)
 @pytest.mark.parametrize("redundant", [0, 2])
 def test_edges(strategy, layers, ranks, experts, redundant):
     idle = np.zeros((layers, ranks, experts))
@@ -141,9 +206,15 @@ def test_edges(strategy, layers, ranks, experts, redundant):
 def test_planning_again_moves_little(strategy):
     traffic, where = skewed(3, 8, 32), topology(2, 4)
     table = planned(strategy, traffic, 1, where, contiguous(3, 32, 8, 1))
-    assert moves(planned(strategy, traffic, 1, where, table), table).sum() < 0.2 * table.physical_to_logical.size
+    assert (
+        moves(planned(strategy, traffic, 1, where, table), table).sum()
+        < 0.2 * table.physical_to_logical.size
+    )
     similar = traffic * np.random.default_rng(1).lognormal(0, 0.05, traffic.shape)
-    assert moves(planned(strategy, similar, 1, where, table), table).sum() < 0.6 * moves(planned(strategy, similar, 1, where), table).sum()
+    assert (
+        moves(planned(strategy, similar, 1, where, table), table).sum()
+        < 0.6 * moves(planned(strategy, similar, 1, where), table).sum()
+    )
 
 
 def test_relabelling_for_links_never_costs_anything():
@@ -151,7 +222,10 @@ def test_relabelling_for_links_never_costs_anything():
     host_R, traffic, present = where.host_of_rank(8), skewed(6, 8, 32), round_robin(6, 32, 8, 1)
     free = planned("topology_aware", traffic, 1, where)
     bound = relabel(free, present, 2, rows_LHDD=link_rows_by_part(free.by_rank, traffic, 2))
-    costs = [cost(flow(table, traffic, host_R), host_R, where.between_weight) for table in (bound, free)]
+    costs = [
+        cost(planned_traffic(table, traffic, host_R), host_R, where.between_weight)
+        for table in (bound, free)
+    ]
     assert np.all(costs[0] <= costs[1] * (1 + 1e-9))
     assert moves(bound, present).sum() < moves(free, present).sum()
 
@@ -162,9 +236,15 @@ def test_rows_over_a_devices_link_with_anothers_part():
     rows_HDD = link_rows_by_part(table.by_rank, traffic, 2)[0]
     for host, order in ((0, [1, 0, 2, 3]), (1, [0, 1, 3, 2])):
         turned = Placement(table.by_rank[:, order].reshape(1, -1), 6, 4)
-        sent_RR = flow(turned, traffic, host_R).sent_LRR[0, 2 * host : 2 * host + 2, 2 * host : 2 * host + 2]
+        sent_RR = planned_traffic(turned, traffic, host_R).sent_LRR[
+            0, 2 * host : 2 * host + 2, 2 * host : 2 * host + 2
+        ]
         out, into = sent_RR[0, 1], sent_RR[1, 0]
-        assert rows_HDD[host, 0, 1] == pytest.approx(max(out, into)) == pytest.approx(rows_HDD[host, 1, 0])
+        assert (
+            rows_HDD[host, 0, 1]
+            == pytest.approx(max(out, into))
+            == pytest.approx(rows_HDD[host, 1, 0])
+        )
 
 
 def test_relabelling_by_hand():
@@ -172,7 +252,9 @@ def test_relabelling_by_hand():
     new = Placement(np.array([[4, 3, 1, 2, 0, 1]], np.int32), 5, 3)
     # The part {0, 1} stays on device 0, each in its slot; expert 4 stays in its slot too.
     assert relabel(new, present).physical_to_logical.tolist() == [[0, 1, 2, 1, 4, 3]]
-    assert moves(new, present).tolist() == [[2, 1, 2]] and moves(relabel(new, present), present).tolist() == [[0, 1, 1]]
+    assert moves(new, present).tolist() == [[2, 1, 2]] and moves(
+        relabel(new, present), present
+    ).tolist() == [[0, 1, 1]]
     # On hosts of one device nothing may change places, unless hosts may.
     assert relabel(new, present, 3).physical_to_logical.tolist() == [[4, 3, 2, 1, 0, 1]]
     assert moves(relabel(new, present, 3, swap_hosts=True), present).sum() == 2
@@ -184,7 +266,9 @@ def test_relabelling_by_hand():
 def test_traffic_of_other_sources_is_spread_evenly():
     load = skewed(2, 1, 8)
     for strategy in ("balanced", "topology_aware"):
-        table = plan(strategy, load, ranks=4, redundant_slots=0, topology=topology(2, 2), present=None)
+        table = plan_placement(
+            strategy, load, ranks=4, redundant_slots=0, topology=topology(2, 2), present=None
+        )
         even = planned(strategy, np.repeat(load, 4, axis=1), 0, topology(2, 2))
         np.testing.assert_array_equal(table.physical_to_logical, even.physical_to_logical)
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.placement.table import EMPTY, Placement, contiguous, count_slots, round_robin, slot_sources
+from moe_jax.placement.table import (
+    EMPTY,
+    Placement,
+    contiguous,
+    count_slots,
+    round_robin,
+    slot_sources,
+)
 
 
 def placement(*rows: list[int], experts: int, ranks: int = 1) -> Placement:
@@ -15,7 +22,8 @@ def placement(*rows: list[int], experts: int, ranks: int = 1) -> Placement:
 
 
 @pytest.mark.parametrize(
-    ("experts", "ranks", "redundant", "slots"), [(8, 4, 0, 8), (8, 1, 0, 8), (6, 4, 0, 8), (1, 8, 0, 8), (8, 4, 1, 12), (7, 2, 2, 12)]
+    ("experts", "ranks", "redundant", "slots"),
+    [(8, 4, 0, 8), (8, 1, 0, 8), (6, 4, 0, 8), (1, 8, 0, 8), (8, 4, 1, 12), (7, 2, 2, 12)],
 )
 def test_every_rank_has_the_same_number_of_slots(experts, ranks, redundant, slots):
     assert count_slots(experts, ranks, redundant) == slots
@@ -30,26 +38,43 @@ def test_contiguous_gives_runs_of_experts_and_leaves_the_rest_empty():
     assert contiguous(1, 6, 4).empty_slots == 2
     # Replicas of the next rank's experts: one's own would serve nothing.
     assert contiguous(1, 4, 2, redundant_slots=1).by_rank[0].tolist() == [[0, 1, 2], [2, 3, 0]]
-    assert contiguous(1, 6, 4, redundant_slots=1).by_rank[0].tolist() == [[0, 1, 2], [2, 3, 4], [4, 5, 0], [EMPTY, EMPTY, 2]]
+    assert contiguous(1, 6, 4, redundant_slots=1).by_rank[0].tolist() == [
+        [0, 1, 2],
+        [2, 3, 4],
+        [4, 5, 0],
+        [EMPTY, EMPTY, 2],
+    ]
     assert contiguous(1, 2, 1, redundant_slots=1).physical_to_logical.tolist() == [[0, 1, EMPTY]]
 
 
 def test_round_robin_deals_experts_out():
     assert round_robin(2, 6, 4).by_rank[1].tolist() == [[0, 4], [1, 5], [2, EMPTY], [3, EMPTY]]
-    assert round_robin(1, 8, 4, redundant_slots=1).by_rank[0].tolist() == [[0, 4, 1], [1, 5, 2], [2, 6, 3], [3, 7, 0]]
-    assert round_robin(1, 2, 1, redundant_slots=2).physical_to_logical.tolist() == [[0, 1, EMPTY, EMPTY]]
+    assert round_robin(1, 8, 4, redundant_slots=1).by_rank[0].tolist() == [
+        [0, 4, 1],
+        [1, 5, 2],
+        [2, 6, 3],
+        [3, 7, 0],
+    ]
+    assert round_robin(1, 2, 1, redundant_slots=2).physical_to_logical.tolist() == [
+        [0, 1, EMPTY, EMPTY]
+    ]
 
 
 @pytest.mark.parametrize("make", [contiguous, round_robin])
 def test_every_shape_of_table_is_a_valid_one(make):
     for experts, ranks, redundant in itertools.product((1, 2, 5, 8), (1, 2, 3, 8), (0, 1, 3)):
-        assert make(1, experts, ranks, redundant).num_slots == count_slots(experts, ranks, redundant)
+        assert make(1, experts, ranks, redundant).num_slots == count_slots(
+            experts, ranks, redundant
+        )
 
 
 def test_tables_of_replicas():
     table = placement([2, 0, 1, 2, EMPTY, 1], [0, 1, 2, EMPTY, 1, 0], experts=3, ranks=2)
     assert table.replica_count().tolist() == [[1, 2, 2], [2, 2, 1]]
-    assert table.logical_to_physical().tolist() == [[[1, -1], [2, 5], [0, 3]], [[0, 5], [1, 4], [2, -1]]]
+    assert table.logical_to_physical().tolist() == [
+        [[1, -1], [2, 5], [0, 3]],
+        [[0, 5], [1, 4], [2, -1]],
+    ]
     assert table.slots_of(1, 0).tolist() == [0, 5]
     assert table.replica_count().dtype == table.logical_to_physical().dtype == np.int32
 
@@ -57,7 +82,11 @@ def test_tables_of_replicas():
 def test_routing_lists_slots_by_expert_and_those_on_the_host_first():
     table = placement([2, 0, 1, 2, EMPTY, 1], experts=3, ranks=2)
     slots, start, replicas = table.routing()
-    assert (slots.tolist(), start.tolist(), replicas.tolist()) == ([[[1, 2, 5, 0, 3, 4]]], [[0, 1, 3]], [[[1, 2, 2]]])
+    assert (slots.tolist(), start.tolist(), replicas.tolist()) == (
+        [[[1, 2, 5, 0, 3, 4]]],
+        [[0, 1, 3]],
+        [[[1, 2, 2]]],
+    )
     slots, start, replicas = table.routing(hosts=2)
     assert slots.tolist() == [[[1, 2, 5, 0, 3, 4], [1, 5, 2, 3, 0, 4]]]
     # Only host 0 has expert 0: host 1 uses that one.
@@ -78,7 +107,8 @@ def test_slot_sources_name_where_the_weights_are_now():
     new = placement([0, EMPTY, 1, 2], experts=3)
     assert slot_sources(old, new).tolist() == [[1, EMPTY, 2, 0]]
     assert slot_sources(new, new).tolist() == [[0, EMPTY, 2, 3]]
-    # A slot that keeps its expert is its own source, and a replica on the same device comes before one on another.
+    # A slot that keeps its expert is its own source, and a replica on the same device comes before
+    # one on another.
     old = placement([0, 1, 1, 2], experts=3, ranks=2)
     assert slot_sources(old, placement([1, 0, 2, 1], experts=3, ranks=2)).tolist() == [[1, 0, 3, 2]]
     assert slot_sources(old, placement([0, 2, 1, 2], experts=3, ranks=2)).tolist() == [[0, 3, 2, 3]]

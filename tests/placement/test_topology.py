@@ -13,7 +13,12 @@ EXAMPLE = ROOT / "configs" / "placement" / "topology.yaml"
 
 
 def topology(hosts: int, devices: int, **changed: float) -> Topology:
-    values = {"bandwidth_within": 4e11, "bandwidth_between": 1e11, "latency_within": 1e-6, "latency_between": 1e-5} | changed
+    values = {
+        "bandwidth_within": 4e11,
+        "bandwidth_between": 1e11,
+        "latency_within": 1e-6,
+        "latency_between": 1e-5,
+    } | changed
     return Topology(hosts, devices, **values)
 
 
@@ -46,7 +51,10 @@ def test_a_mesh_that_lies_unevenly_is_refused(hosts, devices, ranks, tensor, wor
         topology(hosts, devices).host_of_rank(ranks, tensor)
 
 
-@pytest.mark.parametrize("changed", [{"bandwidth_within": 0.0}, {"latency_between": -1.0}, {"bandwidth_between": float("inf")}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"bandwidth_within": 0.0}, {"latency_between": -1.0}, {"bandwidth_between": float("inf")}],
+)
 def test_impossible_numbers_are_refused(changed):
     with pytest.raises(UserError, match=next(iter(changed))):
         topology(2, 2, **changed)

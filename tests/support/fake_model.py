@@ -1,4 +1,6 @@
-"""A model with the interface of the engine and no arithmetic, for tests of what is typed and seen."""
+"""A model with the interface of the engine and no arithmetic, for tests of what is typed and
+seen.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ def render(messages: list[dict[str, str]]) -> list[int]:
     letters = {"system": "S", "user": "U", "assistant": "A"}
     if any(message["role"] not in letters for message in messages):
         raise UserError("The chat template refuses these messages.")
-    return list("".join(f"{letters[message['role']]}:{message['content']}\n" for message in messages).encode() + b"A:")
+    return list(
+        "".join(
+            f"{letters[message['role']]}:{message['content']}\n" for message in messages
+        ).encode()
+        + b"A:"
+    )
 
 
 def shout(tokens: Sequence[int]) -> int:
@@ -44,7 +51,9 @@ class Loaded:
 
     speak: Callable[[Sequence[int]], int]
     context: int = 200
-    tokenizer: Tokenizer = dataclasses.field(default_factory=lambda: dataclasses.replace(load_tokenizer("bytes"), chat=render))
+    tokenizer: Tokenizer = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(load_tokenizer("bytes"), chat=render)
+    )
     eos_ids: tuple[int, ...] = (END,)
     name: str = "fake"
     params: Any = None
@@ -88,6 +97,8 @@ def install(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> list[dict[str, A
         return loaded
 
     monkeypatch.setitem(
-        sys.modules, "moe_jax.inference.load", types.SimpleNamespace(Session=Session, open_model=open_model, LoadedModel=Loaded)
+        sys.modules,
+        "moe_jax.inference.load",
+        types.SimpleNamespace(Session=Session, open_model=open_model, LoadedModel=Loaded),
     )
     return opened

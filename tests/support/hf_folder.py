@@ -1,4 +1,6 @@
-"""A small Hugging Face folder as a person has one: weights, config.json, and a tokenizer whose tokens are bytes."""
+"""A small Hugging Face folder as a person has one: weights, config.json, and a tokenizer whose
+tokens are bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 
 def make_folder(case: str, folder: Path, **config: Any) -> Path:
-    """The case of tests/hf/cases with a vocabulary that holds all bytes, and whatever else `config` changes."""
+    """The case of tests/hf/cases with a vocabulary that holds all bytes, and whatever else `config`
+    changes.
+    """
     description = cases.describe(case)
     description["config"] |= {"vocab_size": VOCAB, "eos_token_id": 256} | config
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

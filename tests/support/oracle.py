@@ -1,6 +1,8 @@
-"""A mixture-of-experts layer in its plainest form: every expert computes every token, a mask selects.
+"""A mixture-of-experts layer in its plainest form: every expert computes every token, a mask
+selects.
 
-Written from the definition and independent of moe_jax/moe, so that both can be wrong only by chance.
+Written from the definition and independent of moe_jax/moe, so that both can be wrong only by
+chance.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ def swiglu(x, gate_up, down):
 
 
 def moe_layer(params, x_ND, valid_N, top_k, bias_E=0.0, kept_NE=1.0):
-    """Softmax top-k with weights rescaled to sum to 1, shared experts behind a gate; choices outside `kept_NE` are lost."""
+    """Softmax top-k with weights rescaled to sum to 1, shared experts behind a gate; choices
+    outside `kept_NE` are lost.
+    """
     score_NE = jax.nn.softmax(x_ND @ params["router"])
     ranked_NE = jax.lax.stop_gradient(score_NE) + bias_E
     lowest_N1 = jnp.sort(ranked_NE, axis=-1)[:, -top_k, None]

@@ -8,10 +8,10 @@ import numpy as np
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig, OptimizerConfig
-from moe_jax.models.transformer import count_moe_layers
+from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
-from moe_jax.training.step import Program
+from moe_jax.training.step import TrainProgram
 
 VOCAB, BATCH, LENGTH, EXPERTS, TOP_K = 32, 16, 12, 8, 2
 
@@ -28,11 +28,17 @@ def make_program(
     redundant: int = 0,
     accumulation: int = 1,
     hosts: int = 1,
-) -> Program:
-    model_config = ModelConfig(**dict(num_layers=2, width=16, num_heads=2, num_kv_heads=2, hidden=16) | (model or {}))
-    moe_config = MoEConfig(**dict(num_experts=EXPERTS, top_k=TOP_K, hidden=8, dropless=True) | (moe or {}))
-    placement = placement or contiguous(count_moe_layers(model_config, moe_config), moe_config.num_experts, expert, redundant)
-    return Program(
+) -> TrainProgram:
+    model_config = ModelConfig(
+        **dict(num_layers=2, width=16, num_heads=2, num_kv_heads=2, hidden=16) | (model or {})
+    )
+    moe_config = MoEConfig(
+        **dict(num_experts=EXPERTS, top_k=TOP_K, hidden=8, dropless=True) | (moe or {})
+    )
+    placement = placement or contiguous(
+        count_moe_layers(model_config, moe_config), moe_config.num_experts, expert, redundant
+    )
+    return TrainProgram(
         model_config,
         moe_config,
         OptimizerConfig(**dict(warmup_steps=0, learning_rate=0.01) | (optimizer or {})),

@@ -1,4 +1,6 @@
-"""Whole runs, small enough for a test: a text, a configuration of some 20,000 parameters, and what equal runs share."""
+"""Whole runs, small enough for a test: a text, a configuration of some 20,000 parameters, and what
+equal runs share.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from moe_jax.config.schema import Config
 from moe_jax.profiling import flops
 from moe_jax.tracking.metrics import read_metrics
 from moe_jax.training import trainer as training
-from moe_jax.training.step import Program
+from moe_jax.training.step import TrainProgram
 
 YAML = """
 devices: {simulate: 8}
@@ -40,7 +42,20 @@ STATEFUL = (
 )
 TIMES = ("tokens_per_second", "step_seconds", "mfu", "val_seconds")
 RATE = 1e11
-WORDS = ["the", "of", "and", "router", "expert", "token", "gate", "load", "caf\u00e9", "na\u00efve", "\u4e13\u5bb6", "\U0001f600"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "router",
+    "expert",
+    "token",
+    "gate",
+    "load",
+    "caf\u00e9",
+    "na\u00efve",
+    "\u4e13\u5bb6",
+    "\U0001f600",
+]
 
 
 @functools.cache
@@ -48,7 +63,9 @@ def corpus(folder: Path) -> Path:
     """A text file of 9,600 words, some with characters of several bytes."""
     draw = random.Random(0)
     path = folder / "text.txt"
-    path.write_text("\n".join(" ".join(draw.choices(WORDS, k=8)) for _ in range(1200)), encoding="utf-8")
+    path.write_text(
+        "\n".join(" ".join(draw.choices(WORDS, k=8)) for _ in range(1200)), encoding="utf-8"
+    )
     return path
 
 
@@ -65,24 +82,38 @@ def tiny(folder: Path, *overrides: str) -> Config:
     return load_config(config_file(folder), overrides)
 
 
-_programs: dict[Any, Program] = {}
+_programs: dict[Any, TrainProgram] = {}
 
 
-def shared_program(*args: Any, **options: Any) -> Program:
-    """`Program`, but the one made before where there is one of the same arguments: it is compiled already."""
+def shared_program(*args: Any, **options: Any) -> TrainProgram:
+    """`Program`, but the one made before where there is one of the same arguments: it is compiled
+    already.
+    """
     *static, placement = args
-    key = (*static, placement.num_experts, placement.physical_to_logical.tobytes(), *options.items())
+    key = (
+        *static,
+        placement.num_experts,
+        placement.physical_to_logical.tobytes(),
+        *options.items(),
+    )
     if key not in _programs:
-        _programs[key] = Program(*args, **options)
+        _programs[key] = TrainProgram(*args, **options)
     return _programs[key]
 
 
 def run(
-    folder: Path, directory: Path, *overrides: str, fresh: bool = False, report: bool = False, command: bool = False, **options: bool
+    folder: Path,
+    directory: Path,
+    *overrides: str,
+    fresh: bool = False,
+    report: bool = False,
+    command: bool = False,
+    **options: bool,
 ) -> Path:
     """Trains in this process into `directory`, with a matmul rate that is given and not measured.
 
-    Nothing is compiled twice unless `fresh`, and no report is drawn unless asked for. With `command` it is `moe-jax train`.
+    Nothing is compiled twice unless `fresh`, and no report is drawn unless asked for. With
+    `command` it is `moe-jax train`.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flops, "matmul_rate", lambda *_: (RATE, "given by the test"))
@@ -93,7 +124,9 @@ def run(
         if command:
             settings = [word for override in overrides for word in ("--set", override)]
             with pytest.raises(SystemExit) as ended:
-                main.main(["train", str(config_file(folder)), "--run-dir", str(directory), *settings])
+                main.main(
+                    ["train", str(config_file(folder)), "--run-dir", str(directory), *settings]
+                )
             assert ended.value.code == 0
         else:
             training.train(tiny(folder, *overrides), directory, **options)
@@ -120,7 +153,9 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
-    """The metrics lines without their times, and without the line that says that a run was resumed."""
+    """The metrics lines without their times, and without the line that says that a run was
+    resumed.
+    """
     records = read_metrics(directory / "metrics.jsonl")
     return without_times(record for record in records if record.get("event") != "resumed")
 

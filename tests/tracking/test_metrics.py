@@ -1,4 +1,6 @@
-"""metrics.jsonl and its columns: exact floats, valid JSON whatever the values, resumption, damage, closed forms."""
+"""metrics.jsonl and its columns: exact floats, valid JSON whatever the values, resumption, damage,
+closed forms.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,21 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_jax.errors import UserError
-from moe_jax.tracking.history import decisions, describe_links, link_rows, read_history, relative_load, running_mean
-from moe_jax.tracking.metrics import MetricsWriter, dead_experts, max_over_mean, max_violation, read_metrics
+from moe_jax.tracking.history import (
+    decisions,
+    describe_links,
+    measured_link_rows,
+    read_history,
+    relative_load,
+    running_mean,
+)
+from moe_jax.tracking.metrics import (
+    MetricsWriter,
+    dead_experts,
+    load_max_over_mean,
+    max_violation,
+    read_metrics,
+)
 from tests.support import monitored_run
 
 
@@ -29,8 +44,23 @@ def write(run_dir: Path, records: list[dict], resume_step: int | None = None) ->
 
 
 def training(step: int, load: tuple[int, ...] = (3, 1), **changes) -> dict:
-    layer = {"layer": 1, "load": list(load), "max_violation": max_violation(load), "dead_experts": 0, "router_entropy": 0.5, "dropped": 0}
-    return {"step": step, "loss": 0.1 * step, "kept": 4, "dropped": 0, "tokens_per_second": 7.0, "layers": [layer], **changes}
+    layer = {
+        "layer": 1,
+        "load": list(load),
+        "max_violation": max_violation(load),
+        "dead_experts": 0,
+        "router_entropy": 0.5,
+        "dropped": 0,
+    }
+    return {
+        "step": step,
+        "loss": 0.1 * step,
+        "kept": 4,
+        "dropped": 0,
+        "tokens_per_second": 7.0,
+        "layers": [layer],
+        **changes,
+    }
 
 
 def events(run_dir: Path) -> list[list[Event]]:
@@ -47,29 +77,45 @@ def events(run_dir: Path) -> list[list[Event]]:
 
 
 def scalars(file: list[Event]) -> dict[tuple[int, str], float]:
-    return {(event.step, value.tag): value.simple_value for event in file for value in event.summary.value}
+    return {
+        (event.step, value.tag): value.simple_value
+        for event in file
+        for value in event.summary.value
+    }
 
 
 @pytest.mark.parametrize(
     ("load", "violation", "dead"),
-    [([5, 5, 5, 5], 0.0, 0), ([12, 0, 0, 0], 3.0, 3), ([4, 2, 0], 1.0, 1), ([0, 0], 0.0, 2), ([7], 0.0, 0)],
+    [
+        ([5, 5, 5, 5], 0.0, 0),
+        ([12, 0, 0, 0], 3.0, 3),
+        ([4, 2, 0], 1.0, 1),
+        ([0, 0], 0.0, 2),
+        ([7], 0.0, 0),
+    ],
 )
 def test_load_figures_in_closed_form(load: list[int], violation: float, dead: int) -> None:
     assert max_violation(load) == violation
-    assert max_over_mean(load) == 1 + violation
+    assert load_max_over_mean(load) == 1 + violation
     assert max_violation(np.array(load, np.int32)) == violation
     assert dead_experts(load) == dead
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
-def test_floats_round_trip_exactly(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
+def test_floats_round_trip_exactly(
+    tmp_path_factory: pytest.TempPathFactory, values: list[float]
+) -> None:
     path = write(tmp_path_factory.mktemp("run"), [{"step": 1, "values": values}])
     (record,) = read_metrics(path)
-    assert [struct.pack("d", value) for value in record["values"]] == [struct.pack("d", value) for value in values]
+    assert [struct.pack("d", value) for value in record["values"]] == [
+        struct.pack("d", value) for value in values
+    ]
 
 
 def test_numpy_values_become_json(tmp_path: Path) -> None:
-    path = write(tmp_path, [{"step": np.int32(3), "loss": np.float32(0.1), "load": np.array([1, 2])}])
+    path = write(
+        tmp_path, [{"step": np.int32(3), "loss": np.float32(0.1), "load": np.array([1, 2])}]
+    )
     assert read_metrics(path) == [{"step": 3, "loss": float(np.float32(0.1)), "load": [1, 2]}]
 
 
@@ -82,8 +128,16 @@ def test_nonfinite_floats_are_null_and_named(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     read = json.loads(line, parse_constant=refuse)
-    assert read["loss"] is None and read["grad_norm"] is None and read["layers"][0]["router_entropy"] is None
-    assert read["nonfinite"] == {"loss": "nan", "grad_norm": "inf", "layers.0.router_entropy": "-inf"}
+    assert (
+        read["loss"] is None
+        and read["grad_norm"] is None
+        and read["layers"][0]["router_entropy"] is None
+    )
+    assert read["nonfinite"] == {
+        "loss": "nan",
+        "grad_norm": "inf",
+        "layers.0.router_entropy": "-inf",
+    }
     assert "train/loss" not in {tag for _, tag in scalars(events(tmp_path)[0])}
 
 
@@ -104,9 +158,15 @@ def test_new_run_refuses_an_existing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7'])
 @pytest.mark.parametrize("resume_step", [0, 3, 6])
-def test_resumed_file_equals_an_uninterrupted_one(tmp_path: Path, resume_step: int, tail: str) -> None:
+def test_resumed_file_equals_an_uninterrupted_one(
+    tmp_path: Path, resume_step: int, tail: str
+) -> None:
     def records(steps: range) -> list[dict]:
-        return [record for step in steps for record in (training(step), {"step": step, "val_loss": 1.0 / step})]
+        return [
+            record
+            for step in steps
+            for record in (training(step), {"step": step, "val_loss": 1.0 / step})
+        ]
 
     whole = write(tmp_path / "whole", records(range(1, 9)))
     cut = write(tmp_path / "cut", records(range(1, 7)))
@@ -160,14 +220,26 @@ def test_full_disk_passes_upward(tmp_path: Path) -> None:
 
 
 def test_tensorboard_holds_scalars_and_purges_on_resume(tmp_path: Path) -> None:
-    write(tmp_path, [training(1), {"step": 1, "val_loss": 0.25}, {"step": 1, "event": "checkpoint", "seconds": 2.0}, training(2)])
+    write(
+        tmp_path,
+        [
+            training(1),
+            {"step": 1, "val_loss": 0.25},
+            {"step": 1, "event": "checkpoint", "seconds": 2.0},
+            training(2),
+        ],
+    )
     write(tmp_path, [training(2)], resume_step=1)
     first, second = events(tmp_path)
     assert scalars(first)[1, "validation/val_loss"] == 0.25
     assert scalars(first)[1, "max_violation/layer_1"] == 0.5
     assert scalars(first)[2, "train/loss"] == pytest.approx(0.2)
     assert not any("seconds" in tag for _, tag in scalars(first))
-    starts = [event.step for event in second if event.HasField("session_log") and event.session_log.status == SessionLog.START]
+    starts = [
+        event.step
+        for event in second
+        if event.HasField("session_log") and event.session_log.status == SessionLog.START
+    ]
     assert starts == [2]
     assert [event for event in first if event.HasField("session_log")] == []
 
@@ -176,8 +248,15 @@ def test_tensorboard_shows_the_balance_of_each_layer(tmp_path: Path) -> None:
     write(tmp_path, [monitored_run.training(1), monitored_run.decision(1)])
     (file,) = events(tmp_path)
     shown = {tag: value for (_, tag), value in scalars(file).items()}
-    assert shown["train/device_load_max_over_mean"] == shown["device_load_max_over_mean/layer_1"] == pytest.approx(30 / 23.75)
-    assert shown["dropped_fraction/layer_0"] == pytest.approx(0.05) and shown["dead_experts/layer_0"] == 0
+    assert (
+        shown["train/device_load_max_over_mean"]
+        == shown["device_load_max_over_mean/layer_1"]
+        == pytest.approx(30 / 23.75)
+    )
+    assert (
+        shown["dropped_fraction/layer_0"] == pytest.approx(0.05)
+        and shown["dead_experts/layer_0"] == 0
+    )
     assert shown["train/dropped_fraction"] == pytest.approx(0.05)
 
 
@@ -187,23 +266,37 @@ def test_history_of_placement(tmp_path: Path) -> None:
         training(2, load=(1, 1, 1, 1)),
         *monitored_run.whole_run(1)[-3:],
     ]
-    records += [monitored_run.traffic(5), monitored_run.decision(2), monitored_run.decision(3), monitored_run.realised(4, 2)]
+    records += [
+        monitored_run.traffic(5),
+        monitored_run.decision(2),
+        monitored_run.decision(3),
+        monitored_run.realised(4, 2),
+    ]
     history = read_history(write(tmp_path, records))
     np.testing.assert_array_equal(history.device_load_NL, [[30 / 23.75], [math.nan]])
     assert [load_LP.tolist() for load_LP in history.slot_load] == [[monitored_run.SLOT_LOAD], [[]]]
-    assert history.traffic == monitored_run.traffic(5) and "traffic" not in [event["event"] for event in history.events]
+    assert history.traffic == monitored_run.traffic(5) and "traffic" not in [
+        event["event"] for event in history.events
+    ]
     made = decisions(history.events)
-    assert [(decision["step"], decision["realised"] and decision["realised"]["realised_gain"]) for decision in made] == [
+    assert [
+        (decision["step"], decision["realised"] and decision["realised"]["realised_gain"])
+        for decision in made
+    ] == [
         (2, 0.2),
         (3, None),
     ]
 
 
 def test_links_are_described_in_closed_form() -> None:
-    rows_RR = link_rows(monitored_run.traffic(5))
+    rows_RR = measured_link_rows(monitored_run.traffic(5))
     np.testing.assert_array_equal(rows_RR, [[30, 30], [10, 30]])
     assert describe_links(rows_RR) == "0 to 1 is busiest, 30 rows (1.50 x mean); 40% travel"
-    assert describe_links(np.diag([3.0, 4.0])) == describe_links(np.ones((1, 1))) == "all rows stay on their device"
+    assert (
+        describe_links(np.diag([3.0, 4.0]))
+        == describe_links(np.ones((1, 1)))
+        == "all rows stay on their device"
+    )
 
 
 def test_history_sorts_records_into_columns(tmp_path: Path) -> None:
@@ -220,7 +313,9 @@ def test_history_sorts_records_into_columns(tmp_path: Path) -> None:
     np.testing.assert_array_equal(history.column("loss"), [0.1, math.nan, 0.1 * 3, 0.4])
     np.testing.assert_array_equal(history.column("absent"), [math.nan] * 4)
     np.testing.assert_array_equal(history.after_compile, [False, True, False, True])
-    np.testing.assert_array_equal(history.steady("tokens_per_second"), [math.nan, 7.0, math.nan, 9.0])
+    np.testing.assert_array_equal(
+        history.steady("tokens_per_second"), [math.nan, 7.0, math.nan, 9.0]
+    )
     np.testing.assert_array_equal(history.load_NLE[:, 0], [[3, 1], [0, 4], [3, 1], [3, 1]])
     np.testing.assert_array_equal(history.max_violation_NL[:, 0], [0.5, 1.0, 0.5, 0.5])
     np.testing.assert_array_equal(history.validation["val_loss"], [3.0])

@@ -1,4 +1,6 @@
-"""The report: whole for every kind of run, escaped, self-contained, and with figures that say what was logged."""
+"""The report: whole for every kind of run, escaped, self-contained, and with figures that say what
+was logged.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,36 @@ ENVIRONMENT = {
     "mesh": {"data": 1, "expert": 3, "tensor": 1},
     "empty_slots_per_layer": 2,
     "bytes_per_device": {
-        "0": {"dense_parameters": 1024, "expert_parameters": 2**20, "dense_optimizer": 0, "expert_optimizer": 0},
-        "1": {"dense_parameters": 1024, "expert_parameters": 2**20, "dense_optimizer": 0, "expert_optimizer": 0},
-        "2": {"dense_parameters": 512, "expert_parameters": 0, "dense_optimizer": 0, "expert_optimizer": 0},
+        "0": {
+            "dense_parameters": 1024,
+            "expert_parameters": 2**20,
+            "dense_optimizer": 0,
+            "expert_optimizer": 0,
+        },
+        "1": {
+            "dense_parameters": 1024,
+            "expert_parameters": 2**20,
+            "dense_optimizer": 0,
+            "expert_optimizer": 0,
+        },
+        "2": {
+            "dense_parameters": 512,
+            "expert_parameters": 0,
+            "dense_optimizer": 0,
+            "expert_optimizer": 0,
+        },
     },
 }
 MOE_FIGURES = ["expert_load", "load_imbalance", "router_entropy", "drop_rate"]
 
 
 def training(step: int, layers: int, experts: int) -> dict:
-    layer = {"load": [step + expert for expert in range(experts)], "max_violation": 0.5, "dead_experts": 0, "router_entropy": 0.9}
+    layer = {
+        "load": [step + expert for expert in range(experts)],
+        "max_violation": 0.5,
+        "dead_experts": 0,
+        "router_entropy": 0.9,
+    }
     return {
         "step": step,
         "ce_loss": 6.0 / step,
@@ -61,7 +83,13 @@ def training(step: int, layers: int, experts: int) -> dict:
 
 
 def make_run(
-    run_dir: Path, *, steps: int = 4, layers: int = 2, experts: int = 4, validation: bool = True, changes: dict | None = None
+    run_dir: Path,
+    *,
+    steps: int = 4,
+    layers: int = 2,
+    experts: int = 4,
+    validation: bool = True,
+    changes: dict | None = None,
 ) -> Path:
     writer = MetricsWriter(run_dir)
     for step in range(1, steps + 1):
@@ -108,9 +136,14 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert path == run_dir / "report.html"
-    assert {*MOE_FIGURES, "loss", "throughput", "gradient"} == {plot.stem for plot in (run_dir / "plots").iterdir()}
+    assert {*MOE_FIGURES, "loss", "throughput", "gradient"} == {
+        plot.stem for plot in (run_dir / "plots").iterdir()
+    }
     # Nothing is fetched: every picture is inside, and is the one in plots/.
-    pictures = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in page.addresses]
+    pictures = [
+        base64.b64decode(address.removeprefix("data:image/png;base64,"))
+        for address in page.addresses
+    ]
     assert sorted(pictures) == sorted(plot.read_bytes() for plot in (run_dir / "plots").iterdir())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert "i" not in page.tags and "b" not in page.tags and "script" not in page.tags
@@ -127,7 +160,10 @@ def test_key_figures_and_bytes_are_those_of_the_run(tmp_path: Path) -> None:
     assert facts["Tokens"] == "256"
     # The first line, with its compilation, is out of the median of 1002, 1003 and 1004.
     assert facts["Throughput"] == "median 1,003 tokens/s, with 1.00% of expert assignments dropped"
-    assert facts["MFU"] == "median 25.0% of 210 GFLOP/s, the matmul rate measured at the start, 1024x1024x1024"
+    assert (
+        facts["MFU"]
+        == "median 25.0% of 210 GFLOP/s, the matmul rate measured at the start, 1024x1024x1024"
+    )
     assert facts["Parameters"] == "3.21 M in all, 1.4 M active for a token"
     assert facts["Devices"] == "3 cpu; mesh data 1 x expert 3 x tensor 1"
     assert facts["Empty expert slots"].startswith("2 a layer")
@@ -143,7 +179,17 @@ def test_key_figures_and_bytes_are_those_of_the_run(tmp_path: Path) -> None:
         ({"layers": 0}, MOE_FIGURES),
         ({"steps": 1, "layers": 0, "validation": False}, MOE_FIGURES),
         ({"layers": 1, "experts": 1}, []),
-        ({"changes": {"ce_loss": math.nan, "grad_norm": math.inf, "mfu": None, "tokens_per_second": math.nan}}, []),
+        (
+            {
+                "changes": {
+                    "ce_loss": math.nan,
+                    "grad_norm": math.inf,
+                    "mfu": None,
+                    "tokens_per_second": math.nan,
+                }
+            },
+            [],
+        ),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -154,7 +200,10 @@ def test_report_of_an_odd_run(tmp_path: Path, run: dict, absent: list[str]) -> N
     assert drawn == {*MOE_FIGURES, "loss", "throughput", "gradient"} - set(absent)
     assert ("has no MoE layer" in text) == bool(absent)
     assert ("expert assignments dropped" in text) == (not absent)
-    assert re.search(r"\bnan\b", re.sub(r"base64,[^\"]*|<details>.*", "", text, flags=re.DOTALL)) is None
+    assert (
+        re.search(r"\bnan\b", re.sub(r"base64,[^\"]*|<details>.*", "", text, flags=re.DOTALL))
+        is None
+    )
 
 
 def test_many_layers_show_twelve_and_say_so(tmp_path: Path) -> None:
@@ -220,7 +269,10 @@ def monitored(run_dir: Path, records: list[dict], table: Placement | None = None
 
 def titles(run_dir: Path, table: Placement | None) -> dict[str, str]:
     figures = placement_figures(read_history(run_dir / "metrics.jsonl"), table)
-    return {name: figure.get_suptitle() or figure.axes[0].get_title(loc="left") for name, figure in figures.items()}
+    return {
+        name: figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+        for name, figure in figures.items()
+    }
 
 
 @pytest.mark.filterwarnings("error")
@@ -231,24 +283,41 @@ def test_report_of_a_run_with_placement(tmp_path: Path) -> None:
     reason = "balanced: the gain pays <at once>"
     assert ["2", "moved", reason, "25.0%", "20.0%", "3", "3.0 MiB", "0.05"] in page.rows
     refused = "balanced: the gain of 1% is below placement.min_gain=0.02"
-    assert ["3", "refused", refused, "24.0%", "not measured", "3", "3.0 MiB", "0.04 estimated"] in page.rows
+    assert [
+        "3",
+        "refused",
+        refused,
+        "24.0%",
+        "not measured",
+        "3",
+        "3.0 MiB",
+        "0.04 estimated",
+    ] in page.rows
     assert ["2", "Layer 0: device 3 computes 5.00 times the mean load.", "4"] in page.rows
     assert ["4", "Layer 1: device 3 computes 5.00 times the mean load.", "not over"] in page.rows
     assert titles(run_dir, monitored_run.TABLE) == {
-        "device_load": "Busiest device, averaged over layers: 1.26 times the mean load at first, 1.26 times at the end",
-        "placement_effect": "Load by device before and after the move: step 2 gained 20% (25% predicted)",
+        "device_load": "Busiest device, averaged over layers: 1.26 times the mean load at first, "
+        "1.26 times at the end",
+        "placement_effect": "Load by device before and after the move: step 2 gained 20% (25% "
+        "predicted)",
         "link_traffic": "Links at step 6: 0 to 1 is busiest, 30 rows (1.50 x mean); 40% travel",
-        "replica_use": "4 replicated experts took 70% of the choices at step 6; the fullest replica 1.00 x even",
+        "replica_use": "4 replicated experts took 70% of the choices at step 6; the fullest "
+        "replica 1.00 x even",
     }
 
 
 def test_pictures_only_of_what_was_recorded(tmp_path: Path) -> None:
-    run_dir = monitored(tmp_path / "run", [*monitored_run.whole_run()[:2], monitored_run.decision(2, accepted=False)])
+    run_dir = monitored(
+        tmp_path / "run",
+        [*monitored_run.whole_run()[:2], monitored_run.decision(2, accepted=False)],
+    )
     assert titles(run_dir, None).keys() == {"device_load"}
     # Another table than the one that the line's choices went by: experts 1 and 3 have the replicas.
     other = Placement(np.array([[0, 1, 3, 2, 1, 3]] * 2), 4, 2)
     assert titles(run_dir, other).keys() == {"device_load"}
-    text = write_report(monitored(tmp_path / "first", [monitored_run.training(1)])).read_text(encoding="utf-8")
+    text = write_report(monitored(tmp_path / "first", [monitored_run.training(1)])).read_text(
+        encoding="utf-8"
+    )
     assert "Placement decisions" not in text and "Alerts" not in text
 
 
@@ -258,12 +327,17 @@ def test_many_ranks_layers_and_decisions_are_drawn(tmp_path: Path) -> None:
     records: list[dict] = []
     for step in range(1, 70):
         line, move = monitored_run.training(step), monitored_run.decision(step)
-        line["layers"] = [line["layers"][0] | {"layer": layer, "device_load": list(range(1, 49))} for layer in range(layers)]
+        line["layers"] = [
+            line["layers"][0] | {"layer": layer, "device_load": list(range(1, 49))}
+            for layer in range(layers)
+        ]
         for when in ("before", "after"):
             move["predicted"][f"device_load_{when}"] = list(range(1, ranks + 1))
         records += [line, move, monitored_run.alert(step, step)]
     sent = [[(source + 1) * (to % 3) for to in range(ranks)] for source in range(ranks)]
-    records.append({"event": "traffic", "step": 69, "steps": 1, "layers": [{"layer": 0, "sent": sent}]})
+    records.append(
+        {"event": "traffic", "step": 69, "steps": 1, "layers": [{"layer": 0, "sent": sent}]}
+    )
     run_dir = monitored(tmp_path / "run", records)
     page = write_report(run_dir).read_text(encoding="utf-8")
     assert page.count("(the newest 50 of 69)") == 2

@@ -1,4 +1,6 @@
-"""`moe-jax watch`: what a frame says, that it fits, and that the file is followed as it grows, is replaced and ends."""
+"""`moe-jax watch`: what a frame says, that it fits, and that the file is followed as it grows, is
+replaced and ends.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from moe_jax.tracking import watch as watching
 from moe_jax.tracking import watch_frame
 from moe_jax.tracking.follow import FollowedRun
 from moe_jax.tracking.watch import watch
-from moe_jax.tracking.watch_frame import draw, duration, load_bars, sparkline
+from moe_jax.tracking.watch_frame import draw, load_bars, sparkline
+from moe_jax.utils.units import duration
 from tests.support import monitored_run
 
 
@@ -39,7 +42,9 @@ def read(run_dir: Path) -> FollowedRun:
     return run
 
 
-def frame(run: FollowedRun, width: int = 80, height: int = 24, ascii_only: bool = False) -> list[str]:
+def frame(
+    run: FollowedRun, width: int = 80, height: int = 24, ascii_only: bool = False
+) -> list[str]:
     console = Console(file=StringIO(), width=width, height=height)
     console.print(draw(run, ConsoleDimensions(width, height), ascii_only))
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -65,18 +70,25 @@ def test_a_frame_fits_its_terminal(tmp_path: Path, width: int, height: int, laye
     records = monitored_run.whole_run()
     for record in records:
         if "layers" in record and "event" not in record:
-            record["layers"] = [record["layers"][0] | {"layer": number, "load": list(range(256))} for number in range(layers)]
+            record["layers"] = [
+                record["layers"][0] | {"layer": number, "load": list(range(256))}
+                for number in range(layers)
+            ]
             record["layers"][-1]["device_load"] = [1, 9, 1, 1]
     lines = frame(read(begin(tmp_path / "r", records)), width, height)
     assert len(lines) <= height - 2 and max(map(len, lines)) <= width
     shown = [line.split()[0] for line in lines if line.strip()[:2].strip().isdigit()]
     assert str(layers - 1) in shown  # the least even one stays
     if len(shown) < layers:
-        assert shown == sorted(shown, key=int) and (width < 80 or f"{len(shown)} of 61 layers" in "\n".join(lines))
+        assert shown == sorted(shown, key=int) and (
+            width < 80 or f"{len(shown)} of 61 layers" in "\n".join(lines)
+        )
 
 
 def test_ascii_where_the_terminal_has_nothing_else(tmp_path: Path) -> None:
-    assert "\n".join(frame(read(begin(tmp_path / "r", monitored_run.whole_run())), ascii_only=True)).isascii()
+    assert "\n".join(
+        frame(read(begin(tmp_path / "r", monitored_run.whole_run())), ascii_only=True)
+    ).isascii()
 
 
 def test_lines_of_older_runs_and_dense_ones(tmp_path: Path) -> None:
@@ -84,14 +96,22 @@ def test_lines_of_older_runs_and_dense_ones(tmp_path: Path) -> None:
     for layer in old["layers"]:
         del layer["device_load"], layer["slot_load"], layer["dropped_to"], layer["dropped"]
     assert frame(read(begin(tmp_path / "old", [old])))[5].split()[-2:] == ["-", "-"]
-    lines = frame(read(begin(tmp_path / "dense", [monitored_run.training(1, layers=[], ce_loss=None)])))
-    assert "This model has no MoE layer." in lines and "dropped" not in lines[2] and lines[1].startswith("loss - ")
+    lines = frame(
+        read(begin(tmp_path / "dense", [monitored_run.training(1, layers=[], ce_loss=None)]))
+    )
+    assert (
+        "This model has no MoE layer." in lines
+        and "dropped" not in lines[2]
+        and lines[1].startswith("loss - ")
+    )
 
 
 def test_only_whole_new_lines_are_read(tmp_path: Path) -> None:
     run_dir = begin(tmp_path / "r", [monitored_run.training(1), monitored_run.training(2)])
     run = read(run_dir)
-    assert run.step == 2 and run.losses == [6.0, 3.0] and run.step_seconds == 0.5  # the first line's includes compilation
+    assert (
+        run.step == 2 and run.losses == [6.0, 3.0] and run.step_seconds == 0.5
+    )  # the first line's includes compilation
     text = json.dumps(monitored_run.training(3)) + "\n"
     for part, step in ((text[:40], 2), (text[40:-1], 2), ("\n", 3)):
         with (run_dir / "metrics.jsonl").open("a") as file:
@@ -116,7 +136,13 @@ def test_a_resumed_run_is_read_anew_and_its_config_too(tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text("train: {steps: 50}\n")
     (tmp_path / "new" / "metrics.jsonl").replace(run_dir / "metrics.jsonl")
     run.read()
-    assert (run.step, run.steps, run.losses, run.step_seconds, run.over) == (2, 50, [6.0, 3.0], None, False)
+    assert (run.step, run.steps, run.losses, run.step_seconds, run.over) == (
+        2,
+        50,
+        [6.0, 3.0],
+        None,
+        False,
+    )
     (run_dir / "metrics.jsonl").unlink()  # --overwrite
     run.read()
     assert run.step == 0
@@ -136,7 +162,9 @@ def test_a_quiet_run_is_told_from_one_that_stopped(tmp_path: Path) -> None:
     assert run.over and frame(run)[-1].startswith("The run has stopped (go on with --resume)")
 
 
-def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_has_not_begun_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     watch(tmp_path)
     assert "Waiting for a run to begin there" in capsys.readouterr().out
     begin(tmp_path, [])
@@ -144,7 +172,9 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, capsys: pytest.C
     assert "Waiting for its first training line" in capsys.readouterr().out
 
 
-def test_live_until_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_until_the_run_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
     monkeypatch.setenv("TERM", "xterm")
     records = monitored_run.whole_run()
@@ -154,10 +184,17 @@ def test_live_until_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[s
     watch(tmp_path, interval=0.5)
     assert not turns
     text = capsys.readouterr().out
-    assert text.index("Waiting for") < text.index("step 1/6") < text.index("step 2/6") < text.index("The run has ended")
+    assert (
+        text.index("Waiting for")
+        < text.index("step 1/6")
+        < text.index("step 2/6")
+        < text.index("The run has ended")
+    )
 
 
-def test_ctrl_c_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
@@ -173,13 +210,20 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert caught.value.code == 2 and "absent does not exist" in capsys.readouterr().err
     begin(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not a metrics record, ending at byte 11"):
+    with pytest.raises(
+        UserError,
+        match=r"metrics\.jsonl has a line that is not a metrics record, ending at byte 11",
+    ):
         watch(tmp_path)
 
 
-def test_command_passes_its_arguments_and_help_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_command_passes_its_arguments_and_help_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     seen = []
-    monkeypatch.setattr(watching, "watch", lambda run_dir, **options: seen.append((run_dir, options)))
+    monkeypatch.setattr(
+        watching, "watch", lambda run_dir, **options: seen.append((run_dir, options))
+    )
     for arguments in (["watch", str(tmp_path), "--once", "--interval", "5"], ["watch", "--help"]):
         with pytest.raises(SystemExit) as caught:
             main.main(arguments)
@@ -190,9 +234,18 @@ def test_command_passes_its_arguments_and_help_fits(tmp_path: Path, capsys: pyte
 
 
 def test_bars_and_durations() -> None:
-    assert sparkline([1.0, 2.0, 3.0], 10) == "▁▅█" and sparkline([2.0, 2.0], 10) == "▁▁" and sparkline([], 10) == ""
+    assert (
+        sparkline([1.0, 2.0, 3.0], 10) == "▁▅█"
+        and sparkline([2.0, 2.0], 10) == "▁▁"
+        and sparkline([], 10) == ""
+    )
     assert sparkline([0.0] * 50 + [7.0] * 50, 2) == "▁█"
     assert load_bars([8, 4, 1, 0], 4) == "█▄▁x" and load_bars([8, 0], 6) == "███xxx"
     assert load_bars([8, 0, 4, 4], 2) == "█▄" and load_bars([0, 0], 2) == "xx"
-    assert [duration(seconds) for seconds in (59.4, 61, 3661, 90_000)] == ["59 s", "1 min 1 s", "1 h 1 min", "25 h 0 min"]
+    assert [duration(seconds) for seconds in (59.4, 61, 3661, 90_000)] == [
+        "59 s",
+        "1 min 1 s",
+        "1 h 1 min",
+        "25 h 0 min",
+    ]
     assert len(watch_frame.RAMP) == len(watch_frame.ASCII_RAMP)

@@ -1,4 +1,6 @@
-"""Training that starts from another model: what it takes from there, that the weights are the same, and what is refused."""
+"""Training that starts from another model: what it takes from there, that the weights are the same,
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ devices: {{simulate: 8}}
 mesh: {{data: 2, expert: 4}}
 moe: {{dropless: true, aux_loss: 0.0, z_loss: 0.0}}
 optimizer: {{warmup_steps: 2, learning_rate: 1.0e-2}}
-train: {{steps: 3, global_batch: 16, seq_len: 16, eval_every: 50, eval_batches: 1, sample_prompt: ""}}
+train: {{steps: 3, global_batch: 16, seq_len: 16, eval_every: 50, eval_batches: 1,
+  sample_prompt: ""}}
 checkpoint: {{every: 1, keep_last: 9}}
 data: {{source: {source}}}
 init_from: {origin}
@@ -38,7 +41,9 @@ init_from: {origin}
 
 @pytest.fixture
 def tune(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Trains the small configuration from a folder, with `a.b=value` on top; gives the run's directory."""
+    """Trains the small configuration from a folder, with `a.b=value` on top; gives the run's
+    directory.
+    """
 
     def run(origin: Path, directory: Path, *overrides: str, **options: bool) -> Path:
         file = directory.with_suffix(".yaml")
@@ -50,35 +55,60 @@ def tune(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def first_loss(origin: Path, config: Config, corpus_from: str) -> float:
-    """What the engine, which recorded cases of transformers hold to account, makes of the first batch."""
-    corpus = load_corpus(dataclasses.replace(config.data, tokenizer=corpus_from), config.train.seq_len, config.train.seed)
+    """What the engine, which recorded cases of transformers hold to account, makes of the first
+    batch.
+    """
+    corpus = load_corpus(
+        dataclasses.replace(config.data, tokenizer=corpus_from),
+        config.train.seq_len,
+        config.train.seed,
+    )
     batch = next(corpus.train_batches(config.train.global_batch))
     loaded = open_model(origin)
     # Documents that begin within a row stand alone in training; the engine reads a row as one text.
     assert (batch["segments"] == 1).all()
-    nats, count = loaded.engine.score(loaded.params, loaded.tables, batch["tokens"], batch["targets"], batch["mask"])
+    nats, count = loaded.engine.score(
+        loaded.params, loaded.tables, batch["tokens"], batch["targets"], batch["mask"]
+    )
     return nats / count
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe-plain", pytest.param("deepseek_v3-plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe-plain", pytest.param("deepseek_v3-plain", marks=pytest.mark.slow)]
+)
 def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> None:
     origin = make_folder(case, tmp_path / "in")
-    mesh = ("mesh.data=1", "devices.simulate=4") if case.startswith("deepseek") else ()  # whose ranks 8 devices do not divide
+    mesh = (
+        ("mesh.data=1", "devices.simulate=4") if case.startswith("deepseek") else ()
+    )  # whose ranks 8 devices do not divide
     run = tune(origin, tmp_path / "run", *mesh)
     config = config_from_text((run / "config.yaml").read_text())
     checkpoint = hf.open_checkpoint(origin)
     assert config.model == dataclasses.replace(checkpoint.model, vocab_size=VOCAB)
-    kept = [key.removeprefix("moe.") for key in (*initial_state.OWN, "moe.aux_loss", "moe.z_loss") if key.startswith("moe.")]
-    assert config.moe == dataclasses.replace(checkpoint.moe, **{key: getattr(config.moe, key) for key in kept})
-    assert config.moe.aux_loss == 0.0 and config.moe.aux_over == checkpoint.moe.aux_over  # the one was set, the other was not
+    kept = [
+        key.removeprefix("moe.")
+        for key in (*initial_state.OWN, "moe.aux_loss", "moe.z_loss")
+        if key.startswith("moe.")
+    ]
+    assert config.moe == dataclasses.replace(
+        checkpoint.moe, **{key: getattr(config.moe, key) for key in kept}
+    )
+    assert (
+        config.moe.aux_loss == 0.0 and config.moe.aux_over == checkpoint.moe.aux_over
+    )  # the one was set, the other was not
     lines = tiny_run.training_lines(run)
-    assert lines[0]["ce_loss"] == pytest.approx(first_loss(origin, config, str(run / "tokenizer")), rel=1e-5)
+    assert lines[0]["ce_loss"] == pytest.approx(
+        first_loss(origin, config, str(run / "tokenizer")), rel=1e-5
+    )
     assert lines[2]["loss"] < lines[0]["loss"]
 
     # The folder is needed no more.
     kept = tiny_run.copy_until(run, tmp_path / "cut", 1)
     shutil.move(origin, tmp_path / "gone")
-    assert tiny_run.training_lines(tune(origin, kept, *mesh, resume=True))[-1]["loss"] == lines[2]["loss"]
+    assert (
+        tiny_run.training_lines(tune(origin, kept, *mesh, resume=True))[-1]["loss"]
+        == lines[2]["loss"]
+    )
     loaded = open_model(run)
     assert loaded.context == 16 and loaded.tokenizer.chat is not None
 
@@ -87,7 +117,9 @@ def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> 
     assert hf.read_config(tmp_path / "out").config["model_type"] == case.split("-")[0]
     assert hf.read_config(tmp_path / "out").context == checkpoint.context
     for one, other in zip(
-        jax.tree.leaves((loaded.params, loaded.tables)), jax.tree.leaves((exported.params, exported.tables)), strict=True
+        jax.tree.leaves((loaded.params, loaded.tables)),
+        jax.tree.leaves((exported.params, exported.tables)),
+        strict=True,
     ):
         np.testing.assert_array_equal(one, other)
 
@@ -95,36 +127,68 @@ def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> 
 @pytest.mark.slow
 def test_from_a_run(folder: Path, tmp_path: Path, tune) -> None:
     origin = tiny_run.finished(folder)
-    run = tune(origin, tmp_path / "run", "train.steps=1", "mesh.expert=2", "mesh.data=1", "devices.simulate=2", "moe.z_loss=0.001")
-    config, before = (config_from_text((place / "config.yaml").read_text()) for place in (run, origin))
-    assert config.model == dataclasses.replace(before.model, vocab_size=VOCAB) and config.moe.num_experts == 4 and config.moe.dropless
-    assert tiny_run.training_lines(run)[0]["ce_loss"] == pytest.approx(first_loss(origin, config, "bytes"), rel=1e-5)
+    run = tune(
+        origin,
+        tmp_path / "run",
+        "train.steps=1",
+        "mesh.expert=2",
+        "mesh.data=1",
+        "devices.simulate=2",
+        "moe.z_loss=0.001",
+    )
+    config, before = (
+        config_from_text((place / "config.yaml").read_text()) for place in (run, origin)
+    )
+    assert (
+        config.model == dataclasses.replace(before.model, vocab_size=VOCAB)
+        and config.moe.num_experts == 4
+        and config.moe.dropless
+    )
+    assert tiny_run.training_lines(run)[0]["ce_loss"] == pytest.approx(
+        first_loss(origin, config, "bytes"), rel=1e-5
+    )
     assert not (run / "hf_config.json").exists() and not (run / "tokenizer").exists()
 
 
-def test_the_weights_are_those_of_the_folder_on_any_mesh(tmp_path: Path, tune, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 becomes f32 masters; empty slots hold zeros; each process reads no more than its part once."""
-    origin = make_folder("qwen3_moe-mixed", tmp_path / "in")  # 6 experts, of which 4 ranks hold 2, 2, 2 and none
+def test_the_weights_are_those_of_the_folder_on_any_mesh(
+    tmp_path: Path, tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 becomes f32 masters; empty slots hold zeros; each process reads no more than its part
+    once.
+    """
+    origin = make_folder(
+        "qwen3_moe-mixed", tmp_path / "in"
+    )  # 6 experts, of which 4 ranks hold 2, 2, 2 and none
     publish(origin, tmp_path / "half", dtype="bfloat16")
     checkpoint = hf.open_checkpoint(tmp_path / "half")
-    monkeypatch.setattr(initial_state, "open_weights", lambda *_: Weights(checkpoint.leaf, checkpoint.bias_LE()))
+    monkeypatch.setattr(
+        initial_state, "open_weights", lambda *_: Weights(checkpoint.leaf, checkpoint.bias_LE())
+    )
     seen = {}
-    monkeypatch.setattr("moe_jax.training.trainer._Job.run", lambda _, state, batches: seen.update(state=state))
+    monkeypatch.setattr(
+        "moe_jax.training.trainer._Job.run", lambda _, state, batches: seen.update(state=state)
+    )
     tune(tmp_path / "half", tmp_path / "run", "mesh.data=1", "mesh.tensor=2")
     shapes = checkpoint.shapes()
     scales = sum(2 * math.prod(shape) for path, shape in shapes.items() if path.endswith("scale"))
     size = sum(2 * math.prod(shape) for shape in shapes.values())
-    assert checkpoint.bytes_read <= 1.02 * (size + 7 * scales)  # norms, of which every device holds all
+    assert checkpoint.bytes_read <= 1.02 * (
+        size + 7 * scales
+    )  # norms, of which every device holds all
     params = seen["state"].params
     for path in shapes:
-        found = functools.reduce(lambda node, key: node[int(key) if key.isdigit() else key], path.split("/"), params)
+        found = functools.reduce(
+            lambda node, key: node[int(key) if key.isdigit() else key], path.split("/"), params
+        )
         assert found.dtype == np.float32
         whole = np.asarray(found)
         if "/experts/" in path:
             assert whole.shape[1] == 8 and not whole[:, 6:].any()
             whole = whole[:, :6]
         np.testing.assert_array_equal(whole, checkpoint.leaf(path).astype(np.float32))
-    assert int(seen["state"].step) == 0 and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(seen["state"].opt_state))
+    assert int(seen["state"].step) == 0 and not any(
+        np.asarray(leaf).any() for leaf in jax.tree.leaves(seen["state"].opt_state)
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,11 +198,16 @@ def test_the_weights_are_those_of_the_folder_on_any_mesh(tmp_path: Path, tune, m
         (["moe.num_experts=16"], "moe.num_experts=16 but"),
         (["model.rope.theta=77.0"], "model.rope.theta=77.0 but"),
         (["mesh.tensor=4", "mesh.expert=1"], "mesh.tensor=4 does not divide model.num_kv_heads=2"),
-        (["mesh.data=8", "mesh.expert=1", "model.latent.q_rank=20", "init_from=null"], "model.latent.q_rank=20 is not divisible"),
+        (
+            ["mesh.data=8", "mesh.expert=1", "model.latent.q_rank=20", "init_from=null"],
+            "model.latent.q_rank=20 is not divisible",
+        ),
         (["init_from=nowhere"], "init_from='nowhere' is not a folder"),
     ],
 )
-def test_contradictions_are_refused_by_name(overrides: list[str], message: str, tmp_path: Path, tune) -> None:
+def test_contradictions_are_refused_by_name(
+    overrides: list[str], message: str, tmp_path: Path, tune
+) -> None:
     with pytest.raises(UserError, match=message):
         tune(make_folder("qwen3_moe-plain", tmp_path / "in"), tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
@@ -147,9 +216,15 @@ def test_contradictions_are_refused_by_name(overrides: list[str], message: str, 
 def test_what_the_model_has_already_may_be_repeated(tmp_path: Path) -> None:
     origin = make_folder("qwen3_moe-plain", tmp_path / "in")
     config = Config(init_from=str(origin))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=32, num_heads=4, remat="full"))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, width=32, num_heads=4, remat="full")
+    )
     found = initial_state.resolve(config, tmp_path / "run", resume=False)
-    assert found.model.remat == "full" and found.model.width == 32 and found.data.tokenizer == str(origin)
+    assert (
+        found.model.remat == "full"
+        and found.model.width == 32
+        and found.data.tokenizer == str(origin)
+    )
     with pytest.raises(UserError, match="the run's own directory"):
         initial_state.resolve(config, origin, resume=False)
 

@@ -7,23 +7,33 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.models.transformer import expert_layers
+from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.placement.schedule import moves_between, schedule
 from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.profiling import hlo
-from moe_jax.training.migration import EXPERTS as EXPERT_PATH
-from moe_jax.training.migration import Migration
-from moe_jax.training.step import Program, TrainState
+from moe_jax.training.migration import EXPERT_PATH, Migration
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import TrainProgram
 from tests.support.tiny_programs import EXPERTS, make_batch, make_program
 
 MOE = dict(aux_loss=0.1, bias_rate=0.05, input_noise=0.1, shared_experts=1, dispatch="pooled")
-# Layers dense, then MoE and dense in turn, then MoE: two stacks, of which the first holds a pattern of two.
-PATTERN = dict(model=dict(num_layers=5, sliding_window=4, window_every=2), moe=MOE | dict(first_dense=1, dense_layers=(2,)))
+# Layers dense, then MoE and dense in turn, then MoE: two stacks, of which the first holds a pattern
+# of two.
+PATTERN = dict(
+    model=dict(num_layers=5, sliding_window=4, window_every=2),
+    moe=MOE | dict(first_dense=1, dense_layers=(2,)),
+)
 
 
 def shuffled(draw: np.random.Generator, old: Placement, replicas: bool = False) -> Placement:
-    """A table of the same shape with its experts anywhere; with `replicas` other experts have some."""
-    layers, experts, share = old.physical_to_logical.shape[0], old.num_experts, old.num_slots // old.ranks
+    """A table of the same shape with its experts anywhere; with `replicas` other experts have
+    some.
+    """
+    layers, experts, share = (
+        old.physical_to_logical.shape[0],
+        old.num_experts,
+        old.num_slots // old.ranks,
+    )
     table = np.full((layers, old.ranks, share), EMPTY, np.int32)
     for slots in table:
         for number, expert in enumerate(draw.permutation(experts)):
@@ -31,13 +41,15 @@ def shuffled(draw: np.random.Generator, old: Placement, replicas: bool = False) 
         if replicas:
             for device in slots:
                 free = np.flatnonzero(device == EMPTY)
-                device[free] = draw.choice(np.setdiff1d(np.arange(experts), device), free.size, replace=False)
+                device[free] = draw.choice(
+                    np.setdiff1d(np.arange(experts), device), free.size, replace=False
+                )
         for device in slots:
             device[:] = device[draw.permutation(share)]
     return Placement(table.reshape(layers, -1), experts, old.ranks)
 
 
-def drawn(program: Program, seed: int = 0) -> TrainState:
+def drawn(program: TrainProgram, seed: int = 0) -> TrainState:
     """A state whose floats all differ, replicas of an expert alike."""
     draw = np.random.default_rng(seed)
     state = jax.tree.map(np.asarray, program.init(7))
@@ -51,23 +63,36 @@ def drawn(program: Program, seed: int = 0) -> TrainState:
             rows = expert_layers(program.model, program.moe)[int(match[1]), int(match[2])]
             first = program.placement.first_slot()[rows]
             table = program.placement.physical_to_logical[rows]
-            values = np.stack([v[np.where(t == EMPTY, 0, f[t])] for v, t, f in zip(values, table, first, strict=True)])
+            values = np.stack(
+                [
+                    v[np.where(t == EMPTY, 0, f[t])]
+                    for v, t, f in zip(values, table, first, strict=True)
+                ]
+            )
         return values
 
     return jax.device_put(jax.tree.map_with_path(one, state), program.state_shardings)
 
 
-def by_expert(program: Program, state: TrainState, placement: Placement) -> dict[str, np.ndarray]:
-    """Arrays by path, experts in logical order, from each of whose replicas the same; tables left out."""
+def by_expert(
+    program: TrainProgram, state: TrainState, placement: Placement
+) -> dict[str, np.ndarray]:
+    """Arrays by path, experts in logical order, from each of whose replicas the same; tables left
+    out.
+    """
     found = {}
-    for path, leaf in jax.tree.leaves_with_path(state._replace(tables=state.tables.bias_E, expert_LP=None)):
+    for path, leaf in jax.tree.leaves_with_path(
+        state._replace(tables=state.tables.bias_E, expert_LP=None)
+    ):
         name, array = jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf)
         if (match := EXPERT_PATH.search(name)) and array.ndim > 1:
             rows = expert_layers(program.model, program.moe)[int(match[1]), int(match[2])]
             for repeat, row in enumerate(rows):
                 for expert in range(placement.num_experts):
                     held = array[repeat][placement.slots_of(row, expert)]
-                    np.testing.assert_array_equal(held, np.broadcast_to(held[:1], held.shape), err_msg=f"replicas in {name}")
+                    np.testing.assert_array_equal(
+                        held, np.broadcast_to(held[:1], held.shape), err_msg=f"replicas in {name}"
+                    )
                     found[f"{name} {row} {expert}"] = held[0]
         else:
             found[name] = array
@@ -80,7 +105,13 @@ PROGRAMS = {
     "2x2x2 with biases": dict(data=2, expert=2, tensor=2, moe=MOE | dict(expert_bias=True)),
     "2x4, replicas": dict(data=2, expert=4, redundant=2, moe=MOE),
     "1x4, replicas on two hosts": dict(expert=4, redundant=1, moe=MOE, hosts=2),
-    "adafactor": dict(expert=4, model=dict(width=128), moe=MOE | dict(hidden=128), optimizer=dict(name="adafactor"), redundant=1),
+    "adafactor": dict(
+        expert=4,
+        model=dict(width=128),
+        moe=MOE | dict(hidden=128),
+        optimizer=dict(name="adafactor"),
+        redundant=1,
+    ),
     "muon": dict(data=2, expert=2, moe=MOE, optimizer=dict(name="muon")),
     "one device": dict(moe=MOE),
 }
@@ -102,7 +133,9 @@ def test_everything_of_an_expert_moves_and_nothing_else(settings):
         np.testing.assert_array_equal(state.expert_LP, new.physical_to_logical)
         for have, want in zip(state.tables[:3], new.routing(program.hosts), strict=True):
             np.testing.assert_array_equal(have, want)
-        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.state_shardings), strict=True):
+        for leaf, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(program.state_shardings), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         assert moved.experts == len(moves_between(old, new)) > 0
         old = new
@@ -110,7 +143,9 @@ def test_everything_of_an_expert_moves_and_nothing_else(settings):
 
 
 def test_a_loss_curve_with_a_migration_every_five_steps_is_the_same_to_the_last_bit():
-    """Without drops and with one round, which depend on where experts are, all is in one order of arithmetic."""
+    """Without drops and with one round, which depend on where experts are, all is in one order of
+    arithmetic.
+    """
     program = make_program(2, 4, moe=MOE | dict(capacity_factor=4.0))
     migration, draw = Migration(program), np.random.default_rng(1)
 
@@ -134,7 +169,9 @@ def test_a_loss_curve_with_a_migration_every_five_steps_is_the_same_to_the_last_
 
 
 def test_replicas_come_and_go_and_lose_nothing():
-    """From no replica to some to others to none; the losses are those without, and replicas stay equal bit for bit."""
+    """From no replica to some to others to none; the losses are those without, and replicas stay
+    equal bit for bit.
+    """
     plain, program = make_program(1, 4, moe=MOE), make_program(1, 4, moe=MOE, redundant=1)
     migration, draw = Migration(program), np.random.default_rng(2)
     state, reference, placement = program.init(7), plain.init(7), program.placement
@@ -149,16 +186,21 @@ def test_replicas_come_and_go_and_lose_nothing():
         by_expert(program, state, placement)  # asserts that replicas are equal, moments included
 
 
-@pytest.mark.parametrize("settings", [dict(moe=MOE, redundant=1), PATTERN], ids=["one block", "two blocks"])
+@pytest.mark.parametrize(
+    "settings", [dict(moe=MOE, redundant=1), PATTERN], ids=["one block", "two blocks"]
+)
 def test_the_compiled_program_sends_single_experts_and_gathers_nothing(settings):
     program = make_program(2, 4, **settings)
     migration = Migration(program)
     state = program.init(7)
     banks = {path: leaf for path, leaf in _flat(state).items() if path in migration.paths}
-    call = schedule(program.placement, shuffled(np.random.default_rng(0), program.placement), migration.budget)[0]
+    call = schedule(
+        program.placement, shuffled(np.random.default_rng(0), program.placement), migration.budget
+    )[0]
     text = migration.run.lower(banks, call).compile().as_text()
     (sent,) = hlo.collectives(text)
-    # One for each distance that an expert can travel; each carries a device's part (data=2) of one expert with two moments.
+    # One for each distance that an expert can travel; each carries a device's part (data=2) of one
+    # expert with two moments.
     assert (sent.op, sent.times) == ("collective-permute", 3)
     assert sent.bytes == 3 * migration.expert_bytes // 2
     bank = sum(leaf.nbytes for leaf in banks.values())
@@ -173,14 +215,24 @@ def test_a_single_swap_costs_two_experts():
     table[1, [0, 5]] = table[1, [5, 0]]
     state, moved = migration(program.init(7), old, Placement(table, EXPERTS, 4))
     assert moved[:4] == (2, 2 * migration.expert_bytes, 1, 1)  # both go two ranks on
-    assert migration(state, Placement(table, EXPERTS, 4), Placement(table, EXPERTS, 4))[1][:4] == (0, 0, 0, 0)
+    assert migration(state, Placement(table, EXPERTS, 4), Placement(table, EXPERTS, 4))[1][:4] == (
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 def test_moments_that_mix_experts_are_refused():
-    settings = dict(model=dict(width=128), moe=MOE | dict(num_experts=128), optimizer=dict(name="adafactor"))
+    settings = dict(
+        model=dict(width=128), moe=MOE | dict(num_experts=128), optimizer=dict(name="adafactor")
+    )
     with pytest.raises(UserError, match="moments of a layer's 128 slots"):
         make_program(1, 2, **settings)
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }

@@ -14,7 +14,10 @@ OPTIMIZERS = ["adamw", "adafactor", "muon"]
 
 AXES = {
     "query": ("width", "heads", "head"),
-    "mlp": {"experts": {"down": ("slots", "hidden", "slot_width")}, "router": {"weight": ("width", "experts")}},
+    "mlp": {
+        "experts": {"down": ("slots", "hidden", "slot_width")},
+        "router": {"weight": ("width", "experts")},
+    },
     "norm": {"scale": ("norm",)},
 }
 
@@ -26,7 +29,11 @@ def params(seed: int = 0) -> dict:
         "mlp": {"experts": {"down": (2, 3, 8, 6)}, "router": {"weight": (2, 6, 3)}},
         "norm": {"scale": (2, 6)},
     }
-    return jax.tree.map(lambda s: jnp.array(rng.standard_normal(s), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    return jax.tree.map(
+        lambda s: jnp.array(rng.standard_normal(s), jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
 
 
 def updates(config: OptimizerConfig, grads: dict, at: dict) -> dict:
@@ -35,8 +42,16 @@ def updates(config: OptimizerConfig, grads: dict, at: dict) -> dict:
 
     @jax.jit
     def two_steps(grads, at):
-        _, state = optimizer.update(grads, optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(schedule(0)))
-        return optimizer.update(jax.tree.map(lambda g: 10 * g, grads), state, at, ok=jnp.bool_(True), lr=jnp.float32(schedule(1)))[0]
+        _, state = optimizer.update(
+            grads, optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(schedule(0))
+        )
+        return optimizer.update(
+            jax.tree.map(lambda g: 10 * g, grads),
+            state,
+            at,
+            ok=jnp.bool_(True),
+            lr=jnp.float32(schedule(1)),
+        )[0]
 
     return two_steps(grads, at)
 
@@ -69,11 +84,15 @@ def test_short_runs_have_a_learning_rate_at_every_step(shape, steps, warmup):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_shrinks_matrices_and_leaves_norms_alone(name):
-    config = OptimizerConfig(name=name, learning_rate=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1)
+    config = OptimizerConfig(
+        name=name, learning_rate=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1
+    )
     at = params()
     moved = updates(config, jax.tree.map(jnp.zeros_like, at), at)
     assert not np.any(moved["norm"]["scale"])
-    for got, parameter in zip(jax.tree.leaves({**moved, "norm": None}), jax.tree.leaves({**at, "norm": None}), strict=True):
+    for got, parameter in zip(
+        jax.tree.leaves({**moved, "norm": None}), jax.tree.leaves({**at, "norm": None}), strict=True
+    ):
         np.testing.assert_allclose(got, -0.5 * 0.1 * parameter, rtol=1e-5)
 
 
@@ -82,8 +101,12 @@ def test_experts_and_routers_have_learning_rates_of_their_own(name):
     at, grads = params(), params(1)
     plain = OptimizerConfig(name=name)
     base = updates(plain, grads, at)
-    scaled = updates(OptimizerConfig(name=name, expert_lr_scale=0.5, router_lr_scale=0.0), grads, at)
-    np.testing.assert_allclose(scaled["mlp"]["experts"]["down"], 0.5 * base["mlp"]["experts"]["down"], rtol=1e-6)
+    scaled = updates(
+        OptimizerConfig(name=name, expert_lr_scale=0.5, router_lr_scale=0.0), grads, at
+    )
+    np.testing.assert_allclose(
+        scaled["mlp"]["experts"]["down"], 0.5 * base["mlp"]["experts"]["down"], rtol=1e-6
+    )
     np.testing.assert_array_equal(scaled["mlp"]["router"]["weight"], 0.0)
     np.testing.assert_array_equal(scaled["query"], base["query"])
 
@@ -109,29 +132,54 @@ def test_an_expert_moves_the_same_whatever_slot_it_is_in(name):
 
 
 def test_adamw_is_adamw():
-    config = OptimizerConfig(learning_rate=0.3, warmup_steps=0, schedule="constant", weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-6)
+    config = OptimizerConfig(
+        learning_rate=0.3,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.2,
+        beta1=0.8,
+        beta2=0.9,
+        eps=1e-6,
+    )
     at, grads = params(), params(1)
-    reference = optax.adamw(0.3, 0.8, 0.9, 1e-6, weight_decay=0.2, mask={"query": True, "mlp": True, "norm": False})
+    reference = optax.adamw(
+        0.3, 0.8, 0.9, 1e-6, weight_decay=0.2, mask={"query": True, "mlp": True, "norm": False}
+    )
     _, state = reference.update(grads, reference.init(at), at)
     want, _ = reference.update(jax.tree.map(lambda g: 10 * g, grads), state, at)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates(config, grads, at), want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates(config, grads, at), want
+    )
 
 
 def test_muon_makes_the_update_of_a_projection_nearly_orthogonal():
-    """All singular values of a matrix's update are alike, with heads and head width as one side; a router's are not touched so."""
+    """All singular values of a matrix's update are alike, with heads and head width as one side; a
+    router's are not touched so.
+    """
     moved = updates(OptimizerConfig(name="muon", weight_decay=0.0), params(1), params())
     for layer in range(2):
         values = np.linalg.svd(np.asarray(moved["query"][layer]).reshape(6, 8), compute_uv=False)
         assert values.max() / values.min() < 2
         for expert in range(3):
-            values = np.linalg.svd(np.asarray(moved["mlp"]["experts"]["down"][layer, expert]), compute_uv=False)
+            values = np.linalg.svd(
+                np.asarray(moved["mlp"]["experts"]["down"][layer, expert]), compute_uv=False
+            )
             assert values.max() / values.min() < 2
-    np.testing.assert_allclose(np.abs(moved["mlp"]["router"]["weight"]), np.abs(moved["mlp"]["router"]["weight"]).max(), rtol=1e-3)
+    np.testing.assert_allclose(
+        np.abs(moved["mlp"]["router"]["weight"]),
+        np.abs(moved["mlp"]["router"]["weight"]).max(),
+        rtol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_model_learns_a_batch_by_heart(name):
-    program = make_program(1, 2, optimizer=dict(name=name, learning_rate=0.03), moe=dict(dropless=False, capacity_factor=2.0))
+    program = make_program(
+        1,
+        2,
+        optimizer=dict(name=name, learning_rate=0.03),
+        moe=dict(dropless=False, capacity_factor=2.0),
+    )
     state, batch = program.init(0), program.shard(make_batch())
     losses = []
     for _ in range(12):
@@ -147,6 +195,12 @@ def test_a_broken_step_moves_nothing(name):
     at = params()
     update = jax.jit(optimizer.update)
     _, state = update(params(1), optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(0.1))
-    moved, after = update(jax.tree.map(lambda g: g * jnp.nan, params(2)), state, at, ok=jnp.bool_(False), lr=jnp.float32(0.1))
+    moved, after = update(
+        jax.tree.map(lambda g: g * jnp.nan, params(2)),
+        state,
+        at,
+        ok=jnp.bool_(False),
+        lr=jnp.float32(0.1),
+    )
     assert all(not np.any(u) for u in jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, after, state)

@@ -14,15 +14,24 @@ import pytest
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.schema import PlacementConfig
 from moe_jax.errors import UserError
-from moe_jax.moe.layer import Flow
-from moe_jax.placement.cost import flow, max_over_mean
+from moe_jax.moe.stats import RoutingCounts
+from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.placement.topology import Topology
 from moe_jax.training.initial_placement import processes_a_row
 from moe_jax.training.replanner import Replanner
-from moe_jax.training.step import Program, TrainState
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import TrainProgram
 from tests.support.tiny_programs import EXPERTS, make_batch, make_program
-from tests.support.tiny_run import STATEFUL, copy_until, finished, lines, run, training_lines, without_times
+from tests.support.tiny_run import (
+    STATEFUL,
+    copy_until,
+    finished,
+    lines,
+    run,
+    training_lines,
+    without_times,
+)
 
 RANKS, LAYERS = 4, 2
 HOT = np.array([90, 90, 1, 1, 1, 1, 1, 1])  # both on device 0
@@ -30,27 +39,33 @@ FAST = Topology(1, 8, 1e12, 1e12, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
-def program() -> Program:
+def program() -> TrainProgram:
     return make_program(2, RANKS)
 
 
 @pytest.fixture
-def state(program: Program) -> TrainState:
+def state(program: TrainProgram) -> TrainState:
     return program.init(0)
 
 
-def replanner(program: Program, topology: Topology = FAST, **changes: Any) -> Replanner:
-    return Replanner(PlacementConfig(**dict(strategy="balanced", replan_every=4) | changes), topology, program)
+def replanner(program: TrainProgram, topology: Topology = FAST, **changes: Any) -> Replanner:
+    return Replanner(
+        PlacementConfig(**dict(strategy="balanced", replan_every=4) | changes), topology, program
+    )
 
 
-def flow_of(load_LE: np.ndarray, placement: Placement) -> Flow:
+def flow_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
     """A step in which every source chooses alike; what the replanner does not read is left out."""
     traffic = np.repeat(np.broadcast_to(load_LE, (LAYERS, EXPERTS))[:, None], RANKS, axis=1)
     first = placement.first_slot()
-    slot_P = np.stack([np.bincount(f, w, placement.num_slots) for f, w in zip(first, traffic.sum(1), strict=True)]).astype(int)
+    slot_P = np.stack(
+        [np.bincount(f, w, placement.num_slots) for f, w in zip(first, traffic.sum(1), strict=True)]
+    ).astype(int)
     total = np.zeros((LAYERS, RANKS, RANKS), int)
     total[:, 0, 0] = traffic.sum((1, 2))
-    return Flow(traffic, total, np.zeros_like(total), slot_P.reshape(LAYERS, 1, RANKS, -1).sum(-1), slot_P)
+    return RoutingCounts(
+        traffic, total, np.zeros_like(total), slot_P.reshape(LAYERS, 1, RANKS, -1).sum(-1), slot_P
+    )
 
 
 def observe(planner: Replanner, *loads: np.ndarray) -> None:
@@ -76,19 +91,29 @@ def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     # What came of it is told at the next turn, and then there is nothing to gain.
     observe(planner, HOT, HOT, HOT, HOT)
     state, (realised, refused) = planner.turn(8, state, 100)
-    assert realised["of_step"] == 4 and realised["realised_gain"] == pytest.approx(realised["predicted_gain"])
-    assert not refused["accepted"] and "no layer would gain" in refused["why"] and refused["moves"] == 0
+    assert realised["of_step"] == 4 and realised["realised_gain"] == pytest.approx(
+        realised["predicted_gain"]
+    )
+    assert (
+        not refused["accepted"]
+        and "no layer would gain" in refused["why"]
+        and refused["moves"] == 0
+    )
     assert planner.decided is None
 
 
 def test_a_load_that_turns_around_moves_nothing(program, state):
-    """Planned by the first half of the window, the second would be no better: it is not believed."""
+    """Planned by the first half of the window, the second would be no better: it is not
+    believed.
+    """
     planner = replanner(program)
     other = np.array([1, 90, 90, 1, 1, 1, 1, 1])
     observe(planner, other, other, HOT * 0 + 24, HOT * 0 + 24)
     _, (event,) = planner.turn(4, state, 100)
     assert not event["accepted"] and "no layer would gain" in event["why"]
-    np.testing.assert_array_equal(planner.placement.physical_to_logical, program.placement.physical_to_logical)
+    np.testing.assert_array_equal(
+        planner.placement.physical_to_logical, program.placement.physical_to_logical
+    )
 
 
 def test_only_layers_that_gain_move(program, state):
@@ -96,17 +121,27 @@ def test_only_layers_that_gain_move(program, state):
     observe(planner, *[np.stack([HOT, np.full(EXPERTS, 24)])] * 4)
     _, (event,) = planner.turn(4, state, 100)
     assert event["accepted"] and event["moves"] == 2
-    np.testing.assert_array_equal(planner.placement.physical_to_logical[1], program.placement.physical_to_logical[1])
+    np.testing.assert_array_equal(
+        planner.placement.physical_to_logical[1], program.placement.physical_to_logical[1]
+    )
 
 
 def test_a_move_that_takes_longer_than_it_saves_is_refused(program, state):
-    """Links so slow that computing takes no time beside them, and so few rows that two experts weigh more."""
+    """Links so slow that computing takes no time beside them, and so few rows that two experts
+    weigh more.
+    """
     planner = replanner(program, dataclasses.replace(FAST, bandwidth_within=1.0))
     observe(planner, *[np.array([1, 1, 0, 0, 0, 0, 0, 0])] * 4)
     _, (event,) = planner.turn(4, state, 100)
     assert 0 < event["predicted"]["seconds_per_step"] * 4 < event["seconds_estimated"]
-    assert not event["accepted"] and event["why"].startswith("moving would take") and event["moves"] == 0
-    np.testing.assert_array_equal(planner.placement.physical_to_logical, program.placement.physical_to_logical)
+    assert (
+        not event["accepted"]
+        and event["why"].startswith("moving would take")
+        and event["moves"] == 0
+    )
+    np.testing.assert_array_equal(
+        planner.placement.physical_to_logical, program.placement.physical_to_logical
+    )
 
 
 def test_a_resumed_window_decides_alike(program, state):
@@ -131,7 +166,9 @@ def test_a_window_too_short_to_be_tried_on_itself_goes_on(program, state):
     assert planner.turn(4, state, 100)[1] == [] and planner.window.steps == 2
     observe(planner, HOT, HOT, HOT, HOT)
     _, (event,) = planner.turn(8, state, 100)
-    assert event["accepted"] and sum(event["predicted"]["device_load_before"]) == pytest.approx(LAYERS * RANKS * HOT.sum())
+    assert event["accepted"] and sum(event["predicted"]["device_load_before"]) == pytest.approx(
+        LAYERS * RANKS * HOT.sum()
+    )
 
 
 def test_the_last_step_tells_what_came_and_decides_nothing(program, state):
@@ -140,14 +177,22 @@ def test_the_last_step_tells_what_came_and_decides_nothing(program, state):
     state, _ = planner.turn(4, state, 6)
     observe(planner, HOT, HOT)
     (realised,) = planner.turn(6, state, 6)[1]
-    assert realised["event"] == "placement_realised" and realised["realised_gain"] == pytest.approx(realised["predicted_gain"])
+    assert realised["event"] == "placement_realised" and realised["realised_gain"] == pytest.approx(
+        realised["predicted_gain"]
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (dict(strategy="contiguous", replan_every=5), "placement.replan_every=5 needs a strategy that plans"),
-        (dict(strategy="balanced"), "placement.strategy=balanced with placement.replan_every=0 would never plan"),
+        (
+            dict(strategy="contiguous", replan_every=5),
+            "placement.replan_every=5 needs a strategy that plans",
+        ),
+        (
+            dict(strategy="balanced"),
+            "placement.strategy=balanced with placement.replan_every=0 would never plan",
+        ),
         (dict(strategy="custom"), "placement.strategy=custom with placement.file=null"),
         (
             dict(strategy="custom", file="t.json", redundant_slots=1),
@@ -163,7 +208,13 @@ def test_settings_that_contradict_each_other_are_refused(changes, sentence):
 
 # Whole runs.
 
-MOVING = (*STATEFUL, "placement.strategy=balanced", "placement.redundant_slots=1", "placement.replan_every=3", "placement.min_gain=0.0")
+MOVING = (
+    *STATEFUL,
+    "placement.strategy=balanced",
+    "placement.redundant_slots=1",
+    "placement.replan_every=3",
+    "placement.min_gain=0.0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +223,9 @@ def moving(folder: Path) -> Path:
 
 
 def placement_of(directory: Path, step: int) -> Placement:
-    return Placement.from_json(Checkpoints(directory / "checkpoints", 9, 1).read_meta(step)["placement"])
+    return Placement.from_json(
+        Checkpoints(directory / "checkpoints", 9, 1).read_meta(step)["placement"]
+    )
 
 
 def test_a_run_in_which_experts_move_tells_of_it_and_saves_where_they_are(moving: Path) -> None:
@@ -180,10 +233,19 @@ def test_a_run_in_which_experts_move_tells_of_it_and_saves_where_they_are(moving
     assert [event["step"] for event in events] == [3, 6]
     assert any(event["accepted"] for event in events)
     start = contiguous(2, 4, 4, 1)
-    np.testing.assert_array_equal(placement_of(moving, 2).physical_to_logical, start.physical_to_logical)
-    assert not np.array_equal(placement_of(moving, 8).physical_to_logical, start.physical_to_logical)
+    np.testing.assert_array_equal(
+        placement_of(moving, 2).physical_to_logical, start.physical_to_logical
+    )
+    assert not np.array_equal(
+        placement_of(moving, 8).physical_to_logical, start.physical_to_logical
+    )
     traffic = json.loads((moving / "traffic.json").read_text())
-    shapes = (len(traffic["layers"]), len(traffic["traffic"]), len(traffic["traffic"][0]), len(traffic["traffic"][0][0]))
+    shapes = (
+        len(traffic["layers"]),
+        len(traffic["traffic"]),
+        len(traffic["traffic"][0]),
+        len(traffic["traffic"][0][0]),
+    )
     assert shapes == (2, 2, 4, 4) and traffic["steps"] == 3
 
 
@@ -198,26 +260,49 @@ def test_what_the_lines_count_adds_up(moving: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_run_killed_between_moves_resumes_bit_for_bit(step: int, moving: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_run_killed_between_moves_resumes_bit_for_bit(
+    step: int, moving: Path, folder: Path, tmp_path: Path
+) -> None:
     copy = copy_until(moving, tmp_path / "copy", step)
     run(folder, copy, *MOVING, "checkpoint.every=2", resume=True)
     assert without_times(training_lines(copy)) == without_times(training_lines(moving))
     for later in range(step, 9, 2):
-        np.testing.assert_array_equal(placement_of(copy, later).physical_to_logical, placement_of(moving, later).physical_to_logical)
-    arrays = [Checkpoints(place / "checkpoints", 9, 1)._find(8) / "manifest.json" for place in (copy, moving)]
-    sums = [{name: a["checksum"] for name, a in json.loads(path.read_text())["arrays"].items()} for path in arrays]
+        np.testing.assert_array_equal(
+            placement_of(copy, later).physical_to_logical,
+            placement_of(moving, later).physical_to_logical,
+        )
+    arrays = [
+        Checkpoints(place / "checkpoints", 9, 1)._find(8) / "manifest.json"
+        for place in (copy, moving)
+    ]
+    sums = [
+        {name: a["checksum"] for name, a in json.loads(path.read_text())["arrays"].items()}
+        for path in arrays
+    ]
     assert sums[0] == sums[1]
 
 
-def test_a_run_goes_on_on_another_mesh_with_a_plan_by_the_load_it_measured(moving: Path, folder: Path, tmp_path: Path) -> None:
-    copy = copy_until(moving, tmp_path / "copy", 6)  # saved at a decision, when the newest window had just begun
+def test_a_run_goes_on_on_another_mesh_with_a_plan_by_the_load_it_measured(
+    moving: Path, folder: Path, tmp_path: Path
+) -> None:
+    copy = copy_until(
+        moving, tmp_path / "copy", 6
+    )  # saved at a decision, when the newest window had just begun
     mesh = ("mesh.data=1", "mesh.expert=8", "placement.replan_every=100")
     run(folder, copy, *MOVING, *mesh, resume=True)
     start = placement_of(copy, 8)
-    assert start.ranks == 8 and not np.array_equal(start.physical_to_logical, contiguous(2, 4, 8, 1).physical_to_logical)
-    load_LE = np.sum([[layer["load"] for layer in line["layers"]] for line in training_lines(moving)[3:6]], axis=0)
+    assert start.ranks == 8 and not np.array_equal(
+        start.physical_to_logical, contiguous(2, 4, 8, 1).physical_to_logical
+    )
+    load_LE = np.sum(
+        [[layer["load"] for layer in line["layers"]] for line in training_lines(moving)[3:6]],
+        axis=0,
+    )
     traffic_LRE = np.repeat(load_LE[:, None] / 8, 8, axis=1)
-    planned, plain = (max_over_mean(flow(t, traffic_LRE, np.zeros(8, int)).load_LR) for t in (start, contiguous(2, 4, 8, 1)))
+    planned, plain = (
+        max_over_mean(planned_traffic(t, traffic_LRE, np.zeros(8, int)).load_LR)
+        for t in (start, contiguous(2, 4, 8, 1))
+    )
     assert np.all(planned < plain) and np.all(planned < 1.1)
 
 
@@ -227,8 +312,12 @@ def test_a_custom_table_is_followed_and_a_wrong_one_refused(folder: Path, tmp_pa
     table.write_text(json.dumps(mine.to_json()))
     custom = ("placement.strategy=custom", f"placement.file={table}")
     directory = run(folder, tmp_path / "run", *custom)
-    np.testing.assert_array_equal(placement_of(directory, 6).physical_to_logical, mine.physical_to_logical)
-    table.write_text(json.dumps(mine.to_json() | {"physical_to_logical": [[3, 2, 1, 0], [1, 0, 3, 3]]}))
+    np.testing.assert_array_equal(
+        placement_of(directory, 6).physical_to_logical, mine.physical_to_logical
+    )
+    table.write_text(
+        json.dumps(mine.to_json() | {"physical_to_logical": [[3, 2, 1, 0], [1, 0, 3, 3]]})
+    )
     with pytest.raises(UserError, match=r"layer 1.* expert 2"):
         run(folder, tmp_path / "other", *custom)
     assert not (tmp_path / "other").exists()
@@ -263,7 +352,9 @@ def test_hosts_are_what_the_devices_processes_show(processes, expected):
 
 
 def test_two_hosts_route_as_one_to_the_same_losses() -> None:
-    """With replicas on their own hosts preferred, figures but for where rows go are those of a single host."""
+    """With replicas on their own hosts preferred, figures but for where rows go are those of a
+    single host.
+    """
     settings = dict(moe=dict(dispatch="pooled"), redundant=1)
     one, two = make_program(2, 4, **settings), make_program(2, 4, **settings, hosts=2)
     figures = []
@@ -273,7 +364,7 @@ def test_two_hosts_route_as_one_to_the_same_losses() -> None:
             state, found = program.train_step(state, program.shard(make_batch(step)))
         figures.append(jax.tree.map(np.asarray, found))
     np.testing.assert_allclose(figures[0].loss, figures[1].loss, rtol=1e-6)
-    flows = [f.figures.layers.flow for f in figures]
+    flows = [f.figures.layers.counts for f in figures]
     np.testing.assert_array_equal(flows[0].traffic_RE, flows[1].traffic_RE)
-    away = [flow.sent_RR[:, :2, 2:].sum() + flow.sent_RR[:, 2:, :2].sum() for flow in flows]
+    away = [counts.sent_RR[:, :2, 2:].sum() + counts.sent_RR[:, 2:, :2].sum() for counts in flows]
     assert away[1] < away[0]

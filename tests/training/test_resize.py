@@ -1,4 +1,6 @@
-"""Another number of experts: which are copied and removed, what stays bitwise, that training goes on, and what is refused."""
+"""Another number of experts: which are copied and removed, what stays bitwise, that training goes
+on, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,17 @@ from moe_jax.config.schema import Config
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference.load import Session, open_model
+from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.parameters import Leaf
-from moe_jax.models.transformer import count_moe_layers
 from moe_jax.tracking.metrics import read_metrics
 from moe_jax.training.resize.experts import Change, Copies, carry, choose, from_dense
-from moe_jax.training.resize.host_state import RunArrays, host_program, measured_load, read_run, write_run
+from moe_jax.training.resize.host_state import (
+    RunArrays,
+    host_program,
+    measured_load,
+    read_run,
+    write_run,
+)
 from moe_jax.training.resize.resize import Wanted, resize
 from tests.support import tiny_run
 from tests.support.hf_folder import make_folder
@@ -70,15 +78,23 @@ def test_copies_get_noise_relative_to_the_expert_and_moments_as_asked() -> None:
     scale = np.array([1.0, 100.0], np.float32)[None, :, None, None]
     block = "stacks/0/blocks/0/mlp"
     old = {
-        f"params/{block}/experts/down": scale * draw.standard_normal((2, 2, 40, 50)).astype(np.float32),
+        f"params/{block}/experts/down": scale
+        * draw.standard_normal((2, 2, 40, 50)).astype(np.float32),
         f"params/{block}/router/weight": draw.standard_normal((2, 400, 2)).astype(np.float32),
         f"params/{block}/router/bias": draw.standard_normal((2, 2)).astype(np.float32),
-        f"opt_state/mu/{block}/experts/down": draw.standard_normal((2, 2, 40, 50)).astype(np.float32),
-        f"opt_state/row/{block}/router/weight": draw.standard_normal((2, 400)).astype(np.float32),  # factored: experts are averaged
+        f"opt_state/mu/{block}/experts/down": draw.standard_normal((2, 2, 40, 50)).astype(
+            np.float32
+        ),
+        f"opt_state/row/{block}/router/weight": draw.standard_normal((2, 400)).astype(
+            np.float32
+        ),  # factored: experts are averaged
         "opt_state/count": np.array(7),
     }
     change = Change(np.array([[0, 1, 1], [0, 1, 0]]), np.array([[False, False, True]] * 2))
-    shapes = {name: tuple(3 if size == 2 and dim else size for dim, size in enumerate(array.shape)) for name, array in old.items()}
+    shapes = {
+        name: tuple(3 if size == 2 and dim else size for dim, size in enumerate(array.shape))
+        for name, array in old.items()
+    }
     new = carry(old, shapes, change, {(0, 0): [0, 1]}, COPY)
     assert {name: array.shape for name, array in new.items()} == shapes
     weights = new[f"params/{block}/experts/down"]
@@ -86,11 +102,14 @@ def test_copies_get_noise_relative_to_the_expert_and_moments_as_asked() -> None:
     np.testing.assert_array_equal(weights[:, :2], before)
     for repeat, source in enumerate((1, 0)):
         difference = weights[repeat, 2] - before[repeat, source]
-        assert np.std(difference) == pytest.approx(0.5 * np.sqrt(np.mean(before[repeat, source] ** 2)), rel=0.05)
+        assert np.std(difference) == pytest.approx(
+            0.5 * np.sqrt(np.mean(before[repeat, source] ** 2)), rel=0.05
+        )
     router, column = new[f"params/{block}/router/weight"], old[f"params/{block}/router/weight"]
     assert np.std(router[0, :, 2] - column[0, :, 1]) == pytest.approx(0.5, rel=0.15)
     np.testing.assert_array_equal(
-        new[f"params/{block}/router/bias"], np.take_along_axis(old[f"params/{block}/router/bias"], change.source_LE, 1)
+        new[f"params/{block}/router/bias"],
+        np.take_along_axis(old[f"params/{block}/router/bias"], change.source_LE, 1),
     )
     moment = f"opt_state/mu/{block}/experts/down"
     np.testing.assert_array_equal(new[moment][1], old[moment][1][[0, 1, 0]])
@@ -116,10 +135,14 @@ def test_dense_layers_find_their_place_among_the_experts() -> None:
         "stacks/0/blocks/1/mlp/router/weight": Leaf("mlp/router/weight", ("D", "E"), (1,)),
     }
     down = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    shapes = dict(zip((f"params/{path}" for path in after), ((1, 2, 3), (1, 4, 2, 3), (1, 2, 4)), strict=True))
+    shapes = dict(
+        zip((f"params/{path}" for path in after), ((1, 2, 3), (1, 4, 2, 3), (1, 2, 4)), strict=True)
+    )
     found = from_dense({"params/stacks/0/blocks/0/mlp/down": down}, before, shapes, after, 4, ZERO)
     np.testing.assert_array_equal(found["params/stacks/0/blocks/0/mlp/down"], down[:1])
-    np.testing.assert_array_equal(found["params/stacks/0/blocks/1/mlp/experts/down"], np.broadcast_to(down[1], (1, 4, 2, 3)))
+    np.testing.assert_array_equal(
+        found["params/stacks/0/blocks/1/mlp/experts/down"], np.broadcast_to(down[1], (1, 4, 2, 3))
+    )
     assert len(np.unique(found["params/stacks/0/blocks/1/mlp/router/weight"])) == 8
 
 
@@ -154,7 +177,11 @@ def logits_of(folder: Path) -> np.ndarray:
 
 
 def digests(folder: Path) -> dict[Path, str]:
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def made_run(folder: Path, directory: Path, *overrides: str) -> Path:
@@ -164,12 +191,19 @@ def made_run(folder: Path, directory: Path, *overrides: str) -> Path:
     draw, size = np.random.default_rng(0), config.moe.num_experts
     shape = host_program(config, vocab_size).abstract_state
     leaves = orbax_io.flatten({"params": shape.params, "opt_state": shape.opt_state})
-    arrays = {name: draw.standard_normal(leaf.shape).astype(leaf.dtype) for name, leaf in leaves.items()}
-    bias = draw.standard_normal((count_moe_layers(config.model, config.moe), size)).astype(np.float32)
+    arrays = {
+        name: draw.standard_normal(leaf.shape).astype(leaf.dtype) for name, leaf in leaves.items()
+    }
+    bias = draw.standard_normal((count_moe_layers(config.model, config.moe), size)).astype(
+        np.float32
+    )
     counters = {"step": 3, "seed": 5, "skipped": 1, "skipped_in_row": 0}
     layers = [{"layer": layer, "load": [*range(1, size + 1)]} for layer in (0, 1)]
     write_run(
-        directory, config, RunArrays(arrays, bias, counters, {"data": "here"}, vocab_size, None), {"event": "resized", "layers": layers}
+        directory,
+        config,
+        RunArrays(arrays, bias, counters, {"data": "here"}, vocab_size, None),
+        {"event": "resized", "layers": layers},
     )
     return directory
 
@@ -200,18 +234,29 @@ def test_eight_twelve_eight_goes_on_training(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
-def test_growing_and_shrinking_again_changes_nothing(optimizer: str, folder: Path, tmp_path: Path) -> None:
-    wide = ("model.width=128", "moe.hidden=128") if optimizer == "adafactor" else ()  # which factors from 128 on
+def test_growing_and_shrinking_again_changes_nothing(
+    optimizer: str, folder: Path, tmp_path: Path
+) -> None:
+    wide = (
+        ("model.width=128", "moe.hidden=128") if optimizer == "adafactor" else ()
+    )  # which factors from 128 on
     run = made_run(folder, tmp_path / "run", *EIGHT, f"optimizer.name={optimizer}", *wide)
     before = arrays_of(run)
-    resize(run, tmp_path / "wider", Wanted(12, moments="copy" if optimizer == "adafactor" else "zero"))
+    resize(
+        run, tmp_path / "wider", Wanted(12, moments="copy" if optimizer == "adafactor" else "zero")
+    )
     between = arrays_of(tmp_path / "wider")
-    grown = [name for name, array in between.arrays.items() if array.shape != before.arrays[name].shape]
+    grown = [
+        name for name, array in between.arrays.items() if array.shape != before.arrays[name].shape
+    ]
     assert sum(name.startswith("params") for name in grown) == 3 and len(grown) > 5
     for name in grown:
         if name.startswith("opt_state") and "experts" in name:
             copied = before.arrays[name][:, [7, 6, 5, 4]]
-            np.testing.assert_array_equal(between.arrays[name][:, 8:], copied if optimizer == "adafactor" else np.zeros_like(copied))
+            np.testing.assert_array_equal(
+                between.arrays[name][:, 8:],
+                copied if optimizer == "adafactor" else np.zeros_like(copied),
+            )
     resize(tmp_path / "wider", tmp_path / "again", Wanted(8))
     assert_same(arrays_of(tmp_path / "again"), before)
 
@@ -219,12 +264,31 @@ def test_growing_and_shrinking_again_changes_nothing(optimizer: str, folder: Pat
 def test_the_run_that_is_written(folder: Path, tmp_path: Path) -> None:
     run = trained(folder, *EIGHT)
     with pytest.raises(SystemExit) as ended:
-        main(["resize", str(run), str(tmp_path / "out"), "--experts", "10", "--step", "4", "--noise", "0", "--top-k", "1"])
+        main(
+            [
+                "resize",
+                str(run),
+                str(tmp_path / "out"),
+                "--experts",
+                "10",
+                "--step",
+                "4",
+                "--noise",
+                "0",
+                "--top-k",
+                "1",
+            ]
+        )
     assert ended.value.code == 0
     config = config_of(tmp_path / "out")
     assert (config.moe.num_experts, config.moe.top_k) == (10, 1)
     [event] = read_metrics(tmp_path / "out" / "metrics.jsonl")
-    assert (event["event"], event["step"], event["num_experts_before"], event["num_experts"]) == ("resized", 4, 8, 10)
+    assert (event["event"], event["step"], event["num_experts_before"], event["num_experts"]) == (
+        "resized",
+        4,
+        8,
+        10,
+    )
     old, new = read_run(run, config_of(run), step=4, fallback=False), arrays_of(tmp_path / "out")
     load = measured_load(run, 4, [0, 1], 8)
     for row, layer in enumerate(event["layers"]):
@@ -238,20 +302,34 @@ def test_the_run_that_is_written(folder: Path, tmp_path: Path) -> None:
     # What the traffic file says goes first where it was written with the checkpoint.
     traffic = np.ones((2, 4, 10))
     traffic[:, :, 7] = 9
-    written = {"version": 1, "step": 4, "steps": 3, "num_experts": 10, "layers": [0, 1], "traffic": traffic.tolist()}
+    written = {
+        "version": 1,
+        "step": 4,
+        "steps": 3,
+        "num_experts": 10,
+        "layers": [0, 1],
+        "traffic": traffic.tolist(),
+    }
     (tmp_path / "out" / "traffic.json").write_text(json.dumps(written))
     assert measured_load(tmp_path / "out", 4, [0, 1], 10).count_LE[:, 6:8].tolist() == [[4, 36]] * 2
-    assert measured_load(tmp_path / "out", 5, [0, 1], 10).count_LE[0].tolist() == event["layers"][0]["load"]
+    assert (
+        measured_load(tmp_path / "out", 5, [0, 1], 10).count_LE[0].tolist()
+        == event["layers"][0]["load"]
+    )
 
 
-def test_twice_the_experts_and_twice_the_choices_compute_the_same(folder: Path, tmp_path: Path) -> None:
+def test_twice_the_experts_and_twice_the_choices_compute_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
     run = trained(folder, *EIGHT)
     resize(run, tmp_path / "out", Wanted(16, top_k=4, noise=0.0))
     np.testing.assert_allclose(logits_of(tmp_path / "out"), logits_of(run), atol=1e-5)
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_dense_run_gets_experts_and_computes_the_same(every: int, folder: Path, tmp_path: Path) -> None:
+def test_a_dense_run_gets_experts_and_computes_the_same(
+    every: int, folder: Path, tmp_path: Path
+) -> None:
     run = trained(folder, *DENSE)
     said = resize(run, tmp_path / "out", Wanted(8, top_k=2, every=every, moments="copy"))
     assert ("layers 0, 1 " if every == 1 else "layers 1 ") in said
@@ -260,21 +338,37 @@ def test_a_dense_run_gets_experts_and_computes_the_same(every: int, folder: Path
     moments = [name for name in new if "mlp/experts/down" in name and name.startswith("opt_state")]
     assert len(moments) == 2
     for name in moments:
-        dense = old[re.sub(r"stacks/\d+/blocks/\d+", "stacks/0/blocks/0", name).replace("experts/", "")]
-        np.testing.assert_array_equal(new[name], np.repeat(dense[-len(new[name]) :, None], 8, axis=1))
+        dense = old[
+            re.sub(r"stacks/\d+/blocks/\d+", "stacks/0/blocks/0", name).replace("experts/", "")
+        ]
+        np.testing.assert_array_equal(
+            new[name], np.repeat(dense[-len(new[name]) :, None], 8, axis=1)
+        )
     if every > 1:
         return
     config = (*ONE, "moe.num_experts=8", "moe.hidden=32", "moe.dropless=true")
     tiny_run.run(folder, tmp_path / "out", *config, "train.steps=6", resume=True)
     lines = tiny_run.training_lines(tmp_path / "out")
     assert lines[0]["step"] == 4
-    assert lines[-1]["ce_loss"] < lines[0]["ce_loss"] < tiny_run.training_lines(run)[-1]["ce_loss"] + 0.05
+    assert (
+        lines[-1]["ce_loss"]
+        < lines[0]["ce_loss"]
+        < tiny_run.training_lines(run)[-1]["ce_loss"] + 0.05
+    )
     resize(tmp_path / "out", tmp_path / "fewer", Wanted(6))
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
-def test_moments_of_a_dense_run_go_where_they_belong(optimizer: str, folder: Path, tmp_path: Path) -> None:
-    overrides = (*DENSE, f"optimizer.name={optimizer}", "model.width=128", "model.hidden=160", "model.mlp_bias=true")
+def test_moments_of_a_dense_run_go_where_they_belong(
+    optimizer: str, folder: Path, tmp_path: Path
+) -> None:
+    overrides = (
+        *DENSE,
+        f"optimizer.name={optimizer}",
+        "model.width=128",
+        "model.hidden=160",
+        "model.mlp_bias=true",
+    )
     run = made_run(folder, tmp_path / "run", *overrides)
     resize(run, tmp_path / "out", Wanted(4, moments="copy"))
     resize(run, tmp_path / "zero", Wanted(4))
@@ -292,18 +386,26 @@ def test_moments_of_a_dense_run_go_where_they_belong(optimizer: str, folder: Pat
             assert not array.any(), name
 
 
-@pytest.mark.parametrize("case", ["qwen3-window", pytest.param("llama-plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["qwen3-window", pytest.param("llama-plain", marks=pytest.mark.slow)]
+)
 def test_a_dense_folder_becomes_a_run(case: str, folder: Path, tmp_path: Path) -> None:
     origin = make_folder(case, tmp_path / "in")
     file = tmp_path / "train.yaml"
     file.write_text(
-        f"data: {{source: {tiny_run.corpus(folder)}}}\nmoe: {{top_k: 1, dropless: true, every: 2}}\n"
+        f"data: {{source: {tiny_run.corpus(folder)}}}\nmoe: {{top_k: 1, dropless: true, every: "
+        f"2}}\n"
         "train: {steps: 2, global_batch: 4, seq_len: 32, eval_batches: 1, sample_prompt: ''}\n"
     )
     out = tmp_path / "out"
     resize(origin, out, Wanted(4, top_k=2, config=file))
     config = config_of(out)
-    assert (config.moe.num_experts, config.moe.top_k, config.moe.every, config.init_from) == (4, 2, 2, None)
+    assert (config.moe.num_experts, config.moe.top_k, config.moe.every, config.init_from) == (
+        4,
+        2,
+        2,
+        None,
+    )
     np.testing.assert_allclose(logits_of(out), logits_of(origin), atol=1e-5)
     if case != "llama-plain":
         return
@@ -361,10 +463,18 @@ def test_places_that_are_refused(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "wanted", "says"),
     [
-        (("moe.num_groups=4", "moe.top_groups=2"), Wanted(10), "moe.num_groups=4 does not divide moe.num_experts=10"),
+        (
+            ("moe.num_groups=4", "moe.top_groups=2"),
+            Wanted(10),
+            "moe.num_groups=4 does not divide moe.num_experts=10",
+        ),
         (DENSE, Wanted(8, first_dense=2), "leave none of the 2 layers"),
         ((*DENSE, "moe.routed_scale=2.5"), Wanted(8), "moe.routed_scale=2.5 would change"),
-        (("placement.max_experts_per_device=5",), Wanted(12), "placement.max_experts_per_device=5 but 12 experts"),
+        (
+            ("placement.max_experts_per_device=5",),
+            Wanted(12),
+            "placement.max_experts_per_device=5 but 12 experts",
+        ),
         ((*DENSE, "model.hidden=32"), Wanted(1), "moe.top_k=2 exceeds moe.num_experts=1"),
     ],
 )

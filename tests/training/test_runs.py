@@ -1,4 +1,6 @@
-"""Whole runs: killed, stopped, resumed, moved to another mesh, broken by numbers, and what their files say."""
+"""Whole runs: killed, stopped, resumed, moved to another mesh, broken by numbers, and what their
+files say.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from moe_jax.tracking import run_dir
 from moe_jax.tracking.metrics import read_metrics
 from moe_jax.training import restore
 from moe_jax.training import trainer as training
-from moe_jax.training.step import Program
+from moe_jax.training.step import TrainProgram
 from tests.support import ROOT
 from tests.support.tiny_run import (
     RATE,
@@ -49,7 +51,8 @@ from tests.support.tiny_run import (
 BIAS = "moe.bias_rate=0.01"
 
 
-# Killed, stopped and resumed. One process imports the program and forks a child for each way to end.
+# Killed, stopped and resumed. One process imports the program and forks a child for each way to
+# end.
 
 CHILDREN = """
 import os, signal, sys, warnings
@@ -77,16 +80,23 @@ def line(step, kind):
 def arm(end):
     match end:
         case "early": die_after(metrics.MetricsWriter, "write", signal.SIGKILL, line(2, "loss"))
-        case "described": die_after(train.run_dir, "write_description", signal.SIGKILL, lambda *_: True)
-        case "validated": die_after(metrics.MetricsWriter, "write", signal.SIGKILL, line(5, "val_loss"))
-        case "saving": die_after(checksum, "seal_directory", signal.SIGKILL, lambda path, _: "00000006" in str(path))
-        case "saved": die_after(checkpoint.Checkpoints, "_commit", signal.SIGKILL, lambda _, step, *rest: step == 6)
+        case "described":
+            die_after(train.run_dir, "write_description", signal.SIGKILL, lambda *_: True)
+        case "validated":
+            die_after(metrics.MetricsWriter, "write", signal.SIGKILL, line(5, "val_loss"))
+        case "saving":
+            at = lambda path, _: "00000006" in str(path)
+            die_after(checksum, "seal_directory", signal.SIGKILL, at)
+        case "saved":
+            at = lambda _, step, *rest: step == 6
+            die_after(checkpoint.Checkpoints, "_commit", signal.SIGKILL, at)
         case "SIGTERM": die_after(metrics.MetricsWriter, "write", signal.SIGTERM, line(4, "loss"))
         case "SIGINT": die_after(metrics.MetricsWriter, "write", signal.SIGINT, line(2, "loss"))
         case "SIGTERM at once": die_after(train, "load_corpus", signal.SIGTERM, lambda *_: True)
         case "SIGINT at once": die_after(train, "load_corpus", signal.SIGINT, lambda *_: True)
         case "SIGTERM twice":
-            die_after(metrics.MetricsWriter, "write", signal.SIGTERM, lambda _, record: "loss" in record)
+            at = lambda _, record: "loss" in record
+            die_after(metrics.MetricsWriter, "write", signal.SIGTERM, at)
             train.bool = lambda signals: False  # as if the step under way never ended
 
 def child(end):
@@ -96,7 +106,8 @@ def child(end):
     train.measure.matmul_rate = lambda *_: (float(rate), "given by the test")
     train.write_report = lambda directory: directory / "report.html"
     arm(end)
-    cli.main(["train", config, "--run-dir", f"{root}/{end}", *(word for text in overrides for word in ("--set", text))])
+    settings = [word for text in overrides for word in ("--set", text)]
+    cli.main(["train", config, "--run-dir", f"{root}/{end}", *settings])
 
 split = arguments.index("--")
 ends, overrides = arguments[:split], arguments[split + 1:]
@@ -121,7 +132,13 @@ while len(codes) < len(ends):
 print(codes)
 """
 KILLED = ("described", "early", "validated", "saving", "saved")
-STOPPED = {"SIGTERM": 0, "SIGINT": 0, "SIGTERM at once": 143, "SIGINT at once": 130, "SIGTERM twice": 143}
+STOPPED = {
+    "SIGTERM": 0,
+    "SIGINT": 0,
+    "SIGTERM at once": 143,
+    "SIGINT at once": 130,
+    "SIGTERM twice": 143,
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +151,22 @@ def whole(folder: Path) -> Path:
 def ended(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """Run directories that killed and stopped processes left, and the processes' exit codes."""
     root = tmp_path_factory.mktemp("ended")
-    command = [sys.executable, "-c", CHILDREN, str(root), str(config_file(folder)), str(RATE), *KILLED, *STOPPED, "--", *STATEFUL]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [
+        sys.executable,
+        "-c",
+        CHILDREN,
+        str(root),
+        str(config_file(folder)),
+        str(RATE),
+        *KILLED,
+        *STOPPED,
+        "--",
+        *STATEFUL,
+    ]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
@@ -143,7 +174,9 @@ def ended(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.mark.parametrize("end", KILLED)
-def test_a_killed_run_resumes_bit_for_bit(end: str, ended: tuple[Path, dict[str, int]], whole: Path, folder: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(
+    end: str, ended: tuple[Path, dict[str, int]], whole: Path, folder: Path
+) -> None:
     root, codes = ended
     assert codes[end] == -signal.SIGKILL
     saved = Checkpoints(root / end / "checkpoints", 9, 1).steps()
@@ -151,7 +184,11 @@ def test_a_killed_run_resumes_bit_for_bit(end: str, ended: tuple[Path, dict[str,
     run(folder, root / end, *STATEFUL, resume=True)
     assert lines(root / end) == lines(whole)
     assert same_states(root / end, whole, 8)
-    resumed = [record["step"] for record in read_metrics(root / end / "metrics.jsonl") if record.get("event") == "resumed"]
+    resumed = [
+        record["step"]
+        for record in read_metrics(root / end / "metrics.jsonl")
+        if record.get("event") == "resumed"
+    ]
     assert resumed == saved[-1:]
 
 
@@ -161,19 +198,26 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 ) -> None:
     root, codes = ended
     assert codes[end] == 0
-    assert f"Stopped after step {step}; saved. Continue with the same command and --resume." in (root / f"{end}.out").read_text()
+    assert (
+        f"Stopped after step {step}; saved. Continue with the same command and --resume."
+        in (root / f"{end}.out").read_text()
+    )
     assert "Traceback" not in (root / f"{end}.err").read_text()
     assert Checkpoints(root / end / "checkpoints", 9, 1).latest() == step
     assert lines(root / end)[-1] == {"step": step, "event": "checkpoint"}
     run(folder, root / end, *STATEFUL, resume=True)
     extra = {"step": step, "event": "checkpoint"}
     regular = lines(whole)
-    assert [record for record in lines(root / end) if record != extra] == [record for record in regular if record != extra]
+    assert [record for record in lines(root / end) if record != extra] == [
+        record for record in regular if record != extra
+    ]
     assert same_states(root / end, whole, 8)
 
 
 @pytest.mark.parametrize("end", ["SIGTERM at once", "SIGINT at once", "SIGTERM twice"])
-def test_a_signal_that_leaves_nothing_saved_gives_its_exit_code(end: str, ended: tuple[Path, dict[str, int]]) -> None:
+def test_a_signal_that_leaves_nothing_saved_gives_its_exit_code(
+    end: str, ended: tuple[Path, dict[str, int]]
+) -> None:
     root, codes = ended
     assert codes[end] == STOPPED[end]
     assert "Traceback" not in (root / f"{end}.err").read_text()
@@ -181,26 +225,39 @@ def test_a_signal_that_leaves_nothing_saved_gives_its_exit_code(end: str, ended:
 
 
 def same_states(left: Path, right: Path, step: int) -> bool:
-    """Whether the arrays and the data position of two checkpoints are the same, by their checksums."""
-    arrays = [json.loads((step_directory(path, step) / "manifest.json").read_text())["arrays"] for path in (left, right)]
-    positions = [Checkpoints(path / "checkpoints", 9, 1).read_meta(step)["data"] for path in (left, right)]
+    """Whether the arrays and the data position of two checkpoints are the same, by their
+    checksums.
+    """
+    arrays = [
+        json.loads((step_directory(path, step) / "manifest.json").read_text())["arrays"]
+        for path in (left, right)
+    ]
+    positions = [
+        Checkpoints(path / "checkpoints", 9, 1).read_meta(step)["data"] for path in (left, right)
+    ]
     return arrays[0] == arrays[1] and positions[0] == positions[1]
 
 
-def test_the_same_seed_on_the_same_mesh_gives_the_same_run(whole: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_on_the_same_mesh_gives_the_same_run(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
     again = run(folder, tmp_path / "again", *STATEFUL, fresh=True)
     assert lines(again) == lines(whole)
     assert same_states(again, whole, 8)
 
 
-def test_resuming_a_finished_run_adds_nothing(whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_a_finished_run_adds_nothing(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = copy_until(whole, tmp_path / "copy", 8)
     run(folder, copy, *STATEFUL, resume=True)
     assert lines(copy) == lines(whole)
     assert "Report:" in capsys.readouterr().out
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_not_with_fewer(whole: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_finished_run_goes_on_with_more_steps_and_not_with_fewer(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
     copy = copy_until(whole, tmp_path / "copy", 8)
     with pytest.raises(UserError, match=r"train.steps=4 but the run in .* has done 8"):
         run(folder, copy, *STATEFUL, "train.steps=4", resume=True)
@@ -215,7 +272,9 @@ def test_resume_without_a_run_starts_one(whole: Path, folder: Path, tmp_path: Pa
     assert lines(new) == lines(whole)
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(folder: Path, tmp_path: Path, whole: Path) -> None:
+def test_overwrite_replaces_the_run_and_nothing_else(
+    folder: Path, tmp_path: Path, whole: Path
+) -> None:
     copy = copy_until(whole, tmp_path / "copy", 8)
     (copy / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"--overwrite would delete .*notes\.txt"):
@@ -227,8 +286,17 @@ def test_overwrite_replaces_the_run_and_nothing_else(folder: Path, tmp_path: Pat
     assert Checkpoints(copy / "checkpoints", 9, 1).steps() == [8]
 
 
-def test_lines_between_log_steps_are_left_out_and_the_others_are_the_same(whole: Path, folder: Path, tmp_path: Path) -> None:
-    sparse = run(folder, tmp_path / "sparse", *STATEFUL, "train.log_every=4", "train.eval_every=8", "checkpoint.every=8")
+def test_lines_between_log_steps_are_left_out_and_the_others_are_the_same(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    sparse = run(
+        folder,
+        tmp_path / "sparse",
+        *STATEFUL,
+        "train.log_every=4",
+        "train.eval_every=8",
+        "checkpoint.every=8",
+    )
     assert [record["step"] for record in training_lines(sparse)] == [4, 8]
     every = {record["step"]: record for record in without_times(training_lines(whole))}
     assert without_times(training_lines(sparse)) == [every[4], every[8]]
@@ -237,15 +305,19 @@ def test_lines_between_log_steps_are_left_out_and_the_others_are_the_same(whole:
 # Moved to another mesh.
 
 
-def logical(state: object, program: Program) -> dict[str, np.ndarray]:
-    """A state's arrays by path, experts in logical order; tables, which differ by design, left out but for the bias."""
+def logical(state: object, program: TrainProgram) -> dict[str, np.ndarray]:
+    """A state's arrays by path, experts in logical order; tables, which differ by design, left out
+    but for the bias.
+    """
     layers = expert_layout.expert_layers(program.model, program.moe)
     first_LE = program.placement.logical_to_physical()[:, :, 0]
     found = {}
     for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         array = np.asarray(leaf)
-        if (match := expert_layout.EXPERTS.search(name)) and array.ndim > 1:  # adafactor has placeholders besides
+        if (
+            match := expert_layout.EXPERTS.search(name)
+        ) and array.ndim > 1:  # adafactor has placeholders besides
             rows = np.array(layers[int(match[1]), int(match[2])])
             array = np.stack([array[i][first_LE[row]] for i, row in enumerate(rows)])
         if name != "expert_LP" and (not name.startswith("tables/") or name.endswith("bias_E")):
@@ -253,48 +325,73 @@ def logical(state: object, program: Program) -> dict[str, np.ndarray]:
     return found
 
 
-def make_program(folder: Path, *overrides: str, placement: Placement | None = None) -> Program:
+def make_program(folder: Path, *overrides: str, placement: Placement | None = None) -> TrainProgram:
     config = tiny(folder, *overrides)
     mesh = make_mesh(config.mesh)
-    placement = placement or contiguous(2, config.moe.num_experts, config.mesh.expert, config.placement.redundant_slots)
-    return Program(config.model, config.moe, config.optimizer, mesh, placement, vocab_size=264, steps=6)
+    placement = placement or contiguous(
+        2, config.moe.num_experts, config.mesh.expert, config.placement.redundant_slots
+    )
+    return TrainProgram(
+        config.model, config.moe, config.optimizer, mesh, placement, vocab_size=264, steps=6
+    )
 
 
-def _alike(program: Program, path: Any, leaf: np.ndarray) -> np.ndarray:
+def _alike(program: TrainProgram, path: Any, leaf: np.ndarray) -> np.ndarray:
     """Replicas of an expert made the same."""
     match = expert_layout.EXPERTS.search(jax.tree_util.keystr(path, simple=True, separator="/"))
     if not match or leaf.ndim < 2:
         return leaf
     rows = expert_layout.expert_layers(program.model, program.moe)[int(match[1]), int(match[2])]
     table, first = program.placement.physical_to_logical[rows], program.placement.first_slot()[rows]
-    return np.stack([values[np.where(t < 0, 0, f[t])] for values, t, f in zip(leaf, table, first, strict=True)])
+    return np.stack(
+        [values[np.where(t < 0, 0, f[t])] for values, t, f in zip(leaf, table, first, strict=True)]
+    )
 
 
 def mesh_settings(data: int, expert: int) -> tuple[str, str, str]:
     return f"mesh.data={data}", f"mesh.expert={expert}", f"devices.simulate={data * expert}"
 
 
-@pytest.mark.parametrize(("optimizer", "experts", "redundant"), [("adamw", 4, 0), ("adamw", 6, 2), ("adafactor", 6, 1), ("muon", 6, 0)])
+@pytest.mark.parametrize(
+    ("optimizer", "experts", "redundant"),
+    [("adamw", 4, 0), ("adamw", 6, 2), ("adafactor", 6, 1), ("muon", 6, 0)],
+)
 def test_a_checkpoint_restores_on_every_mesh_with_its_moments(
     optimizer: str, experts: int, redundant: int, folder: Path, tmp_path: Path
 ) -> None:
-    """From a planned table too, with and without replicas; the same slots by another table are other experts."""
+    """From a planned table too, with and without replicas; the same slots by another table are
+    other experts.
+    """
     settings = (f"moe.num_experts={experts}", f"optimizer.name={optimizer}")
     if optimizer == "adafactor":
         settings += ("model.width=128", "moe.hidden=128")  # smaller matrices it does not factor
     draw = np.random.default_rng(0)
-    table = balanced(draw.lognormal(0, 1, (2, experts)), 4, count_slots(experts, 4, redundant) // 4, 1, 1, None)
-    old = make_program(folder, *settings, *mesh_settings(2, 4), placement=Placement(table.reshape(2, -1), experts, 4))
+    table = balanced(
+        draw.lognormal(0, 1, (2, experts)), 4, count_slots(experts, 4, redundant) // 4, 1, 1, None
+    )
+    old = make_program(
+        folder,
+        *settings,
+        *mesh_settings(2, 4),
+        placement=Placement(table.reshape(2, -1), experts, 4),
+    )
     state = old.init(0)
     # Every float is drawn anew, so that moments are not all zero; empty slots hold what they may.
-    drawn = jax.tree.map(lambda a: draw.standard_normal(a.shape, np.float32) if a.dtype == np.float32 else np.asarray(a), state)
+    drawn = jax.tree.map(
+        lambda a: (
+            draw.standard_normal(a.shape, np.float32) if a.dtype == np.float32 else np.asarray(a)
+        ),
+        state,
+    )
     state = jax.device_put(jax.tree.map_with_path(partial(_alike, old), drawn), old.state_shardings)
     checkpoints = Checkpoints(tmp_path, 1, 0)
     checkpoints.save(3, state, {"placement": old.placement.to_json()}, wait=True)
     expected = logical(state, old)
     for data, expert, more in ((1, 1, 0), (8, 1, 0), (1, 8, 0), (2, 4, 0), (2, 4, redundant)):
-        new = make_program(folder, *settings, *mesh_settings(data, expert), f"placement.redundant_slots={more}")
-        restored = restore.restore(checkpoints, new, step=None, fallback=False).state
+        new = make_program(
+            folder, *settings, *mesh_settings(data, expert), f"placement.redundant_slots={more}"
+        )
+        restored = restore.restore_state(checkpoints, new, step=None, fallback=False).state
         found = logical(restored, new)
         assert found.keys() == expected.keys()
         for name, values in expected.items():
@@ -302,21 +399,38 @@ def test_a_checkpoint_restores_on_every_mesh_with_its_moments(
         np.testing.assert_array_equal(restored.expert_LP, new.placement.physical_to_logical)
         for have, want in zip(restored.tables[:3], new.placement.routing(), strict=True):
             np.testing.assert_array_equal(have, want)
-        for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(new.state_shardings), strict=True):
+        for leaf, sharding in zip(
+            jax.tree.leaves(restored), jax.tree.leaves(new.state_shardings), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize(("data", "expert", "redundant"), [(1, 1, 0), (8, 1, 0), (1, 8, 0), (2, 4, 1)])
-def test_training_goes_on_on_another_mesh(data: int, expert: int, redundant: int, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "expert", "redundant"), [(1, 1, 0), (8, 1, 0), (1, 8, 0), (2, 4, 1)]
+)
+def test_training_goes_on_on_another_mesh(
+    data: int, expert: int, redundant: int, folder: Path, tmp_path: Path
+) -> None:
     settings = ("moe.dropless=true", BIAS)
     base = finished(folder, *settings)
     moved = copy_until(base, tmp_path / "moved", 3)
-    run(folder, moved, *settings, *mesh_settings(data, expert), f"placement.redundant_slots={redundant}", resume=True)
+    run(
+        folder,
+        moved,
+        *settings,
+        *mesh_settings(data, expert),
+        f"placement.redundant_slots={redundant}",
+        resume=True,
+    )
     for found, expected in zip(training_lines(moved), training_lines(base), strict=True):
         for name in ("loss", "ce_loss", "aux_loss", "z_loss", "grad_norm"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=f"{name} of step {found['step']}")
+            np.testing.assert_allclose(
+                found[name], expected[name], rtol=1e-5, err_msg=f"{name} of step {found['step']}"
+            )
         assert (found["kept"], found["dropped"]) == (expected["kept"], 0)
-        assert [layer["load"] for layer in found["layers"]] == [layer["load"] for layer in expected["layers"]]
+        assert [layer["load"] for layer in found["layers"]] == [
+            layer["load"] for layer in expected["layers"]
+        ]
     # The moved run's checkpoint, with its other number of slots, goes back to where it came from.
     assert Checkpoints(moved / "checkpoints", 9, 1).latest() == 6
     back = copy_until(moved, tmp_path / "back", 6)
@@ -326,15 +440,23 @@ def test_training_goes_on_on_another_mesh(data: int, expert: int, redundant: int
     assert environment["empty_slots_per_layer"] == (4 if expert == 8 else 0)
 
 
-def test_a_fallback_over_a_change_of_placement_follows_the_table_of_what_it_finds(folder: Path, tmp_path: Path) -> None:
-    """Both tables have 8 slots, so the arrays fit; with the wrong table they would be other experts' weights."""
+def test_a_fallback_over_a_change_of_placement_follows_the_table_of_what_it_finds(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Both tables have 8 slots, so the arrays fit; with the wrong table they would be other
+    experts' weights.
+    """
     checkpoints, programs = Checkpoints(tmp_path, 2, 0), []
     for step, (expert, redundant) in ((1, (4, 1)), (2, (2, 2))):
-        program = make_program(folder, *mesh_settings(1, expert), f"placement.redundant_slots={redundant}")
-        checkpoints.save(step, program.init(0), {"placement": program.placement.to_json()}, wait=True)
+        program = make_program(
+            folder, *mesh_settings(1, expert), f"placement.redundant_slots={redundant}"
+        )
+        checkpoints.save(
+            step, program.init(0), {"placement": program.placement.to_json()}, wait=True
+        )
         programs.append(program)
     damage(tmp_path / "step_00000002" / "state")
-    found = restore.restore(checkpoints, programs[1], step=None, fallback=True)
+    found = restore.restore_state(checkpoints, programs[1], step=None, fallback=True)
     assert found.step == 1 and len(found.skipped) == 1
     expected, got = logical(programs[0].init(0), programs[0]), logical(found.state, programs[1])
     for name, values in expected.items():
@@ -343,7 +465,10 @@ def test_a_fallback_over_a_change_of_placement_follows_the_table_of_what_it_find
 
 def damage(directory: Path) -> None:
     """Flips a bit in the largest file."""
-    path = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path = max(
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -357,10 +482,24 @@ def documented(heading: str) -> set[str]:
     text = (ROOT / "docs" / "metrics.md").read_text().split(heading, 1)[1].split("|---|", 1)[1]
     rows = re.match(r"[^\n]*\n((?:\|[^\n]*\n)+)", text)
     assert rows
-    return {name for row in rows[1].splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    return {
+        name for row in rows[1].splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
 
 
-PROMISED = {"step", "loss", "ce_loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu"}
+PROMISED = {
+    "step",
+    "loss",
+    "ce_loss",
+    "aux_loss",
+    "z_loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "mfu",
+}
 
 
 def test_every_field_is_documented_and_every_documented_field_is_there(whole: Path) -> None:
@@ -369,10 +508,16 @@ def test_every_field_is_documented_and_every_documented_field_is_there(whole: Pa
         assert record.keys() >= PROMISED | {"kept", "dropped", "layers"}
         for layer in record["layers"]:
             assert layer.keys() == documented("Each object of `layers`")
-    validations = [record for record in read_metrics(whole / "metrics.jsonl") if "val_loss" in record]
+    validations = [
+        record for record in read_metrics(whole / "metrics.jsonl") if "val_loss" in record
+    ]
     assert [record["step"] for record in validations] == [5, 8]
-    assert all(record.keys() == {"step"} | documented("### Validation lines") for record in validations)
-    assert json.loads((whole / "environment.json").read_text()).keys() == documented("## environment.json")
+    assert all(
+        record.keys() == {"step"} | documented("### Validation lines") for record in validations
+    )
+    assert json.loads((whole / "environment.json").read_text()).keys() == documented(
+        "## environment.json"
+    )
 
 
 def test_the_figures_agree_with_each_other(whole: Path, folder: Path) -> None:
@@ -382,11 +527,17 @@ def test_the_figures_agree_with_each_other(whole: Path, folder: Path) -> None:
     flops = 3 * measure.model_flops(config.model, config.moe, 264, config.train.seq_len)
     for record in training_lines(whole):
         assert record["kept"] + record["dropped"] == config.moe.top_k * tokens * 2
-        assert record["dropped"] > 0 and record["dropped_fraction"] == record["dropped"] / (config.moe.top_k * tokens * 2)
+        assert record["dropped"] > 0 and record["dropped_fraction"] == record["dropped"] / (
+            config.moe.top_k * tokens * 2
+        )
         assert record["tokens"] == record["step"] * tokens
         assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(tokens)
-        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / environment["matmul_flops_per_second"])
-        assert record["loss"] == pytest.approx(record["ce_loss"] + record["aux_loss"] + record["z_loss"])
+        assert record["mfu"] == pytest.approx(
+            record["tokens_per_second"] * flops / environment["matmul_flops_per_second"]
+        )
+        assert record["loss"] == pytest.approx(
+            record["ce_loss"] + record["aux_loss"] + record["z_loss"]
+        )
         assert sum(layer["dropped"] for layer in record["layers"]) == record["dropped"]
         for layer in record["layers"]:
             load = np.array(layer["load"])
@@ -396,7 +547,9 @@ def test_the_figures_agree_with_each_other(whole: Path, folder: Path) -> None:
             assert 0 < layer["router_entropy"] <= np.log(4) * (1 + 1e-6)
 
 
-def test_a_step_that_takes_longer_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_takes_longer_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The time of unlogged steps is counted, the time of validations and checkpoints is not."""
     clock = [0.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
@@ -418,7 +571,9 @@ def test_the_environment_says_what_each_device_holds(whole: Path, folder: Path) 
     experts = 2 * 4 * 3 * 32 * 16 * 4  # layers x experts x matrices x width x hidden, f32
     assert list(held) == [str(device) for device in range(8)]
     for kinds in held.values():
-        assert kinds["expert_parameters"] == experts / (4 * 2)  # over the expert axis, and FSDP over data
+        assert kinds["expert_parameters"] == experts / (
+            4 * 2
+        )  # over the expert axis, and FSDP over data
         assert kinds["expert_optimizer"] == 2 * kinds["expert_parameters"]
         assert kinds["dense_parameters"] < (environment["parameters"]["total"] * 4 - experts) / 4
     assert environment["parameters"]["total"] == sum(
@@ -441,8 +596,17 @@ def test_the_run_directory_is_complete(whole: Path, folder: Path) -> None:
     assert list((whole / "tensorboard").iterdir())
 
 
-def test_a_sample_and_the_report_end_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = run(folder, tmp_path / "sampled", BIAS, "train.sample_prompt=router", "train.sample_tokens=5", command=True)
+def test_a_sample_and_the_report_end_a_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = run(
+        folder,
+        tmp_path / "sampled",
+        BIAS,
+        "train.sample_prompt=router",
+        "train.sample_tokens=5",
+        command=True,
+    )
     out = capsys.readouterr().out
     assert "step 6/6  loss " in out and "validation loss" in out and "\nrouter" in out
     assert out.rstrip().endswith(f"Report: {directory / 'report.html'}")
@@ -456,13 +620,17 @@ def plant(monkeypatch: pytest.MonkeyPatch):
     """Makes the loss NaN at some steps, by the mask of their batches."""
 
     def planted(steps: set[int]) -> None:
-        def make(*args: object, **options: object) -> Program:
+        def make(*args: object, **options: object) -> TrainProgram:
             program = shared_program(*args, **options)
-            real, calls = Program.shard, [-1]  # the first call is of the validation batch
+            real, calls = TrainProgram.shard, [-1]  # the first call is of the validation batch
 
             def shard(batch: dict[str, np.ndarray], first: int = 0) -> object:
                 calls[0] += 1
-                return real(program, {**batch, "mask": batch["mask"] * np.nan} if calls[0] in steps else batch, first)
+                return real(
+                    program,
+                    {**batch, "mask": batch["mask"] * np.nan} if calls[0] in steps else batch,
+                    first,
+                )
 
             monkeypatch.setattr(program, "shard", shard)
             return program
@@ -474,26 +642,42 @@ def plant(monkeypatch: pytest.MonkeyPatch):
 
 def params(directory: Path, step: int) -> dict[str, str]:
     arrays = json.loads((step_directory(directory, step) / "manifest.json").read_text())["arrays"]
-    return {name: array["checksum"] for name, array in arrays.items() if name.startswith(("params", "opt_state", "tables"))}
+    return {
+        name: array["checksum"]
+        for name, array in arrays.items()
+        if name.startswith(("params", "opt_state", "tables"))
+    }
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(folder: Path, tmp_path: Path, plant) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    folder: Path, tmp_path: Path, plant
+) -> None:
     plant({2, 4, 5})
     directory = run(folder, tmp_path / "skips", "checkpoint.every=1", "train.max_skipped=3", BIAS)
     records = training_lines(directory)
     assert [record["skipped"] for record in records] == [0, 1, 1, 2, 3, 3]
     assert [record["step"] for record in records if record["loss"] is None] == [2, 4, 5]
     assert records[1]["nonfinite"]["loss"] == "nan"
-    events = [record for record in read_metrics(directory / "metrics.jsonl") if record.get("event") == "skipped_step"]
+    events = [
+        record
+        for record in read_metrics(directory / "metrics.jsonl")
+        if record.get("event") == "skipped_step"
+    ]
     assert events == [{"step": step, "event": "skipped_step", "count": 1} for step in (2, 4, 5)]
     assert params(directory, 2) == params(directory, 1)
     assert params(directory, 5) == params(directory, 3) != params(directory, 2)
     assert params(directory, 6) != params(directory, 5)
 
 
-def test_too_many_in_a_row_stop_the_run_with_the_state_before_them(folder: Path, tmp_path: Path, plant) -> None:
+def test_too_many_in_a_row_stop_the_run_with_the_state_before_them(
+    folder: Path, tmp_path: Path, plant
+) -> None:
     plant({3, 4, 5, 6})
-    with pytest.raises(UserError, match=r"not finite in 2 steps in a row \(train.max_skipped\), up to step 4: .*optimizer.learning_rate"):
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 2 steps in a row \(train.max_skipped\), up to step 4: "
+        r".*optimizer.learning_rate",
+    ):
         run(folder, tmp_path / "broken", "checkpoint.every=2", "train.max_skipped=2", BIAS)
     directory = tmp_path / "broken"
     assert Checkpoints(directory / "checkpoints", 9, 1).steps() == [2, 4]
@@ -511,7 +695,7 @@ def test_a_learning_rate_that_is_far_too_high_stops_the_run(folder: Path, tmp_pa
 def restored_params(folder: Path, directory: Path) -> dict[str, np.ndarray]:
     program = make_program(folder)
     checkpoints = Checkpoints(directory / "checkpoints", 9, 1)
-    found = restore.restore(checkpoints, program, step=None, fallback=False)
+    found = restore.restore_state(checkpoints, program, step=None, fallback=False)
     return logical(found.state.params, program)
 
 
@@ -522,7 +706,11 @@ def test_a_full_disk_stops_the_run_and_keeps_what_it_had(folder: Path, tmp_path:
     disk = tmp_path / "disk"
     disk.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk],
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a small file system needs root")
     settings = (BIAS, "checkpoint.every=1")

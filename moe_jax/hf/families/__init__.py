@@ -16,5 +16,16 @@ from moe_jax.hf.families import (
 )
 from moe_jax.hf.families.base import Family
 
-_MODULES = (qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama, qwen3, mistral)
+_MODULES = (
+    qwen3_moe,
+    qwen2_moe,
+    mixtral,
+    olmoe,
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    llama,
+    qwen3,
+    mistral,
+)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

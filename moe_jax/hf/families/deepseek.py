@@ -1,4 +1,6 @@
-"""What DeepSeek-V2 and V3 share: multi-head latent attention, leading dense layers, shared experts."""
+"""What DeepSeek-V2 and V3 share: multi-head latent attention, leading dense layers, shared
+experts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def read_model(keys: Keys) -> ModelConfig:
     keys.harmless("qk_head_dim")  # head_dim, too, only repeats a part of the sizes below
     keys.only("mlp_bias", False)
     if base.settings["rope"].fraction != 1:
-        raise keys.refuse("partial_rotary_factor", "is not supported, as qk_rope_head_dim says what is rotated")
+        raise keys.refuse(
+            "partial_rotary_factor", "is not supported, as qk_rope_head_dim says what is rotated"
+        )
     latent = LatentConfig(
         kv_rank=keys.get("kv_lora_rank", int),
         q_rank=keys.optional("q_lora_rank", int, 1536),
@@ -44,7 +48,9 @@ def _attention_scale(keys: Keys, width: int) -> float | None:
     return width**-0.5 * yarn_scale(rope_factor(keys), weight) ** 2
 
 
-def read_experts(keys: Keys, layers: int, *, first_dense: int, shared: int, scale: float) -> dict[str, Any]:
+def read_experts(
+    keys: Keys, layers: int, *, first_dense: int, shared: int, scale: float
+) -> dict[str, Any]:
     """Settings of MoEConfig that both versions have; the keywords are what absent keys mean."""
     first = keys.optional("first_k_dense_replace", int, first_dense) or 0
     every = keys.get("moe_layer_freq", int, 1) or 1
@@ -75,10 +81,15 @@ def latent_names(interleaved: bool) -> Names:
         "attention/query_norm/scale": "self_attn.q_a_layernorm.weight",
         "attention/query_up": Stored("self_attn.q_b_proj.weight", interleaved=interleaved),
         "attention/kv_down": Stored("self_attn.kv_a_proj_with_mqa.weight", interleaved=interleaved),
-        "attention/kv_down_bias": Stored("self_attn.kv_a_proj_with_mqa.bias", interleaved=interleaved),
+        "attention/kv_down_bias": Stored(
+            "self_attn.kv_a_proj_with_mqa.bias", interleaved=interleaved
+        ),
         "attention/kv_norm/scale": "self_attn.kv_a_layernorm.weight",
         "attention/kv_up": "self_attn.kv_b_proj.weight",
-        "mlp/shared_gate_up": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        "mlp/shared_gate_up": (
+            "mlp.shared_experts.gate_proj.weight",
+            "mlp.shared_experts.up_proj.weight",
+        ),
         "mlp/shared_down": "mlp.shared_experts.down_proj.weight",
     }
     return ATTENTION | latent | FEED_FORWARD | EXPERTS

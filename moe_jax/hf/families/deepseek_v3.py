@@ -1,4 +1,6 @@
-"""DeepSeek-V3: sigmoid scores, a selection bias that no loss trains, and the best groups by their two best experts."""
+"""DeepSeek-V3: sigmoid scores, a selection bias that no loss trains, and the best groups by their
+two best experts.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def unused(config: dict[str, Any]) -> str:
     """Tensors of the layers that predict further tokens, numbered on from the last one."""
     first = int(config["num_hidden_layers"])
     layers = range(first, first + int(config.get("num_nextn_predict_layers") or 0))
-    return r"model\.layers\.(" + "|".join(str(layer) for layer in layers) + r")\..*" if layers else r"$^"
+    return (
+        r"model\.layers\.(" + "|".join(str(layer) for layer in layers) + r")\..*"
+        if layers
+        else r"$^"
+    )
 
 
 FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, names, unused)

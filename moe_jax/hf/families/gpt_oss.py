@@ -1,4 +1,6 @@
-"""gpt-oss: biases throughout, attention sinks, alternating windows, clamped SwiGLU, experts in MXFP4."""
+"""gpt-oss: biases throughout, attention sinks, alternating windows, clamped SwiGLU, experts in
+MXFP4.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
         keys.section("quantization_config").only("quant_method", "mxfp4")
         keys.section("quantization_config").harmless("modules_to_not_convert")
     bias = keys.get("attention_bias", bool, True)
-    window = listed_windows(keys, keys.optional("sliding_window", int, 128), range(1, base.layers, 2), base.layers)
-    settings = base.settings | dict(head_dim=keys.optional("head_dim", int, 64), qkv_bias=bias, out_bias=bias, sinks=True)
+    window = listed_windows(
+        keys, keys.optional("sliding_window", int, 128), range(1, base.layers, 2), base.layers
+    )
+    settings = base.settings | dict(
+        head_dim=keys.optional("head_dim", int, 64), qkv_bias=bias, out_bias=bias, sinks=True
+    )
     model = ModelConfig(**settings, **window)
     moe = MoEConfig(
         num_experts=keys.get("num_local_experts", int),
@@ -46,7 +52,9 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
 
 
 def names(config: dict[str, Any]) -> Names:
-    """All experts of a layer are one tensor, gate and up alternating; inputs first, but for MXFP4."""
+    """All experts of a layer are one tensor, gate and up alternating; inputs first, but for
+    MXFP4.
+    """
     mxfp4 = bool(config.get("quantization_config"))
     gate_up, down = ("P (I C) D", "P D I") if mxfp4 else ("P D (I C)", "P I D")
     experts: Names = {

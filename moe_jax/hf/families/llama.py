@@ -13,7 +13,9 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     """Both kinds of bias are optional."""
     base = skeleton(keys)
     bias = keys.get("attention_bias", bool, False)
-    return ModelConfig(**base.settings, qkv_bias=bias, out_bias=bias, mlp_bias=keys.get("mlp_bias", bool, False)), dense(base.layers)
+    return ModelConfig(
+        **base.settings, qkv_bias=bias, out_bias=bias, mlp_bias=keys.get("mlp_bias", bool, False)
+    ), dense(base.layers)
 
 
 FAMILY = Family("llama", "LlamaForCausalLM", read, lambda config: ATTENTION | FEED_FORWARD)

@@ -12,7 +12,9 @@ from moe_jax.hf.tensor_names import ATTENTION, Names
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     """`intermediate_size` is the experts'; there is no dense layer."""
     base = skeleton(keys, kv_heads=8, theta=1e6, eps=1e-5)
-    model = ModelConfig(**base.settings, **windows(keys.optional("sliding_window", int, None), (), base.layers))
+    model = ModelConfig(
+        **base.settings, **windows(keys.optional("sliding_window", int, None), (), base.layers)
+    )
     moe = MoEConfig(
         num_experts=keys.get("num_local_experts", int),
         top_k=keys.get("num_experts_per_tok", int, 2),
@@ -24,9 +26,12 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     return model, with_aux_loss(moe, keys.get("router_aux_loss_coef", float, 0.001))
 
 
-EXPERTS: Names = {
+MIXTRAL_EXPERTS: Names = {
     "mlp/router/weight": "block_sparse_moe.gate.weight",
-    "mlp/experts/gate_up": ("block_sparse_moe.experts.{expert}.w1.weight", "block_sparse_moe.experts.{expert}.w3.weight"),
+    "mlp/experts/gate_up": (
+        "block_sparse_moe.experts.{expert}.w1.weight",
+        "block_sparse_moe.experts.{expert}.w3.weight",
+    ),
     "mlp/experts/down": "block_sparse_moe.experts.{expert}.w2.weight",
 }
-FAMILY = Family("mixtral", "MixtralForCausalLM", read, lambda config: ATTENTION | EXPERTS)
+FAMILY = Family("mixtral", "MixtralForCausalLM", read, lambda config: ATTENTION | MIXTRAL_EXPERTS)

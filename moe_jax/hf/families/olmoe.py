@@ -12,11 +12,18 @@ from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, HEAD_NORMS
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     """`intermediate_size` is the experts'; there is no dense layer."""
     base = skeleton(keys, eps=1e-5)
-    if (base.settings["head_dim"] or 0) * base.settings["num_heads"] not in (0, base.settings["width"]):
+    if (base.settings["head_dim"] or 0) * base.settings["num_heads"] not in (
+        0,
+        base.settings["width"],
+    ):
         raise keys.refuse("head_dim", "is not supported, only hidden_size / num_attention_heads")
     bias = keys.get("attention_bias", bool, False)
     settings = base.settings | dict(
-        qk_norm=True, qk_norm_over="width", qkv_bias=bias, out_bias=bias, clip_qkv=keys.get("clip_qkv", float, None)
+        qk_norm=True,
+        qk_norm_over="width",
+        qkv_bias=bias,
+        out_bias=bias,
+        clip_qkv=keys.get("clip_qkv", float, None),
     )
     model = ModelConfig(**settings)
     moe = MoEConfig(

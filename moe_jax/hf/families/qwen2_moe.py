@@ -1,4 +1,6 @@
-"""Qwen1.5-MoE and Qwen2-MoE: biases on queries, keys and values, and one shared expert behind a sigmoid gate."""
+"""Qwen1.5-MoE and Qwen2-MoE: biases on queries, keys and values, and one shared expert behind a
+sigmoid gate.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     full = [layer for layer in range(base.layers) if layer % 2 or layer >= last]
     window = listed_windows(keys, used_window(keys), full, base.layers)
     model = ModelConfig(**base.settings, **window, qkv_bias=keys.get("qkv_bias", bool, True))
-    shared = dict(shared_experts=1, shared_hidden=keys.get("shared_expert_intermediate_size", int), shared_gate=True)
+    shared = dict(
+        shared_experts=1,
+        shared_hidden=keys.get("shared_expert_intermediate_size", int),
+        shared_gate=True,
+    )
     moe = MoEConfig(**qwen_experts(keys, base.layers), **shared)
     return model, with_aux_loss(moe, keys.get("router_aux_loss_coef", float, 0.001))
 
@@ -47,8 +53,16 @@ def qwen_experts(keys: Keys, layers: int) -> dict[str, Any]:
 
 
 SHARED: Names = {
-    "mlp/shared_gate_up": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+    "mlp/shared_gate_up": (
+        "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
+    ),
     "mlp/shared_down": "mlp.shared_expert.down_proj.weight",
     "mlp/shared_gate": "mlp.shared_expert_gate.weight",
 }
-FAMILY = Family("qwen2_moe", "Qwen2MoeForCausalLM", read, lambda config: ATTENTION | FEED_FORWARD | EXPERTS | SHARED)
+FAMILY = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    read,
+    lambda config: ATTENTION | FEED_FORWARD | EXPERTS | SHARED,
+)

@@ -17,7 +17,14 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     bias = keys.get("attention_bias", bool, False)
     settings = base.settings | dict(qk_norm=True, qkv_bias=bias, out_bias=bias)
     model = ModelConfig(**settings, **windows(used_window(keys), (), base.layers))
-    return model, with_aux_loss(MoEConfig(**qwen_experts(keys, base.layers)), keys.get("router_aux_loss_coef", float, 0.001))
+    return model, with_aux_loss(
+        MoEConfig(**qwen_experts(keys, base.layers)), keys.get("router_aux_loss_coef", float, 0.001)
+    )
 
 
-FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read, lambda config: ATTENTION | HEAD_NORMS | FEED_FORWARD | EXPERTS)
+FAMILY = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    read,
+    lambda config: ATTENTION | HEAD_NORMS | FEED_FORWARD | EXPERTS,
+)

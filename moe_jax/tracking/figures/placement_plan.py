@@ -1,4 +1,6 @@
-"""The picture of `moe-jax placement plan`: load by device, and rows between devices, today and as proposed; in the manner of figures.py."""
+"""The picture of `moe-jax placement plan`: load by device, and rows between devices, today and as
+proposed; in the manner of figures.py.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +12,42 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from moe_jax.tracking.figures.training import BLUE, GREY, ORANGE, WIDTH
+from moe_jax.tracking.figures.style import BLUE, GREY, ORANGE, WIDTH
 from moe_jax.tracking.placement_report import Comparison, figures
 
 FEW = 64  # devices up to which bars stand apart
 
 
 def comparison_figure(found: Comparison) -> Figure:
-    """Bars of each device's rows a step, and two heat maps of the rows from device to device, of all MoE layers together."""
+    """Bars of each device's rows a step, and two heat maps of the rows from device to device, of
+    all MoE layers together.
+    """
     figure = Figure(figsize=(WIDTH, 7.4), dpi=120, layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(0.8, 1))[:, 0]
     _bars(above.subplots(), found)
     maps = below.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"]
-    between = [one.sent_RR * (1 - np.eye(len(one.sent_RR))) for one in (found.today, found.proposed)]
+    between = [
+        one.sent_RR * (1 - np.eye(len(one.sent_RR))) for one in (found.today, found.proposed)
+    ]
     norm = Normalize(0, max(max(rows.max(initial=0.0) for rows in between), 1e-9))
-    for ax, rows, own, name in zip(maps, between, (found.today, found.proposed), ("today", "proposed"), strict=True):
+    for ax, rows, own, name in zip(
+        maps, between, (found.today, found.proposed), ("today", "proposed"), strict=True
+    ):
         _heat_map(ax, rows, found.host_R, norm)
         kept = float(np.trace(own.sent_RR) / max(own.sent_RR.sum(), 1e-30))
-        ax.set_title(f"{name}: {kept:.0%} of the rows stay on their device", fontsize=10, loc="left")
+        ax.set_title(
+            f"{name}: {kept:.0%} of the rows stay on their device", fontsize=10, loc="left"
+        )
     bar = below.colorbar(ScalarMappable(norm, colours), ax=maps, pad=0.02, fraction=0.05, aspect=25)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     bar.set_label("rows a step (grey: within a device)", fontsize=9)
     sums = figures(found)
     load, link = sums["max_over_mean"], sums["busiest_link_rows"]
-    title = f"Busiest device {load[0]:.2f} to {load[1]:.2f} times the mean, busiest link {link[0]:,.0f} to {link[1]:,.0f} rows a step"
+    title = (
+        f"Busiest device {load[0]:.2f} to {load[1]:.2f} times the mean, busiest link "
+        f"{link[0]:,.0f} to {link[1]:,.0f} rows a step"
+    )
     figure.suptitle(f"{found.title}\n{title}", fontsize=12, x=0.01, ha="left")
     return figure
 
@@ -43,7 +56,9 @@ def _bars(ax: Axes, found: Comparison) -> None:
     """Rows a step of each device, today and proposed; lines where there are many devices."""
     loads = [one.load_LR.sum(0) for one in (found.today, found.proposed)]
     ranks = np.arange(len(loads[0]))
-    for load, colour, name, shift in zip(loads, (ORANGE, BLUE), ("today", "proposed"), (-0.2, 0.2), strict=True):
+    for load, colour, name, shift in zip(
+        loads, (ORANGE, BLUE), ("today", "proposed"), (-0.2, 0.2), strict=True
+    ):
         if len(ranks) <= FEW:
             ax.bar(ranks + shift, load, 0.4, color=colour, label=name)
         else:
@@ -66,7 +81,13 @@ def _heat_map(ax: Axes, rows_RR: np.ndarray, host_R: np.ndarray, norm: Normalize
     """Rows from each device (down) to each (across), with white lines between hosts."""
     edges = np.arange(len(rows_RR) + 1) - 0.5
     image = np.ma.masked_array(rows_RR, np.eye(len(rows_RR), dtype=bool))
-    ax.pcolormesh(edges, edges, image, cmap=matplotlib.colormaps["viridis"].with_extremes(bad="#bbbbbb"), norm=norm)
+    ax.pcolormesh(
+        edges,
+        edges,
+        image,
+        cmap=matplotlib.colormaps["viridis"].with_extremes(bad="#bbbbbb"),
+        norm=norm,
+    )
     for cut in np.flatnonzero(np.diff(host_R)) + 0.5:
         ax.axhline(cut, color="white", linewidth=1.5)
         ax.axvline(cut, color="white", linewidth=1.5)

@@ -1,7 +1,9 @@
-"""The figures of a run's report, drawn with matplotlib from its history. `report.py` imports this only when it draws.
+"""The figures of a run's report, drawn with matplotlib from its history. `report.py` imports this
+only when it draws.
 
 Made without pyplot, so nothing global is touched. One size and manner for all: thin grid, colours
-that colour-blind readers can tell apart, names at the ends of the lines, a title that says what is seen.
+that colour-blind readers can tell apart, names at the ends of the lines, a title that says what is
+seen.
 """
 
 from __future__ import annotations
@@ -11,41 +13,84 @@ from collections.abc import Callable
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
-from moe_jax.tracking.history import History, finite, first, last, median, relative_load, running_mean
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-WIDTH = 9.0  # inches, of every figure
-MAX_PANELS = 12  # of the load heatmap
-MAX_NAMED_LAYERS = 8  # with more, a colour bar takes the place of names
-MAX_BINS = 300  # spans of steps across a panel of the heatmap
-
-End = tuple[str, float, object]  # a line's name, the height at which it ends, its colour
+from moe_jax.tracking.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    MAX_BINS,
+    MAX_PANELS,
+    ORANGE,
+    WIDTH,
+    _line,
+    _log_if_wide,
+    _smooth_line,
+    _step_ticks,
+    layer_lines,
+    load_scale,
+    name_ends,
+    step_figure,
+)
+from moe_jax.tracking.history import (
+    History,
+    finite,
+    first,
+    last,
+    median,
+    relative_load,
+    running_mean,
+)
 
 
 def all_figures(history: History) -> dict[str, Figure]:
-    """The figures that `history` has data for, by file name without its ending, in the report's order."""
+    """The figures that `history` has data for, by file name without its ending, in the report's
+    order.
+    """
     draw: dict[str, Callable[[History], Figure]] = {"loss": loss}
     if history.layers:
-        draw |= {"expert_load": expert_load, "load_imbalance": load_imbalance, "router_entropy": router_entropy, "drop_rate": drop_rate}
+        draw |= {
+            "expert_load": expert_load,
+            "load_imbalance": load_imbalance,
+            "router_entropy": router_entropy,
+            "drop_rate": drop_rate,
+        }
     draw |= {"throughput": throughput, "gradient": gradient}
     return {name: function(history) for name, function in draw.items()}
 
 
 def loss(history: History) -> Figure:
-    """Training cross-entropy, each line faint and a running mean strong, with the validation losses."""
+    """Training cross-entropy, each line faint and a running mean strong, with the validation
+    losses.
+    """
     ce = history.column("ce_loss")
     figure, (ax,) = step_figure(history, "cross-entropy (nats/token)")
     ends = [_smooth_line(ax, history, ce, BLUE, "training {:.3f}")]
-    title = f"Training loss from {first(ce):.2f} to {last(running_mean(ce)[0]):.2f}" if len(ce) > 1 else f"Training loss {first(ce):.2f}"
+    title = (
+        f"Training loss from {first(ce):.2f} to {last(running_mean(ce)[0]):.2f}"
+        if len(ce) > 1
+        else f"Training loss {first(ce):.2f}"
+    )
     if history.validation:
         val_loss = history.validation["val_loss"]
-        ax.plot(history.validation["step"], val_loss, color=ORANGE, marker="o", markersize=5, linewidth=1.4, clip_on=False, zorder=3)
+        ax.plot(
+            history.validation["step"],
+            val_loss,
+            color=ORANGE,
+            marker="o",
+            markersize=5,
+            linewidth=1.4,
+            clip_on=False,
+            zorder=3,
+        )
         ends.append((f"validation {last(val_loss):.3f}", last(val_loss), ORANGE))
         title += f", validation loss to {last(val_loss):.2f}"
     ax.set_title(title, loc="left", fontsize=12)
@@ -55,7 +100,9 @@ def loss(history: History) -> Figure:
 
 
 def expert_load(history: History) -> Figure:
-    """A heatmap a MoE layer: expert over step, coloured by its load over the layer's mean (1 is even)."""
+    """A heatmap a MoE layer: expert over step, coloured by its load over the layer's mean (1 is
+    even).
+    """
     count = len(history.layers)
     shown = np.linspace(0, count - 1, min(count, MAX_PANELS)).round().astype(int)
     edges, ratio_BLE = relative_load(history.column("step"), history.load_NLE, MAX_BINS)
@@ -76,14 +123,19 @@ def expert_load(history: History) -> Figure:
         ax.tick_params(labelsize=8, labelbottom=index + across >= len(shown))
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("expert", fontsize=10)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, extend="both", pad=0.015, fraction=0.05, aspect=25)
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=grid, extend="both", pad=0.015, fraction=0.05, aspect=25
+    )
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     bar.set_label("load / layer's mean (black: no token)", fontsize=9)
     fullest, expert = np.unravel_index(ratio_BLE[-1].argmax(), ratio_BLE.shape[1:])
     some = f" ({len(shown)} of {count} MoE layers shown)" if len(shown) < count else ""
-    end = f"at the end up to {ratio_BLE[-1].max():.2f} times even (expert {expert} of layer {history.layers[fullest]})"
+    end = (
+        f"at the end up to {ratio_BLE[-1].max():.2f} times even (expert {expert} of layer "
+        f"{history.layers[fullest]})"
+    )
     title = f"Expert load{some}: {end}"
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     return figure
@@ -93,7 +145,10 @@ def load_imbalance(history: History) -> Figure:
     """The fullest expert's excess over the mean, a line a MoE layer."""
     figure, (ax,) = step_figure(history, "max load / mean load - 1")
     ends, latest = layer_lines(ax, history, history.max_violation_NL)
-    title = f"A layer's fullest expert ended {np.mean(latest):.0%} above the mean, on average over layers"
+    title = (
+        f"A layer's fullest expert ended {np.mean(latest):.0%} above the mean, on average "
+        f"over layers"
+    )
     ax.set_title(title, loc="left", fontsize=12)
     ax.set_ylim(bottom=0)
     name_ends(ax, ends)
@@ -106,7 +161,10 @@ def router_entropy(history: History) -> Figure:
     figure, (ax,) = step_figure(history, "router entropy (nats)")
     ends, latest = layer_lines(ax, history, history.router_entropy_NL)
     ax.axhline(math.log(experts), color=GREY, linestyle="--", linewidth=1.2)
-    title = f"Router entropy ended at {np.mean(latest):.2f} nats, averaged over layers (uniform: ln {experts} = {math.log(experts):.2f})"
+    title = (
+        f"Router entropy ended at {np.mean(latest):.2f} nats, averaged over layers (uniform: "
+        f"ln {experts} = {math.log(experts):.2f})"
+    )
     ax.set_title(title, loc="left", fontsize=12)
     if ends:
         name_ends(ax, [*ends, (f"ln {experts}", math.log(experts), GREY)])
@@ -119,7 +177,11 @@ def drop_rate(history: History) -> Figure:
     share, total = dropped / np.maximum(kept + dropped, 1), history.drop_share()
     figure, (ax,) = step_figure(history, "dropped (% of assignments)")
     end = _smooth_line(ax, history, share, BLUE, "{:.2%}")
-    title = f"{total:.2%} of the expert assignments were dropped over the run" if total else "No expert assignment was dropped"
+    title = (
+        f"{total:.2%} of the expert assignments were dropped over the run"
+        if total
+        else "No expert assignment was dropped"
+    )
     ax.set_title(title, loc="left", fontsize=12)
     top = max(1.05 * float(finite(share).max(initial=0.0)), 0.01)
     ax.set_ylim(-0.03 * top, top)  # a line of zeros stays clear of the frame
@@ -129,11 +191,16 @@ def drop_rate(history: History) -> Figure:
 
 
 def throughput(history: History) -> Figure:
-    """Tokens/s and model FLOPs utilisation with their medians, without the lines that include a compilation."""
+    """Tokens/s and model FLOPs utilisation with their medians, without the lines that include a
+    compilation.
+    """
     figure, axes = step_figure(history, "tokens/s", "MFU (% of matmul rate)")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    for ax, name, colour, form in ((axes[0], "tokens_per_second", BLUE, "{:,.0f}"), (axes[1], "mfu", GREEN, "{:.1%}")):
+    for ax, name, colour, form in (
+        (axes[0], "tokens_per_second", BLUE, "{:,.0f}"),
+        (axes[1], "mfu", GREEN, "{:.1%}"),
+    ):
         values = history.steady(name)
         seen, middle = finite(values), median(values)
         if not seen.size:
@@ -145,7 +212,11 @@ def throughput(history: History) -> Figure:
         ax.axhline(middle, color=GREY, linestyle="--", linewidth=1)
         name_ends(ax, [("median " + form.format(middle), middle, GREY)])
     drops = f" with {history.drop_share():.2%} of assignments dropped" if history.layers else ""
-    axes[0].set_title(f"Median {median(history.steady('tokens_per_second')):,.0f} tokens/s{drops}", loc="left", fontsize=12)
+    axes[0].set_title(
+        f"Median {median(history.steady('tokens_per_second')):,.0f} tokens/s{drops}",
+        loc="left",
+        fontsize=12,
+    )
     return figure
 
 
@@ -159,105 +230,9 @@ def gradient(history: History) -> Figure:
     _line(axes[1], history.column("step"), rate, ORANGE)
     axes[1].set_ylim(bottom=0)
     name_ends(axes[1], [(f"{last(rate):.2g}", last(rate), ORANGE)])
-    title = f"Gradient norm (before clipping) ended at {ends[0][1]:.3g}, learning rate at {last(rate):.2g}"
+    title = (
+        f"Gradient norm (before clipping) ended at {ends[0][1]:.3g}, learning rate at "
+        f"{last(rate):.2g}"
+    )
     axes[0].set_title(title, loc="left", fontsize=12)
     return figure
-
-
-def step_figure(history: History, *labels: str) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel above the other for each y label, over the run's steps."""
-    figure = Figure(figsize=(WIDTH, 3.6 if len(labels) == 1 else 5.0), dpi=120, layout="constrained")
-    axes = list(figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0])
-    step = history.column("step")
-    for ax, label in zip(axes, labels, strict=True):
-        ax.set_ylabel(label, fontsize=10)
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
-        ax.xaxis.set_major_locator(_step_ticks(history, 10))
-        ax.set_xlim((step[0], step[-1]) if len(step) > 1 else (step[0] - 1, step[0] + 1))
-    axes[-1].set_xlabel("step", fontsize=10)
-    return figure, axes
-
-
-def _step_ticks(history: History, most: int) -> FixedLocator | MaxNLocator:
-    step = history.column("step")
-    return MaxNLocator(nbins=most, steps=[1, 2, 5, 10], integer=True) if len(step) > 1 else FixedLocator(step.tolist())
-
-
-def _line(ax: Axes, step: np.ndarray, values: np.ndarray, colour: object) -> None:
-    """A line over the steps; with few points they are marked, so that a single one can be seen."""
-    marker = "o" if np.isfinite(values).sum() <= 30 else None
-    ax.plot(step, values, color=colour, linewidth=1.5, marker=marker, markersize=4, clip_on=marker is None, zorder=3)
-
-
-def _smooth_line(ax: Axes, history: History, values: np.ndarray, colour: str, name: str) -> End:
-    """Draws the running mean of `values` over the faint values; `name` is a format for its last value."""
-    step, (smooth, window) = history.column("step"), running_mean(values)
-    if window > 1:
-        ax.plot(step, values, color=colour, alpha=0.35, linewidth=0.8)
-    # Each mean stands in the middle of its steps: at their end, a falling line would run above its values.
-    _line(ax, running_mean(step)[0], smooth, colour)
-    return name.format(last(smooth)) + (f"\n(mean of {window})" if window > 1 else ""), last(smooth), colour
-
-
-def layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[list[End], list[float]]:
-    """A line of running means for each MoE layer, dark to bright with depth; returns names for few layers, and last values."""
-    step, (smooth_NL, window) = running_mean(history.column("step"))[0], running_mean(values_NL)
-    if window > 1:
-        ax.set_ylabel(f"{ax.get_ylabel()}\nmean of {window}", fontsize=10)
-    few = len(history.layers) <= MAX_NAMED_LAYERS
-    norm = Normalize(history.layers[0], max(history.layers[-1], history.layers[0] + 1))
-    # The brightest fifth of the scale is too pale to read on white.
-    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, 256)))
-    for index, layer in enumerate(history.layers):
-        _line(ax, step, smooth_NL[:, index], colours(norm(layer)))
-    latest = [last(smooth_NL[:, index]) for index in range(len(history.layers))]
-    if few:
-        return [(f"layer {layer}", end, colours(norm(layer))) for layer, end in zip(history.layers, latest, strict=True)], latest
-    bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, pad=0.02, fraction=0.04, aspect=25)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    bar.set_label("layer", fontsize=9)
-    return [], latest
-
-
-def name_ends(ax: Axes, ends: list[End]) -> None:
-    """Writes each line's name right of the panel at the height where it ends, moved apart where they would overlap."""
-    ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
-    if not ends:
-        return
-    ax.get_ylim()  # settles the limits that the heights depend on
-    true = [float(ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], height)))[1]) for _, height, _ in ends]
-    inches = 0.8 * ax.figure.get_figheight() / len(ax.figure.axes)  # type: ignore[union-attr]
-    space = [0.16 * (1 + name.count("\n")) / inches for name, _, _ in ends]
-    place = list(true)
-    for index in range(1, len(place)):
-        place[index] = max(place[index], place[index - 1] + (space[index] + space[index - 1]) / 2)
-    place[-1] = min(place[-1], 1.0)
-    for index in range(len(place) - 2, -1, -1):
-        place[index] = min(place[index], place[index + 1] - (space[index] + space[index + 1]) / 2)
-    for (name, _, colour), height, label_height in zip(ends, true, place, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        ax.annotate(
-            name, (1, height), (1.02, label_height), "axes fraction", "axes fraction", line, annotation_clip=False,
-            color=colour, fontsize=9, va="center",
-        )  # fmt: skip
-
-
-def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
-    """A logarithmic axis where positive values span more than a factor of ten."""
-    values = finite(values)
-    if values.size and values.min() > 0 and values.max() > 10 * values.min():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
-
-
-def load_scale(ratio_BLE: np.ndarray) -> tuple[LogNorm, list[float]]:
-    """A logarithmic colour scale with 1 in its middle that holds 99% of the ratios, and its ticks."""
-    positive = ratio_BLE[ratio_BLE > 0]
-    spread = float(np.exp(np.quantile(np.abs(np.log(positive)), 0.99))) if positive.size else 1.0
-    limit = next((limit for limit in (1.25, 1.5, 2.0, 4.0, 8.0) if limit >= spread), 16.0)
-    above = [limit] if limit < 2 else [2.0**power for power in range(1, round(math.log2(limit)) + 1)]
-    return LogNorm(1 / limit, limit), [1 / tick for tick in above] + [1.0] + above

@@ -1,7 +1,9 @@
-"""Experts among a model's named arrays: copied, removed, or made from a dense feed-forward part. Numpy only.
+"""Experts among a model's named arrays: copied, removed, or made from a dense feed-forward part.
+Numpy only.
 
-An array is found by its name, such as `params/stacks/0/blocks/1/mlp/router/weight` or `opt_state/0/mu/` and the same; which
-of its dims counts experts shows in the shape that the new model has for it, so moments need no rule of their own.
+An array is found by its name, such as `params/stacks/0/blocks/1/mlp/router/weight` or
+`opt_state/0/mu/` and the same; which of its dims counts experts shows in the shape that the new
+model has for it, so moments need no rule of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Change(NamedTuple):
 class Copies(NamedTuple):
     """How copies differ from what they copy."""
 
-    noise: float  # standard deviation of what is added to weights, over the root mean square of the expert's array
+    # standard deviation of what is added to weights, over the root mean square of the expert's
+    # array
+    noise: float
     moments: Literal["zero", "copy"]
     seed: int
 
@@ -38,9 +42,10 @@ class Copies(NamedTuple):
 def choose(load_LE: np.ndarray, num_experts: int, groups: int = 1) -> Change:
     """Which experts to copy, or to keep, for another number of them.
 
-    More: the busiest gets a copy, then the next, and, when each has one, the busiest another; copies come after the
-    experts. Fewer: the busiest stay, in their order. Of equal loads the expert with the lower number counts as the busier, so that
-    copies that have no load yet go first. With `groups` this holds within each group, which keeps its experts together.
+    More: the busiest gets a copy, then the next, and, when each has one, the busiest another;
+    copies come after the experts. Fewer: the busiest stay, in their order. Of equal loads the
+    expert with the lower number counts as the busier, so that copies that have no load yet go
+    first. With `groups` this holds within each group, which keeps its experts together.
     """
     layers, before = load_LE.shape
     size, wanted = before // groups, num_experts // groups
@@ -49,17 +54,26 @@ def choose(load_LE: np.ndarray, num_experts: int, groups: int = 1) -> Change:
         own_LGE = np.sort(order_LGE[..., :wanted], axis=-1)
     else:
         kept_LGE = np.broadcast_to(np.arange(size), (layers, groups, size))
-        own_LGE = np.concatenate([kept_LGE, order_LGE[..., np.arange(wanted - size) % size]], axis=-1)
+        own_LGE = np.concatenate(
+            [kept_LGE, order_LGE[..., np.arange(wanted - size) % size]], axis=-1
+        )
     source_LGE = own_LGE + np.arange(groups)[:, None] * size
     copied_LGE = np.broadcast_to(np.arange(wanted) >= size, source_LGE.shape)
     return Change(source_LGE.reshape(layers, -1), copied_LGE.reshape(layers, -1))
 
 
-def carry(old: Arrays, shapes: Shapes, change: Change, layers: dict[tuple[int, int], list[int]], copies: Copies) -> Arrays:
-    """The arrays of the model after a change, of those with `shapes`; experts lie in logical order, before and after.
+def carry(
+    old: Arrays,
+    shapes: Shapes,
+    change: Change,
+    layers: dict[tuple[int, int], list[int]],
+    copies: Copies,
+) -> Arrays:
+    """The arrays of the model after a change, of those with `shapes`; experts lie in logical order,
+    before and after.
 
-    `layers` is `expert_layers`. Left out are moments that are of another kind in the new model: Adafactor's, where the number of
-    experts is among the two sizes by which it factors.
+    `layers` is `expert_layers`. Left out are moments that are of another kind in the new model:
+    Adafactor's, where the number of experts is among the two sizes by which it factors.
     """
     found: Arrays = {}
     for name, shape in shapes.items():
@@ -69,23 +83,44 @@ def carry(old: Arrays, shapes: Shapes, change: Change, layers: dict[tuple[int, i
             found[name] = array
         elif array.ndim == len(shape) and len(dims) == 1 and (block := _BLOCK.search(name)):
             rows = layers[int(block[1]), int(block[2])]
-            found[name] = _taken(name, array, dims[0], change.source_LE[rows], change.copied_LE[rows], copies)
+            found[name] = _taken(
+                name, array, dims[0], change.source_LE[rows], change.copied_LE[rows], copies
+            )
     return found
 
 
-def _taken(name: str, array: np.ndarray, dim: int, source_RE: np.ndarray, copied_RE: np.ndarray, copies: Copies) -> np.ndarray:
+def _taken(
+    name: str,
+    array: np.ndarray,
+    dim: int,
+    source_RE: np.ndarray,
+    copied_RE: np.ndarray,
+    copies: Copies,
+) -> np.ndarray:
     """The array [repeats, ...] with the experts of `source_RE` along `dim`."""
     broad = [1] * array.ndim
     broad[0], broad[dim] = source_RE.shape
     taken = np.take_along_axis(array, source_RE.reshape(broad), axis=dim)
-    return _as_copies(name, taken, copied_RE.reshape(broad), copies, tuple(i for i in range(1, array.ndim) if i != dim))
+    return _as_copies(
+        name,
+        taken,
+        copied_RE.reshape(broad),
+        copies,
+        tuple(i for i in range(1, array.ndim) if i != dim),
+    )
 
 
-def _as_copies(name: str, array: np.ndarray, copied: np.ndarray, copies: Copies, inner: tuple[int, ...]) -> np.ndarray:
-    """The array with noise, or without moments, where it holds copies; `inner` are the dims of one expert's part."""
+def _as_copies(
+    name: str, array: np.ndarray, copied: np.ndarray, copies: Copies, inner: tuple[int, ...]
+) -> np.ndarray:
+    """The array with noise, or without moments, where it holds copies; `inner` are the dims of one
+    expert's part.
+    """
     if name.startswith("opt_state"):
         return array if copies.moments == "copy" else np.where(copied, 0, array).astype(array.dtype)
-    is_vector = not inner  # a router's bias: one number an expert, whose noise would be relative to itself
+    is_vector = (
+        not inner
+    )  # a router's bias: one number an expert, whose noise would be relative to itself
     if not copies.noise or is_vector:
         return array
     rms = np.sqrt(np.mean(np.square(array), axis=inner, keepdims=True, dtype=np.float64))
@@ -93,14 +128,25 @@ def _as_copies(name: str, array: np.ndarray, copied: np.ndarray, copies: Copies,
     return np.where(copied, array + noise, array)
 
 
-def from_dense(old: Arrays, before: dict[str, Leaf], shapes: Shapes, after: dict[str, Leaf], num_experts: int, copies: Copies) -> Arrays:
+def from_dense(
+    old: Arrays,
+    before: dict[str, Leaf],
+    shapes: Shapes,
+    after: dict[str, Leaf],
+    num_experts: int,
+    copies: Copies,
+) -> Arrays:
     """The arrays of a model whose experts are copies of a dense model's feed-forward parts.
 
-    `before` and `after` are the leaves of both models (hf.leaves). Routers are drawn as in a new model, by `copies.seed`; biases
-    of routers are zero. Moments without a counterpart are left out, which begins them anew: routers', and experts' where
-    Adafactor's are of another shape.
+    `before` and `after` are the leaves of both models (hf.leaves). Routers are drawn as in a new
+    model, by `copies.seed`; biases of routers are zero. Moments without a counterpart are left out,
+    which begins them anew: routers', and experts' where Adafactor's are of another shape.
     """
-    where = {(leaf.name, layer): (path, row) for path, leaf in before.items() for row, layer in enumerate(leaf.layers or ())}
+    where = {
+        (leaf.name, layer): (path, row)
+        for path, leaf in before.items()
+        for row, layer in enumerate(leaf.layers or ())
+    }
     found: Arrays = {}
     for name, shape in shapes.items():
         block = _BLOCK.search(name)
@@ -115,27 +161,39 @@ def from_dense(old: Arrays, before: dict[str, Leaf], shapes: Shapes, after: dict
                 found[name] = _router(leaf, shape, copies.seed)
             continue
         experts = "mlp/experts/" in leaf.name
-        rows = [where[leaf.name.replace("mlp/experts/", "mlp/"), layer] for layer in leaf.layers or ()]
+        rows = [
+            where[leaf.name.replace("mlp/experts/", "mlp/"), layer] for layer in leaf.layers or ()
+        ]
         inner = shape[2:] if experts else shape[1:]
-        parts = [part for at, row in rows if (part := _row(old, prefix + at, row, inner)) is not None]
+        parts = [
+            part for at, row in rows if (part := _row(old, prefix + at, row, inner)) is not None
+        ]
         if len(parts) != len(rows) or shape[:1] != (len(rows),):
             continue
         array = np.stack(parts)
         if experts:
             array = np.repeat(array[:, None], num_experts, axis=1)
-            array = _as_copies(name, array, np.ones((1,) * array.ndim, bool), copies, tuple(range(2, array.ndim)))
+            array = _as_copies(
+                name, array, np.ones((1,) * array.ndim, bool), copies, tuple(range(2, array.ndim))
+            )
         found[name] = array
     return found
 
 
 def _row(old: Arrays, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray | None:
-    """One layer of an array, or None where there is no such array, or it is a placeholder of Adafactor's."""
+    """One layer of an array, or None where there is no such array, or it is a placeholder of
+    Adafactor's.
+    """
     array = old.get(name)
-    return array[row] if array is not None and array.shape[1:] == shape and row < len(array) else None
+    return (
+        array[row] if array is not None and array.shape[1:] == shape and row < len(array) else None
+    )
 
 
 def _router(leaf: Leaf, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """A new router's weight [repeats, D, E], the same for a layer however layers are stacked, or its bias."""
+    """A new router's weight [repeats, D, E], the same for a layer however layers are stacked, or
+    its bias.
+    """
     if leaf.name.endswith("bias"):
         return np.zeros(shape, np.float32)
     rows = [_draw(seed, f"{leaf.name} of layer {layer}", shape[1:]) for layer in leaf.layers or ()]
@@ -144,4 +202,6 @@ def _router(leaf: Leaf, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def _draw(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Normal numbers, f32, that depend on the seed and the name alone."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    return np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(
+        shape, np.float32
+    )

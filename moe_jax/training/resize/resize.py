@@ -1,10 +1,12 @@
-"""Changing the number of experts of a run that has trained: into a new run, which goes on at the same step.
+"""Changing the number of experts of a run that has trained: into a new run, which goes on at the
+same step.
 
 print(resize(Path("runs/first"), Path("runs/wider"), Wanted(experts=12)))
 
-More experts: copies of the busiest, with noise. Fewer: without the least used. A dense model, a run's or a Hugging Face
-folder's, becomes one whose experts are copies of its feed-forward part (sparse upcycling, Komatsuzaki et al., 2022).
-docs/resizing.md says what each preserves. The whole state must fit into the host's memory, about three times.
+More experts: copies of the busiest, with noise. Fewer: without the least used. A dense model, a
+run's or a Hugging Face folder's, becomes one whose experts are copies of its feed-forward part
+(sparse upcycling, Komatsuzaki et al., 2022). docs/resizing.md says what each preserves. The whole
+state must fit into the host's memory, about three times.
 """
 
 from __future__ import annotations
@@ -25,14 +27,23 @@ from moe_jax.data.corpus import load_corpus
 from moe_jax.errors import UserError
 from moe_jax.model_io.describe import CONVERTED, RUN, Description, describe
 from moe_jax.model_io.weights import open_weights
+from moe_jax.models.layer_pattern import count_moe_layers, expert_layers, layer_kinds
 from moe_jax.models.parameters import leaves
-from moe_jax.models.transformer import count_moe_layers, expert_layers, layer_kinds
-from moe_jax.tracking.run_dir import read_config
+from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training import initial_state
 from moe_jax.training.resize.experts import Copies, carry, choose, from_dense
-from moe_jax.training.resize.host_state import COUNTERS, RunArrays, host_program, measured_load, read_run, shapes, write_run
+from moe_jax.training.resize.host_state import (
+    COUNTERS,
+    RunArrays,
+    array_shapes,
+    host_program,
+    measured_load,
+    read_run,
+    write_run,
+)
 
-NOISE = 0.01  # of copies of experts; those of a dense part have none by default, so that the outputs stay
+# of copies of experts; those of a dense part have none by default, so that the outputs stay
+NOISE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +60,37 @@ class Wanted:
     every: int | None = None
 
 
-def resize(source: Path, out: Path, wanted: Wanted, *, step: int | None = None, fallback: bool = False) -> str:
-    """Writes the new run `out` with another number of experts; returns what was done, layer by layer, and what to run next.
+def resize(
+    source: Path, out: Path, wanted: Wanted, *, step: int | None = None, fallback: bool = False
+) -> str:
+    """Writes the new run `out` with another number of experts; returns what was done, layer by
+    layer, and what to run next.
 
-    `source` is a run, whose checkpoint `step` (by default the newest) is read, or a dense Hugging Face folder; it is left as
-    it is. Raises UserError for what cannot be, and where `out` exists.
+    `source` is a run, whose checkpoint `step` (by default the newest) is read, or a dense Hugging
+    Face folder; it is left as it is. Raises UserError for what cannot be, and where `out` exists.
     """
     _check(source, out, wanted)
     described = describe(source)
     if described.source == CONVERTED:
-        raise UserError(f"{source} is a converted folder: name the folder or the run that it was made from.")
-    is_run, has_experts = described.source == RUN, count_moe_layers(described.model, described.moe) > 0
+        raise UserError(
+            f"{source} is a converted folder: name the folder or the run that it was made from."
+        )
+    is_run, has_experts = (
+        described.source == RUN,
+        count_moe_layers(described.model, described.moe) > 0,
+    )
     if is_run and wanted.config is not None:
-        raise UserError(f"{source} is a run and has its own config.yaml: leave --config {wanted.config} out.")
+        raise UserError(
+            f"{source} is a run and has its own config.yaml: leave --config {wanted.config} out."
+        )
     if not is_run and wanted.config is None:
-        raise UserError(f"{source} does not say how to train: add --config with a YAML configuration.")
+        raise UserError(
+            f"{source} does not say how to train: add --config with a YAML configuration."
+        )
     if has_experts and not is_run:
-        raise UserError(f"{source} has experts already: train from it with init_from, then resize that run.")
+        raise UserError(
+            f"{source} has experts already: train from it with init_from, then resize that run."
+        )
     if has_experts:
         return _change(source, out, wanted, step, fallback)
     return _upcycle(source, out, wanted, described, step, fallback)
@@ -77,13 +102,19 @@ def _check(source: Path, out: Path, wanted: Wanted) -> None:
     if out.exists():
         raise UserError(f"{out} exists already: name another directory, or delete it.")
     if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out} lies in {source}, which is to stay as it is: name a directory outside it.")
+        raise UserError(
+            f"{out} lies in {source}, which is to stay as it is: name a directory outside it."
+        )
     if wanted.noise is not None and not (math.isfinite(wanted.noise) and wanted.noise >= 0):
-        raise UserError(f"--noise {wanted.noise} must be a finite number that is not negative, such as {NOISE}.")
+        raise UserError(
+            f"--noise {wanted.noise} must be a finite number that is not negative, such as {NOISE}."
+        )
 
 
 def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
-    """The configuration with other experts, without the model that it once began from and a table of the experts it had."""
+    """The configuration with other experts, without the model that it once began from and a table
+    of the experts it had.
+    """
     changes |= {} if wanted.top_k is None else {"top_k": wanted.top_k}
     placement = config.placement
     if placement.strategy == "custom":
@@ -97,54 +128,92 @@ def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
 
 def _change(run: Path, out: Path, wanted: Wanted, step: int | None, fallback: bool) -> str:
     """Another number of experts for a run that has some."""
-    config = read_config(run)
+    config = read_run_config(run)
     before = config.moe.num_experts
     if wanted.experts == before:
         raise UserError(f"--experts {before} is the number that {run} has: give another.")
     if wanted.first_dense is not None or wanted.every is not None:
-        raise UserError(f"--first-dense and --every choose the layers of a dense model, and {run} has experts: leave them out.")
+        raise UserError(
+            f"--first-dense and --every choose the layers of a dense model, and {run} has "
+            f"experts: leave them out."
+        )
     if wanted.noise is not None and wanted.experts < before:
-        raise UserError(f"--noise {wanted.noise} is for copies, and --experts {wanted.experts} makes none of {before}: leave it out.")
+        raise UserError(
+            f"--noise {wanted.noise} is for copies, and --experts {wanted.experts} makes none of "
+            f"{before}: leave it out."
+        )
     new = _with_experts(config, wanted)
     state = read_run(run, config, step=step, fallback=fallback)
     numbers = [i for i, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe]
     load = measured_load(run, state.counters["step"], numbers, before)
     change = choose(load.count_LE, wanted.experts, config.moe.num_groups)
     copies = Copies(NOISE if wanted.noise is None else wanted.noise, wanted.moments, wanted.seed)
-    wanted_shapes = shapes(host_program(new, state.vocab_size))
-    arrays = carry(state.arrays, wanted_shapes, change, expert_layers(config.model, config.moe), copies)
+    wanted_shapes = array_shapes(host_program(new, state.vocab_size))
+    arrays = carry(
+        state.arrays, wanted_shapes, change, expert_layers(config.model, config.moe), copies
+    )
     assert state.bias_LE is not None
     bias_LE = np.take_along_axis(state.bias_LE, change.source_LE, axis=1)
-    # A copy was chosen by nobody yet: without training in between it is the first to be removed again.
-    after_LE = np.where(change.copied_LE, 0, np.take_along_axis(load.count_LE, change.source_LE, axis=1))
+    # A copy was chosen by nobody yet: without training in between it is the first to be removed
+    # again.
+    after_LE = np.where(
+        change.copied_LE, 0, np.take_along_axis(load.count_LE, change.source_LE, axis=1)
+    )
     parts = zip(numbers, change.source_LE.tolist(), after_LE.tolist(), strict=True)
     event = {
         **_event("resized", run, new, copies),
         "num_experts_before": before,
-        "layers": [{"layer": layer, "source": source, "load": counts} for layer, source, counts in parts],
+        "layers": [
+            {"layer": layer, "source": source, "load": counts} for layer, source, counts in parts
+        ],
     }
     write_run(out, new, state._replace(arrays=arrays, bias_LE=bias_LE), event)
-    lines = [f"{out}: {run} at step {state.counters['step']}, {before} experts -> {wanted.experts}; load from {load.origin}."]
+    lines = [
+        f"{out}: {run} at step {state.counters['step']}, {before} experts -> {wanted.experts}; "
+        f"load from {load.origin}."
+    ]
     if new.placement != config.placement:
-        lines.append(f"  placement.strategy: contiguous, as {config.placement.file} is a table of {before} experts.")
-    lines += [_layer_line(*row) for row in zip(numbers, load.count_LE, change.source_LE, change.copied_LE, strict=True)]
-    return "\n".join([*lines, *_anew(wanted_shapes, arrays), *_next(out, new, state.counters["step"])])
+        lines.append(
+            f"  placement.strategy: contiguous, as {config.placement.file} is a table of {before} "
+            f"experts."
+        )
+    lines += [
+        _layer_line(*row)
+        for row in zip(numbers, load.count_LE, change.source_LE, change.copied_LE, strict=True)
+    ]
+    return "\n".join(
+        [*lines, *_anew(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
+    )
 
 
 def _layer_line(layer: int, count_E: np.ndarray, source_E: np.ndarray, copied_E: np.ndarray) -> str:
     """What happened to a layer, with each expert's share of the load before."""
     share_E = count_E / max(count_E.sum(), 1)
     if copied_E.any():
-        parts = [f"{expert} ({share_E[expert]:.1%}) as {at}" for at, expert in enumerate(source_E) if copied_E[at]]
+        parts = [
+            f"{expert} ({share_E[expert]:.1%}) as {at}"
+            for at, expert in enumerate(source_E)
+            if copied_E[at]
+        ]
         return f"  layer {layer}: copied {', '.join(parts)}"
     removed = np.setdiff1d(np.arange(len(count_E)), source_E)
-    return f"  layer {layer}: removed {', '.join(f'{expert} ({share_E[expert]:.1%})' for expert in removed)}"
+    return (
+        f"  layer {layer}: removed "
+        f"{', '.join(f'{expert} ({share_E[expert]:.1%})' for expert in removed)}"
+    )
 
 
-def _upcycle(source: Path, out: Path, wanted: Wanted, described: Description, step: int | None, fallback: bool) -> str:
+def _upcycle(
+    source: Path,
+    out: Path,
+    wanted: Wanted,
+    described: Description,
+    step: int | None,
+    fallback: bool,
+) -> str:
     """Experts for a dense model."""
     if described.source == RUN:
-        config = read_config(source)
+        config = read_run_config(source)
         new = _upcycled(config, config.moe, wanted)
         state = read_run(source, config, step=step, fallback=fallback)
     else:
@@ -153,34 +222,62 @@ def _upcycle(source: Path, out: Path, wanted: Wanted, described: Description, st
         new = _upcycled(config, given.moe, wanted)
         state = _read_folder(source, config, described)
     copies = Copies(wanted.noise or 0.0, wanted.moments, wanted.seed)
-    wanted_shapes = shapes(host_program(new, state.vocab_size))
+    wanted_shapes = array_shapes(host_program(new, state.vocab_size))
     tables = leaves(config.model, described.moe), leaves(new.model, new.moe)
     arrays = from_dense(state.arrays, tables[0], wanted_shapes, tables[1], wanted.experts, copies)
-    write_run(out, new, state._replace(arrays=arrays, bias_LE=None), _event("upcycled", source, new, copies))
+    write_run(
+        out,
+        new,
+        state._replace(arrays=arrays, bias_LE=None),
+        _event("upcycled", source, new, copies),
+    )
     numbers = [i for i, kind in enumerate(layer_kinds(new.model, new.moe)) if kind.moe]
     lines = [
-        f"{out}: {source} at step {state.counters['step']}, the feed-forward part (hidden width {new.moe.hidden}) of each of layers "
-        f"{', '.join(map(str, numbers))} copied into {wanted.experts} experts, of which a token takes {new.moe.top_k}."
+        f"{out}: {source} at step {state.counters['step']}, the feed-forward part (hidden width "
+        f"{new.moe.hidden}) of each of layers "
+        f"{', '.join(map(str, numbers))} copied into {wanted.experts} experts, of which a token "
+        f"takes {new.moe.top_k}."
     ]
-    return "\n".join([*lines, *_anew(wanted_shapes, arrays), *_next(out, new, state.counters["step"])])
+    return "\n".join(
+        [*lines, *_anew(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
+    )
 
 
 def _upcycled(config: Config, moe: MoEConfig, wanted: Wanted) -> Config:
-    """The configuration of a dense model with the experts that `moe` describes, as far as it keeps the outputs.
+    """The configuration of a dense model with the experts that `moe` describes, as far as it keeps
+    the outputs.
 
     K equal experts give what the dense part gave if their weights sum to 1 and nothing is added.
     """
-    dense = count_moe_layers(config.model, moe) == 0  # a run's own section, which keeps experts out of all layers
+    dense = (
+        count_moe_layers(config.model, moe) == 0
+    )  # a run's own section, which keeps experts out of all layers
     layers: dict[str, Any] = {"first_dense": 0, "every": 1, "dense_layers": ()} if dense else {}
-    layers |= {key: value for key in ("first_dense", "every") if (value := getattr(wanted, key)) is not None}
-    needed = {"normalize": "after", "routed_scale": 1.0, "shared_experts": 0, "swiglu_limit": None, "expert_bias": config.model.mlp_bias}
+    layers |= {
+        key: value
+        for key in ("first_dense", "every")
+        if (value := getattr(wanted, key)) is not None
+    }
+    needed = {
+        "normalize": "after",
+        "routed_scale": 1.0,
+        "shared_experts": 0,
+        "swiglu_limit": None,
+        "expert_bias": config.model.mlp_bias,
+    }
     for key, value in needed.items():
         if getattr(moe, key) not in (value, getattr(MoEConfig(), key)):
-            raise UserError(f"moe.{key}={dump_value(getattr(moe, key))} would change what the dense model computes: leave it out.")
-    new = _with_experts(dataclasses.replace(config, moe=moe), wanted, hidden=config.model.hidden, **layers, **needed)
+            raise UserError(
+                f"moe.{key}={dump_value(getattr(moe, key))} would change what the dense model "
+                f"computes: leave it out."
+            )
+    new = _with_experts(
+        dataclasses.replace(config, moe=moe), wanted, hidden=config.model.hidden, **layers, **needed
+    )
     if not count_moe_layers(new.model, new.moe):
         raise UserError(
-            f"moe.first_dense={new.moe.first_dense} and moe.every={new.moe.every} leave none of the {new.model.num_layers} layers with "
+            f"moe.first_dense={new.moe.first_dense} and moe.every={new.moe.every} leave none of "
+            f"the {new.model.num_layers} layers with "
             "experts: lower --first-dense or --every."
         )
     return new
@@ -189,8 +286,13 @@ def _upcycled(config: Config, moe: MoEConfig, wanted: Wanted) -> Config:
 def _adopted(config: Config, folder: Path, out: Path, described: Description) -> Config:
     """A configuration with the dense model and the tokenizer of a Hugging Face folder."""
     if config.init_from is not None:
-        raise UserError(f"init_from={config.init_from} does not go with a folder to begin from ({folder}): leave it out.")
-    return initial_state.resolve(dataclasses.replace(config, moe=described.moe, init_from=str(folder)), out, resume=False)
+        raise UserError(
+            f"init_from={config.init_from} does not go with a folder to begin from ({folder}): "
+            f"leave it out."
+        )
+    return initial_state.resolve(
+        dataclasses.replace(config, moe=described.moe, init_from=str(folder)), out, resume=False
+    )
 
 
 def _read_folder(folder: Path, config: Config, described: Description) -> RunArrays:
@@ -199,7 +301,10 @@ def _read_folder(folder: Path, config: Config, described: Description) -> RunArr
     vocab_size = initial_state.vocabulary(config, corpus)
     weights = open_weights(folder, described)
     table = leaves(described.model, described.moe)
-    arrays = {f"params/{path}": np.ascontiguousarray(weights.leaf(path, None), np.float32) for path in table}
+    arrays = {
+        f"params/{path}": np.ascontiguousarray(weights.leaf(path, None), np.float32)
+        for path in table
+    }
     counters = dict.fromkeys(COUNTERS, 0) | {"seed": config.train.seed}
     position = corpus.train_batches(config.train.global_batch).get_state()
     meta = {"version": __version__, "data": position, "corpus_hash": corpus.hash}
@@ -210,17 +315,36 @@ def _read_folder(folder: Path, config: Config, described: Description) -> RunArr
 def _event(name: str, source: Path, new: Config, copies: Copies) -> dict[str, Any]:
     """The line of metrics.jsonl that a resized run begins with."""
     asked = {"noise": copies.noise, "moments": copies.moments, "seed": copies.seed}
-    return {"event": name, "source": str(source), "num_experts": new.moe.num_experts, "top_k": new.moe.top_k, **asked}
+    return {
+        "event": name,
+        "source": str(source),
+        "num_experts": new.moe.num_experts,
+        "top_k": new.moe.top_k,
+        **asked,
+    }
 
 
 def _anew(wanted: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> list[str]:
-    """A line about the moments that were not carried over; one number is Adafactor's placeholder for none."""
-    missing = [name for name, shape in wanted.items() if name not in arrays and math.prod(shape) > 1]
-    return [f"  {len(missing)} arrays of optimizer moments have no counterpart and begin at zero."] if missing else []
+    """A line about the moments that were not carried over; one number is Adafactor's placeholder
+    for none.
+    """
+    missing = [
+        name for name, shape in wanted.items() if name not in arrays and math.prod(shape) > 1
+    ]
+    return (
+        [f"  {len(missing)} arrays of optimizer moments have no counterpart and begin at zero."]
+        if missing
+        else []
+    )
 
 
 def _next(out: Path, config: Config, step: int) -> list[str]:
     """What to run now."""
-    command = f"moe-jax train {shlex.quote(str(out / 'config.yaml'))} --run-dir {shlex.quote(str(out))} --resume"
+    command = (
+        f"moe-jax train {shlex.quote(str(out / 'config.yaml'))} --run-dir "
+        f"{shlex.quote(str(out))} --resume"
+    )
     more = f" --set train.steps={2 * step}" if step >= config.train.steps else ""
-    return ([f"  All of train.steps={config.train.steps} were done: give more."] if more else []) + [f"Next: {command}{more}"]
+    return (
+        [f"  All of train.steps={config.train.steps} were done: give more."] if more else []
+    ) + [f"Next: {command}{more}"]

@@ -1,0 +1,96 @@
+"""A conversation in the terminal, or through a pipe line by line."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import signal
+import sys
+from collections.abc import Generator, Iterator
+
+from moe_jax.cli.console import write_pieces
+from moe_jax.errors import UserError
+from moe_jax.generation.chat import Conversation
+from moe_jax.runtime.signals import noted_signals
+from moe_jax.utils.progress import say
+
+HELP = """/reset   forget the conversation (not the system prompt)
+/quit    leave; so does Ctrl-D
+/help    this list
+Ctrl-C stops a reply. Anything else is said to the model."""
+
+
+def run_chat(conversation: Conversation, context: int) -> None:
+    """Reads messages and commands until the end of stdin or /quit, and answers each; replies alone
+    go to stdout.
+    """
+    for line in _lines():
+        command = re.fullmatch(r"/[a-z]+", line)
+        if line == "/quit":
+            return
+        if line == "/reset":
+            conversation.reset()
+            say("The conversation is forgotten.")
+        elif line == "/help":
+            say(HELP)
+        elif command:
+            say(f"{line} is no command: /help lists them.")
+        elif line:
+            _answer(conversation, line, context)
+
+
+def _answer(conversation: Conversation, text: str, context: int) -> None:
+    """Streams one reply; a mistake such as a full context is one sentence, after which the chat
+    goes on.
+    """
+    try:
+        with noted_signals(signal.SIGINT) as interrupts:
+            write_pieces(_until(interrupts, conversation.reply(text)))
+    except UserError as error:
+        say(str(error))
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    figures = conversation.figures
+    say(figures.sentence(context) + ("; /reset begins anew" if figures.ended == "context" else ""))
+
+
+def _until(interrupts: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:
+    """The pieces until Ctrl-C. It is looked at between tokens, so that the model's cache is never
+    left half written.
+    """
+    for piece in pieces:
+        yield piece
+        if interrupts:
+            pieces.close()  # which keeps what was said
+            return
+
+
+def _lines() -> Iterator[str]:
+    """Lines of stdin without surrounding blanks: typed, with line editing and history, or from a
+    pipe, without a prompt.
+    """
+    typed = sys.stdin.isatty() and sys.stdout.isatty()  # else the prompt would be among the replies
+    if typed:
+        if importlib.util.find_spec("readline"):  # Windows has none
+            import readline  # noqa: F401  # gives input() editing and history
+        say("/help lists the commands.")
+    while True:
+        try:
+            line = input("> ") if typed else sys.stdin.readline()
+        except EOFError:  # Ctrl-D
+            print()
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"standard input holds bytes that are not text (byte {error.start}): give UTF-8."
+            ) from error
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            print()
+            say("Ctrl-D or /quit leaves.")
+            continue
+        if not line and not typed:
+            return
+        yield line.strip()

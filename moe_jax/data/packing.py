@@ -1,0 +1,76 @@
+"""Documents packed into sequences of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_jax.data.tokenizer import Tokenizer
+
+HostBatch = dict[str, np.ndarray]
+"""`tokens`, `targets`, `positions`, `segments` int32 [B, S] and `mask` float32 [B, S], 1 where the
+target counts.
+"""
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type that holds the vocabulary."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents laid end to end, seen through windows; `len` is the number of windows."""
+
+    tokens: np.ndarray
+    """[N], uint16 or uint32: every document followed by `eos_id`."""
+    starts: np.ndarray
+    """int64, ascending: where each document starts in `tokens`."""
+    seq_len: int
+    eos_id: int
+
+    def __len__(self) -> int:
+        # The last token has no target, so it starts no window; the last window may be part padding.
+        return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
+
+    def batch(self, windows: np.ndarray) -> HostBatch:
+        """The batch whose rows are these windows.
+
+        Within a row, segments number the documents from 1 and positions restart with each (a
+        document that began in an earlier window starts at 0 too: only distances matter). The mask
+        is 0 where the target is the first token of another document. Padding has segment 0,
+        position 0, mask 0 and `eos_id` for a token.
+        """
+        offset = windows.astype(np.int64)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        real = offset < len(self.tokens)
+        token = np.where(
+            real, self.tokens[np.minimum(offset, len(self.tokens) - 1)], self.eos_id
+        ).astype(np.int32)
+        document = np.searchsorted(self.starts, offset, side="right") - 1
+        position = offset - np.maximum(self.starts[document], offset[:, :1])
+        segment = document - document[:, :1] + 1
+        counts = real[:, 1:] & (document[:, 1:] == document[:, :-1])
+        return {
+            "tokens": token[:, :-1],
+            "targets": token[:, 1:],
+            "positions": np.where(real, position, 0)[:, :-1].astype(np.int32),
+            "segments": np.where(real, segment, 0)[:, :-1].astype(np.int32),
+            "mask": counts.astype(np.float32),
+        }
+
+
+def pack_documents(documents: Iterable[np.ndarray], seq_len: int, tokenizer: Tokenizer) -> Packed:
+    """Lays documents (integers, [length]) end to end in the smallest type that holds the
+    vocabulary; empty ones are left out.
+    """
+    dtype = token_dtype(tokenizer)
+    eos = np.array([tokenizer.eos_id], dtype)
+    documents = [document for document in documents if len(document)]
+    sizes = np.array([len(document) + 1 for document in documents], np.int64)
+    parts = [part for document in documents for part in (document.astype(dtype, copy=False), eos)]
+    tokens = np.concatenate([np.empty(0, dtype), *parts])
+    return Packed(
+        tokens=tokens, starts=np.cumsum(sizes) - sizes, seq_len=seq_len, eos_id=tokenizer.eos_id
+    )

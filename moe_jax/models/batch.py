@@ -1,0 +1,50 @@
+"""What goes through a model: packed sequences in training, new tokens and a cache in inference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.utils.annotations import Array, Float, Int
+
+
+class Batch(NamedTuple):
+    """Packed sequences. `sequences` numbers them within the step's whole batch, so that noise does
+    not depend on the mesh.
+    """
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]  # documents from 1; 0 is padding
+    mask: Float[Array, "B S"]  # 1 where the target counts
+    sequences: Int[Array, " B"]
+
+
+class NewTokens(NamedTuple):
+    """New tokens of sequences whose earlier tokens are in a cache. Rows are padded at the end."""
+
+    tokens: Int[Array, "B S"]
+    start: Int[Array, " B"]  # tokens of the row that the cache holds
+    length: Int[Array, " B"]  # new tokens
+
+    @property
+    def positions(self) -> jax.Array:
+        """Position of each token, [B, S]."""
+        return self.start[:, None] + jnp.arange(self.tokens.shape[1])
+
+    @property
+    def valid(self) -> jax.Array:
+        """Which tokens are no padding, bool [B, S]."""
+        return jnp.arange(self.tokens.shape[1]) < self.length[:, None]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of a stack's layers; `values` is None where values are a part of the keys
+    (latent attention).
+    """
+
+    keys: Float[Array, "R B G Q M"]  # places last: scores then read whole rows of it
+    values: Float[Array, "R B G M U"] | None

@@ -1,0 +1,43 @@
+"""What the backward pass computes again instead of keeping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def remat(choice: str, body):
+    """What the backward pass recomputes. Gathered parameters are never kept: holding them would
+    undo their sharding.
+    """
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": _computed,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[choice]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+# What only moves or retypes values. A gathered parameter reaches its matmul through some of these,
+# so refusing to keep the gather's own output is not enough.
+_MOVES = frozenset(
+    (
+        "all_gather",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "pvary",
+        "pcast",
+        "slice",
+        "dynamic_slice",
+    )
+)
+
+
+def _computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: keep what was computed, not what was only moved."""
+    return primitive.name not in _MOVES

@@ -1,0 +1,97 @@
+"""Attention of new tokens over a cache of earlier keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.ops.attention.reference import MASKED
+from moe_jax.parallel.collectives import vary, vary_alike, vma
+from moe_jax.utils.annotations import Array, Float, Int
+
+CACHE_BLOCK = 256  # places of a cache read at once
+
+
+def cached_attention(
+    q_BSHQ: Float[Array, "B S H Q"],
+    keys: Float[Array, "R B G Q M"],
+    values: Float[Array, "R B G M U"] | None,
+    layer: Int[Array, ""] | int,
+    position_BS: Int[Array, "B S"],
+    *,
+    value_width: int | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    sinks_H: Float[Array, " H"] | None = None,
+) -> Float[Array, "B S H U"]:
+    """`attention` over one layer of a cache whose place m holds the key and value of position m,
+    for queries at any positions.
+
+    A query sees the places up to its own position, so what lies beyond may be anything finite.
+    Without `values` they are the first `value_width` entries of the keys, by default all. Only the
+    blocks of places that some query may see are read, one after another, with a running softmax
+    (Milakov and Gimelshein, 2018). Not differentiable.
+    """
+    scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
+    arrays = (q_BSHQ, keys, position_BS) if values is None else (q_BSHQ, keys, position_BS, values)
+    q_BSHQ, keys, position_BS, *rest = vary_alike(*arrays)
+    batch, length, heads, _ = q_BSHQ.shape
+    groups, _, places = keys.shape[2:]
+    block = math.gcd(places, CACHE_BLOCK)
+    width = values.shape[-1] if values is not None else value_width or keys.shape[3]
+    q = q_BSHQ.reshape(batch, length, groups, -1, q_BSHQ.shape[-1])
+    q = jnp.moveaxis(q, 1, 3).reshape(
+        batch, groups, -1, q.shape[-1]
+    )  # rows: heads of the group, then positions
+    position = jnp.tile(position_BS, (1, heads // groups))[:, None, :, None]
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, out = carry
+        k = lax.dynamic_slice(keys, (layer, 0, 0, 0, i * block), (1, *keys.shape[1:4], block))[
+            0
+        ].astype(q.dtype)
+        if rest:
+            v = lax.dynamic_slice(
+                rest[0], (layer, 0, 0, i * block, 0), (1, batch, groups, block, width)
+            )[0].astype(q.dtype)
+        else:
+            v = jnp.swapaxes(k[:, :, :width], 2, 3)
+        scores = jnp.einsum("bgrd,bgdm->bgrm", q, k, preferred_element_type=jnp.float32) * scale
+        back = position - (i * block + jnp.arange(block))
+        scores = jnp.where(
+            (back >= 0) if window is None else (back >= 0) & (back < window), scores, MASKED
+        )
+        higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - higher[..., None])
+        faded = total * jnp.exp(top - higher)
+        whole = faded + jnp.sum(weights, axis=-1)
+        part = jnp.einsum(
+            "bgrm,bgmd->bgrd",
+            (weights / whole[..., None]).astype(v.dtype),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            higher,
+            whole,
+            (out.reshape(part.shape) * (faded / whole)[..., None] + part).reshape(-1),
+        )
+
+    none = vary(jnp.zeros(q.shape[:3], jnp.float32), vma(q))
+    top, total = none + MASKED, none
+    if sinks_H is not None:  # as if the sink's key had been read before
+        top, total = (
+            none + jnp.repeat(sinks_H.astype(jnp.float32).reshape(groups, -1), length, axis=1),
+            none + 1,
+        )
+    first = 0 if window is None else jnp.maximum(jnp.min(position_BS) - window + 1, 0) // block
+    blocks = jnp.minimum(jnp.max(position_BS), places - 1) // block + 1
+    # Flat, and normalised all along: for one token XLA:CPU computes a reshape or division after the
+    # loop anew for each output of the next product.
+    out = vary(jnp.zeros(math.prod(q.shape[:3]) * width, jnp.float32), vma(q))
+    *_, out = lax.fori_loop(first, blocks, step, (top, total, out))
+    out = out.reshape(batch, groups, heads // groups, length, width)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(q_BSHQ.dtype)

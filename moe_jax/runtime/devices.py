@@ -1,0 +1,62 @@
+"""The devices of this process: how many CPU devices are simulated, and the threads that they need.
+
+JAX is imported when one of these is called and not before: the compile cache has settings that must
+come first.
+"""
+
+from __future__ import annotations
+
+import os
+
+from moe_jax.config.schema import DevicesConfig, MeshConfig
+from moe_jax.errors import UserError
+
+
+def use_devices(config: DevicesConfig) -> None:
+    """Simulates CPU devices if asked to. Raises UserError if JAX already runs with another number
+    of devices.
+    """
+    if not config.simulate:
+        return
+    import jax
+
+    reserve_threads(config.simulate)
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.simulate)
+    except RuntimeError:
+        # JAX has started: its devices are what they are, and may well be those asked for.
+        if jax.default_backend() != "cpu" or jax.device_count() < config.simulate:
+            raise UserError(
+                f"devices.simulate={config.simulate} comes too late: JAX already runs with "
+                f"{jax.device_count()} "
+                f"{jax.default_backend()} devices; start a new process."
+            ) from None
+
+
+def reserve_threads(devices: int) -> None:
+    """Gives XLA:CPU threads enough for that many simulated devices to wait in, unless NPROC is set;
+    before JAX starts.
+
+    XLA sizes its pool by NPROC, by default a thread for each core or device. A device may wait in
+    several collectives of one program at a time, each on a thread; where that leaves another none,
+    all wait for ever (seen: docs/log.md). Three a device are one for each kind of group: along
+    data, along expert, along both. More cost speed.
+    """
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(3 * devices))
+
+
+def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
+    """Simulates as many CPU devices as asked for, or as the mesh needs where the CPU is all there
+    is; before JAX starts.
+    """
+    import jax
+
+    if simulate is not None:
+        use_devices(DevicesConfig(simulate=simulate))
+    elif mesh.size > 1 and jax.config.jax_num_cpu_devices < mesh.size:  # type: ignore[attr-defined]
+        reserve_threads(mesh.size)
+        jax.config.update(
+            "jax_num_cpu_devices", mesh.size
+        )  # means nothing where an accelerator is the default
