@@ -28,6 +28,7 @@ from moe_jax.moe.tables import make_tables
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import contiguous
+from moe_jax.runtime.platform import default_platform
 
 THEIRS = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_transformers.py"
 SIZES = (
@@ -106,7 +107,7 @@ def benchmark_generation(args: argparse.Namespace, mesh: MeshConfig) -> dict[str
     """Prefill and decoding, apart; with `--against transformers` in turns with it, on the same
     shape and machine.
     """
-    for name, value in DEFAULTS[jax.default_backend() != "cpu"].items():
+    for name, value in DEFAULTS[not default_platform().simulated].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     loaded = load_random(args, mesh)
     session = Session(loaded, args.batch)

@@ -28,6 +28,7 @@ from moe_jax.placement.table import contiguous
 from moe_jax.profiling import flops as measure
 from moe_jax.profiling import hlo, machine, memory
 from moe_jax.runtime.devices import reserve_threads, use_devices
+from moe_jax.runtime.platform import default_platform
 from moe_jax.training.step import TrainProgram
 
 BATCHES = 4  # different batches that the steps go through in turn
@@ -64,9 +65,7 @@ def start_benchmark_devices(args: argparse.Namespace) -> MeshConfig:
             "jax_num_cpu_devices", mesh.size
         )  # means nothing where an accelerator is the default
     args.simulate = (
-        mesh.size
-        if args.simulate is None and jax.default_backend() == "cpu"
-        else args.simulate or 0
+        mesh.size if args.simulate is None and default_platform().simulated else args.simulate or 0
     )
     return mesh
 
@@ -305,7 +304,7 @@ def count_flops(
 
 def benchmark_layer(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     """One MoE layer, forward and forward with backward, on random inputs with a fresh router."""
-    for name, value in LAYER_DEFAULTS[jax.default_backend() != "cpu"].items():
+    for name, value in LAYER_DEFAULTS[not default_platform().simulated].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.tokens % (args.data * args.expert):
         raise UserError(

@@ -38,14 +38,8 @@ from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.collectives import psum
 from moe_jax.parallel.sharding import apply_rules, axes_of, named, serving_rules, specs
 from moe_jax.placement.table import Placement
+from moe_jax.runtime.platform import platform_of
 
-DONATES = (
-    "cpu",
-    "gpu",
-    "cuda",
-    "rocm",
-    "tpu",
-)  # platforms that reuse a given buffer; elsewhere each step copies the cache
 NEW_TOKENS_SPEC = NewTokens._make(P("data") for _ in NewTokens._fields)
 Cache = list[list[LayerCache]]
 
@@ -266,7 +260,7 @@ class Engine:
         in_specs = (self.param_specs, P(), self._cache_specs, NEW_TOKENS_SPEC)
         local = partial(self._local_extend, fresh=fresh)
         sharded = self._shard_map(local, in_specs, (P("data"), self._cache_specs))
-        donated = (2,) if self.mesh.devices.flat[0].platform in DONATES else ()
+        donated = (2,) if platform_of(self.mesh.devices.flat[0]).donates else ()
         return jax.jit(sharded, donate_argnums=donated)
 
     def _shard_map(self, local: Any, in_specs: Any, out_specs: Any) -> Any:

@@ -40,6 +40,7 @@ from moe_jax.ops import quantized
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import EMPTY, contiguous
+from moe_jax.runtime.platform import default_platform
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
 from moe_jax.utils.progress import byte_progress
 
@@ -121,7 +122,7 @@ class Before(NamedTuple):
 
 
 def _dtype(asked: str | None) -> str:
-    return asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return asked or default_platform().dtype
 
 
 def find_folder(path: Path) -> Path:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import Engine
 from moe_jax.models.weight_layout import bytes_of
+from moe_jax.runtime.platform import platform_of
 
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
 
@@ -65,7 +66,7 @@ def check_weight_memory(
         if "bytes_limit" in statistics:
             free = statistics["bytes_limit"]
         elif (
-            sys.platform == "linux" and device.platform == "cpu"
+            sys.platform == "linux" and platform_of(device).simulated
         ):  # simulated devices share the machine's memory
             free = _free_memory()
             needed = sum(held.values())

@@ -26,13 +26,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
-from moe_jax.inference.engine import DONATES, Cache, Engine
+from moe_jax.inference.engine import Cache, Engine
 from moe_jax.inference.expert_cache import Counts, ExpertCache
 from moe_jax.models.batch import NewTokens
 from moe_jax.models.embedding import embed
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds, stack_layers
 from moe_jax.moe.router import Routing
 from moe_jax.moe.tables import LayerTables
+from moe_jax.runtime.platform import platform_of
 
 
 class Parts(NamedTuple):
@@ -324,7 +325,7 @@ class OffloadEngine:
             local, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=self.mesh.size > 1
         )
         return jax.jit(
-            alone, donate_argnums=donated if self.mesh.devices.flat[0].platform in DONATES else ()
+            alone, donate_argnums=donated if platform_of(self.mesh.devices.flat[0]).donates else ()
         )
 
 
@@ -356,7 +357,7 @@ def host_memory(device: jax.Device) -> str:
     on CPU the former is only a copy.
     """
     kinds = {memory.kind for memory in device.addressable_memories()}
-    return "pinned_host" if device.platform != "cpu" and "pinned_host" in kinds else "numpy"
+    return "pinned_host" if platform_of(device).reads_host and "pinned_host" in kinds else "numpy"
 
 
 def offload(engine: Engine, params: Any, size: int) -> tuple[OffloadEngine, Any]:

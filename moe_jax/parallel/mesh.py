@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.parallel.collectives import AXES
+from moe_jax.runtime.platform import platform_of
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -20,7 +21,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises UserError if the mesh does not match the devices.
     """
     devices = jax.devices() if devices is None else devices
-    simulated = devices[0].platform == "cpu"
+    simulated = platform_of(devices[0]).simulated
     if config.size > len(devices) or (config.size != len(devices) and not simulated):
         raise UserError(
             f"mesh.data={config.data} x mesh.expert={config.expert} x mesh.tensor={config.tensor} "

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.runtime.platform import default_platform
+
 
 def read_bandwidth(devices: int = 1, size: int = 2**28, repeats: int = 5) -> float:
     """Bytes a second that a sum over an array of `size` bytes reads on `devices` devices; the
@@ -32,17 +34,8 @@ def read_bandwidth(devices: int = 1, size: int = 2**28, repeats: int = 5) -> flo
         add_up(values).block_until_ready()
         times.append(time.perf_counter() - start)
     return (
-        values.nbytes
-        / statistics.median(times)
-        * (1 if jax.default_backend() == "cpu" else devices)
+        values.nbytes / statistics.median(times) * (1 if default_platform().simulated else devices)
     )
-
-
-MATMUL_SIZE = {
-    "cpu": 2048,
-    "gpu": 8192,
-    "tpu": 8192,
-}  # rows and columns: large enough to reach the plateau
 
 
 def matmul_rate(
@@ -55,9 +48,8 @@ def matmul_rate(
     Simulated CPU devices share the cores that one of them can use, so theirs is the rate of the
     machine; other devices multiply it.
     """
-    platform, dtype = jax.default_backend(), jnp.dtype(dtype)
-    size = size or MATMUL_SIZE.get(platform, 2048)
-    queue = 1 if platform == "cpu" else 8  # calls in flight, to hide what starting one costs
+    platform, dtype = default_platform(), jnp.dtype(dtype)
+    size, queue = size or platform.matmul_size, platform.calls_in_flight
     key_a, key_b = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size), dtype) for key in (key_a, key_b))
     matmul = jax.jit(jnp.matmul)
@@ -69,7 +61,7 @@ def matmul_rate(
         times.append(time.perf_counter() - start)
     rate = 2 * size**3 * queue / min(times)
     text = f"{dtype.name} {size} x {size} x {size}, best of {len(times)}"
-    if platform == "cpu":
+    if platform.simulated:
         return rate, f"{text}, all cores of the machine"
     return rate * devices, f"{text} on one {jax.devices()[0].device_kind}, times {devices}"
 
@@ -79,7 +71,7 @@ def peak_bytes() -> int:
     compiler included.
     """
     statistics = [device.memory_stats() for device in jax.local_devices()]
-    if jax.default_backend() != "cpu" and all(statistics):
+    if not default_platform().simulated and all(statistics):
         return max(entry["peak_bytes_in_use"] for entry in statistics)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024

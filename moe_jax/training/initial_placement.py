@@ -18,12 +18,9 @@ from moe_jax.placement.files import read_table, read_topology
 from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
 from moe_jax.placement.topology import Topology
+from moe_jax.runtime.platform import platform_of
 from moe_jax.training.step import TrainProgram
 from moe_jax.training.traffic_window import TrafficWindow
-
-# Where no file says what the links carry, these are assumed by platform, bytes/s: within a host a
-# device, between hosts a host.
-LINKS = {"cpu": (4e9, 1e9), "gpu": (4.5e11, 2e11), "tpu": (4e11, 1e11)}
 
 
 def mesh_topology(config: Config, mesh: Mesh) -> Topology:
@@ -48,7 +45,8 @@ def mesh_topology(config: Config, mesh: Mesh) -> Topology:
         hosts == config.mesh.data
     ):  # every row within one host, or none in equal parts: as if there were one
         hosts = 1
-    within, between = LINKS.get(mesh.devices.flat[0].platform, LINKS["gpu"])
+    platform = platform_of(mesh.devices.flat[0])
+    within, between = platform.link_within, platform.link_between
     return Topology(
         hosts, config.mesh.size // hosts, within, between, latency_within=1e-6, latency_between=1e-5
     )

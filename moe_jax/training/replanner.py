@@ -25,14 +25,11 @@ from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.schedule import schedule
 from moe_jax.placement.table import Placement
 from moe_jax.placement.topology import Topology
+from moe_jax.runtime.platform import platform_of
 from moe_jax.training.migration import Migration
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 from moe_jax.training.traffic_window import TrafficWindow
-
-# Matmul FLOP/s of a device, by platform, assumed to turn rows into seconds: decisions must not hang
-# on a measurement.
-FLOPS = {"cpu": 3e10, "gpu": 2e14, "tpu": 1e14}
 
 
 class Estimate(NamedTuple):
@@ -209,10 +206,9 @@ class Replanner:
         sent = (
             4 * model.width * jnp.dtype(model.compute_dtype).itemsize
         )  # bytes of a row, there and back, forward and backward
-        platform = self.program.mesh.devices.flat[0].platform
+        platform = platform_of(self.program.mesh.devices.flat[0])
         seconds = (
-            busiest * flops / FLOPS.get(platform, FLOPS["gpu"])
-            + link * sent / self.topology.bandwidth_within
+            busiest * flops / platform.flops + link * sent / self.topology.bandwidth_within
         ) / mesh["data"]
         return Estimate(
             found.load_LR.sum(0),

@@ -12,7 +12,6 @@ import pytest
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference import engine as engine_module
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.session import LoadedModel
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
@@ -22,6 +21,7 @@ from moe_jax.ops.quantized import PackedWeight, dequantize
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.profiling import hlo
+from moe_jax.runtime import platform
 from tests.support.small_models import (
     LENGTH,
     PROMPTS,
@@ -348,6 +348,7 @@ def test_one_device_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert hlo.collectives(step.compile().as_text()) == []
     assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == len(cache)
-    monkeypatch.setattr(engine_module, "DONATES", ())
+    record = dataclasses.replace(platform.default_platform(), donates=False)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
     again = lowered(deep({}, experts=True), "decode").as_text()
     assert "tf.aliasing_output" not in again and "jax.buffer_donor" not in again

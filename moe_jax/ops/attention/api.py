@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from moe_jax.ops.attention.blockwise import blockwise_attention
 from moe_jax.ops.attention.reference import MASKED, reference_attention, visible
 from moe_jax.parallel.collectives import vary, vary_alike, vma
+from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 AttentionImpl = Literal["auto", "reference", "blockwise", "cudnn"]
@@ -44,12 +45,8 @@ def attention(
     scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         half = q_BSHQ.dtype in (jnp.bfloat16, jnp.float16)
-        fused = (
-            half
-            and jax.default_backend() == "gpu"
-            and sinks_H is None
-            and v_BSGU.shape[-1] == q_BSHQ.shape[-1]
-        )
+        alike = sinks_H is None and v_BSGU.shape[-1] == q_BSHQ.shape[-1]
+        fused = half and alike and default_platform().fused_attention
         impl = "cudnn" if fused else "blockwise"
     if (
         sinks_H is None and impl == "blockwise"

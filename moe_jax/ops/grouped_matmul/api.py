@@ -22,6 +22,7 @@ from moe_jax.ops.grouped_matmul.reference import mask_tail, reference_grouped_ma
 from moe_jax.ops.grouped_matmul.tiled import tiled
 from moe_jax.ops.quantized import PackedWeight
 from moe_jax.parallel.collectives import vary_alike
+from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 GroupedMatmulImpl = Literal["auto", "reference", "ragged", "tiled", "rows"]
@@ -44,7 +45,7 @@ def grouped_matmul(
     for inference only, always is. Products accumulate in f32; the result has the dtype of `x_ND`.
     Raises ValueError for an unknown `impl`.
     """
-    accelerated = jax.default_backend() in ("gpu", "tpu")
+    accelerated = default_platform().ragged_dot
     if isinstance(w_GDF, PackedWeight):
         if impl == "rows" or (impl == "auto" and x_ND.shape[0] <= FEW_ROWS):
             return packed_rows(x_ND, w_GDF, sizes_G, first)

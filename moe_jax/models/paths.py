@@ -1,0 +1,68 @@
+"""The path of an array in a model's tree of parameters, such as
+`stacks/0/blocks/1/mlp/experts/down`.
+
+    path = ParameterPath.parse("opt_state/0/mu/stacks/0/blocks/1/mlp/experts/down")
+    path.is_expert, path.stack, path.block, path.name      # True, 0, 1, "down"
+
+The one place that knows how paths look. Moments have their parameter's path behind a prefix of
+their own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+_LAYER = re.compile(r"(?:^|/)stacks/(\d+)/blocks/(\d+)/(.+)$")
+
+
+class ParameterPath(NamedTuple):
+    """A parsed path."""
+
+    text: str
+    stack: int | None  # None for what is of the whole model
+    block: int | None  # which of the stack's pattern of layers
+    within: str  # the rest, within its layer, or all of it
+
+    @classmethod
+    def parse(cls, path: str) -> ParameterPath:
+        """Reads a path of keys with slashes between them; a prefix before `stacks/` is passed
+        over.
+        """
+        found = _LAYER.search(path)
+        if found is None:
+            return cls(path, None, None, path)
+        return cls(path, int(found[1]), int(found[2]), found[3])
+
+    @property
+    def name(self) -> str:
+        """The last key."""
+        return self.within.rsplit("/", 1)[-1]
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is an array of routed experts, whose dim after the layers' counts slots."""
+        return self.within.startswith("mlp/experts/")
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it is an array of a router."""
+        return self.within.startswith("mlp/router/")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies: no norm's scale, no bias, no attention sink."""
+        return self.name not in ("scale", "sinks") and not self.name.endswith("bias")
+
+    @property
+    def layer_block(self) -> tuple[int, int]:
+        """(stack, block), the key of `layer_pattern.expert_layers`. For arrays of layers alone."""
+        assert self.stack is not None and self.block is not None, self.text
+        return self.stack, self.block
+
+
+def path_of(keys: tuple[Any, ...]) -> ParameterPath:
+    """The path of a leaf from the keys that `jax.tree.leaves_with_path` gives."""
+    return ParameterPath.parse(jax.tree_util.keystr(keys, simple=True, separator="/"))

@@ -1,0 +1,61 @@
+"""Writing a file or a folder whole or not at all.
+
+    replace_text(run_dir / "config.yaml", text)
+    with new_folder(out) as part:          # OUT.part, which becomes OUT when the block ends
+        (part / "config.json").write_text(text)
+
+What is being written has the suffix `.part`: a killed write leaves nothing else behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_jax.errors import UserError
+
+PART = ".part"
+
+
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Writes a UTF-8 file in the place of an old one, if any; with `durable` it has reached the
+    disk.
+
+    What reads the path meanwhile sees the old file or the new one.
+    """
+    part = path.with_name(path.name + PART)
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError where there is something already, which is never overwritten unasked."""
+    if out.exists():
+        raise UserError(f"{out} exists already: name another folder, or delete it.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """The folder to write into, which becomes the new folder `out` when the block ends well.
+
+    Nothing is left of one that fails, or of an earlier one that was killed. Raises UserError where
+    `out` exists.
+    """
+    refuse_existing(out)
+    part = out.with_name(out.name + PART)
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
