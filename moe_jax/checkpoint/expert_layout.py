@@ -1,5 +1,5 @@
-"""Opening a run's checkpoint on another mesh: experts keep their weights and moments, slots are
-laid out anew.
+"""Opening a run's checkpoint on another mesh: experts keep their weights and moments, and are laid
+out in the slots of another table.
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ import numpy as np
 
 from moe_jax.checkpoint.manager import Adapt, Checkpoints
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.errors import CorruptCheckpoint
+from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.models.layer_pattern import expert_layers
-from moe_jax.moe.slots import EXPERT_PATH, take_slots
+from moe_jax.models.paths import ParameterPath
+from moe_jax.moe.slots import take_slots
 from moe_jax.placement.table import Placement, slot_sources
 
 
-def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) -> Placement | None:
-    """The table of the newest readable checkpoint, as `saved_meta` finds it."""
+def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) -> Placement:
+    """The table of the newest readable checkpoint, as `saved_meta` finds it. Raises UserError where
+    there is none.
+    """
     meta = saved_meta(checkpoints, step, fallback)
-    return None if meta is None else Placement.from_json(meta["placement"])
+    if meta is None:
+        wanted = "" if step is None else f" of step {step} or before"
+        raise UserError(
+            f"{checkpoints.directory} holds no checkpoint{wanted}: train first, or name another "
+            f"run directory."
+        )
+    return Placement.from_json(meta["placement"])
 
 
 def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> dict[str, Any] | None:
@@ -64,11 +73,9 @@ def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) 
     layers = expert_layers(model, moe)
 
     def change(path: str, array: jax.Array) -> jax.Array:
-        found = EXPERT_PATH.search(path)
-        assert found is not None, path
         if array.ndim < 2:  # a placeholder of adafactor's
             return array
-        rows = np.array(layers[int(found[1]), int(found[2])])
+        rows = np.array(layers[ParameterPath.parse(path).layer_block])
         return take_slots(array, sources_LP[rows])
 
-    return Adapt(lambda path: not same and EXPERT_PATH.search(path) is not None, change)
+    return Adapt(lambda path: not same and ParameterPath.parse(path).is_expert, change)

@@ -273,14 +273,14 @@ class Checkpoints:
     # Restoring
 
     def restore(
-        self, step: int, target: Any, adapt: Adapt | None = None, partial: bool = False
+        self, step: int, target: Any, adapt: Adapt | None = None, subset: bool = False
     ) -> Any:
         """The state of a step with the structure, dtypes and shardings of `target`, every byte of
         it verified.
 
         `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. An array
         whose stored shape differs, or which `adapt` concerns, is read whole onto every device and
-        goes through it; what that returns is placed as the target says. With `partial` the target
+        goes through it; what that returns is placed as the target says. With `subset` the target
         may leave arrays out, such as the optimizer's for sampling. Raises `CorruptCheckpoint`
         naming the file or array that is damaged, `UserError` for no such step and for arrays that
         are missing, unexpected, of another dtype or, without `adapt`, of another shape.
@@ -291,7 +291,7 @@ class Checkpoints:
             manifest = _read_manifest(path)
             wanted = orbax_io.flatten(target)
             stored = manifest["arrays"]
-            orbax_io.match(path, wanted, stored, adapt is not None, partial)
+            orbax_io.match(path, wanted, stored, adapt is not None, subset)
             integrity.verify_directory(path, manifest)
             reshaped = {
                 name for name, leaf in wanted.items() if tuple(stored[name]["shape"]) != leaf.shape
@@ -320,7 +320,7 @@ class Checkpoints:
         adapt: Callable[[dict[str, Any]], Adapt] | None = None,
         step: int | None = None,
         fallback: bool = False,
-        partial: bool = False,
+        subset: bool = False,
     ) -> Restored:
         """Restore the newest step, or `step`; with `fallback`, the newest before it that is not
         damaged.
@@ -346,7 +346,7 @@ class Checkpoints:
             try:
                 meta = self.read_meta(candidate)
                 state = self.restore(
-                    candidate, target, None if adapt is None else adapt(meta), partial
+                    candidate, target, None if adapt is None else adapt(meta), subset
                 )
                 return Restored(state, meta, candidate, skipped)
             except CorruptCheckpoint as error:

@@ -64,13 +64,13 @@ def read(path: Path, asked: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Ar
 
 
 def match(
-    path: Path, wanted: dict[str, Any], stored: dict[str, Any], adaptable: bool, partial: bool
+    path: Path, wanted: dict[str, Any], stored: dict[str, Any], adaptable: bool, subset: bool
 ) -> None:
     """Refuse the checkpoint of another model."""
     other = "it is of another model, use the configuration that it was saved with."
     for name in sorted(wanted.keys() - stored.keys()):
         raise UserError(f"{path} has no array {name}: {other}")
-    for name in () if partial else sorted(stored.keys() - wanted.keys()):
+    for name in () if subset else sorted(stored.keys() - wanted.keys()):
         raise UserError(f"{path} has an array {name} that the model does not: {other}")
     for name, leaf in wanted.items():
         shape, dtype = tuple(stored[name]["shape"]), stored[name]["dtype"]

@@ -14,7 +14,7 @@ from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.inference import AsJson, Dtype, ExpertCacheSize, Fallback, Mesh, Quantize, Step
 from moe_jax.cli.model_options import QUANTIZED, one_of, parse_mesh
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import DTYPES, check_step
+from moe_jax.model_io.source import DTYPES, check_step, find
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import parse_bytes
 
@@ -116,10 +116,9 @@ def inspect(
     limit = None if memory is None else parse_bytes(memory)
     from moe_jax.inference.inspect import inspect as plan
     from moe_jax.inference.inspect import print_inspection, to_json
-    from moe_jax.model_io.describe import describe
 
     with explained_disk_errors(model):
-        described = describe(model)
+        described = find(model).describe()
     types: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "group": group}
     found = plan(
         described,

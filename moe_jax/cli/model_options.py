@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import DTYPES, HUB_NAME, check_step
+from moe_jax.model_io.source import DTYPES, HUB_NAME, check_step, is_run
 from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.devices import start_devices
 from moe_jax.utils.units import parse_bytes
@@ -98,7 +98,7 @@ class ModelChoice:
     @property
     def is_run(self) -> bool:
         """Whether it is a directory that `moe-jax train` wrote."""
-        return (self.path / "config.yaml").is_file()
+        return is_run(self.path)
 
     def open(self, check: Callable[[Tokenizer, int], None] | None = None) -> Opened:
         """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before

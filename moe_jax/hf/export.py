@@ -1,13 +1,13 @@
 """Writing a Hugging Face folder that transformers loads: config.json, safetensors shards, the
 tokenizer's files.
 
-Everything goes into `OUT.part`, which is renamed once it is whole, so that OUT is never half a
-checkpoint.
+Everything goes into a new folder, which becomes OUT once it is whole.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +21,8 @@ from moe_jax.errors import UserError
 from moe_jax.hf.checkpoint import Layout, half_split, make_layout
 from moe_jax.hf.config import CONFIG, map_config
 from moe_jax.hf.safetensors import FILE_DTYPES, INDEX, SINGLE
-from moe_jax.hf.tensor_names import TensorPlan
+from moe_jax.hf.tensor_names import EXPERT_AXIS, HALF_AXIS, TensorPlan
+from moe_jax.utils.files import new_folder, replace_text
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
@@ -56,8 +57,6 @@ def export(
     tokenizer are copied from `tokenizer_from`. A quantisation in `config` is dropped, as weights
     are written plain. Raises UserError if `out` is there or the disk is full.
     """
-    if out.exists():
-        raise UserError(f"{out} is there already: name a folder that is not, or remove it.")
     config = {
         key: value
         for key, value in config.items()
@@ -70,22 +69,17 @@ def export(
             f"{family} has no place for the routers' selection bias (moe.bias_rate): train with "
             f"moe.bias_rate=0 to export."
         )
-    part = out.with_name(out.name + ".part")
     try:
-        if part.exists():
-            shutil.rmtree(part)  # left by an export that was killed
-        part.mkdir(parents=True)
-        writer = _Writer(part, shard_bytes)
-        for name, array in _tensors(layout, leaf, bias_LE):
-            writer.add(name, array)
-        writer.finish()
-        _write_text(
-            part / CONFIG, json.dumps(config | {"torch_dtype": writer.dtype}, indent=2) + "\n"
-        )
-        for pattern in TOKENIZER_FILES if tokenizer_from else ():
-            for path in sorted(Path(tokenizer_from or "").glob(pattern)):
-                shutil.copyfile(path, part / path.name)
-        part.rename(out)
+        with new_folder(out) as part:
+            writer = _Writer(part, shard_bytes)
+            for name, array in _tensors(layout, leaf, bias_LE):
+                writer.add(name, array)
+            writer.finish()
+            text = json.dumps(config | {"torch_dtype": writer.dtype}, indent=2) + "\n"
+            replace_text(part / CONFIG, text, durable=True)
+            for pattern in TOKENIZER_FILES if tokenizer_from else ():
+                for path in sorted(Path(tokenizer_from or "").glob(pattern)):
+                    shutil.copyfile(path, part / path.name)
     except OSError as error:
         why = (
             "the disk is full"
@@ -95,68 +89,47 @@ def export(
         raise UserError(
             f"{out} cannot be written ({why}): free some space or name another folder."
         ) from None
-    finally:
-        if part.exists():
-            shutil.rmtree(part)
 
 
 def _tensors(
     layout: Layout, leaf: Callable[[str], np.ndarray], bias_LE: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file, contiguous, in memory of its own."""
-    for path, found in layout.plans.items():
-        yield from _split(found, leaf(path), layout)
+    for path, plan in layout.plans.items():
+        yield from _split(plan, leaf(path), layout.rotated)
     if layout.bias is not None:
-        layers = layout.bias.leaf.layers or ()
-        rows = (
-            np.zeros((len(layers), layout.experts), np.float32)
-            if bias_LE is None
-            else bias_LE.astype(np.float32)
-        )
-        for layer, row_E in zip(layers, rows, strict=True):
+        bias = layout.bias.parameter
+        rows = np.zeros(bias.stacked_shape, np.float32) if bias_LE is None else bias_LE
+        for layer, row_E in zip(bias.layers or (), rows.astype(np.float32), strict=True):
             yield layout.bias.tensor(layer, None, None), row_E
 
 
-def _split(
-    found: TensorPlan, array: np.ndarray, layout: Layout
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that a leaf becomes."""
-    whole = tuple(layout.size[dim] for dim in found.leaf.dims)
-    layers = found.leaf.layers
-    if array.shape != (whole if layers is None else (len(layers), *whole)):
+def _split(plan: TensorPlan, array: np.ndarray, rotated: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that a parameter becomes."""
+    parameter = plan.parameter
+    if array.shape != parameter.stacked_shape:
         raise ValueError(
-            f"{found.leaf.name} has the shape {array.shape}, not {whole} in each of {layers}"
+            f"{parameter.path.text} has the shape {array.shape}, not {parameter.stacked_shape}"
         )
-    dims = [
-        dim
-        for dim in found.leaf.dims
-        if not (dim == "P" and found.by_expert) and not (dim == "C" and found.by_half)
-    ]
-    axes = [dims.index(dim) for group in found.dims for dim in group]
-    turned = np.argsort(half_split(whole[-1], layout.rotated)) if found.stored.interleaved else None
-    for at, layer in enumerate(layers or (None,)):
+    apart = {EXPERT_AXIS: plan.by_expert, HALF_AXIS: plan.by_half}  # a tensor for each entry
+    axes = [axis for axis in parameter.axes if not apart.get(axis)]
+    order = [axes.index(axis) for axis in plan.axes]
+    turned = (
+        np.argsort(half_split(parameter.shape[-1], rotated)) if plan.stored.interleaved else None
+    )
+    numbers = [range(plan.sizes[axis]) if is_apart else [None] for axis, is_apart in apart.items()]
+    for at, layer in enumerate(parameter.layers or (None,)):
         of_layer = array if layer is None else array[at]
-        for expert in range(layout.experts if found.by_expert else 1):
-            for half in range(len(found.names)):
-                # C stands behind P and D in every leaf, and those that are apart are in front of
-                # what is left.
-                index = tuple(
-                    expert
-                    if dim == "P" and found.by_expert
-                    else half
-                    if dim == "C" and found.by_half
-                    else slice(None)
-                    for dim in found.leaf.dims
-                )
-                piece = of_layer[index]
-                piece = piece if turned is None else piece.take(turned, axis=-1)
-                name = found.tensor(
-                    layer, expert if found.by_expert else None, half if found.by_half else None
-                )
-                yield (
-                    name,
-                    np.array(piece.transpose(axes), order="C").reshape(found.shape(layout.size)),
-                )
+        for expert, half in itertools.product(*numbers):
+            # Those that are apart have a number, and the dims that are left keep their order.
+            number = {EXPERT_AXIS: expert, HALF_AXIS: half}
+            index = tuple(
+                number[axis] if apart.get(axis) else slice(None) for axis in parameter.axes
+            )
+            piece = of_layer[index]
+            piece = piece if turned is None else piece.take(turned, axis=-1)
+            tensor = np.array(piece.transpose(order), order="C").reshape(plan.shape)
+            yield plan.tensor(layer, expert, half), tensor
 
 
 class _Writer:
@@ -196,7 +169,8 @@ class _Writer:
                 for tensor in tensors
             }
             index = {"metadata": {"total_size": self._total}, "weight_map": weights}
-            _write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+            text = json.dumps(index, indent=2) + "\n"
+            replace_text(self.folder / INDEX, text, durable=True)
 
     def _flush(self) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -219,10 +193,3 @@ class _Writer:
             os.fsync(file.fileno())
         self._shards.append(list(self._waiting))
         self._waiting, self._bytes = {}, 0
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

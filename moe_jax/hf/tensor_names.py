@@ -1,14 +1,15 @@
-"""From leaves of the parameter tree to tensors of a file: what a family's name table says, and what
-follows from it.
+"""From our parameters to tensors of a file: what a family's name table says, and what follows from
+it.
 
-A table gives, for each leaf of a block (and the few of the whole model), the name of its tensor.
-Most are Linear weights [outputs, inputs], whose dimensions follow from ours (`leaves.file_dims`),
-so that a table is nearly pure names:
+A table gives, for each parameter of a layer (and the few of the whole model), the name of its
+tensor. Most are Linear weights [outputs, inputs], whose dims follow from ours (`linear_axes`), so
+that a table is nearly pure names:
 
     "attention/query": "self_attn.q_proj.weight"                        one tensor
     "mlp/gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight")       gate and up apart
     "mlp/experts/down": "mlp.experts.{expert}.down_proj.weight"         each expert apart
-    "mlp/experts/gate_up": Stored("mlp.experts.gate_up_proj", "P D (I C)")   a layout of its own
+    "mlp/experts/down": Stored("mlp.experts.down_proj", "slots expert_hidden slot_width")
+                                                                        a layout of its own
 """
 
 from __future__ import annotations
@@ -18,27 +19,28 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_jax.models.parameters import Dims, Leaf
+from moe_jax.models.parameters import Parameter
 
-# Matrices whose first dimension is their output; of all others it is the input.
-OUTPUT_FIRST = frozenset(("out", "down", "shared_down"))
+Axes = tuple[str, ...]  # logical names of dims
+EXPERT_AXIS, HALF_AXIS = "slots", "gate_up"  # of an expert's number, and of gate (0) and up (1)
 
 
-def file_dims(leaf: Leaf, apart: str) -> tuple[Dims, ...]:
-    """How a Linear layer stores a leaf: outputs, then inputs, each merged into one dimension.
+def linear_axes(parameter: Parameter, apart: Axes) -> tuple[Axes, ...]:
+    """How a Linear layer stores a parameter: outputs, then inputs, each merged into one dim.
 
-    The dimensions in `apart` (C, P) are not in the tensor, as each of their entries has one of its
-    own.
+    The axes in `apart` are not in the tensor, as each of their entries has a tensor of its own.
     """
-    dims = tuple(dim for dim in leaf.dims if dim not in apart)
-    last = leaf.name.rsplit("/", 1)[-1]
-    if last in ("scale", "sinks", "bias") or last.endswith("_bias"):
-        return (dims,)
-    return (dims[:1], dims[1:]) if last in OUTPUT_FIRST else (dims[1:], dims[:1])
+    axes = tuple(axis for axis in parameter.axes if axis not in apart)
+    if not parameter.path.is_matrix:
+        return (axes,)
+    outputs_first = parameter.path.is_output_first
+    return (axes[:1], axes[1:]) if outputs_first else (axes[1:], axes[:1])
 
 
-def parse_dims(layout: str) -> tuple[Dims, ...]:
-    """`P D (I C)` as a tensor's dimensions, of which brackets merge several into one."""
+def parse_layout(layout: str) -> tuple[Axes, ...]:
+    """`slots slot_width (expert_hidden gate_up)` as a tensor's dims, of which brackets merge
+    several into one.
+    """
     return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", layout))
 
 
@@ -49,7 +51,7 @@ SELECTION_BIAS = "selection_bias"
 
 
 class Stored(NamedTuple):
-    """How a leaf is stored."""
+    """How a parameter is stored."""
 
     name: (
         str | tuple[str, str]
@@ -105,12 +107,12 @@ EXPERTS: Names = {
 
 
 class TensorPlan(NamedTuple):
-    """A leaf and its tensors."""
+    """A parameter and its tensors."""
 
-    leaf: Leaf
+    parameter: Parameter
     stored: Stored
     names: tuple[str, ...]  # one, or one for gate and one for up
-    dims: tuple[Dims, ...]  # of each tensor, merged groups
+    groups: tuple[Axes, ...]  # the dims of each tensor, each of one or several of ours
 
     @property
     def by_expert(self) -> bool:
@@ -122,6 +124,22 @@ class TensorPlan(NamedTuple):
         """Whether gate and up have a tensor each."""
         return len(self.names) == 2
 
+    @property
+    def axes(self) -> Axes:
+        """The dims of each tensor in the order of the file, none merged."""
+        return tuple(axis for group in self.groups for axis in group)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each dim of the parameter."""
+        return dict(zip(self.parameter.axes, self.parameter.shape, strict=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of each tensor, as if it were not quantised."""
+        sizes = self.sizes
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+
     def tensor(self, layer: int | None, expert: int | None, half: int | None) -> str:
         """The name of the tensor of one layer that holds an expert's gate (0) or up (1), where
         these are apart.
@@ -131,29 +149,25 @@ class TensorPlan(NamedTuple):
             layer=layer, expert=expert
         )
 
-    def tensors(self, experts: int) -> Iterator[str]:
-        """The names of all tensors of the leaf, in a model with this many experts."""
-        for layer in self.leaf.layers or (None,):
-            for expert in range(experts if self.by_expert else 1):
+    def tensors(self) -> Iterator[str]:
+        """The names of all tensors of the parameter."""
+        for layer in self.parameter.layers or (None,):
+            for expert in range(self.sizes[EXPERT_AXIS] if self.by_expert else 1):
                 for half in range(len(self.names)):
                     yield self.tensor(layer, expert, half)
 
-    def shape(self, size: dict[str, int]) -> tuple[int, ...]:
-        """The shape of each tensor, as if it were not quantised."""
-        return tuple(math.prod(size[dim] for dim in group) for group in self.dims)
 
-
-def plan_tensors(leaf: Leaf, names: Names) -> TensorPlan | None:
-    """How a family stores a leaf; None where its table has no place for it."""
-    entry = names.get(leaf.name)
+def plan_tensors(parameter: Parameter, names: Names) -> TensorPlan | None:
+    """How a family stores a parameter; None where its table has no place for it."""
+    entry = names.get(parameter.path.within)
     if entry is None:
         return None
     stored = entry if isinstance(entry, Stored) else Stored(entry)
     tensors = (stored.name,) if isinstance(stored.name, str) else stored.name
-    apart = ("P" if "{expert}" in tensors[0] else "") + ("C" if len(tensors) == 2 else "")
+    apart = (EXPERT_AXIS,) * ("{expert}" in tensors[0]) + (HALF_AXIS,) * (len(tensors) == 2)
     return TensorPlan(
-        leaf,
+        parameter,
         stored,
         tensors,
-        parse_dims(stored.layout) if stored.layout else file_dims(leaf, apart),
+        parse_layout(stored.layout) if stored.layout else linear_axes(parameter, apart),
     )

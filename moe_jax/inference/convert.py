@@ -13,9 +13,8 @@ from moe_jax.inference import packed_checkpoint
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.load import find_folder, open_model
 from moe_jax.inference.memory import device_bytes
-from moe_jax.model_io import packed_header
-from moe_jax.model_io.describe import describe
-from moe_jax.model_io.source import HUB_NAME
+from moe_jax.model_io.source import HUB_NAME, PackedSource, find
+from moe_jax.utils.files import refuse_existing
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
 
@@ -37,16 +36,16 @@ def convert(
     UserError for what cannot be opened, where `out` exists, and where its disk has no room; nothing
     is left of `out` then.
     """
-    if packed_header.is_packed(path):
-        raise UserError(
-            f"{path} is converted already: name the folder or the run that it was made from."
-        )
-    if out.exists():
-        raise UserError(f"{out} exists already: name another folder, or delete it.")
+    refuse_existing(out)
     if not path.exists() and not re.fullmatch(HUB_NAME, str(path)):
         raise UserError(f"{path} does not exist: give a Hugging Face folder or a run directory.")
     path = find_folder(path)
-    described = describe(path)
+    source = find(path)
+    if isinstance(source, PackedSource):
+        raise UserError(
+            f"{path} is converted already: name the folder or the run that it was made from."
+        )
+    described = source.describe()
     loaded = open_model(
         path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback
     )

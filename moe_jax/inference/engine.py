@@ -30,8 +30,9 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.models.batch import LayerCache, NewTokens
 from moe_jax.models.layer_pattern import layer_kinds, stack_layers
+from moe_jax.models.paths import ParameterPath
 from moe_jax.models.transformer import Transformer
-from moe_jax.models.weight_layout import BACKWARD, WeightPlan, bytes_of, plan_weight
+from moe_jax.models.weight_layout import WeightPlan, bytes_of, plan_weight
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
 from moe_jax.ops.quantized import Kind
@@ -107,11 +108,13 @@ class Engine:
             # Dims that are summed over are the last ones, and cut where heads or hidden dims are.
             cut = (
                 [axis for axes in variable.get_metadata("mesh_axes")[-2:] for axis in axes]
-                if keys[-1] in BACKWARD
+                if ParameterPath.parse(path).is_output_first
                 else []
             )
             parts = math.prod(self.mesh.shape[axis] for axis in cut)
-            found[path] = plan_weight(path, shape, names, spec, self.dtype, kind, group, parts)
+            found[path] = plan_weight(
+                path, shape, names, spec, dtype=self.dtype, kind=kind, group=group, parts=parts
+            )
         return found
 
     def tree(self, by_path: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """What a model would take on a mesh, from config.json and safetensors headers alone: no device, no
 weights.
 
-found = inspect(describe(Path("Qwen3-30B-A3B")), mesh=MeshConfig(expert=2), quantize="int4")
+found = inspect(find(Path("Qwen3-30B-A3B")).describe(), mesh=MeshConfig(expert=2), quantize="int4")
 found.held_bytes                                           # of weights, on each device
 print_inspection(found)
 
@@ -23,8 +23,9 @@ from moe_jax.errors import UserError
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.offload import check_size
 from moe_jax.inference.session import room
-from moe_jax.model_io.describe import CONVERTED, PARAMETER_KINDS, Description, by_kind
+from moe_jax.model_io.describe import Description
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
+from moe_jax.models.parameters import PARAMETER_KINDS, by_kind
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.collectives import AXES
 from moe_jax.placement.table import EMPTY, Placement, contiguous
@@ -84,7 +85,7 @@ def inspect(
     another type, or the experts' cache cannot be.
     """
     model, moe, mesh = described.model, described.moe, mesh or MeshConfig()
-    if described.source == CONVERTED:
+    if described.packed:
         _refuse_other_types(described, dtype, quantize)
         group = described.group
     kind: Any = quantize or described.quantization

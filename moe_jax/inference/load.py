@@ -33,6 +33,7 @@ from moe_jax.inference.offload import check_size, offload
 from moe_jax.inference.session import LoadedModel, Session
 from moe_jax.model_io import packed_header
 from moe_jax.model_io.describe import read_kept_config
+from moe_jax.model_io.source import PackedSource, RunSource, find
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.models.weight_layout import WeightPlan, bytes_of
 from moe_jax.moe.tables import make_tables
@@ -87,12 +88,13 @@ def open_model(
     devices = make_mesh(mesh, jax.devices()[: mesh.size])
     options = {"quantization": quantize or "float", "group": group}
     before = Before(memory, context, check, expert_cache)
-    if packed_header.is_packed(path):
+    source = find(find_folder(path))
+    if isinstance(source, PackedSource):
         loaded = _open_converted(path, devices, dtype, quantize, before)
-    elif (path / "config.yaml").is_file():
+    elif isinstance(source, RunSource):
         loaded = _open_run(path, devices, _dtype(dtype), options, before, step, fallback)
     else:
-        loaded = _open_hf(find_folder(path), devices, _dtype(dtype), options, before)
+        loaded = _open_hf(source.path, devices, _dtype(dtype), options, before)
     if expert_cache is not None:
         assert isinstance(loaded.engine, Engine)
         engine, params = offload(loaded.engine, loaded.params, expert_cache)
@@ -326,12 +328,6 @@ def _open_run(
         path / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
     )
     saved = expert_layout.saved_placement(checkpoints, step, fallback)
-    if saved is None:
-        wanted = "" if step is None else f" of step {step} or before"
-        raise UserError(
-            f"{path / 'checkpoints'} holds no checkpoint{wanted}: train first, or name another "
-            f"run directory."
-        )
     moe = dataclasses.replace(config.moe, dropless=True)
     placement = restore.serving_placement(saved, mesh.shape["expert"])
     vocab_size = config.model.vocab_size or tokenizer.vocab_size

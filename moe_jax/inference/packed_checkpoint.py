@@ -31,6 +31,7 @@ from moe_jax.models.weight_layout import WeightPlan
 from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import contiguous
+from moe_jax.utils.files import new_folder
 from moe_jax.utils.units import gibibytes
 
 
@@ -48,19 +49,13 @@ def write_packed(
     Nothing is left of a write that fails. Raises UserError where OUT exists, or its disk has no
     room.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: name another folder, or delete it.")
     engine = loaded.engine
     layers, experts = count_moe_layers(engine.model, engine.moe), engine.moe.num_experts
     if not np.array_equal(
         engine.placement.physical_to_logical, contiguous(layers, experts, 1).physical_to_logical
     ):
         raise ValueError("experts must lie in logical order: open the model on one device")
-    part = out.with_name(out.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(out) as part:
         _check_room(out, part, loaded.params)
         state = {"params": loaded.params, "bias": loaded.tables.bias_E}
         Checkpoints(part / "weights", 1, 0).save(
@@ -90,10 +85,6 @@ def write_packed(
             "moe": dataclasses.asdict(header.moe),
         }
         (part / PACKED_HEADER).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _check_room(out: Path, part: Path, params: Any) -> None:

@@ -53,6 +53,6 @@ def restore_model(
         adapt_to(engine.model, engine.moe, engine.placement),
         step=step,
         fallback=fallback,
-        partial=True,
+        subset=True,
     )
     return found.state["params"], found.state["tables"]["bias_E"]

@@ -1,4 +1,4 @@
-"""From what we hold to a Hugging Face folder: a run, or a converted folder that is not quantised.
+"""From what we hold to a Hugging Face folder: a run, or a packed folder that is not quantised.
 
 print(publish(Path("runs/first"), Path("first-hf"), dtype="bfloat16"))
 """
@@ -15,8 +15,8 @@ import numpy as np
 from moe_jax import hf
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.data.tokenizer_files import copy_tokenizer, write_byte_tokenizer
-from moe_jax.model_io.describe import RUN, Description, describe
-from moe_jax.model_io.weights import open_weights
+from moe_jax.model_io.describe import Description
+from moe_jax.model_io.source import RunSource, find
 from moe_jax.profiling.flops import parameter_counts
 from moe_jax.utils.progress import byte_progress
 
@@ -24,7 +24,7 @@ _TYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def publish(
-    source: Path,
+    path: Path,
     out: Path,
     *,
     dtype: str | None = None,
@@ -40,12 +40,13 @@ def publish(
     Raises UserError where `out` exists, no family can express the model, or the disk is full;
     nothing is left of `out` then.
     """
-    described = describe(source)
+    source = find(path)
+    described = source.describe()
     family, config = _config(described)
-    weights = open_weights(source, described, step=step, fallback=fallback)
+    weights = source.weights(step=step, fallback=fallback)
     total = parameter_counts(described.model, described.moe, described.vocab_size)[0]
     # A run's masters are f32 whatever it computes in.
-    wanted = dtype or ("float32" if described.source == RUN else described.dtype)
+    wanted = dtype or ("float32" if isinstance(source, RunSource) else described.dtype)
     with (
         tempfile.TemporaryDirectory() as folder,
         byte_progress("exporting", total * np.dtype(_TYPES[wanted]).itemsize) as done,
@@ -63,7 +64,7 @@ def publish(
             return array
 
         hf.export(out, family, config, leaf, bias_LE=weights.bias_LE, tokenizer_from=files)
-    return f"{out}: {family}, {total:,} parameters in {wanted}, from {source}."
+    return f"{out}: {family}, {total:,} parameters in {wanted}, from {path}."
 
 
 def _config(described: Description) -> tuple[str, dict[str, Any]]:

@@ -1,19 +1,23 @@
-"""The header of a packed folder: what `moe-jax convert` says of the model that it saved."""
+"""The header of a packed folder: what `moe-jax convert` says of the model that it saved.
+
+What reads it is imported when it is read: command lines only ask whether there is one.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from moe_jax.config.load import section_from_dict
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.ops.quantized import Kind
+
+if TYPE_CHECKING:
+    from moe_jax.ops.quantized import Kind
 
 PACKED_HEADER, PACKED_FORMAT = "moe_jax.json", 1
-
-KEPT_CONFIG = "hf_config.json"  # of the Hugging Face model that this one comes from, for an export
+# The config.json of the Hugging Face model that this one comes from, for an export.
+KEPT_CONFIG = "hf_config.json"
 
 
 class PackedHeader(NamedTuple):
@@ -32,13 +36,10 @@ class PackedHeader(NamedTuple):
     tokenizer: str  # "bytes", or "files" in OUT/tokenizer
 
 
-def is_packed(path: Path) -> bool:
-    """Whether `convert` wrote this folder."""
-    return (path / PACKED_HEADER).is_file()
-
-
 def read_packed_header(path: Path) -> PackedHeader:
     """Raises UserError for one that cannot be read."""
+    from moe_jax.config.load import section_from_dict
+
     try:
         values = json.loads((path / PACKED_HEADER).read_text(encoding="utf-8"))
         if values["format"] != PACKED_FORMAT:

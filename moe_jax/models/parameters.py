@@ -1,146 +1,116 @@
-"""The parameter tree of the model as a table: which leaves a configuration has, and the dimensions
-of each.
+"""The tree of parameters as a table, read from the abstract model: what each array is and which
+layers it belongs to.
 
-Dimensions are letters of the legend in docs/architecture.md, so that shapes, and the order of
-dimensions in files, can be derived from them. Further letters: C is 2 (gate and up), N the
-unrotated part of a latent head with its value (U) beside it, X and Y the ranks of queries and of
-keys and values, Z the rank Y with the rotated key beside it, M the hidden width of the shared
-experts, "1" is 1.
+    for parameter in parameters(model, moe, vocab_size).values():
+        parameter.path.text, parameter.axes, parameter.shape, parameter.layers
+
+Nothing about the tree is written a second time: names and shapes are those of the modules, and the
+logical axes those that each `param(...)` names (see parallel/sharding.py).
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import NamedTuple
 
+from flax import nnx
+
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.models.layer_pattern import LayerKind, layer_kinds, stack_layers
+from moe_jax.models.layer_pattern import layer_kinds, stack_layers
+from moe_jax.models.paths import ParameterPath
+from moe_jax.models.transformer import Transformer
 
-Dims = tuple[str, ...]
+PARAMETER_KINDS = (
+    "embedding",
+    "attention",
+    "dense feed-forward",
+    "experts",
+    "shared experts",
+    "routers",
+    "norms",
+    "head",
+)
 
 
-class Leaf(NamedTuple):
-    """One leaf of the tree: an array with a leading dimension of `layers`, or one of the whole
-    model (no layers).
+class Parameter(NamedTuple):
+    """One array of the tree: stacked over `layers`, or one of the whole model (no layers)."""
+
+    path: ParameterPath
+    axes: tuple[str, ...]  # the logical name of each dim, without the layers'
+    shape: tuple[int, ...]  # of the same dims; experts are in logical order, one slot each
+    layers: tuple[int, ...] | None  # the number of each layer in the model
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """The shape in the tree, layers first where it has any."""
+        return self.shape if self.layers is None else (len(self.layers), *self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has, in all layers."""
+        return math.prod(self.stacked_shape)
+
+    def active_size(self, moe: MoEConfig) -> int:
+        """Those that one token uses: of the experts, `top_k`."""
+        return self.size // moe.num_experts * moe.top_k if self.path.is_expert else self.size
+
+
+@functools.lru_cache(maxsize=16)
+def parameters(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int
+) -> MappingProxyType[str, Parameter]:
+    """Every parameter by its path, such as `stacks/0/blocks/1/mlp/experts/gate_up`, in tree
+    order.
     """
-
-    name: str  # within its block, or in the tree when it is of the whole model
-    dims: Dims  # without the layers
-    layers: tuple[int, ...] | None
-
-
-def sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> dict[str, int]:
-    """The size of each dimension."""
-    latent = model.latent
-    return {
-        "D": model.width,
-        "V": vocab_size,
-        "H": model.num_heads,
-        "G": model.num_kv_heads,
-        "Q": model.query_width,
-        "U": model.value_width,
-        "N": model.head_width + model.value_width,
-        "X": latent.q_rank or 0,
-        "Y": latent.kv_rank,
-        "Z": latent.kv_rank + latent.rope_width,
-        "F": model.hidden,
-        "I": moe.hidden,
-        "M": moe.shared_width,
-        "E": moe.num_experts,
-        "P": moe.num_experts,
-        "C": 2,
-        "1": 1,
-    }
+    abstract = nnx.eval_shape(lambda: Transformer(model, moe, vocab_size, rngs=nnx.Rngs(0)))
+    layers_of = _layers_of_blocks(model, moe)
+    table = {}
+    for keys, variable in nnx.to_flat_state(nnx.state(abstract)):
+        path = ParameterPath.parse("/".join(map(str, keys)))
+        axes, shape = variable.get_metadata("axes"), variable.get_value().shape
+        layers = None if path.stack is None else layers_of[path.layer_block]
+        shape = shape if layers is None else shape[1:]
+        assert len(axes) == len(shape), path.text
+        table[path.text] = Parameter(path, axes, shape, layers)
+    return MappingProxyType(table)
 
 
-def leaves(model: ModelConfig, moe: MoEConfig) -> dict[str, Leaf]:
-    """Every leaf of the tree by its path, such as `stacks/0/blocks/1/mlp/experts/gate_up`."""
-    found = {
-        "embedding": Leaf("embedding", ("D", "V"), None),
-        "final_norm/scale": Leaf("final_norm/scale", ("D",), None),
-    }
-    if not model.tied_embeddings:
-        found["head"] = Leaf("head", ("D", "V"), None)
-    start = 0
+def _layers_of_blocks(model: ModelConfig, moe: MoEConfig) -> dict[tuple[int, int], tuple[int, ...]]:
+    """For block j of stack i, the number of each of its repeats among all layers."""
+    layers_of, start = {}, 0
     for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(model, moe))):
-        for j, kind in enumerate(kinds):
-            layers = tuple(start + repeat * len(kinds) + j for repeat in range(repeats))
-            for name, dims in block_dims(model, moe, kind).items():
-                found[f"stacks/{i}/blocks/{j}/{name}"] = Leaf(name, dims, layers)
-        start += len(kinds) * repeats
-    return found
+        end = start + len(kinds) * repeats
+        for j in range(len(kinds)):
+            layers_of[i, j] = tuple(range(start + j, end, len(kinds)))
+        start = end
+    return layers_of
 
 
-def block_dims(model: ModelConfig, moe: MoEConfig, kind: LayerKind) -> dict[str, Dims]:
-    """The leaves of one layer and their dimensions."""
-    found = {"attention_norm/scale": "D", "mlp_norm/scale": "D"}
-    found |= _latent_attention(model) if model.latent.kv_rank else _attention(model)
-    found |= _experts(moe) if kind.moe else _feed_forward(model)
-    return {name: tuple(dims.split()) for name, dims in found.items()}
-
-
-def _attention(model: ModelConfig) -> dict[str, str]:
-    found = {
-        "attention/query": "D H Q",
-        "attention/key": "D G Q",
-        "attention/value": "D G Q",
-        "attention/out": "D H U",
+def kind_of(path: str) -> str:
+    """Which of `PARAMETER_KINDS` a path of the tree is."""
+    if path in ("embedding", "head"):
+        return path
+    parsed = ParameterPath.parse(path)
+    if parsed.name == "scale":
+        return "norms"
+    kinds = {
+        "attention/": "attention",
+        "mlp/router/": "routers",
+        "mlp/experts/": "experts",
+        "mlp/shared_": "shared experts",
     }
-    if model.qkv_bias:
-        found |= {
-            "attention/query_bias": "H Q",
-            "attention/key_bias": "G Q",
-            "attention/value_bias": "G Q",
-        }
-    if model.qk_norm:
-        over = model.qk_norm_over == "width"
-        found |= {
-            "attention/query_norm/scale": "H Q" if over else "Q",
-            "attention/key_norm/scale": "G Q" if over else "Q",
-        }
-    if model.sinks:
-        found["attention/sinks"] = "H"
-    return found | ({"attention/out_bias": "D"} if model.out_bias else {})
+    return next(
+        (kind for start, kind in kinds.items() if parsed.within.startswith(start)),
+        "dense feed-forward",
+    )
 
 
-def _latent_attention(model: ModelConfig) -> dict[str, str]:
-    found = {
-        "attention/kv_down": "D Z",
-        "attention/kv_norm/scale": "Y",
-        "attention/kv_up": "Y H N",
-        "attention/out": "D H U",
-    }
-    if model.latent.q_rank:
-        found |= {
-            "attention/query_down": "D X",
-            "attention/query_norm/scale": "X",
-            "attention/query_up": "X H Q",
-        }
-    else:
-        found["attention/query"] = "D H Q"
-    if model.qkv_bias:
-        found |= {"attention/kv_down_bias": "Z"} | (
-            {"attention/query_down_bias": "X"} if model.latent.q_rank else {}
-        )
-    return found | ({"attention/out_bias": "D"} if model.out_bias else {})
-
-
-def _feed_forward(model: ModelConfig) -> dict[str, str]:
-    found = {"mlp/gate_up": "D C F", "mlp/down": "D F"}
-    return found | ({"mlp/gate_up_bias": "C F", "mlp/down_bias": "D"} if model.mlp_bias else {})
-
-
-def _experts(moe: MoEConfig) -> dict[str, str]:
-    found = {
-        "mlp/router/weight": "D E",
-        "mlp/experts/gate_up": "P D C I",
-        "mlp/experts/down": "P D I",
-    }
-    if moe.router_bias:
-        found["mlp/router/bias"] = "E"
-    if moe.expert_bias:
-        found |= {"mlp/experts/gate_up_bias": "P C I", "mlp/experts/down_bias": "P D"}
-    if moe.shared_width:
-        found |= {"mlp/shared_gate_up": "D C M", "mlp/shared_down": "D M"}
-    if moe.shared_gate:
-        found["mlp/shared_gate"] = "D 1"
-    return found
+def by_kind(paths: Iterable[str], count: Callable[[str], int]) -> dict[str, int]:
+    """Sums of `count(path)` over the parameters of each kind, for the kinds that there are."""
+    totals = dict.fromkeys(PARAMETER_KINDS, 0)
+    for path in paths:
+        totals[kind_of(path)] += count(path)
+    return {kind: total for kind, total in totals.items() if total}

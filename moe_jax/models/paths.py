@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import jax
 
 _LAYER = re.compile(r"(?:^|/)stacks/(\d+)/blocks/(\d+)/(.+)$")
+# Matrices whose first dim (after the slots' in an expert's) is their output, the model's width; the
+# first dim of every other matrix is its input.
+_OUTPUT_FIRST = ("out", "down", "shared_down")
 
 
 class ParameterPath(NamedTuple):
@@ -31,15 +34,28 @@ class ParameterPath(NamedTuple):
         """Reads a path of keys with slashes between them; a prefix before `stacks/` is passed
         over.
         """
-        found = _LAYER.search(path)
-        if found is None:
+        match = _LAYER.search(path)
+        if match is None:
             return cls(path, None, None, path)
-        return cls(path, int(found[1]), int(found[2]), found[3])
+        return cls(path, int(match[1]), int(match[2]), match[3])
 
     @property
     def name(self) -> str:
         """The last key."""
         return self.within.rsplit("/", 1)[-1]
+
+    @property
+    def parameter(self) -> str:
+        """The path of the parameter that it is, or that it is a moment of, without what is in
+        front. For arrays of layers alone.
+        """
+        assert self.stack is not None, self.text
+        return f"stacks/{self.stack}/blocks/{self.block}/{self.within}"
+
+    @property
+    def prefix(self) -> str:
+        """What stands before that, such as `opt_state/0/mu/`; empty for a parameter itself."""
+        return self.text.removesuffix(self.parameter)
 
     @property
     def is_expert(self) -> bool:
@@ -55,6 +71,16 @@ class ParameterPath(NamedTuple):
     def is_matrix(self) -> bool:
         """Whether it multiplies: no norm's scale, no bias, no attention sink."""
         return self.name not in ("scale", "sinks") and not self.name.endswith("bias")
+
+    @property
+    def dense_counterpart(self) -> str:
+        """Where a dense layer has, within it, what this is of each expert; itself for all else."""
+        return self.within.replace("mlp/experts/", "mlp/")
+
+    @property
+    def is_output_first(self) -> bool:
+        """Whether it is a matrix whose outputs come before its inputs."""
+        return self.name in _OUTPUT_FIRST
 
     @property
     def layer_block(self) -> tuple[int, int]:

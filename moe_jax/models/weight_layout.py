@@ -1,7 +1,7 @@
-"""How a model's parameters are held for inference: which become a `Matrix`, in which order of dims,
+"""How a model's parameters are held for inference: which are packed, in which order of dims, and
 quantised how.
 
-A `Leaf` is the plan of one parameter; `Engine.leaves` has one for each path such as
+A `WeightPlan` is the plan of one parameter; `Engine.plans` has one for each path such as
 "stacks/0/blocks/0/attention/query".
 """
 
@@ -15,15 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
+from moe_jax.models.paths import ParameterPath
 from moe_jax.ops.quantized import Kind, PackedWeight, quantize
 
-PLAIN = (
-    "embedding",
-    "head",
-    "kv_up",
-)  # looked up by column, or cut across their outputs: no `Matrix`
-FLOAT = ("shared_gate", "weight")  # one output, and the router: not worth the error of quantising
-BACKWARD = ("out", "down", "shared_down")  # their outputs are the model's width
+# Looked up by column, or cut across their outputs: never packed.
+_PLAIN = ("embedding", "head", "kv_up")
+# One output, and the router: not worth the error of quantising.
+_FLOAT = ("shared_gate", "weight")
 
 
 class WeightPlan(NamedTuple):
@@ -32,8 +30,8 @@ class WeightPlan(NamedTuple):
     path: str
     shape: tuple[int, ...]  # in the training order, stacked dims first
     spec: P  # of these dims
-    order: tuple[int, ...] | None  # of the dims of the `Matrix`; None for a plain array
-    inputs: int  # trailing input dims, which the `Matrix` merges into one
+    order: tuple[int, ...] | None  # of the dims of the packed weight; None for a plain array
+    inputs: int  # trailing input dims, which the packed weight merges into one
     kind: Kind
     group: int
     dtype: Any
@@ -42,6 +40,13 @@ class WeightPlan(NamedTuple):
     def ordered(self) -> tuple[int, ...]:
         """The shape with dims in the order held, input dims apart."""
         return self.shape if self.order is None else tuple(self.shape[dim] for dim in self.order)
+
+    def unpack(self, values: Any) -> Any:
+        """An array in the training order of dims, from values held in float."""
+        if self.order is None:
+            return values
+        inverse = tuple(self.order.index(dim) for dim in range(len(self.order)))
+        return values.reshape(self.ordered).transpose(inverse)
 
     def abstract(self) -> Any:
         """Shapes and dtypes of what is held."""
@@ -88,47 +93,39 @@ class WeightPlan(NamedTuple):
 def plan_weight(
     path: str,
     shape: tuple[int, ...],
-    names: tuple[str, ...],
+    axes: tuple[str, ...],
     spec: P,
+    *,
     dtype: Any,
-    kind: Kind,
-    group: int,
-    parts: int,
+    kind: Kind = "float",
+    group: int = 64,
+    parts: int = 1,
 ) -> WeightPlan:
-    """The plan of a parameter with logical dims `names` after its stacked ones; its inputs are cut
-    into `parts`.
+    """The plan of a parameter whose dims after the stacked ones have the logical names `axes`.
 
-    Raises UserError where int4's groups do not divide it.
+    Its inputs are cut into `parts`. Raises UserError where int4's groups do not divide them.
     """
-    name, lead = path.rsplit("/", 1)[-1], len(shape) - len(names)
-    widths = [dim for dim, axis in enumerate(names) if axis in ("width", "slot_width")]
-    if name in PLAIN or not widths or len(names) < 2:
-        # Router biases and sinks meet f32 scores; norms compute in f32.
-        return WeightPlan(
-            path,
-            shape,
-            spec,
-            None,
-            0,
-            "float",
-            0,
-            jnp.float32 if name in ("scale", "sinks") or "router" in path else dtype,
-        )
-    if name in BACKWARD:
-        order, inputs = tuple(range(len(shape))), len(names) - 1 - widths[0]
+    parsed, lead = ParameterPath.parse(path), len(shape) - len(axes)
+    widths = [dim for dim, axis in enumerate(axes) if axis in ("width", "slot_width")]
+    # Router biases and sinks meet f32 scores; norms compute in f32.
+    if parsed.is_router or parsed.name in ("scale", "sinks"):
+        dtype = jnp.float32
+    if parsed.name in _PLAIN or not widths or len(axes) < 2:
+        return WeightPlan(path, shape, spec, None, 0, "float", 0, dtype)
+    if parsed.is_output_first:
+        order, inputs = tuple(range(len(shape))), len(axes) - 1 - widths[0]
     else:
         width = lead + widths[0]
         order, inputs = (*(dim for dim in range(len(shape)) if dim != width), width), 1
     last = math.prod(shape[dim] for dim in order[-inputs:])
-    wanted: Kind = "float" if name in FLOAT else kind
+    wanted: Kind = "float" if parsed.name in _FLOAT else kind
     if wanted == "int4" and (last // parts) % group:
         of = f"{last}, of which each device has {last // parts}" if parts > 1 else str(last)
         raise UserError(
             f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs "
             f"({of}): use --group 32 or --quantize int8."
         )
-    leaf_dtype = jnp.float32 if "router" in path else dtype
-    return WeightPlan(path, shape, spec, order, inputs, wanted, group, leaf_dtype)
+    return WeightPlan(path, shape, spec, order, inputs, wanted, group, dtype)
 
 
 def bytes_of(leaf: WeightPlan, parts: int = 1) -> int:

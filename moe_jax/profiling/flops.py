@@ -7,18 +7,14 @@ used.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import numpy as np
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.models.layer_pattern import layer_kinds
-from moe_jax.models.parameters import leaves, sizes
+from moe_jax.models.parameters import parameters
 
-TRAINING = (
-    3  # FLOPs of a training step over those of its forward pass: each matmul has two gradients
-)
+# FLOPs of a training step over those of its forward pass: each matmul has two gradients.
+TRAINING = 3
 
 
 # What the model needs.
@@ -29,18 +25,6 @@ def mean_visible(seq_len: int, window: int | None) -> float:
     window.
     """
     return float(np.mean(np.minimum(np.arange(1, seq_len + 1), window or seq_len)))
-
-
-def _weights(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterator[tuple[str, int, int]]:
-    """Each leaf of the parameter tree: its name within a layer, its parameters, and those of them
-    that one token uses.
-    """
-    size = sizes(model, moe, vocab_size)
-    for leaf in leaves(model, moe).values():
-        count = math.prod(size[dim] for dim in leaf.dims) * (
-            1 if leaf.layers is None else len(leaf.layers)
-        )
-        yield leaf.name, count, count // moe.num_experts * moe.top_k if "P" in leaf.dims else count
 
 
 def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: int) -> float:
@@ -55,9 +39,9 @@ def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: in
     flops = (
         2.0 * vocab_size * model.width * model.tied_embeddings
     )  # a head of its own is among the weights
-    for name, _, used in _weights(model, moe, vocab_size):
-        if name != "embedding" and not name.endswith(("scale", "sinks", "bias")):
-            flops += 2 * used
+    for path, parameter in parameters(model, moe, vocab_size).items():
+        if path != "embedding" and parameter.path.is_matrix:
+            flops += 2 * parameter.active_size(moe)
     widths = model.num_heads * (model.query_width + model.value_width)
     return flops + sum(
         2 * widths * mean_visible(seq_len, kind.window) for kind in layer_kinds(model, moe)
@@ -68,8 +52,8 @@ def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> tup
     """(parameters, those that one token uses): all but the experts not chosen. Empty slots and
     replicas do not count.
     """
-    found = list(_weights(model, moe, vocab_size))
-    return sum(count for _, count, _ in found), sum(used for _, _, used in found)
+    table = parameters(model, moe, vocab_size).values()
+    return sum(one.size for one in table), sum(one.active_size(moe) for one in table)
 
 
 # What the compiled program spends.

@@ -22,6 +22,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from moe_jax.errors import UserError
 from moe_jax.placement import cost
+from moe_jax.utils.files import replace_bytes
 
 FILE_NAME = "metrics.jsonl"
 
@@ -156,12 +157,7 @@ def _keep_until(path: Path, step: int) -> None:
     the old file stands.
     """
     kept = [line for line, record in _lines(path) if record["step"] <= step]
-    temporary = path.with_name(f"{FILE_NAME}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_bytes(path, b"".join(kept), durable=True)
 
 
 def _as_json(value: Any, path: str, nonfinite: dict[str, str]) -> Any:

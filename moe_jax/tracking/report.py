@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from moe_jax.tracking.history import (
     running_mean,
 )
 from moe_jax.tracking.metrics import FILE_NAME
+from moe_jax.utils.files import replace_bytes, replace_text
 from moe_jax.utils.units import binary, si
 
 NOTES = {
@@ -106,9 +106,9 @@ def write_report(run_dir: Path) -> Path:
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         pictures[name] = picture.getvalue()
-        _replace(run_dir / "plots" / f"{name}.png", pictures[name])
+        replace_bytes(run_dir / "plots" / f"{name}.png", pictures[name])
     path = run_dir / "report.html"
-    _replace(path, _page(run_dir.resolve().name, history, config, environment, pictures).encode())
+    replace_text(path, _page(run_dir.resolve().name, history, config, environment, pictures))
     return path
 
 
@@ -307,10 +307,12 @@ def _newest_table(run_dir: Path, history: History) -> Placement | None:
     """
     if not any(load_LP.shape[1] > history.load_NLE.shape[2] for load_LP in history.slot_load):
         return None
-    from moe_jax.checkpoint.expert_layout import saved_placement
+    from moe_jax.checkpoint.expert_layout import saved_meta
     from moe_jax.checkpoint.manager import Checkpoints  # brings Orbax
+    from moe_jax.placement.table import Placement
 
-    return saved_placement(Checkpoints(run_dir / "checkpoints", 1, 0), None, fallback=True)
+    meta = saved_meta(Checkpoints(run_dir / "checkpoints", 1, 0), None, fallback=True)
+    return None if meta is None else Placement.from_json(meta["placement"])
 
 
 def _number(value: float, form: str = ".4f") -> str:
@@ -333,10 +335,3 @@ def _read_environment(path: Path) -> dict[str, Any]:
     if not isinstance(environment, dict):
         raise UserError(f"{path} holds no JSON object: restore the file.")
     return environment
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file beside `path`, then renames it into place."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from moe_jax.config.load import config_from_text, dump_config, dump_value
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
+from moe_jax.utils.files import PART, replace_text
 
 # What a run writes.
 CONTENTS = (
@@ -29,8 +29,8 @@ CONTENTS = (
     "hf_config.json",
 )
 
-# What a resumed run must share with its beginning: sections and keys, but for those that only say
-# how to compute.
+# What a resumed run must share with its beginning: sections and keys, except those in FREE, which
+# only say how to compute.
 FIXED = (
     "init_from",
     "model",
@@ -60,7 +60,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file: name a directory.")
     names = (
-        {path.name for path in run_dir.iterdir() if not path.name.endswith(".part")}
+        {path.name for path in run_dir.iterdir() if not path.name.endswith(PART)}
         if run_dir.exists()
         else set()
     )
@@ -74,6 +74,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
     if resume:
         _check_unchanged(read_run_config(run_dir), config, run_dir)
     elif overwrite:
+        # Earlier versions wrote files with the suffix .tmp.
         foreign = sorted(name for name in names if name.removesuffix(".tmp") not in CONTENTS)
         if foreign:
             raise UserError(
@@ -136,10 +137,5 @@ def write_description(run_dir: Path, config: Config, environment: dict[str, Any]
     not at all.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("config.yaml", dump_config(config)),
-        ("environment.json", json.dumps(environment, indent=2) + "\n"),
-    ):
-        part = run_dir / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, run_dir / name)
+    replace_text(run_dir / "config.yaml", dump_config(config))
+    replace_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")

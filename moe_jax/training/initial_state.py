@@ -25,9 +25,10 @@ from moe_jax.config.schema import Config, DataConfig
 from moe_jax.data.corpus import Corpus
 from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.model_io.describe import CONVERTED, Description, describe
+from moe_jax.model_io.describe import Description
 from moe_jax.model_io.packed_header import KEPT_CONFIG
-from moe_jax.model_io.weights import Weights, open_weights
+from moe_jax.model_io.source import PackedSource, find
+from moe_jax.model_io.weights import Weights
 from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
@@ -105,13 +106,13 @@ def _describe(config: Config, directory: Path) -> Description:
             f"init_from={config.init_from!r} is the run's own directory: continue that run with "
             f"--resume, or name another."
         )
-    found = describe(path)
-    if found.source == CONVERTED:
+    source = find(path)
+    if isinstance(source, PackedSource):
         raise UserError(
             f"init_from={config.init_from!r} is a converted folder: name the folder or the run "
             f"that it was made from."
         )
-    return found
+    return source.describe()
 
 
 def _path(config: Config) -> Path:
@@ -150,8 +151,7 @@ def first_state(program: TrainProgram, config: Config) -> TrainState:
     """
     if config.init_from is None:
         return jax.block_until_ready(program.init(config.train.seed))
-    path = _path(config)
-    weights = open_weights(path, describe(path))
+    weights = find(_path(config)).weights()
     shapes, shardings = program.abstract_state.params, program.state_shardings.params
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     with byte_progress("loading", size) as done:
@@ -213,7 +213,7 @@ def keep(directory: Path, config: Config) -> None:
     if config.init_from is None or jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    found = describe(_path(config))
+    found = find(_path(config)).describe()
     if found.hf_config is not None:
         (directory / KEPT_CONFIG).write_text(
             json.dumps(found.hf_config, indent=2) + "\n", encoding="utf-8"

@@ -24,7 +24,7 @@ def restore_state(
         adapt_to(program.model, program.moe, program.placement),
         step=step,
         fallback=fallback,
-        partial=True,
+        subset=True,
     )
     return found._replace(state=program.with_tables(found.state, program.placement))
 

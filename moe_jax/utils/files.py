@@ -21,14 +21,18 @@ PART = ".part"
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Writes a UTF-8 file in the place of an old one, if any; with `durable` it has reached the
-    disk.
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode(), durable=durable)
+
+
+def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Writes a file in the place of an old one, if any; with `durable` it has reached the disk.
 
     What reads the path meanwhile sees the old file or the new one.
     """
     part = path.with_name(path.name + PART)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content)
         if durable:
             file.flush()
             os.fsync(file.fileno())

@@ -247,7 +247,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has an array .* that the model does not"):
         checkpoints.restore(1, target_of(fewer, mesh(2, 4)))
     assert_same(
-        checkpoints.restore(1, target_of(fewer, mesh(1, 2)), partial=True),
+        checkpoints.restore(1, target_of(fewer, mesh(1, 2)), subset=True),
         {"params": make_state(mesh(2, 4), 1)["params"]},
     )
     with pytest.raises(UserError, match=r"array rng .* is uint32 where the model has int32"):

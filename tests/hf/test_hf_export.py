@@ -119,7 +119,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(out.parent.iterdir())
     out.with_name("out.part").mkdir()  # left by one that was killed
     copy(checkpoint, out)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         copy(checkpoint, out)
 
 

@@ -20,7 +20,8 @@ from moe_jax.inference.inspect import Inspection, inspect
 from moe_jax.inference.load import open_model
 from moe_jax.inference.memory import device_bytes
 from moe_jax.inference.session import Session, room
-from moe_jax.model_io.describe import PARAMETER_KINDS, by_kind, describe, kind_of
+from moe_jax.model_io.source import find
+from moe_jax.models.parameters import PARAMETER_KINDS, by_kind, kind_of
 from moe_jax.utils.units import ranges
 from tests.support import hf_cases as cases
 from tests.support import tiny_run
@@ -75,7 +76,7 @@ def total(column: dict[str, int] | None) -> int:
 
 
 def test_qwen3_30b_a3b_in_bf16_is_exact(qwen: Path) -> None:
-    found = inspect(describe(qwen))
+    found = inspect(find(qwen).describe())
     assert (total(found.parameters), total(found.active)) == (TOTAL, 3_353_032_704)
     assert total(found.file_bytes) == 2 * TOTAL
     assert found.dtype == "bfloat16" and total(found.whole_bytes) == 2 * (
@@ -91,7 +92,8 @@ def test_qwen3_30b_a3b_in_bf16_is_exact(qwen: Path) -> None:
 
 def test_qwen3_30b_a3b_in_4_bits_is_17_gb_and_half_of_it_on_each_of_two(qwen: Path) -> None:
     one, two = (
-        inspect(describe(qwen), mesh=MeshConfig(expert=ranks), quantize="int4") for ranks in (1, 2)
+        inspect(find(qwen).describe(), mesh=MeshConfig(expert=ranks), quantize="int4")
+        for ranks in (1, 2)
     )
     assert (
         round(total(one.held_bytes) / 1e9, 1) == 17.2
@@ -106,7 +108,7 @@ def test_qwen3_30b_a3b_in_4_bits_is_17_gb_and_half_of_it_on_each_of_two(qwen: Pa
 
 def test_a_mesh_of_64_devices_needs_none(qwen: Path) -> None:
     found = inspect(
-        describe(qwen), mesh=MeshConfig(data=2, expert=8, tensor=4), context=8192, batch=3
+        find(qwen).describe(), mesh=MeshConfig(data=2, expert=8, tensor=4), context=8192, batch=3
     )
     assert [(entry.devices, entry.experts) for entry in found.experts][:2] == [
         ("0-3, 32-35", "0-15"),
@@ -127,7 +129,7 @@ def test_every_parameter_has_a_kind_and_every_byte_of_the_file_is_seen(
     case: str, tmp_path: Path
 ) -> None:
     folder = cases.build(case, tmp_path)
-    found, checkpoint = inspect(describe(folder)), hf.open_checkpoint(folder)
+    found, checkpoint = inspect(find(folder).describe()), hf.open_checkpoint(folder)
     shapes = checkpoint.shapes()
     assert found.parameters == by_kind(shapes, lambda path: math.prod(shapes[path]))
     stored = sum(
@@ -157,7 +159,7 @@ def test_figures_are_those_of_the_loaded_model(
 ) -> None:
     folder = make_folder(case, tmp_path / "in")
     found = inspect(
-        describe(folder), mesh=mesh, context=200, batch=3, **{"dtype": "float32", **options}
+        find(folder).describe(), mesh=mesh, context=200, batch=3, **{"dtype": "float32", **options}
     )
     loaded = open_model(folder, mesh=mesh, **{"dtype": "float32", **options})
     assert set(device_bytes(loaded.engine).values()) == {total(found.held_bytes)}
@@ -195,18 +197,20 @@ def test_figures_are_those_of_the_loaded_model(
 
 def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path) -> None:
     run = tiny_run.finished(folder)
-    from_run, from_yaml = (inspect(describe(path)) for path in (run, tiny_run.config_file(folder)))
+    from_run, from_yaml = (
+        inspect(find(path).describe()) for path in (run, tiny_run.config_file(folder))
+    )
     assert from_run.parameters == from_yaml.parameters and from_run.file_bytes is None
     assert (from_run.context, from_run.dtype, from_run.source) == (32, "float32", "run")
     convert.convert(
         run, tmp_path / "out", dtype=None, quantize="int8", group=64, step=None, fallback=False
     )
-    found = inspect(describe(tmp_path / "out"))
+    found = inspect(find(tmp_path / "out").describe())
     assert found.quantization == "int8" and total(found.held_bytes) == sum(
         device_bytes(open_model(tmp_path / "out").engine).values()
     )
     with pytest.raises(UserError, match=r"--dtype bfloat16 but .* was converted to float32"):
-        inspect(describe(tmp_path / "out"), dtype="bfloat16")
+        inspect(find(tmp_path / "out").describe(), dtype="bfloat16")
 
 
 def test_the_command(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:

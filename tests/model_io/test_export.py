@@ -20,9 +20,8 @@ from moe_jax.errors import UserError
 from moe_jax.inference import convert
 from moe_jax.inference.load import open_model
 from moe_jax.inference.session import Session
-from moe_jax.model_io.describe import describe
 from moe_jax.model_io.export import publish
-from moe_jax.model_io.weights import open_weights
+from moe_jax.model_io.source import find
 from tests.support import tiny_run
 from tests.support.command import call
 from tests.support.hf_folder import make_folder
@@ -30,7 +29,7 @@ from tests.support.hf_folder import make_folder
 
 def same_leaves(a: Path, b: Path, exact: bool = True) -> None:
     """Both folders give the same parameters."""
-    one, other = open_weights(a, describe(a)), hf.open_checkpoint(b)
+    one, other = find(a).weights(), hf.open_checkpoint(b)
     for path in other.shapes():
         left, right = one.leaf(path, None), other.leaf(path)
         np.testing.assert_array_equal(
@@ -112,7 +111,7 @@ def test_there_and_back_through_a_converted_folder(case: str, dtype: str, tmp_pa
 def test_parts_of_leaves(folder: Path) -> None:
     """Weights of a run take the indices that those of a Hugging Face folder take."""
     run = tiny_run.finished(folder)
-    leaf = open_weights(run, describe(run)).leaf
+    leaf = find(run).weights().leaf
     path = "stacks/0/blocks/0/mlp/experts/down"
     whole, part = (
         leaf(path, None),

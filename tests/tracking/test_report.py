@@ -149,7 +149,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert "i" not in page.tags and "b" not in page.tags and "script" not in page.tags
     assert "name: a&lt;b&gt;&amp;c" in text and "&lt;script&gt;" in text
     assert not re.search(r"https?://", re.sub(r"base64,[^\"]*", "", text))
-    assert not list(run_dir.rglob("*.tmp"))
+    assert not list(run_dir.rglob("*.part"))
 
 
 def test_key_figures_and_bytes_are_those_of_the_run(tmp_path: Path) -> None:

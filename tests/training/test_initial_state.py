@@ -21,6 +21,7 @@ from moe_jax.data.corpus import load_corpus
 from moe_jax.errors import UserError
 from moe_jax.inference.load import open_model
 from moe_jax.model_io.export import publish
+from moe_jax.model_io.source import HuggingFaceSource
 from moe_jax.model_io.weights import Weights
 from moe_jax.training import initial_state
 from tests.support import tiny_run
@@ -162,7 +163,7 @@ def test_the_weights_are_those_of_the_folder_on_any_mesh(
     publish(origin, tmp_path / "half", dtype="bfloat16")
     checkpoint = hf.open_checkpoint(tmp_path / "half")
     monkeypatch.setattr(
-        initial_state, "open_weights", lambda *_: Weights(checkpoint.leaf, checkpoint.bias_LE())
+        HuggingFaceSource, "weights", lambda _: Weights(checkpoint.leaf, checkpoint.bias_LE())
     )
     seen = {}
     monkeypatch.setattr(

@@ -21,7 +21,8 @@ from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference.load import Session, open_model
 from moe_jax.models.layer_pattern import count_moe_layers
-from moe_jax.models.parameters import Leaf
+from moe_jax.models.parameters import Parameter
+from moe_jax.models.paths import ParameterPath
 from moe_jax.tracking.metrics import read_metrics
 from moe_jax.training.resize.experts import Change, Copies, carry, choose, from_dense
 from moe_jax.training.resize.host_state import (
@@ -128,12 +129,19 @@ def test_moments_that_are_factored_otherwise_begin_anew() -> None:
 
 def test_dense_layers_find_their_place_among_the_experts() -> None:
     """Two layers in one stack become two stacks, of which the second has experts."""
-    before = {"stacks/0/blocks/0/mlp/down": Leaf("mlp/down", ("D", "F"), (0, 1))}
-    after = {
-        "stacks/0/blocks/0/mlp/down": Leaf("mlp/down", ("D", "F"), (0,)),
-        "stacks/0/blocks/1/mlp/experts/down": Leaf("mlp/experts/down", ("P", "D", "I"), (1,)),
-        "stacks/0/blocks/1/mlp/router/weight": Leaf("mlp/router/weight", ("D", "E"), (1,)),
-    }
+
+    def table(*rows: tuple[str, tuple[int, ...], tuple[int, ...]]) -> dict[str, Parameter]:
+        return {
+            path: Parameter(ParameterPath.parse(path), ("any",) * len(shape), shape, layers)
+            for path, shape, layers in rows
+        }
+
+    before = table(("stacks/0/blocks/0/mlp/down", (2, 3), (0, 1)))
+    after = table(
+        ("stacks/0/blocks/0/mlp/down", (2, 3), (0,)),
+        ("stacks/0/blocks/1/mlp/experts/down", (4, 2, 3), (1,)),
+        ("stacks/0/blocks/1/mlp/router/weight", (2, 4), (1,)),
+    )
     down = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
     shapes = dict(
         zip((f"params/{path}" for path in after), ((1, 2, 3), (1, 4, 2, 3), (1, 2, 4)), strict=True)

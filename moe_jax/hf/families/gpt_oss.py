@@ -52,19 +52,23 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
 
 
 def names(config: dict[str, Any]) -> Names:
-    """All experts of a layer are one tensor, gate and up alternating; inputs first, but for
+    """All experts of a layer are one tensor, gate and up alternating; inputs first, except with
     MXFP4.
     """
     mxfp4 = bool(config.get("quantization_config"))
-    gate_up, down = ("P (I C) D", "P D I") if mxfp4 else ("P D (I C)", "P I D")
+    gate_up, down = "slots slot_width (expert_hidden gate_up)", "slots expert_hidden slot_width"
+    if mxfp4:
+        gate_up, down = "slots (expert_hidden gate_up) slot_width", "slots slot_width expert_hidden"
     experts: Names = {
         "attention/sinks": "self_attn.sinks",
         "mlp/router/weight": "mlp.router.weight",
         "mlp/router/bias": "mlp.router.bias",
         "mlp/experts/gate_up": Stored("mlp.experts.gate_up_proj", gate_up, mxfp4=mxfp4),
         "mlp/experts/down": Stored("mlp.experts.down_proj", down, mxfp4=mxfp4),
-        "mlp/experts/gate_up_bias": Stored("mlp.experts.gate_up_proj_bias", "P (I C)"),
-        "mlp/experts/down_bias": Stored("mlp.experts.down_proj_bias", "P D"),
+        "mlp/experts/gate_up_bias": Stored(
+            "mlp.experts.gate_up_proj_bias", "slots (expert_hidden gate_up)"
+        ),
+        "mlp/experts/down_bias": Stored("mlp.experts.down_proj_bias", "slots slot_norm"),
     }
     return ATTENTION | experts
 

@@ -8,18 +8,17 @@ model has for it, so moments need no rule of their own.
 
 from __future__ import annotations
 
-import re
 import zlib
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moe_jax.models.parameters import Leaf
+from moe_jax.models.parameters import Parameter
+from moe_jax.models.paths import ParameterPath
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
-
-_BLOCK = re.compile(r"stacks/(\d+)/blocks/(\d+)/")
 
 
 class Change(NamedTuple):
@@ -75,18 +74,18 @@ def carry(
     `layers` is `expert_layers`. Left out are moments that are of another kind in the new model:
     Adafactor's, where the number of experts is among the two sizes by which it factors.
     """
-    found: Arrays = {}
+    new: Arrays = {}
     for name, shape in shapes.items():
-        array = old[name]
+        array, path = old[name], ParameterPath.parse(name)
         dims = [dim for dim, (a, b) in enumerate(zip(array.shape, shape, strict=False)) if a != b]
         if array.shape == shape:
-            found[name] = array
-        elif array.ndim == len(shape) and len(dims) == 1 and (block := _BLOCK.search(name)):
-            rows = layers[int(block[1]), int(block[2])]
-            found[name] = _taken(
+            new[name] = array
+        elif array.ndim == len(shape) and len(dims) == 1 and path.stack is not None:
+            rows = layers[path.layer_block]
+            new[name] = _taken(
                 name, array, dims[0], change.source_LE[rows], change.copied_LE[rows], copies
             )
-    return found
+    return new
 
 
 def _taken(
@@ -130,54 +129,52 @@ def _as_copies(
 
 def from_dense(
     old: Arrays,
-    before: dict[str, Leaf],
+    before: Mapping[str, Parameter],
     shapes: Shapes,
-    after: dict[str, Leaf],
+    after: Mapping[str, Parameter],
     num_experts: int,
     copies: Copies,
 ) -> Arrays:
     """The arrays of a model whose experts are copies of a dense model's feed-forward parts.
 
-    `before` and `after` are the leaves of both models (hf.leaves). Routers are drawn as in a new
-    model, by `copies.seed`; biases of routers are zero. Moments without a counterpart are left out,
-    which begins them anew: routers', and experts' where Adafactor's are of another shape.
+    `before` and `after` are the parameters of both models. Routers are drawn as in a new model, by
+    `copies.seed`; biases of routers are zero. Moments without a counterpart are left out, which
+    starts them at zero: routers', and experts' where Adafactor's are of another shape.
     """
     where = {
-        (leaf.name, layer): (path, row)
-        for path, leaf in before.items()
-        for row, layer in enumerate(leaf.layers or ())
+        (parameter.path.within, layer): (path, row)
+        for path, parameter in before.items()
+        for row, layer in enumerate(parameter.layers or ())
     }
-    found: Arrays = {}
+    new: Arrays = {}
     for name, shape in shapes.items():
-        block = _BLOCK.search(name)
-        if not block:
+        path = ParameterPath.parse(name)
+        if path.stack is None:
             if name in old and old[name].shape == shape:
-                found[name] = old[name]
+                new[name] = old[name]
             continue
-        prefix, path = name[: block.start()], name[block.start() :]
-        leaf = after[path]
-        if "mlp/router/" in leaf.name:
-            if prefix == "params/":
-                found[name] = _router(leaf, shape, copies.seed)
+        layers = after[path.parameter].layers or ()
+        if path.is_router:
+            if path.prefix == "params/":
+                new[name] = _router(path, layers, shape, copies.seed)
             continue
-        experts = "mlp/experts/" in leaf.name
-        rows = [
-            where[leaf.name.replace("mlp/experts/", "mlp/"), layer] for layer in leaf.layers or ()
-        ]
-        inner = shape[2:] if experts else shape[1:]
+        rows = [where[path.dense_counterpart, layer] for layer in layers]
+        inner = shape[2:] if path.is_expert else shape[1:]
         parts = [
-            part for at, row in rows if (part := _row(old, prefix + at, row, inner)) is not None
+            part
+            for at, row in rows
+            if (part := _row(old, path.prefix + at, row, inner)) is not None
         ]
         if len(parts) != len(rows) or shape[:1] != (len(rows),):
             continue
         array = np.stack(parts)
-        if experts:
+        if path.is_expert:
             array = np.repeat(array[:, None], num_experts, axis=1)
             array = _as_copies(
                 name, array, np.ones((1,) * array.ndim, bool), copies, tuple(range(2, array.ndim))
             )
-        found[name] = array
-    return found
+        new[name] = array
+    return new
 
 
 def _row(old: Arrays, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -190,13 +187,15 @@ def _row(old: Arrays, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray
     )
 
 
-def _router(leaf: Leaf, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _router(
+    path: ParameterPath, layers: tuple[int, ...], shape: tuple[int, ...], seed: int
+) -> np.ndarray:
     """A new router's weight [repeats, D, E], the same for a layer however layers are stacked, or
     its bias.
     """
-    if leaf.name.endswith("bias"):
+    if not path.is_matrix:
         return np.zeros(shape, np.float32)
-    rows = [_draw(seed, f"{leaf.name} of layer {layer}", shape[1:]) for layer in leaf.layers or ()]
+    rows = [_draw(seed, f"{path.within} of layer {layer}", shape[1:]) for layer in layers]
     return np.stack(rows) * np.float32(shape[1] ** -0.5)
 
 

@@ -8,7 +8,6 @@ resumed there.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config, MeshConfig
 from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.model_io.describe import describe
+from moe_jax.model_io.source import find
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
@@ -30,6 +29,7 @@ from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.tracking.traffic import RUN_FILE, read_measured
 from moe_jax.training import initial_state, restore
 from moe_jax.training.step import TrainProgram
+from moe_jax.utils.files import new_folder
 
 LINES = 20  # newest training lines whose loads are summed
 COUNTERS = ("step", "seed", "skipped", "skipped_in_row")  # of TrainState
@@ -81,21 +81,16 @@ def read_run(run: Path, config: Config, *, step: int | None, fallback: bool) -> 
     checkpoints = Checkpoints(
         run / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
     )
-    saved = expert_layout.saved_placement(checkpoints, step, fallback)
-    if saved is None:
-        raise UserError(
-            f"{checkpoints.directory} holds no checkpoint to begin with: train first, or name "
-            f"another run."
-        )
-    described = describe(run)
+    expert_layout.saved_placement(checkpoints, step, fallback)  # refuses a run without any
+    described = find(run).describe()
     program = host_program(config, described.vocab_size)
-    found = restore.restore_state(checkpoints, program, step=step, fallback=fallback)
-    state = found.state
+    restored = restore.restore_state(checkpoints, program, step=step, fallback=fallback)
+    state = restored.state
     arrays = {name: np.asarray(leaf) for name, leaf in _flat(state.params, state.opt_state).items()}
     counters = {name: int(getattr(state, name)) for name in COUNTERS}
     tokenizer = described.tokenizer if (run / "tokenizer").is_dir() else None
     meta = {
-        key: value for key, value in found.meta.items() if key != "replanning"
+        key: value for key, value in restored.meta.items() if key != "replanning"
     }  # traffic of experts that will be others
     return RunArrays(
         arrays, np.asarray(state.tables.bias_E), counters, meta, described.vocab_size, tokenizer
@@ -118,15 +113,10 @@ def write_run(out: Path, config: Config, state: RunArrays, event: dict[str, Any]
     `event` is the first line of its metrics.jsonl. Raises UserError where `out` exists or its disk
     is full.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: name another directory, or delete it.")
     program = host_program(config, state.vocab_size)
     step = state.counters["step"]
     meta = state.meta | {"config": dump_config(config), "placement": program.placement.to_json()}
-    part = out.with_name(out.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)  # left by one that was killed
-    try:
+    with new_folder(out) as part:
         origin = {key: value for key, value in event.items() if key != "layers"}
         run_dir.write_description(
             part, config, environment.describe_environment(config, origin=origin)
@@ -140,10 +130,6 @@ def write_run(out: Path, config: Config, state: RunArrays, event: dict[str, Any]
             part / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
         )
         checkpoints.save(step, _train_state(program, state), meta, wait=True)
-        part.rename(out)
-    finally:
-        if part.exists():
-            shutil.rmtree(part)
 
 
 def _train_state(program: TrainProgram, state: RunArrays) -> Any:
@@ -178,12 +164,12 @@ def measured_load(run: Path, step: int, layers: list[int], num_experts: int) -> 
     had before. Raises UserError where nothing was measured, or for another model.
     """
     if (run / RUN_FILE).is_file():
-        found = read_measured(run)
-        if found.step == step and found.traffic_LRE.any():
+        measured = read_measured(run)
+        if measured.step == step and measured.traffic_LRE.any():
             return _checked(
-                found.traffic_LRE.sum(axis=1) * found.steps,
+                measured.traffic_LRE.sum(axis=1) * measured.steps,
                 run / RUN_FILE,
-                found.layers,
+                measured.layers,
                 layers,
                 num_experts,
             )
@@ -215,12 +201,12 @@ def measured_load(run: Path, step: int, layers: list[int], num_experts: int) -> 
 
 
 def _checked(
-    load_LE: np.ndarray, file: Path, found: list[int], layers: list[int], num_experts: int
+    load_LE: np.ndarray, file: Path, its_layers: list[int], layers: list[int], num_experts: int
 ) -> Load:
-    if found != layers or load_LE.shape != (len(layers), num_experts):
+    if its_layers != layers or load_LE.shape != (len(layers), num_experts):
         raise UserError(
-            f"{file} has a load of shape {list(load_LE.shape)} for layers {found} and the run has "
-            f"{num_experts} experts in layers "
+            f"{file} has a load of shape {list(load_LE.shape)} for layers {its_layers} and the run "
+            f"has {num_experts} experts in layers "
             f"{layers}: restore the file, or remove it and train on."
         )
     return Load(load_LE, str(file))

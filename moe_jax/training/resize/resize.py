@@ -25,10 +25,10 @@ from moe_jax.config.model import MoEConfig
 from moe_jax.config.schema import Config
 from moe_jax.data.corpus import load_corpus
 from moe_jax.errors import UserError
-from moe_jax.model_io.describe import CONVERTED, RUN, Description, describe
-from moe_jax.model_io.weights import open_weights
+from moe_jax.model_io.describe import Description
+from moe_jax.model_io.source import PackedSource, RunSource, Source, find
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers, layer_kinds
-from moe_jax.models.parameters import leaves
+from moe_jax.models.parameters import parameters
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training import initial_state
 from moe_jax.training.resize.experts import Copies, carry, choose, from_dense
@@ -41,6 +41,7 @@ from moe_jax.training.resize.host_state import (
     read_run,
     write_run,
 )
+from moe_jax.utils.files import refuse_existing
 
 # of copies of experts; those of a dense part have none by default, so that the outputs stay
 NOISE = 0.01
@@ -70,15 +71,14 @@ def resize(
     Face folder; it is left as it is. Raises UserError for what cannot be, and where `out` exists.
     """
     _check(source, out, wanted)
-    described = describe(source)
-    if described.source == CONVERTED:
+    origin = find(source)
+    if isinstance(origin, PackedSource):
         raise UserError(
             f"{source} is a converted folder: name the folder or the run that it was made from."
         )
-    is_run, has_experts = (
-        described.source == RUN,
-        count_moe_layers(described.model, described.moe) > 0,
-    )
+    described = origin.describe()
+    is_run = isinstance(origin, RunSource)
+    has_experts = count_moe_layers(described.model, described.moe) > 0
     if is_run and wanted.config is not None:
         raise UserError(
             f"{source} is a run and has its own config.yaml: leave --config {wanted.config} out."
@@ -93,14 +93,13 @@ def resize(
         )
     if has_experts:
         return _change(source, out, wanted, step, fallback)
-    return _upcycle(source, out, wanted, described, step, fallback)
+    return _upcycle(origin, out, wanted, described, step, fallback)
 
 
 def _check(source: Path, out: Path, wanted: Wanted) -> None:
     if source.is_file():
         raise UserError(f"{source} is a file: name a run directory or a Hugging Face folder.")
-    if out.exists():
-        raise UserError(f"{out} exists already: name another directory, or delete it.")
+    refuse_existing(out)
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"{out} lies in {source}, which is to stay as it is: name a directory outside it."
@@ -182,7 +181,7 @@ def _change(run: Path, out: Path, wanted: Wanted, step: int | None, fallback: bo
         for row in zip(numbers, load.count_LE, change.source_LE, change.copied_LE, strict=True)
     ]
     return "\n".join(
-        [*lines, *_anew(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
+        [*lines, *_missing(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
     )
 
 
@@ -204,7 +203,7 @@ def _layer_line(layer: int, count_E: np.ndarray, source_E: np.ndarray, copied_E:
 
 
 def _upcycle(
-    source: Path,
+    source: Source,
     out: Path,
     wanted: Wanted,
     described: Description,
@@ -212,34 +211,35 @@ def _upcycle(
     fallback: bool,
 ) -> str:
     """Experts for a dense model."""
-    if described.source == RUN:
-        config = read_run_config(source)
+    if isinstance(source, RunSource):
+        config = read_run_config(source.path)
         new = _upcycled(config, config.moe, wanted)
-        state = read_run(source, config, step=step, fallback=fallback)
+        state = read_run(source.path, config, step=step, fallback=fallback)
     else:
-        given = load_config(wanted.config or source)
-        config = _adopted(given, source, out, described)
+        given = load_config(wanted.config or source.path)
+        config = _adopted(given, source.path, out, described)
         new = _upcycled(config, given.moe, wanted)
         state = _read_folder(source, config, described)
     copies = Copies(wanted.noise or 0.0, wanted.moments, wanted.seed)
     wanted_shapes = array_shapes(host_program(new, state.vocab_size))
-    tables = leaves(config.model, described.moe), leaves(new.model, new.moe)
-    arrays = from_dense(state.arrays, tables[0], wanted_shapes, tables[1], wanted.experts, copies)
+    before = parameters(config.model, described.moe, state.vocab_size)
+    after = parameters(new.model, new.moe, state.vocab_size)
+    arrays = from_dense(state.arrays, before, wanted_shapes, after, wanted.experts, copies)
     write_run(
         out,
         new,
         state._replace(arrays=arrays, bias_LE=None),
-        _event("upcycled", source, new, copies),
+        _event("upcycled", source.path, new, copies),
     )
     numbers = [i for i, kind in enumerate(layer_kinds(new.model, new.moe)) if kind.moe]
     lines = [
-        f"{out}: {source} at step {state.counters['step']}, the feed-forward part (hidden width "
-        f"{new.moe.hidden}) of each of layers "
+        f"{out}: {source.path} at step {state.counters['step']}, the feed-forward part (hidden "
+        f"width {new.moe.hidden}) of each of layers "
         f"{', '.join(map(str, numbers))} copied into {wanted.experts} experts, of which a token "
         f"takes {new.moe.top_k}."
     ]
     return "\n".join(
-        [*lines, *_anew(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
+        [*lines, *_missing(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
     )
 
 
@@ -295,15 +295,14 @@ def _adopted(config: Config, folder: Path, out: Path, described: Description) ->
     )
 
 
-def _read_folder(folder: Path, config: Config, described: Description) -> RunArrays:
+def _read_folder(folder: Source, config: Config, described: Description) -> RunArrays:
     """A dense Hugging Face folder as a run that has not begun."""
     corpus = load_corpus(config.data, config.train.seq_len, config.train.seed)
     vocab_size = initial_state.vocabulary(config, corpus)
-    weights = open_weights(folder, described)
-    table = leaves(described.model, described.moe)
+    weights = folder.weights()
     arrays = {
         f"params/{path}": np.ascontiguousarray(weights.leaf(path, None), np.float32)
-        for path in table
+        for path in parameters(described.model, described.moe, described.vocab_size)
     }
     counters = dict.fromkeys(COUNTERS, 0) | {"seed": config.train.seed}
     position = corpus.train_batches(config.train.global_batch).get_state()
@@ -324,7 +323,7 @@ def _event(name: str, source: Path, new: Config, copies: Copies) -> dict[str, An
     }
 
 
-def _anew(wanted: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> list[str]:
+def _missing(wanted: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> list[str]:
     """A line about the moments that were not carried over; one number is Adafactor's placeholder
     for none.
     """
