@@ -66,7 +66,7 @@ def checksum_texts(arrays: dict[str, jax.Array]) -> dict[str, str]:
     """The checksum of each array as sixteen hex digits.
 
     One array after the other: on simulated devices, two programs with collectives under way can
-    wait for each other for ever where the host has fewer cores than there are devices (XLA:CPU, jax
+    wait for each other forever where the host has fewer cores than there are devices (XLA:CPU, jax
     0.10.1).
     """
     sums = {path: jax.device_get(array_checksum(array)) for path, array in arrays.items()}
@@ -127,10 +127,7 @@ def read_sealed(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
 
 def verify_directory(directory: Path, manifest: dict[str, Any]) -> None:
     """Read every file and compare it with the manifest; raises `CorruptCheckpoint` naming the first
-    that differs.
-
-    A missing or an additional file is damage too. In a run of several processes each reads all
-    files: all then come to the same verdict without talking to each other.
+    that differs. A missing or an additional file is damage too.
     """
     written = manifest["files"]
     present = set(_files(directory)) - {MANIFEST, SEAL}
@@ -139,13 +136,14 @@ def verify_directory(directory: Path, manifest: dict[str, Any]) -> None:
     for path in sorted(present - written.keys()):
         raise CorruptCheckpoint(f"{directory / path} was not written with the checkpoint")
     paths = sorted(present)
-    for path, found in zip(paths, _each(lambda path: _found(directory / path), paths), strict=True):
-        if found["bytes"] != written[path]["bytes"]:
+    entries = _each(lambda path: _read_digest(directory / path), paths)
+    for path, entry in zip(paths, entries, strict=True):
+        if entry["bytes"] != written[path]["bytes"]:
             raise CorruptCheckpoint(
-                f"{directory / path} has {found['bytes']} bytes where {written[path]['bytes']} "
+                f"{directory / path} has {entry['bytes']} bytes where {written[path]['bytes']} "
                 f"were written"
             )
-        if found != written[path]:
+        if entry != written[path]:
             raise CorruptCheckpoint(f"{directory / path} does not hold the bytes that were written")
 
 
@@ -175,7 +173,7 @@ def _digest(path: Path, flush: bool = False) -> dict[str, Any]:
         return _entry(file.tell(), digest)
 
 
-def _found(path: Path) -> dict[str, Any]:
+def _read_digest(path: Path) -> dict[str, Any]:
     """`_digest` for a reader."""
     with _reading(path):
         return _digest(path)

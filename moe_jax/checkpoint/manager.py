@@ -13,6 +13,12 @@ changes nothing in it, so a run can be read while it trains.
 
 Several processes need a file system that they share; `save`, `wait`, `close` and the restores are
 then called by all of them, in the same order.
+
+Orbax's CheckpointManager (0.12.8) names, keeps and removes steps too, but it compares nothing that
+it restores with what was saved, so a flipped bit can pass for a weight. It refuses to save a step
+that is there already, which a run that went back does, and its `BestN` policy also keeps steps
+without a loss while there are few steps. Its LatestN and BestN would replace four lines of
+`_prune`, so these stay.
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ class Adapt(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What `restore_latest` found."""
+    """What `restore_latest` gives."""
 
     state: Any
     meta: dict[str, Any]
@@ -57,19 +63,23 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Only one process group may save into a directory at a time."""
+    """The checkpoints of one run. Only one process group may save into a directory at a time.
+
+    A save has stages: the directory is made ready, arrays are copied and their writing begins, and,
+    in the background, the step is committed. Where a stage fails, `_error` goes through three
+    states: None while all is well here; this process's exception once it failed, unknown to the
+    others (kept by `_together` or, in the background, by `_finish`); and None again after `_agree`,
+    where the processes tell each other whether any failed and every one of them raises.
+    """
 
     def __init__(self, directory: Path, keep_last: int, keep_best: int) -> None:
-        """Keep the `keep_last` newest steps and, besides, the `keep_best` of lowest validation
-        loss.
-        """
+        """Keep the `keep_last` newest steps and the `keep_best` of lowest validation loss."""
         # Orbax asks for an absolute path.
         self.directory = Path(directory).absolute()
         self._keep_last, self._keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._saving = 0
         self._error: Exception | None = None
-        orbax_io.quiet()
 
     # Looking
 
@@ -77,8 +87,8 @@ class Checkpoints:
         """The steps that count, ascending; whether their bytes are still good shows when they are
         read.
         """
-        found = (re.fullmatch(r"step_(\d+)(\.replaced)?", path.name) for path in self._entries())
-        return sorted({int(match[1]) for match in found if match})
+        names = (re.fullmatch(r"step_(\d+)(\.replaced)?", path.name) for path in self._entries())
+        return sorted({int(match[1]) for match in names if match})
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -86,8 +96,8 @@ class Checkpoints:
 
     def partial_steps(self) -> list[int]:
         """Steps whose save or removal is under way or was cut short; they do not count."""
-        found = (re.fullmatch(r"step_(\d+)\.partial", path.name) for path in self._entries())
-        return sorted(int(match[1]) for match in found if match)
+        names = (re.fullmatch(r"step_(\d+)\.partial", path.name) for path in self._entries())
+        return sorted(int(match[1]) for match in names if match)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` of a step. Raises `CorruptCheckpoint` where its bytes are not those
@@ -235,11 +245,11 @@ class Checkpoints:
         try:
             return integrity.read_manifest(self._find(step)).get("val_loss")
         except CorruptCheckpoint:
-            return None  # Whoever restores it is told; it only cannot be among the best.
+            return None  # Restoring it says so; here it only cannot be among the best.
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """A stage of a save that fails on all processes when it fails on one; without this the
+        """A stage of a save that fails on all processes if it fails on one; without this the
         others would wait for it.
         """
         try:
@@ -276,7 +286,7 @@ class Checkpoints:
         self, step: int, target: Any, adapt: Adapt | None = None, subset: bool = False
     ) -> Any:
         """The state of a step with the structure, dtypes and shardings of `target`, every byte of
-        it verified.
+        it verified: files by the first process, what was read of each array by all of them.
 
         `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. An array
         whose stored shape differs, or which `adapt` concerns, is read whole onto every device and
@@ -292,7 +302,7 @@ class Checkpoints:
             wanted = orbax_io.flatten(target)
             stored = manifest["arrays"]
             orbax_io.match(path, wanted, stored, adapt is not None, subset)
-            integrity.verify_directory(path, manifest)
+            _by_first_process(lambda: integrity.verify_directory(path, manifest))
             reshaped = {
                 name for name, leaf in wanted.items() if tuple(stored[name]["shape"]) != leaf.shape
             }
@@ -304,8 +314,8 @@ class Checkpoints:
                 for name, leaf in wanted.items()
             }
             arrays = orbax_io.read(path / "state", asked)
-            for name, found in integrity.checksum_texts(arrays).items():
-                if found != stored[name]["checksum"]:
+            for name, checksum in integrity.checksum_texts(arrays).items():
+                if checksum != stored[name]["checksum"]:
                     raise CorruptCheckpoint(
                         f"array {name} of {path} does not hold the values that were saved"
                     )
@@ -394,6 +404,35 @@ class Checkpoints:
                 else "restore it from a copy or train anew"
             )
             raise CorruptCheckpoint(f"{error}: {remedy}.") from error
+
+
+def _by_first_process(check: Callable[[], None]) -> None:
+    """Runs a check on the first process alone, so that files are read once and not by each of many
+    hosts. Where it fails there, every process raises the same.
+    """
+    error: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            check()
+        except Exception as failure:
+            error = failure
+    if jax.process_count() > 1:
+        told = "" if error is None else f"{type(error).__name__} {error}"
+        name, _, sentence = _broadcast(told).partition(" ")
+        if name and error is None:
+            damaged = name == CorruptCheckpoint.__name__
+            error = CorruptCheckpoint(sentence) if damaged else UserError(sentence)
+    if error is not None:
+        raise error
+
+
+def _broadcast(text: str) -> str:
+    """The first process's text, on all of them."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
+    if not size:
+        return ""
+    padded = np.frombuffer(text.encode().ljust(size, b"\0")[:size], np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """A state as arrays with names: written and read by Orbax, compared with what a model wants.
 
-Everything that knows Orbax and tensorstore is here, their errors and their noise included.
+Everything that knows Orbax and tensorstore is here, their errors included (runtime/quiet.py hides
+what they print of them).
 """
 
 from __future__ import annotations
 
 import errno
-import functools
-import logging
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,27 +121,3 @@ def explain(error: Exception, step: int, directory: Path) -> UserError | None:
         f"step {step} cannot be saved in {directory} ({error}): see that it is writable (earlier "
         f"checkpoints are intact)."
     )
-
-
-@functools.cache
-def quiet() -> None:
-    """Keep off the terminal, from now on, what Orbax logs below a warning and what it logs of
-    errors that it also raises.
-    """
-    logging.getLogger("absl").addFilter(
-        lambda record: "orbax" not in record.pathname or _is_warning(record)
-    )
-    shown = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        # When one write of a save has failed, tensorstore reports the rest of them to an event loop
-        # that Orbax has closed: a traceback each, from a thread where nobody can catch it, while
-        # the failure itself is raised.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            shown(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _is_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING and not record.exc_info

@@ -23,6 +23,7 @@ from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.inference import Fallback, require_run
 from moe_jax.errors import UserError
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
+from moe_jax.runtime.quiet import quiet_checkpoints
 from moe_jax.runtime.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
         restart_with_huge_pages()
     exit_on_sigterm()
+    quiet_checkpoints()
     try:
         app(args=arguments, prog_name="moe-jax")
     except UserError as error:

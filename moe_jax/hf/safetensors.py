@@ -3,6 +3,10 @@
 A file is an 8-byte little-endian length, a JSON header of that length that gives each tensor's
 type, shape and place, and the bytes. Nothing else is ever opened: pickles are refused. Only what is
 asked for is read, and counted.
+
+The safetensors library reads slices too, but only along a tensor's own dims, where we cut heads and
+halves that a file has merged into one; it maps whole files, and says of a damaged header neither
+which file it is nor what to do.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moe_jax.checkpoint import orbax_io
 from moe_jax.checkpoint.manager import Adapt, Checkpoints
 from moe_jax.errors import CorruptCheckpoint, UserError
+from moe_jax.runtime.quiet import quiet_checkpoints
 from tests.support import ROOT
 
 
@@ -424,6 +425,7 @@ def test_a_full_disk_is_one_sentence_and_earlier_steps_stay(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    quiet_checkpoints()
     checkpoints = saved(small_disk, 1)
     noise = np.random.default_rng(0).standard_normal((8, 1024, 128), np.float32)
     large = {

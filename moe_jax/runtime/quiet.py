@@ -1,0 +1,35 @@
+"""What Orbax and tensorstore print of errors that they also raise, kept off the terminal."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from typing import Any
+
+# What asyncio says of a loop that is used after its end.
+CLOSED_LOOP = "Event loop is closed"
+
+
+@functools.cache
+def quiet_checkpoints() -> None:
+    """For the rest of the process: hides what Orbax logs below a warning or with an error that it
+    raises, and tensorstore's tracebacks about a save that has failed already.
+    """
+    logging.getLogger("absl").addFilter(
+        lambda record: "orbax" not in record.pathname or _is_warning(record)
+    )
+    shown = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # When one write of a save has failed, tensorstore reports the rest of them to an event loop
+        # that Orbax has closed: a traceback each, from a thread where nobody can catch it, while
+        # the failure itself is raised.
+        if str(unraisable.exc_value) != CLOSED_LOOP:
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING and not record.exc_info
