@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
@@ -28,7 +28,9 @@ from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.models.parameters import PARAMETER_KINDS, by_kind
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.collectives import AXES
+from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import EMPTY, Placement, contiguous
+from moe_jax.profiling.memory import per_device
 from moe_jax.utils.units import gibibytes, ranges
 
 
@@ -160,14 +162,7 @@ def _device_bytes(engine: Engine, path: str, expert_cache: int | None) -> int:
     layer if given.
     """
     leaf = engine.plans[path]
-    specs = jax.tree.leaves(
-        leaf.held_spec(), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
-    )
-    pairs = zip(jax.tree.leaves(leaf.abstract()), specs, strict=True)
-    size = sum(
-        math.prod(NamedSharding(engine.mesh, spec).shard_shape(a.shape)) * a.dtype.itemsize
-        for a, spec in pairs
-    )
+    size = per_device(leaf.abstract(), named(engine.mesh, leaf.held_spec()))
     slots = engine.placement.num_slots
     return (
         size
@@ -179,11 +174,9 @@ def _device_bytes(engine: Engine, path: str, expert_cache: int | None) -> int:
 def _cache_bytes(engine: Engine, batch: int, length: int, *, whole: bool) -> int:
     """Bytes of a cache, whole or what each device holds of it."""
     arrays, shardings = engine.abstract_cache(batch, length)
-    pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(shardings), strict=True)
-    return sum(
-        math.prod(a.shape if whole else sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a, sharding in pairs
-    )
+    if not whole:
+        return per_device(arrays, shardings)
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays))
 
 
 def _experts(placement: Placement, mesh: MeshConfig) -> list[HeldExperts]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import Engine
+from moe_jax.models.paths import ParameterPath
 from moe_jax.models.weight_layout import bytes_of
+from moe_jax.parallel.sharding import named
+from moe_jax.profiling.memory import per_device
 from moe_jax.runtime.platform import platform_of
 
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
@@ -26,19 +26,15 @@ def device_bytes(engine: Engine, expert_cache: int | None = None) -> dict[jax.De
     """
     held = dict.fromkeys(engine.mesh.devices.flat, 0)
     share = 1.0 if expert_cache is None else min(1.0, expert_cache / engine.placement.num_slots)
-    for path, shape, sharding in _held(engine):
-        size = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
-        size = round(size * share) if "/experts/" in path else size
-        for device in held:
-            held[device] += size
+    for path, plan in engine.plans.items():
+        arrays = jax.tree.leaves(plan.abstract())
+        shardings = jax.tree.leaves(named(engine.mesh, plan.held_spec()))
+        for array, sharding in zip(arrays, shardings, strict=True):
+            size = per_device(array, sharding)
+            size = round(size * share) if ParameterPath.parse(path).is_expert else size
+            for device in held:
+                held[device] += size
     return held
-
-
-def _held(engine: Engine) -> Iterator[tuple[str, Any, NamedSharding]]:
-    for path, leaf in engine.plans.items():
-        specs = jax.tree.leaves(leaf.held_spec(), is_leaf=lambda x: isinstance(x, P))
-        for shape, spec in zip(jax.tree.leaves(leaf.abstract()), specs, strict=True):
-            yield path, shape, NamedSharding(engine.mesh, spec)
 
 
 def check_weight_memory(
@@ -53,9 +49,10 @@ def check_weight_memory(
     """
     held = device_bytes(engine, expert_cache)
     if packs:
-        masters = sum(
-            4 * math.prod(NamedSharding(engine.mesh, leaf.spec).shard_shape(leaf.shape))
-            for leaf in engine.plans.values()
+        plans = engine.plans.values()
+        masters = per_device(
+            [jax.ShapeDtypeStruct(plan.shape, jnp.float32) for plan in plans],
+            [NamedSharding(engine.mesh, plan.spec) for plan in plans],
         )
         held = {device: max(size, masters) for device, size in held.items()}
     needed = max(held.values())

@@ -1,10 +1,24 @@
-"""Bytes on a device: of arrays, of a compiled program."""
+"""Bytes on a device: of arrays by their shardings, of a state, of a compiled program."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+
+from moe_jax.models.paths import path_of
+
+DEVICE_BYTE_KINDS = ("dense_parameters", "expert_parameters", "dense_optimizer", "expert_optimizer")
+
+
+def per_device(shapes: Any, shardings: Any) -> int:
+    """Bytes that each device of a mesh holds of arrays with these shapes, dtypes and shardings."""
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array, sharding in pairs
+    )
 
 
 def bytes_per_device(state: Any) -> dict[str, dict[str, int]]:
@@ -12,24 +26,19 @@ def bytes_per_device(state: Any) -> dict[str, dict[str, int]]:
     devices holds.
     """
     held: dict[int, dict[str, int]] = {}
-    for group in ("params", "opt_state"):
-        for path, leaf in jax.tree.leaves_with_path(getattr(state, group)):
-            expert = any(getattr(entry, "key", None) == "experts" for entry in path)
-            kind = ("expert_" if expert else "dense_") + (
-                "parameters" if group == "params" else "optimizer"
-            )
-            for shard in leaf.addressable_shards:
-                kinds = held.setdefault(shard.device.id, dict.fromkeys(DEVICE_BYTE_KINDS, 0))
-                kinds[kind] += shard.data.nbytes
+    for group, whose in (("params", "parameters"), ("opt_state", "optimizer")):
+        for keys, array in jax.tree.leaves_with_path(getattr(state, group)):
+            kind = f"{'expert' if path_of(keys).is_expert else 'dense'}_{whose}"
+            size = per_device(array, array.sharding)
+            for device in array.sharding.addressable_devices:
+                kinds = held.setdefault(device.id, dict.fromkeys(DEVICE_BYTE_KINDS, 0))
+                kinds[kind] += size
     return {str(device): held[device] for device in sorted(held)}
 
 
-DEVICE_BYTE_KINDS = ("dense_parameters", "expert_parameters", "dense_optimizer", "expert_optimizer")
-
-
 def compiled_bytes(compiled: Any) -> dict[str, int]:
-    """Bytes a device of a compiled function's arguments, results and temporaries; donated arguments
-    are in both first.
+    """Bytes per device of a compiled function's arguments, results and temporaries; donated
+    arguments are in both first.
     """
     sizes = compiled.memory_analysis()
     return {

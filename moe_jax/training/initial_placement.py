@@ -7,7 +7,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,6 +17,7 @@ from moe_jax.placement.files import read_table, read_topology
 from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
 from moe_jax.placement.topology import Topology
+from moe_jax.profiling.memory import per_device
 from moe_jax.runtime.platform import platform_of
 from moe_jax.training.step import TrainProgram
 from moe_jax.training.traffic_window import TrafficWindow
@@ -131,19 +131,12 @@ def check_state_memory(topology: Topology, program: TrainProgram) -> None:
     """Refuses a training state that a device of the topology has no room for."""
     if topology.memory is None:
         return
-    shapes, shardings = (
-        jax.tree.leaves(program.abstract_state),
-        jax.tree.leaves(program.state_shardings),
-    )
-    held = sum(
-        np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in zip(shapes, shardings, strict=True)
-    )
+    held = per_device(program.abstract_state, program.state_shardings)
     if held > topology.memory:
         slots = program.placement.num_slots // program.placement.ranks
         raise UserError(
             f"placement.topology gives a device {topology.memory:,} bytes of memory, but weights "
             f"and moments alone, with {slots} slots "
-            f"a layer on each, take {held:,.0f}: use more devices or fewer "
+            f"a layer on each, take {held:,}: use more devices or fewer "
             f"placement.redundant_slots."
         )
