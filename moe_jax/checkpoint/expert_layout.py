@@ -34,8 +34,8 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
 
 
 def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> dict[str, Any] | None:
-    """What the newest readable checkpoint (of `step`, if given) holds besides arrays; None without
-    checkpoints.
+    """What the newest readable checkpoint (of `step`, if given) holds in addition to arrays; None
+    without checkpoints.
 
     Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all
     are.

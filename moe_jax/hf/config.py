@@ -83,23 +83,23 @@ def eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     it names any.
     """
     path = folder / "generation_config.json"
-    found = _read_json(path).get("eos_token_id") if path.is_file() else None
-    found = config.get("eos_token_id") if found is None else found
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    stated = _read_json(path).get("eos_token_id") if path.is_file() else None
+    stated = config.get("eos_token_id") if stated is None else stated
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(isinstance(token, int) for token in ids):
         raise UserError(
-            f"{folder}: eos_token_id={found!r} must be a token's number or a list of them."
+            f"{folder}: eos_token_id={stated!r} must be a token's number or a list of them."
         )
     return tuple(ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again.") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(
-            f"{path} must hold an object, not a {type(found).__name__}: download it again."
+            f"{path} must hold an object, not a {type(content).__name__}: download it again."
         )
-    return found
+    return content

@@ -88,7 +88,7 @@ def with_aux_loss(moe: MoEConfig, coefficient: float) -> MoEConfig:
 
 
 def windows(window: int | None, full: Iterable[int], layers: int) -> dict[str, Any]:
-    """The settings of a model whose layers look back `window` tokens, but for the layers in
+    """The settings of a model whose layers look back `window` tokens, except the layers in
     `full`.
     """
     full = tuple(sorted(full))

@@ -149,22 +149,22 @@ def _of_family(family: str, model: ModelConfig, moe: MoEConfig) -> dict[str, Any
 def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
     if rope.scaling == "none":
         return None
-    found: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling == "llama3":
-        found |= {
+        scaling |= {
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,
         }
     if rope.scaling == "yarn":
-        found |= {
+        scaling |= {
             "beta_fast": rope.beta_fast,
             "beta_slow": rope.beta_slow,
             "truncate": rope.truncate,
         }
-        found |= (
+        scaling |= (
             {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
         )
-    return found | (
+    return scaling | (
         {"original_max_position_embeddings": rope.original_length}
         if rope.scaling in ("llama3", "yarn")
         else {}

@@ -51,7 +51,7 @@ def export(
 ) -> None:
     """Write a checkpoint of `family` with this config.json to the new folder `out`.
 
-    `leaf` gives each leaf of the parameter tree by its path, whole, experts in logical order, in
+    `leaf` gives each parameter by its path, whole, experts in logical order, in
     the type to write; it is asked for one after another. `bias_LE` are the routers' selection
     biases, f32 [MoE layers, E], of a family that has them; without it they are zeros. Files of a
     tokenizer are copied from `tokenizer_from`. A quantisation in `config` is dropped, as weights

@@ -101,7 +101,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise _truncated(path, size, 8 + length)
         text = file.read(length)
     try:
-        found = {
+        entries = {
             name: _entry(path, 8 + length, value)
             for name, value in json.loads(text).items()
             if name != "__metadata__"
@@ -110,10 +110,10 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise UserError(
             f"{path} has a header that cannot be read ({error}): download it again."
         ) from None
-    end = max((entry.start + nbytes for entry, nbytes in found.values()), default=8 + length)
+    end = max((entry.start + nbytes for entry, nbytes in entries.values()), default=8 + length)
     if size < end:
         raise _truncated(path, size, end)
-    return {name: entry for name, (entry, _) in found.items()}
+    return {name: entry for name, (entry, _) in entries.items()}
 
 
 def _entry(path: Path, data: int, value: dict[str, Any]) -> tuple[Entry, int]:

@@ -28,7 +28,7 @@ def mean_visible(seq_len: int, window: int | None) -> float:
 
 
 def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: int) -> float:
-    """FLOPs of the forward pass a token, for sequences that are one document of `seq_len` tokens;
+    """FLOPs of the forward pass per token, for sequences that are one document of `seq_len` tokens;
     training is 3 times this.
 
     Two for each weight of a matmul that the token passes (router, its `top_k` experts, shared
@@ -36,9 +36,8 @@ def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: in
     the keys it sees. Recomputation, padding, norms, biases and softmax do not count, and dropped
     choices count as if they were computed.
     """
-    flops = (
-        2.0 * vocab_size * model.width * model.tied_embeddings
-    )  # a head of its own is among the weights
+    # A head of its own is among the weights.
+    flops = 2.0 * vocab_size * model.width * model.tied_embeddings
     for path, parameter in parameters(model, moe, vocab_size).items():
         if path != "embedding" and parameter.path.is_matrix:
             flops += 2 * parameter.active_size(moe)

@@ -101,13 +101,13 @@ def parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     computations: dict[str, dict[str, Instruction]] = {}
     scope: dict[str, Instruction] | None = None
     for line in hlo.splitlines():
-        if found := _COMPUTATION.match(line):
-            scope = computations[found[2]] = {}
-            entry = found[2] if found[1] else entry
+        if match := _COMPUTATION.match(line):
+            scope = computations[match[2]] = {}
+            entry = match[2] if match[1] else entry
         elif line.startswith("}"):
             scope = None
-        elif scope is not None and (found := _INSTRUCTION.match(line)):
-            scope[found[1]] = _instruction(found[1], found[2])
+        elif scope is not None and (match := _INSTRUCTION.match(line)):
+            scope[match[1]] = _instruction(match[1], match[2])
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
     return entry, computations
@@ -183,7 +183,7 @@ def collectives(hlo: str) -> list[Collective]:
     """
     header = re.search(r"(?:num_partitions|replica_count)=(\d+)", hlo)
     devices = int(header[1]) if header else 1
-    found: dict[tuple[str, int, bool], list[int]] = {}
+    totals: dict[tuple[str, int, bool], list[int]] = {}
     for instruction, scope, runs, unknown in walk(hlo):
         op = instruction.op.removesuffix("-done")
         if op not in COLLECTIVES:
@@ -197,12 +197,12 @@ def collectives(hlo: str) -> list[Collective]:
         )
         group = group_size(rest, devices)
         size = type_bytes(instruction.type) * (group if op == "reduce-scatter" else 1)
-        total = found.setdefault((op, group, unknown > 0), [0, 0])
+        total = totals.setdefault((op, group, unknown > 0), [0, 0])
         total[0] += runs
         total[1] += runs * size
     return [
         Collective(op, group, count, size, dynamic)
-        for (op, group, dynamic), (count, size) in sorted(found.items())
+        for (op, group, dynamic), (count, size) in sorted(totals.items())
     ]
 
 
@@ -210,7 +210,7 @@ def dots(hlo: str) -> list[Dot]:
     """Every matmul: `dot`, wherever it is fused, and the library calls that XLA rewrites dots to on
     CPU and GPU.
     """
-    found = []
+    matmuls = []
     for instruction, scope, runs, unknown in walk(hlo):
         if instruction.op != "dot" and not (
             instruction.op == "custom-call" and _GEMM.search(instruction.rest)
@@ -222,13 +222,13 @@ def dots(hlo: str) -> list[Dot]:
             tuple(left[int(dim)] for dim in re.findall(r"\d+", contracted[1])) if contracted else ()
         )
         dims = shapes(instruction.type)[0][1] + summed
-        found.append(Dot(2 * math.prod(dims), runs, unknown, dims))
-    return found
+        matmuls.append(Dot(2 * math.prod(dims), runs, unknown, dims))
+    return matmuls
 
 
 def dot_flops(hlo: str) -> tuple[int, int]:
-    """FLOPs a device of all matmuls in straight code and counted loops, and of one pass of those in
-    other loops.
+    """FLOPs per device of all matmuls in straight code and counted loops, and of one pass of those
+    in other loops.
     """
     known = unknown = 0
     for dot in dots(hlo):

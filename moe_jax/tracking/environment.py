@@ -28,9 +28,9 @@ RECORDED_PACKAGES = (
 )
 
 
-def describe_environment(config: Config, **found: Any) -> dict[str, Any]:
-    """What environment.json holds: versions, devices and commit, and whatever else was `found` (see
-    docs/metrics.md).
+def describe_environment(config: Config, **measured: Any) -> dict[str, Any]:
+    """What environment.json holds: versions, devices and commit, and whatever else was `measured`
+    (see docs/metrics.md).
     """
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -46,7 +46,7 @@ def describe_environment(config: Config, **found: Any) -> dict[str, Any]:
         ],
         "mesh": dataclasses.asdict(config.mesh),
         "git_commit": _git_commit(),
-        **found,
+        **measured,
     }
 
 
@@ -54,7 +54,7 @@ def _git_commit() -> str | None:
     """The commit of the checkout that the package runs from, or None."""
     folder = Path(__file__).parent
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
@@ -62,4 +62,4 @@ def _git_commit() -> str | None:
         )
     except FileNotFoundError:
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -209,7 +209,7 @@ class _EventFile:
     """A TensorBoard event file, written in the caller's thread.
 
     tensorboardX's SummaryWriter hands events to a thread through a bounded queue. On a full disk
-    that thread dies, and the training loop would wait on the queue for ever; here the error passes
+    that thread dies, and the training loop would wait on the queue forever; here the error passes
     upward.
     """
 

@@ -47,7 +47,7 @@ NOTES = {
     "dropped ones included: 1 is even.",
     "placement_effect": "Rows of each rank over their mean, all layers together; max/mean is a "
     "layer's, averaged over layers.",
-    "link_traffic": "Rows a step between ranks in the newest window, all layers together: red is "
+    "link_traffic": "Rows per step between ranks in the newest window, all layers together: red is "
     "more than the mean link, blue less.",
     "replica_use": "How replicas shared their expert's choices, before drops; the number in a "
     "part is the rank that holds it.",
@@ -276,16 +276,16 @@ def _placement_table(made: list[dict[str, Any]]) -> str:
     return _table("Placement decisions", header, rows, len(made))
 
 
-def _alerts_table(found: list[dict[str, Any]]) -> str:
+def _alerts_table(alerts: list[dict[str, Any]]) -> str:
     rows = [
         [
             f"{alert['step']:,}",
             alert["text"],
             "not over" if alert["until"] is None else f"{alert['until']:,}",
         ]
-        for alert in found[-NEWEST_ROWS:]
+        for alert in alerts[-NEWEST_ROWS:]
     ]
-    return _table("Alerts", ["step", "what was seen", "over at step"], rows, len(found))
+    return _table("Alerts", ["step", "what was seen", "over at step"], rows, len(alerts))
 
 
 def _table(title: str, header: list[str], rows: list[list[str]], total: int) -> str:

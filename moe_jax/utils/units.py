@@ -66,10 +66,10 @@ def parse_bytes(text: str) -> int:
     """A size such as `24GiB`, `24G` (the same), `24GB` (10^9) or plain bytes. Raises UserError for
     anything else.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = (
-        round(float(found[1]) * UNITS[found[2].lower()])
-        if found and found[2].lower() in UNITS
+        round(float(match[1]) * UNITS[match[2].lower()])
+        if match and match[2].lower() in UNITS
         else 0
     )
     if not size:

@@ -19,6 +19,6 @@ class Family(NamedTuple):
     read: Callable[[Keys], tuple[ModelConfig, MoEConfig]]
     """Takes every key that it honours; those left are refused."""
     names: Callable[[dict[str, Any]], Names]
-    """The tensors of the leaves, given the whole config."""
+    """The tensors of the parameters, given the whole config."""
     unused: Callable[[dict[str, Any]], str] = lambda config: r"$^"
     """A pattern of further tensor names that a checkpoint may hold and the model does not need."""

@@ -1,7 +1,7 @@
 """Experts among a model's named arrays: copied, removed, or made from a dense feed-forward part.
 Numpy only.
 
-An array is found by its name, such as `params/stacks/0/blocks/1/mlp/router/weight` or
+An array is known by its name, such as `params/stacks/0/blocks/1/mlp/router/weight` or
 `opt_state/0/mu/` and the same; which of its dims counts experts shows in the shape that the new
 model has for it, so moments need no rule of their own.
 """

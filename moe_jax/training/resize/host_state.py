@@ -45,7 +45,7 @@ class RunArrays(NamedTuple):
     counters: dict[str, int]
     meta: dict[
         str, Any
-    ]  # what a checkpoint holds besides arrays; `config` and `placement` are written anew
+    ]  # what a checkpoint holds besides arrays; `config` and `placement` are replaced
     vocab_size: int
     tokenizer: str | None  # what `copy_tokenizer` takes; None where the run keeps none for itself
 
@@ -108,7 +108,7 @@ def _flat(params: Any, opt_state: Any) -> dict[str, Any]:
 
 
 def write_run(out: Path, config: Config, state: RunArrays, event: dict[str, Any]) -> None:
-    """Writes the new run `out`, whole or not at all; moments that `state` does not have begin anew.
+    """Writes the new run `out`, whole or not at all; moments that `state` lacks start at zero.
 
     `event` is the first line of its metrics.jsonl. Raises UserError where `out` exists or its disk
     is full.
