@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.runtime.quiet import quiet_transformers
 
 # The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides the
 # embedding's rows.
@@ -172,8 +172,7 @@ def _file_tokenizer(given: str, path: Path) -> Tokenizer:
 
 def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
     """A folder that `transformers` saved."""
-    # Only its tokenizers are used: that torch is not there is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quiet_transformers()
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from moe_jax import hf
 from moe_jax.config.load import load_config
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.config.schema import Config
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model_io.packed_header import KEPT_CONFIG, packed_tokenizer, read_packed_header
@@ -69,8 +68,18 @@ def describe_packed(path: Path) -> Description:
 def describe_run(path: Path) -> Description:
     """Of a run's directory."""
     config = read_run_config(path)
-    described = _of_config(config, "run", run_tokenizer(path, config))
-    return described._replace(hf_config=read_kept_config(path))
+    tokenizer = run_tokenizer(path, config)
+    return Description(
+        name=config.name,
+        source="run",
+        model=config.model,
+        moe=config.moe,
+        vocab_size=config.model.vocab_size or load_tokenizer(tokenizer).vocab_size,
+        context=config.train.seq_len,
+        dtype=config.model.compute_dtype,
+        tokenizer=tokenizer,
+        hf_config=read_kept_config(path),
+    )
 
 
 def describe_yaml(path: Path) -> Description:
@@ -80,13 +89,10 @@ def describe_yaml(path: Path) -> Description:
         raise UserError(
             f"{path} takes its model from init_from={config.init_from}: inspect that folder."
         )
-    return _of_config(config, "configuration", config.data.tokenizer)
-
-
-def _of_config(config: Config, source: str, tokenizer: str) -> Description:
+    tokenizer = config.data.tokenizer
     return Description(
         name=config.name,
-        source=source,
+        source="configuration",
         model=config.model,
         moe=config.moe,
         vocab_size=config.model.vocab_size or load_tokenizer(tokenizer).vocab_size,

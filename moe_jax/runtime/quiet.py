@@ -1,9 +1,10 @@
-"""What Orbax and tensorstore print of errors that they also raise, kept off the terminal."""
+"""What libraries print unasked, kept off the terminal."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from typing import Any
 
@@ -29,6 +30,13 @@ def quiet_checkpoints() -> None:
             shown(unraisable)
 
     sys.unraisablehook = hook
+
+
+def quiet_transformers() -> None:
+    """To be called before `transformers` is imported: that torch is not there is no news, as only
+    its tokenizers are used.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _is_warning(record: logging.LogRecord) -> bool:
