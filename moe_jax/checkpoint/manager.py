@@ -17,11 +17,11 @@ then called by all of them, in the same order.
 Orbax's CheckpointManager (0.12.8) names, keeps and removes steps too, but nothing that it restores
 is compared with what was saved: of 24 bits flipped one by one in an array's file, all came back as
 other numbers without an error. It also refuses to save a step that is there already, which a run
-that went back does. Its policies LatestN and BestN are not quite our rule (BestN keeps steps without
-a loss while there are no more than N), and would replace four lines of `_prune`.
+that went back does. Its policies LatestN and BestN are not quite our rule (BestN keeps steps
+without a loss while there are no more than N), and would replace four lines of `_prune`.
 
-`.partial` and `.replaced` are the format's own suffixes and not those of utils/files.py: a step that
-is being replaced must still count until its successor does.
+`.partial` and `.replaced` are the format's own suffixes and not those of utils/files.py: a step
+that is being replaced must still count until its successor does.
 """
 
 from __future__ import annotations
