@@ -25,8 +25,8 @@ from moe_jax.launch.probes import (
     SIMULATED_DEVICES,
     WrongArithmetic,
     probe_against_numpy,
-    simulate_devices,
 )
+from moe_jax.runtime.devices import split_cpu
 
 EXAMINED_PACKAGES = (
     "jax",
@@ -89,7 +89,7 @@ def examine() -> Examination:
         if version.name in ("jax", "jaxlib", "numpy")
     ):
         return Examination(versions, {}, [], problems)
-    simulate_devices()
+    split_cpu(SIMULATED_DEVICES)
     try:
         machine = describe_machine()
     except (

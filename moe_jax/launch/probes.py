@@ -22,15 +22,6 @@ class WrongArithmetic(Exception):
     """A back end ran and returned numbers that are not the right ones."""
 
 
-def simulate_devices() -> None:
-    """Splits the host into simulated CPU devices for the collectives; must come before the first
-    use of a device.
-    """
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
-
-
 def probe_against_numpy() -> str:
     """The computation that jaxlib 0.10.2 gets wrong in its last row: a vmapped mat-vec, squared and
     summed, under jit.
