@@ -190,9 +190,11 @@ def describe_machine() -> dict[str, Any]:
     """Platform, devices, cores and memory."""
     import jax
 
+    from moe_jax.runtime.platform import platform_of
+
     devices = jax.devices()
     kinds = sorted({device.device_kind for device in devices})
-    simulated = devices[0].platform == "cpu"
+    simulated = platform_of(devices[0]).simulated
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "platform": devices[0].platform,

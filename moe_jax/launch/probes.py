@@ -29,11 +29,13 @@ def probe_against_numpy() -> str:
     import jax
     import jax.numpy as jnp
 
+    from moe_jax.runtime.platform import host_device
+
     rows = 32_769
     x_N3 = np.zeros((rows, 3), np.float32)
     x_N3[:, 0] = np.arange(rows)
     squares = jax.jit(jax.vmap(lambda row, matrix: jnp.sum((matrix @ row) ** 2), in_axes=(0, None)))
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(host_device()):
         got = np.asarray(squares(x_N3, np.eye(3, dtype=np.float32)))
     _compare(got, (x_N3**2).sum(axis=1), 1e-6)
     return f"a mat-vec and sum of {rows:,} rows equals numpy's"
