@@ -77,3 +77,21 @@ def test_train_needs_nothing_of_chat() -> None:
     assert {"moe_jax.training.step", "moe_jax.cli.main"} <= modules
     assert [name for name in modules if name.endswith(".chat")] == []
     assert imports_optax("moe_jax.training.optimizer")  # or the test above would see nothing
+
+
+SLOW = ("jax", "numpy", "scipy", "pydantic", "yaml", "rich", "matplotlib", "tokenizers")
+HELP = f"""
+import sys
+from moe_jax.cli import main
+
+try:
+    main.main(["generate", "--help"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+print([name for name in {SLOW!r} if name in sys.modules])
+"""
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]" and "--prompt" in done.stdout, done.stderr
