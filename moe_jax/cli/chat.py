@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import signal
 import sys
@@ -12,6 +11,7 @@ from moe_jax.cli.console import write_pieces
 from moe_jax.errors import UserError
 from moe_jax.generation.chat import Conversation
 from moe_jax.runtime.signals import noted_signals
+from moe_jax.runtime.terminal import edit_typed_lines
 from moe_jax.utils.progress import say
 
 HELP = """/reset   forget the conversation (not the system prompt)
@@ -21,7 +21,7 @@ Ctrl-C stops a reply. Anything else is said to the model."""
 
 
 def run_chat(conversation: Conversation, context: int) -> None:
-    """Reads messages and commands until the end of stdin or /quit, and answers each; replies alone
+    """Reads messages and commands until the end of stdin or /quit, and answers each. Only replies
     go to stdout.
     """
     for line in _lines():
@@ -40,8 +40,8 @@ def run_chat(conversation: Conversation, context: int) -> None:
 
 
 def _answer(conversation: Conversation, text: str, context: int) -> None:
-    """Streams one reply; a mistake such as a full context is one sentence, after which the chat
-    goes on.
+    """Streams one reply. A mistake, such as a full context, is one sentence, and the chat goes
+    on.
     """
     try:
         with noted_signals(signal.SIGINT) as interrupts:
@@ -51,12 +51,12 @@ def _answer(conversation: Conversation, text: str, context: int) -> None:
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
-    figures = conversation.figures
-    say(figures.sentence(context) + ("; /reset begins anew" if figures.ended == "context" else ""))
+    stats = conversation.figures
+    say(stats.sentence(context) + ("; /reset begins anew" if stats.ended == "context" else ""))
 
 
 def _until(interrupts: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:
-    """The pieces until Ctrl-C. It is looked at between tokens, so that the model's cache is never
+    """The pieces until Ctrl-C, which is noticed between tokens, so that the model's cache is never
     left half written.
     """
     for piece in pieces:
@@ -72,8 +72,7 @@ def _lines() -> Iterator[str]:
     """
     typed = sys.stdin.isatty() and sys.stdout.isatty()  # else the prompt would be among the replies
     if typed:
-        if importlib.util.find_spec("readline"):  # Windows has none
-            import readline  # noqa: F401  # gives input() editing and history
+        edit_typed_lines()
         say("/help lists the commands.")
     while True:
         try:

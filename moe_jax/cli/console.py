@@ -1,20 +1,19 @@
-"""What the commands for text write and read: text to stdout as it comes, figures and remarks to
-stderr, prompts from stdin.
+"""What the commands write and read: text and results to stdout, prompts from stdin; what the file
+system refuses as one sentence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moe_jax.errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from moe_jax.utils.units import gibibytes
 
 
 @contextlib.contextmanager
@@ -64,3 +63,28 @@ def prompt_from_stdin() -> str:
         raise UserError(
             f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8."
         ) from error
+
+
+def print_results(results: Mapping[str, Any], *, as_json: bool) -> None:
+    """Prints results by name, as JSON or as lines; lists by layer are in the JSON alone."""
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for name, value in results.items():
+        if not name.endswith("_by_layer"):
+            print(f"{name:28} {_readable(name, value)}")
+
+
+def _readable(name: str, value: Any) -> str:
+    if "bytes" in name:
+        return gibibytes(value) + ("/s" if name.endswith("per_second") else "")
+    if name.startswith("share") or name.endswith("hit_rate"):
+        return f"{value:.1%}"
+    return f"{value:,.4g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def peak_memory() -> str:
+    """The most memory that was in use, as a remark."""
+    from moe_jax.profiling import machine
+
+    return f"peak memory {gibibytes(machine.peak_bytes())}"

@@ -1,10 +1,11 @@
 """The `moe-jax` command: train, report, watch and doctor, and the commands of the modules beside
 this one.
 
-Thin on purpose: each command reads its arguments and calls one function of the package, imported
-only then, so that help and mistakes in arguments answer at once. Exit codes: 0 done; 1 doctor found
-something wrong; 2 a mistake that one sentence on stderr explains; 130 and 143 interrupted or
-terminated.
+Each command reads its arguments and calls one function of the package, which is imported only then,
+so that help and mistakes in arguments answer at once. `run_training` and `write_report` are such
+functions by a name of this module: a test may put its own in their place. Exit codes: 0 done; 1
+doctor found something wrong; 2 a mistake that one sentence on stderr explains; 130 and 143
+interrupted or terminated.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from moe_jax import __version__
 from moe_jax.cli import checkpoints, inference, placement
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.inference import Fallback, require_run
+from moe_jax.cli.options import Fallback, RunDir, argument, option
 from moe_jax.errors import UserError
+from moe_jax.model_io.source import require_run
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
 from moe_jax.runtime.quiet import quiet_checkpoints
 from moe_jax.runtime.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from moe_jax.config.schema import Config
+    from moe_jax.training.trainer import Result
 
 app = typer.Typer(
     name="moe-jax",
@@ -39,15 +42,8 @@ app = typer.Typer(
     epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --run-dir runs/first",
 )
 
-COMPUTING = (
-    "train",
-    "generate",
-    "chat",
-    "eval",
-    "bench",
-)  # commands that start anew with huge pages
-
-RunDir = Annotated[Path, typer.Argument(show_default=False, help="Directory of a run.")]
+# Commands that start themselves once more with huge pages.
+COMPUTING = ("train", "generate", "chat", "eval", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -99,24 +95,18 @@ def common(
     "runs/short"
 )
 def train(
-    config: Annotated[Path, typer.Argument(show_default=False, help="YAML configuration.")],
+    config: Annotated[Path, argument(help="YAML configuration.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
             "--set",
             metavar="KEY=VALUE",
-            show_default=False,
             help="Change a key, such as train.steps=50; may be repeated.",
         ),
     ] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--run-dir",
-            metavar="DIR",
-            show_default=False,
-            help="Where all output goes.  [default: runs/NAME]",
-        ),
+        option("--run-dir", metavar="DIR", help="Where all output goes.  [default: runs/NAME]"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in DIR from its newest checkpoint.")
@@ -135,8 +125,6 @@ def train(
 
     tree = load_config(config, overrides or [])
     place = run_dir or _default_run_dir(tree.name)
-    from moe_jax.training.trainer import train as run_training
-
     with explained_disk_errors(place):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
         if result.report is None:  # another process speaks
@@ -151,6 +139,20 @@ def train(
         print(f"Report: {result.report}")
 
 
+def run_training(config: Config, directory: Path, **options: bool) -> Result:
+    """Trains; see `moe_jax.training.trainer.train`."""
+    from moe_jax.training.trainer import train as run
+
+    return run(config, directory, **options)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Draws the report of a run and returns its path."""
+    from moe_jax.tracking.report import write_report as write
+
+    return write(run_dir)
+
+
 def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
     """Text of the trained model, drawn on one device."""
     if not fits:
@@ -158,16 +160,16 @@ def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
         return
     from moe_jax.generation.generate import generate_run
 
-    options: dict[str, Any] = {
-        "temperature": 0.8,
-        "top_k": None,
-        "top_p": 0.95,
-        "seed": config.train.seed,
-        "step": None,
-        "fallback": False,
-    }
     pieces = generate_run(
-        run_dir, config.train.sample_prompt, max_tokens=config.train.sample_tokens, **options
+        run_dir,
+        config.train.sample_prompt,
+        max_tokens=config.train.sample_tokens,
+        temperature=0.8,
+        top_k=None,
+        top_p=0.95,
+        seed=config.train.seed,
+        step=None,
+        fallback=False,
     )
     print(f"Sample (temperature 0.8, top-p 0.95):\n{config.train.sample_prompt}{''.join(pieces)}\n")
 
@@ -192,10 +194,8 @@ app.add_typer(
 
 @app.command(epilog="\b\nExample:\n  moe-jax report runs/first")
 def report(run_dir: RunDir) -> None:
-    """Draw a run's report and plots anew."""
+    """Draw a run's report and plots again."""
     require_run(run_dir)
-    from moe_jax.tracking.report import write_report
-
     with explained_disk_errors(run_dir):
         print(write_report(run_dir))
 

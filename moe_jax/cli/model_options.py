@@ -1,8 +1,9 @@
-"""Which model a command runs and on what: the values of --model, --mesh, --dtype, --quantize,
---memory and --simulate.
+"""Which model a command runs and on what: --model, --mesh, --dtype, --quantize, --memory and the
+rest.
 
-What can be checked without JAX is checked when a `ModelChoice` is made, so that mistakes answer at
-once.
+What can be checked without JAX is checked when these are made, so that mistakes answer at once.
+Commands open a model through `load_model` alone: a test that puts a function of its own in its
+place (`moe_jax.cli.inference.load_model`) runs them without an engine.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from moe_jax.cli.options import (
+    Dtype,
+    ExpertCacheSize,
+    Fallback,
+    Group,
+    Memory,
+    Mesh,
+    Quantize,
+    Simulate,
+    Step,
+)
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import DTYPES, HUB_NAME, check_step, is_run
-from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.devices import start_devices
 from moe_jax.utils.units import parse_bytes
 
@@ -31,13 +42,13 @@ def parse_mesh(text: str) -> MeshConfig:
     """A mesh from `expert=4,tensor=2`; axes left out are 1. Raises UserError for anything else."""
     axes: dict[str, int] = {}
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(data|expert|tensor)\s*=\s*(\d{1,6})\s*", part)
-        if not found or found[1] in axes:
+        axis = re.fullmatch(r"\s*(data|expert|tensor)\s*=\s*(\d{1,6})\s*", part)
+        if not axis or axis[1] in axes:
             raise UserError(
                 f"--mesh {text!r} cannot be read at {part!r}: write axes as expert=4,tensor=2 "
                 f"(there are data, expert, tensor)."
             )
-        axes[found[1]] = int(found[2])
+        axes[axis[1]] = int(axis[2])
     return MeshConfig(**axes)
 
 
@@ -45,6 +56,70 @@ def one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
     """Raises UserError where an option has a value that is not among `values`."""
     if value is not None and value not in values:
         raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(values)}.")
+
+
+def check_types(dtype: str | None, quantize: str | None = None, group: int = 64) -> None:
+    """Raises UserError for types that weights cannot have."""
+    one_of("--dtype", dtype, DTYPES)
+    one_of("--quantize", quantize, QUANTIZED)
+    if group % 2:
+        raise UserError(
+            f"--group {group} is odd, and int4 keeps two values per byte: choose an even number "
+            f"such as 32 or 64."
+        )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is held and on what it runs. Raises UserError for what cannot be."""
+
+    mesh: Mesh = None
+    dtype: Dtype = None
+    quantize: Quantize = None
+    group: Group = 64
+    expert_cache_size: ExpertCacheSize = None
+    memory: Memory = None
+    simulate: Simulate = None
+    step: Step = None
+    fallback: Fallback = False
+
+    def __post_init__(self) -> None:
+        check_types(self.dtype, self.quantize, self.group)
+        mesh = self.mesh_config
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if self.simulate is not None and self.simulate < mesh.size:
+            raise UserError(
+                f"--simulate {self.simulate} is less than the {mesh.size} devices of --mesh "
+                f"{self.mesh}: raise it."
+            )
+
+    @property
+    def mesh_config(self) -> MeshConfig:
+        """The mesh; without --mesh one device."""
+        return MeshConfig() if self.mesh is None else parse_mesh(self.mesh)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model and its options. Raises UserError where there is no such model."""
+
+    path: Path
+    """A folder, or the name of a model on the hub."""
+    options: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        if not self.path.exists() and not re.fullmatch(HUB_NAME, str(self.path)):
+            raise UserError(
+                f"--model {self.path} does not exist: give a Hugging Face folder, a run directory "
+                f"or a converted folder."
+            )
+        check_step(self.path, self.options.step, self.options.fallback)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a directory that `moe-jax train` wrote."""
+        return is_run(self.path)
 
 
 class Opened(NamedTuple):
@@ -56,70 +131,28 @@ class Opened(NamedTuple):
     compile_seconds: float
 
 
-@dataclass(frozen=True)
-class ModelChoice:
-    """What a person asked for. Raises UserError where it cannot be."""
+def load_model(
+    choice: ModelChoice, check: Callable[[Tokenizer, int], None] | None = None
+) -> Opened:
+    """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before
+    weights are read.
+    """
+    from moe_jax.inference.load import open_model
+    from moe_jax.profiling.clock import Stopwatch
 
-    path: Path
-    """A folder, or the name of a model on the hub."""
-    mesh: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-    memory: str | None = None
-    simulate: int | None = None
-    step: int | None = None
-    fallback: bool = False
-    group: int = 64
-    expert_cache: int | None = None
-
-    def __post_init__(self) -> None:
-        one_of("--dtype", self.dtype, DTYPES)
-        one_of("--quantize", self.quantize, QUANTIZED)
-        mesh = self.mesh_config
-        if self.memory is not None:
-            parse_bytes(self.memory)
-        if self.simulate is not None and self.simulate < mesh.size:
-            raise UserError(
-                f"--simulate {self.simulate} is less than the {mesh.size} devices of --mesh "
-                f"{self.mesh}: raise it."
-            )
-        if not self.path.exists() and not re.fullmatch(HUB_NAME, str(self.path)):
-            raise UserError(
-                f"--model {self.path} does not exist: give a Hugging Face folder, a run directory "
-                f"or a converted folder."
-            )
-        check_step(self.path, self.step, self.fallback)
-
-    @property
-    def mesh_config(self) -> MeshConfig:
-        """The mesh; without --mesh one device."""
-        return MeshConfig() if self.mesh is None else parse_mesh(self.mesh)
-
-    @property
-    def is_run(self) -> bool:
-        """Whether it is a directory that `moe-jax train` wrote."""
-        return is_run(self.path)
-
-    def open(self, check: Callable[[Tokenizer, int], None] | None = None) -> Opened:
-        """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before
-        weights are read.
-        """
-        use_compile_cache()
-        start_devices(self.mesh_config, self.simulate)
-        from moe_jax.inference.load import open_model
-        from moe_jax.profiling.clock import Stopwatch
-
-        with Stopwatch() as watch:
-            loaded = open_model(
-                self.path,
-                mesh=self.mesh_config,
-                dtype=self.dtype,
-                quantize=self.quantize,
-                memory=None if self.memory is None else parse_bytes(self.memory),
-                step=self.step,
-                fallback=self.fallback,
-                group=self.group,
-                expert_cache=self.expert_cache,
-                check=check,
-            )
-        return Opened(loaded, watch.seconds, watch.compiling)
+    options = choice.options
+    start_devices(options.mesh_config, options.simulate)
+    with Stopwatch() as watch:
+        model = open_model(
+            choice.path,
+            mesh=options.mesh_config,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            memory=None if options.memory is None else parse_bytes(options.memory),
+            step=options.step,
+            fallback=options.fallback,
+            group=options.group,
+            expert_cache=options.expert_cache_size,
+            check=check,
+        )
+    return Opened(model, watch.seconds, watch.compiling)

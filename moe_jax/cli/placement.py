@@ -1,4 +1,4 @@
-"""The commands about where experts live: placement plan, show and diff; `cli.py` adds them to
+"""The commands about where experts live: placement plan, show and diff; `main.py` adds them to
 `moe-jax`.
 """
 
@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.inference import AsJson, Step
 from moe_jax.cli.model_options import one_of
+from moe_jax.cli.options import AsJson, Step, argument, option
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import check_step, require_run
 from moe_jax.utils.progress import say
@@ -23,24 +23,12 @@ if TYPE_CHECKING:
     from moe_jax.tracking.placement_report import Comparison
     from moe_jax.tracking.traffic import MeasuredTraffic
 
-PLANNERS = (
-    "contiguous",
-    "round_robin",
-    "balanced",
-    "topology_aware",
-)  # those of placement/plan.py, which help does not wait for
+# Those of placement/plan.py, whose import help does not wait for.
+PLANNERS = ("contiguous", "round_robin", "balanced", "topology_aware")
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Plan, show and compare where experts live."
 )
-
-
-def _option(*names: str, metavar: str, help: str, **bounds: Any) -> Any:
-    return typer.Option(*names, metavar=metavar, show_default=False, help=help, **bounds)
-
-
-def _argument(metavar: str, help: str) -> Any:
-    return typer.Argument(metavar=metavar, show_default=False, help=help)
 
 
 class _Known(NamedTuple):
@@ -56,34 +44,34 @@ class _Known(NamedTuple):
 
 def plan(
     load: Annotated[
-        Path, _argument("RUN_OR_LOAD_FILE", "Run, or JSON in the form of a run's traffic.json.")
+        Path, argument("RUN_OR_LOAD_FILE", help="Run, or JSON in the form of a run's traffic.json.")
     ],
     strategy: Annotated[
         str, typer.Option(metavar="NAME", help="contiguous, round_robin, balanced, topology_aware.")
     ] = "balanced",
     topology: Annotated[
-        Path | None, _option("--topology", metavar="FILE", help="YAML of hosts and links.")
+        Path | None, option("--topology", metavar="FILE", help="YAML of hosts and links.")
     ] = None,
     ranks: Annotated[
         int | None,
-        _option("--ranks", metavar="R", min=1, help="Devices.  [default: those measured]"),
+        option("--ranks", metavar="R", min=1, help="Devices.  [default: those measured]"),
     ] = None,
     redundant_slots: Annotated[
         int | None,
-        _option(
+        option(
             "--redundant-slots",
             metavar="N",
             min=0,
-            help="For replicas, a device.  [default: the run's, or 0]",
+            help="For replicas, per device.  [default: the run's, or 0]",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        _option("--out", metavar="FILE", help="Write the table here, for placement.file."),
+        option("--out", metavar="FILE", help="Write the table here, for placement.file."),
     ] = None,
     png: Annotated[
         Path | None,
-        _option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]"),
+        option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: AsJson = False,
@@ -98,17 +86,23 @@ def plan(
     for path in (picture, out):
         if path is not None and path.exists() and not overwrite:
             raise UserError(f"{path} exists already: name another file, or give --overwrite.")
+    from moe_jax.tracking.figures.placement_plan import comparison_figure
     from moe_jax.tracking.placement_report import comparison_json, print_comparison
 
-    proposed, found = _propose(load, name, strategy, topology, ranks, redundant_slots)
+    proposed, comparison = _propose(
+        load,
+        name,
+        strategy=strategy,
+        topology=topology,
+        ranks=ranks,
+        redundant_slots=redundant_slots,
+    )
     if as_json:
-        print(json.dumps(comparison_json(found), indent=2))
+        print(json.dumps(comparison_json(comparison), indent=2))
     else:
-        print_comparison(found)
-    from moe_jax.tracking.figures.placement_plan import comparison_figure
-
+        print_comparison(comparison)
     with explained_disk_errors(picture):
-        comparison_figure(found).savefig(picture, format="png")
+        comparison_figure(comparison).savefig(picture, format="png")
         if out is not None:
             out.write_text(json.dumps(proposed.to_json()) + "\n", encoding="utf-8")
     say("wrote " + " and ".join(str(path) for path in (picture, out) if path))
@@ -117,16 +111,17 @@ def plan(
 def _propose(
     load: Path,
     name: str,
+    *,
     strategy: str,
     topology: Path | None,
     ranks: int | None,
     redundant_slots: int | None,
 ) -> tuple[Placement, Comparison]:
-    """The strategy's table for what was measured, and how it compares with today's: a run's own,
+    """The strategy's table for the measured load, and how it compares with today's: a run's own,
     else the contiguous one.
     """
     from moe_jax.placement.files import read_topology
-    from moe_jax.placement.plan import plan_placement as make
+    from moe_jax.placement.plan import plan_placement
     from moe_jax.placement.table import contiguous
     from moe_jax.tracking.placement_report import compare
     from moe_jax.tracking.traffic import read_measured
@@ -151,7 +146,7 @@ def _propose(
         else read_topology(topology, known.devices if today is known.table else None)
     )
     spare = known.redundant_slots if redundant_slots is None else redundant_slots
-    proposed = make(
+    proposed = plan_placement(
         strategy,
         measured.traffic_LRE,
         ranks=devices,
@@ -167,11 +162,11 @@ def _propose(
 
 
 def show(
-    place: Annotated[Path, _argument("RUN_OR_TABLE", "Run, or a table that plan wrote.")],
+    place: Annotated[Path, argument("RUN_OR_TABLE", help="Run, or a table that plan wrote.")],
     step: Step = None,
     layer: Annotated[
         int | None,
-        _option(
+        option(
             "--layer",
             metavar="L",
             min=0,
@@ -182,13 +177,13 @@ def show(
 ) -> None:
     """Show which device holds which experts."""
     known = _read(place, step)
+    from moe_jax.tracking.placement_report import print_table
+
     if layer is not None and layer not in known.layers:
         raise UserError(
             f"--layer {layer} has no experts: {place} has experts in layers "
             f"{', '.join(map(str, known.layers)) or 'none'}."
         )
-    from moe_jax.tracking.placement_report import print_table
-
     if as_json:
         print(json.dumps(known.table.to_json()))
     else:
@@ -196,11 +191,13 @@ def show(
 
 
 def diff(
-    a: Annotated[Path, _argument("A", "Run or table before.")],
-    b: Annotated[Path, _argument("B", "Run or table after.")],
+    a: Annotated[Path, argument("A", help="Run or table before.")],
+    b: Annotated[Path, argument("B", help="Run or table after.")],
 ) -> None:
     """Show which experts move where from A to B."""
     before, after = _read(a, None), _read(b, None)
+    from moe_jax.tracking.placement_report import print_difference
+
     sizes = [
         (one.table.ranks, one.table.num_experts, len(one.table.physical_to_logical))
         for one in (before, after)
@@ -211,8 +208,6 @@ def diff(
                 f"{a} has {pair[0]} {name} and {b} has {pair[1]}: only tables of one size can be "
                 f"compared."
             )
-    from moe_jax.tracking.placement_report import print_difference
-
     print_difference(before.table, after.table, before.layers if a.is_dir() else after.layers)
 
 
@@ -226,11 +221,11 @@ def _sources(measured: MeasuredTraffic, path: Path) -> int:
 def _read(place: Path, step: int | None) -> _Known:
     """The table of a run or of a file."""
     check_step(place, step, fallback=False)
+    from moe_jax.placement.files import read_table
+
     with explained_disk_errors(place):
         if place.is_dir():
             return _read_run(place, step)
-        from moe_jax.placement.files import read_table
-
         table = read_table(place)
         return _Known(table, list(range(len(table.physical_to_logical))))
 

@@ -22,9 +22,7 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
 ) -> Any:
-    """A field with a default, its help text, and the closed or open bounds that its value must
-    keep.
-    """
+    """A field with a default, its help text, and the closed or open bounds of its value."""
     return dataclasses.field(default=default, metadata={"help": help, "ge": ge, "gt": gt, "le": le})
 
 
@@ -38,7 +36,8 @@ def bounds_text(metadata: Any) -> str:
     )
 
 
-def _check_bounds(section: Any) -> None:
+def _validate(section: Any) -> None:
+    """Refuses values out of their bounds, then combinations that the section itself refuses."""
     for field in dataclasses.fields(section):
         value, bounds = getattr(section, field.name), field.metadata
         if (
@@ -57,15 +56,16 @@ def _check_bounds(section: Any) -> None:
                 f"{section.SECTION}{field.name}={value!r} is out of range: it must be "
                 f"{bounds_text(bounds)}."
             )
-    section.check()
+    if hasattr(section, "check"):
+        section.check()
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
 def section(cls: type) -> type:
-    """Makes a frozen keyword-only dataclass whose bounds and combinations are checked on
-    construction.
+    """Makes a frozen keyword-only dataclass whose bounds are checked on construction, and after
+    them its own `check`, if it has one.
     """
-    cls.__post_init__ = _check_bounds  # type: ignore[attr-defined]
-    if not hasattr(cls, "check"):
-        cls.check = lambda self: None  # type: ignore[attr-defined]
+    if hasattr(cls, "__post_init__"):
+        raise TypeError(f"{cls.__name__} has a __post_init__: name it check.")
+    cls.__post_init__ = _validate  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True)(cls)

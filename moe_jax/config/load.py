@@ -1,9 +1,9 @@
 """Reads a YAML experiment and `--set` overrides into the frozen tree of `schema.py`, and writes it
 back.
 
-Three layers, each validated by itself so that an error can name where it stands: the `base:` file
-(one level), the file, the overrides. Then they are merged and built, and the sections check their
-combinations. Every failure is one sentence in a `UserError`.
+There are three layers: the `base:` file (one level), the file and the overrides. Each is checked by
+itself, so that an error can name its place. Then they are merged and built, and the sections check
+their combinations. Every failure is one sentence in a `UserError`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from moe_jax.config.fields import bounds_text
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
 
-# YAML 1.2's scalars instead of PyYAML's YAML 1.1: there `3e-4` is text, `no` is a boolean and
-# `1:30` is ninety.
+# YAML 1.2's scalars instead of PyYAML's YAML 1.1, in which `3e-4` is text, `no` is a boolean and
+# `1:30` is ninety. (ruamel.yaml has them, and would be one more dependency.)
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
     (
         "float",
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(inf|Inf|INF))"
-        r"|\.(nan|NaN|NAN)",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
     ),
     ("merge", r"<<", ["<"]),
@@ -58,10 +58,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly what `_Loader` would otherwise read as something else than text."""
+    """Quotes exactly the texts that `_Loader` would read as another type."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Unusual line breaks only survive, as escapes, in double quotes."""
+        """Unusual line breaks survive only as escapes in double quotes."""
         return self.represent_scalar(
             "tag:yaml.org,2002:str",
             text,
@@ -113,8 +113,8 @@ def section_from_dict(
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The keys and values of a YAML file, {} if it is empty. Raises UserError for one that cannot
-    be read or holds something else.
+    """The keys and values of a YAML file, {} if it is empty. Raises UserError if it cannot be read
+    or holds something else.
     """
     return _parse(_read(path), str(path))
 
@@ -288,7 +288,7 @@ def _validator(hint: Any) -> pydantic.TypeAdapter[Any]:
 
 def _leaf(hint: Any, value: Any, source: str, key: str, bounds: str) -> Any:
     try:
-        # Strict, but for YAML having lists where the tree has tuples.
+        # Strict, except that YAML has lists where the tree has tuples.
         return _validator(hint).validate_python(tuple(value) if isinstance(value, list) else value)
     except pydantic.ValidationError as error:
         allowed = type_text(hint) + (f", {bounds}" if bounds else "")
@@ -304,8 +304,8 @@ def _shown(value: Any) -> str:
 
 
 def _nearest(name: str, prefix: str) -> str:
-    """Which keys someone who wrote this one may have meant: the same name elsewhere, alike here,
-    else alike elsewhere.
+    """A sentence with the keys that may be meant: of the same name elsewhere or a similar name
+    here, else of a similar name elsewhere.
     """
     keys = all_keys()
     if prefix + name in keys:
@@ -313,16 +313,16 @@ def _nearest(name: str, prefix: str) -> str:
         return f"write it as `{rest}:` under `{section}:`."
     here = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
     last = {key: key.rpartition(".")[2] for key in keys}
-    found = [key for key in keys if last[key] == name]
-    found += [
+    meant = [key for key in keys if last[key] == name]
+    meant += [
         prefix + match
         for match in difflib.get_close_matches(name, [last[key] for key in here], n=3, cutoff=0.6)
     ]
-    if not found:
-        alike = difflib.get_close_matches(name, sorted(set(last.values())), n=3, cutoff=0.7)
-        found = [key for match in alike for key in keys if last[key] == match]
-    if found:
-        return "did you mean " + " or ".join(list(dict.fromkeys(found))[:3]) + "?"
+    if not meant:
+        similar = difflib.get_close_matches(name, sorted(set(last.values())), n=3, cutoff=0.7)
+        meant = [key for match in similar for key in keys if last[key] == match]
+    if meant:
+        return "did you mean " + " or ".join(list(dict.fromkeys(meant))[:3]) + "?"
     return (
         f"the keys {'of ' + prefix[:-1] + ' ' if prefix else ''}are "
         + ", ".join(last[key] for key in here)

@@ -30,31 +30,35 @@ class RopeConfig:
     )
     low_freq_factor: float = setting(
         default=1.0,
-        help="llama3: wavelengths above original_length/this are divided by `factor`.",
+        help="llama3: frequencies of wavelengths above original_length/this are divided by "
+        "`factor`.",
         gt=0,
     )
     high_freq_factor: float = setting(
-        default=4.0, help="llama3: wavelengths below original_length/this stay as they are.", gt=0
+        default=4.0,
+        help="llama3: frequencies of wavelengths below original_length/this stay unchanged.",
+        gt=0,
     )
     beta_fast: float = setting(
         default=32.0,
-        help="yarn: rotations over original_length above which a frequency stays as it is.",
+        help="yarn: frequencies with more rotations over original_length than this stay unchanged.",
         gt=0,
     )
     beta_slow: float = setting(
         default=1.0,
-        help="yarn: rotations over original_length below which a frequency is divided by `factor`.",
+        help="yarn: frequencies with fewer rotations over original_length than this are divided by "
+        "`factor`.",
         gt=0,
     )
     truncate: bool = setting(
         default=True,
-        help="yarn: round the range of frequencies in between outward to whole dimensions.",
+        help="yarn: widen the range between the two to whole dimensions.",
     )
     attention_factor: float | None = setting(
         default=None, help="yarn: factor on sines and cosines; null is 0.1 ln(factor) + 1.", gt=0
     )
     fraction: float = setting(
-        default=1.0, help="Leading share of a head's width that is rotated.", gt=0, le=1
+        default=1.0, help="Fraction of a head's width that is rotated, from its start.", gt=0, le=1
     )
 
     def check(self) -> None:
@@ -68,7 +72,7 @@ class RopeConfig:
 @section
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are projections of one
-    narrow vector a token.
+    narrow vector per token.
     """
 
     SECTION = "model.latent."
@@ -85,7 +89,7 @@ class LatentConfig:
     )
     rope_width: int = setting(
         default=64,
-        help="Rotated part of a head, beside `head_dim` that is not; all heads share the key's.",
+        help="Width of a head's rotated part, beside `head_dim`; all heads share one rotated key.",
         ge=2,
     )
     value_width: int = setting(default=128, help="Width of a head's value.", ge=1)
@@ -131,12 +135,11 @@ class ModelConfig:
     mlp_bias: bool = setting(default=False, help="Biases in the feed-forward part of dense layers.")
     sinks: bool = setting(
         default=False,
-        help="A learned score a head that joins the softmax and takes weight from the keys "
-        "(gpt-oss).",
+        help="One learned attention-sink logit per head (gpt-oss).",
     )
     clip_qkv: float | None = setting(
         default=None,
-        help="Queries, keys and values are clamped to +- this before the rotation.",
+        help="Clamp queries, keys and values to +- this before the rotation; null does not.",
         gt=0,
     )
     attention_scale: float | None = setting(
@@ -145,28 +148,29 @@ class ModelConfig:
     latent: LatentConfig = setting(default=LatentConfig(), help="Multi-head latent attention.")
     sliding_window: int | None = setting(
         default=None,
-        help="Tokens that a position may look back on, itself included; null is all.",
+        help="Tokens that a position attends to at most, itself included; null sets no limit.",
         ge=1,
     )
     window_every: int = setting(
         default=1,
-        help="Sliding-window layers: every n-th keeps full attention; 1 puts the window in all "
-        "layers.",
+        help="With sliding_window: every n-th layer keeps full attention; 1 gives all layers the "
+        "window.",
         ge=1,
     )
     full_layers: tuple[int, ...] = setting(
-        default=(), help="Indices of further layers that keep full attention."
+        default=(), help="Indices of more layers that keep full attention."
     )
     tied_embeddings: bool = setting(
         default=True, help="The output head is the transposed embedding."
     )
     norm_eps: float = setting(default=1e-6, help="Epsilon of the RMS norms.", gt=0)
     compute_dtype: Literal["float32", "bfloat16"] = setting(
-        default="float32", help="Type of activations and of weights in matmuls; masters are f32."
+        default="float32",
+        help="Type of activations and of weights in matmuls; master weights are f32.",
     )
     remat: Literal["none", "dots", "full"] = setting(
         default="none",
-        help="Recompute in the backward pass: nothing, all but matmuls, or the whole layer.",
+        help="What the backward pass recomputes: none; dots: all but matmuls; full: whole layers.",
     )
     attention: Literal["auto", "reference", "blockwise", "cudnn"] = setting(
         default="auto", help="Attention back end; auto chooses by platform."
@@ -236,37 +240,37 @@ class ModelConfig:
 
 @section
 class MoEConfig:
-    """Router, experts and how tokens travel between them. All that a MoE layer sees of the
-    configuration.
-    """
+    """Router, experts, and how tokens are sent to them. A MoE layer sees only this section."""
 
     SECTION = "moe."
 
-    num_experts: int = setting(default=8, help="Experts a layer (E).", ge=1)
-    top_k: int = setting(default=2, help="Experts a token is sent to (K).", ge=1)
+    num_experts: int = setting(default=8, help="Experts per layer (E).", ge=1)
+    top_k: int = setting(default=2, help="Experts per token (K).", ge=1)
     hidden: int = setting(default=128, help="Hidden width of an expert (F).", ge=1)
     capacity_factor: float = setting(
         default=1.25,
-        help="Rows of a (source, destination) pool over the even share; more are dropped, or wait "
-        "a round.",
+        help="Capacity of each pool of rows from one device to another, relative to an even share; "
+        "rows beyond it are dropped, or wait a round (dropless).",
         gt=0,
     )
     dropless: bool = setting(
-        default=False, help="Drop nothing: what does not fit a pool goes in further rounds."
+        default=False, help="Drop no token: rows beyond the capacity go in further rounds."
     )
     first_dense: int = setting(default=0, help="Leading layers that are dense.", ge=0)
     every: int = setting(
         default=1, help="Every n-th of the other layers has experts; 1 is all of them.", ge=1
     )
     dense_layers: tuple[int, ...] = setting(
-        default=(), help="Indices of further layers that are dense."
+        default=(), help="Indices of more layers that are dense."
     )
     score: Literal["softmax", "sigmoid"] = setting(
-        default="softmax", help="Scores from logits: over all experts, or each by itself."
+        default="softmax",
+        help="Scores from logits: softmax over all experts, or a sigmoid of each.",
     )
     normalize: Literal["before", "after"] = setting(
         default="after",
-        help="Weights are scores as they are (before selection), or rescaled to sum to 1 (after).",
+        help="after: rescale the chosen experts' scores to sum to 1. before: use the scores "
+        "unchanged.",
     )
     routed_scale: float = setting(default=1.0, help="Factor on the routed experts' weights.", gt=0)
     num_groups: int = setting(
@@ -291,19 +295,19 @@ class MoEConfig:
     swiglu_limit: float | None = setting(
         default=None,
         help="Experts compute clamp(gate) sigmoid(1.702 clamp(gate)) (clamp(up) + 1), clamped at "
-        "this (gpt-oss); null is SwiGLU.",
+        "this value (gpt-oss); null is SwiGLU.",
         gt=0,
     )
-    temperature: float = setting(default=1.0, help="Router logits are divided by it.", gt=0)
+    temperature: float = setting(default=1.0, help="Divides the router's logits.", gt=0)
     input_noise: float = setting(
         default=0.0,
-        help="Training: the router's input is multiplied by uniform noise in 1 +- this.",
+        help="Training: multiply the router's input by uniform noise in 1 +- this.",
         ge=0,
         le=1,
     )
     expert_dropout: float = setting(
         default=0.0,
-        help="Training: chance that an expert cannot be chosen by a sequence.",
+        help="Training: probability that a sequence cannot choose an expert.",
         ge=0,
         le=0.9,
     )
@@ -320,20 +324,21 @@ class MoEConfig:
     )
     aux_over: Literal["layer", "model"] = setting(
         default="layer",
-        help="aux_loss: a loss for each layer, summed; or one of shares and scores averaged over "
-        "the layers (transformers).",
+        help="aux_loss: layer: one loss per layer, summed. model: one loss of loads and scores "
+        "averaged over the layers (as transformers does).",
     )
     sequence_aux_loss: float = setting(
-        default=0.0, help="Coefficient of the same loss within each sequence.", ge=0
+        default=0.0, help="Coefficient of the same loss over each sequence alone.", ge=0
     )
     variance_loss: float = setting(
         default=0.0,
-        help="Coefficient of the variance over experts of usage (mean score times E).",
+        help="Coefficient of the variance of the experts' usage (mean score times E).",
         ge=0,
     )
     dispatch: Literal["auto", "pooled", "gather"] = setting(
         default="auto",
-        help="Pools and all_to_all, or gather of all tokens; auto takes gather for few.",
+        help="pooled: all_to_all of pools. gather: all_gather of all tokens. auto: gather for few "
+        "tokens.",
     )
     gather_below: int = setting(
         default=8, help="dispatch=auto gathers when a device has fewer tokens than this.", ge=0
@@ -372,7 +377,7 @@ class MoEConfig:
             )
         if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
             raise UserError(
-                f"moe.num_groups={self.num_groups} leaves one expert a group: use fewer groups."
+                f"moe.num_groups={self.num_groups} leaves one expert per group: use fewer groups."
             )
         if self.shared_gate and not self.shared_experts:
             raise UserError("moe.shared_gate=true needs a shared expert: set moe.shared_experts.")

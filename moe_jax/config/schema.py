@@ -1,10 +1,10 @@
 """The configuration tree: frozen dataclasses that know their ranges and their impossible
 combinations.
 
-Only the standard library is needed here, so that the layers can be built without a file or a
-validator; `config.py` reads YAML into these types. Every field carries its help text, from which
-docs/configuration.md is generated. A section sees itself alone; what spans sections is checked in
-`Config`. The sections of the model itself are in architecture.py.
+Only the standard library is needed here, so that layers can be built without a file or a validator;
+`load.py` reads YAML into these types. Every field has its help text, from which
+docs/configuration.md is generated. A section sees only itself; `Config` checks what spans sections.
+The sections of the model itself are in model.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from moe_jax.config.fields import section, setting
-from moe_jax.config.model import (
-    ModelConfig,
-    MoEConfig,
-)
+from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 
 
@@ -28,26 +25,27 @@ class PlacementConfig:
     strategy: Literal["contiguous", "round_robin", "balanced", "topology_aware", "custom"] = (
         setting(
             default="contiguous",
-            help="Runs of experts a device; dealt out one by one; by measured load; by load and "
-            "links; or the table in `file`.",
+            help="contiguous: consecutive experts on each device. round_robin: expert e on device "
+            "e % R. balanced: by measured load. topology_aware: by load and links. custom: the "
+            "table in `file`.",
         )
     )
     redundant_slots: int = setting(
-        default=0, help="Slots a device beyond its share of experts, for replicas.", ge=0
+        default=0, help="Slots per device beyond its share of the experts, for replicas.", ge=0
     )
     max_experts_per_device: int | None = setting(
-        default=None, help="Most slots a device may have; null sets no limit.", ge=1
+        default=None, help="Largest number of slots per device; null sets no limit.", ge=1
     )
     replan_every: int = setting(
         default=0,
-        help="Steps between decisions to move experts, by the load measured since; 0 never moves "
-        "any.",
+        help="Steps between decisions to move experts, by the load measured since the last one; 0 "
+        "never moves any.",
         ge=0,
     )
     min_gain: float = setting(
         default=0.05,
-        help="Least predicted fall, as a share, for which a layer's experts move: of the busiest "
-        "device's load, with topology_aware and link's.",
+        help="Move a layer's experts only if the predicted load of its busiest device (with "
+        "topology_aware: of its busiest device and link) falls by at least this fraction.",
         ge=0,
         le=1,
     )
@@ -56,7 +54,7 @@ class PlacementConfig:
     )
     topology: str | None = setting(
         default=None,
-        help="YAML file with hosts, links and memory; null takes one host a process and assumed "
+        help="YAML file of hosts, links and memory; null takes one host per process and assumed "
         "links.",
     )
 
@@ -111,7 +109,7 @@ class DevicesConfig:
     SECTION = "devices."
 
     simulate: int = setting(
-        default=0, help="Simulated CPU devices; 0 uses the devices that are there.", ge=0, le=4096
+        default=0, help="Simulated CPU devices; 0 uses the machine's devices.", ge=0, le=4096
     )
 
 
@@ -135,33 +133,34 @@ class DataConfig:
     )
     split: str = setting(default="train", help="Split to read with `hf:NAME`.")
     validation_fraction: float = setting(
-        default=0.05, help="Share of the documents held out for validation.", gt=0, le=0.5
+        default=0.05, help="Fraction of the documents held out for validation.", gt=0, le=0.5
     )
 
 
 @section
 class OptimizerConfig:
-    """How parameters move."""
+    """How parameters are updated."""
 
     SECTION = "optimizer."
 
     name: Literal["adamw", "adafactor", "muon"] = setting(
-        default="adamw", help="Optimizer; muon moves matrices and leaves the rest to AdamW."
+        default="adamw", help="Optimizer; muon updates matrices, and AdamW the other parameters."
     )
     learning_rate: float = setting(default=3e-3, help="Peak learning rate.", gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
-        default="cosine", help="Shape after the warmup; wsd holds, then decays over the last fifth."
+        default="cosine",
+        help="Learning rate after the warmup; wsd: constant, then decaying over the last fifth.",
     )
     warmup_steps: int = setting(default=20, help="Steps of linear warmup.", ge=0)
     final_fraction: float = setting(
-        default=0.1, help="Learning rate at the end as a share of the peak.", ge=0, le=1
+        default=0.1, help="Learning rate at the end, as a fraction of the peak.", ge=0, le=1
     )
     weight_decay: float = setting(
-        default=0.1, help="Decoupled weight decay, on matrices only.", ge=0
+        default=0.1, help="Decoupled weight decay, of matrices only.", ge=0
     )
     beta1: float = setting(default=0.9, help="Decay of the first moment.", ge=0, le=0.9999)
     beta2: float = setting(default=0.95, help="Decay of the second moment.", ge=0, le=0.99999)
-    eps: float = setting(default=1e-8, help="Epsilon of the moments' ratio.", gt=0)
+    eps: float = setting(default=1e-8, help="Epsilon in the ratio of the moments.", gt=0)
     clip_norm: float = setting(default=1.0, help="Largest global gradient norm.", gt=0)
     expert_lr_scale: float = setting(
         default=1.0, help="Factor on the experts' learning rate.", ge=0
@@ -181,17 +180,17 @@ class TrainConfig:
     seed: int = setting(
         default=0, help="Seed of initialisation, data order and noise.", ge=0, le=2**32 - 1
     )
-    global_batch: int = setting(default=16, help="Sequences a step, over all devices (B).", ge=1)
-    seq_len: int = setting(default=256, help="Tokens a sequence (S).", ge=2)
+    global_batch: int = setting(default=16, help="Sequences per step, over all devices (B).", ge=1)
+    seq_len: int = setting(default=256, help="Tokens per sequence (S).", ge=2)
     accumulation: int = setting(
         default=1, help="Parts that a step's batch is split into, one after another.", ge=1
     )
     log_every: int = setting(default=1, help="Steps between lines in metrics.jsonl.", ge=1)
     eval_every: int = setting(default=100, help="Steps between validations; also at the end.", ge=1)
-    eval_batches: int = setting(default=4, help="Batches of a validation.", ge=1)
+    eval_batches: int = setting(default=4, help="Batches per validation.", ge=1)
     max_skipped: int = setting(
         default=5,
-        help="Steps in a row with a loss or gradient that is not finite before the run stops.",
+        help="The run stops after this many steps in a row whose loss or gradient is not finite.",
         ge=1,
     )
     sample_prompt: str = setting(
@@ -202,7 +201,7 @@ class TrainConfig:
 
 @section
 class CheckpointConfig:
-    """What is kept."""
+    """Which checkpoints are made and kept."""
 
     SECTION = "checkpoint."
 
@@ -211,32 +210,35 @@ class CheckpointConfig:
     )
     keep_last: int = setting(default=2, help="Newest checkpoints kept.", ge=1)
     keep_best: int = setting(
-        default=1, help="Checkpoints of the lowest validation loss kept besides.", ge=0
+        default=1, help="More checkpoints kept, those of the lowest validation loss.", ge=0
     )
 
 
 @section
 class MonitorConfig:
-    """Limits; a training line that passes one raises an alert. 0 turns one off."""
+    """Limits of alerts: a line of metrics above one raises an alert. 0 turns a limit off."""
 
     SECTION = "monitor."
 
     device_load: float = setting(
         default=4.0,
-        help="Load of a layer's busiest device over the mean load of its devices.",
+        help="Load of a layer's busiest device, relative to the mean of its devices.",
         ge=0,
     )
     max_violation: float = setting(
         default=8.0,
-        help="Load of a layer's busiest expert over the mean load of its experts, less 1.",
+        help="Load of a layer's busiest expert, relative to the mean of its experts, minus 1.",
         ge=0,
     )
     dead_experts: float = setting(
-        default=0.5, help="Share of a layer's experts that no token of the step chose.", ge=0, le=1
+        default=0.5,
+        help="Fraction of a layer's experts that no token of the step chose.",
+        ge=0,
+        le=1,
     )
     dropped: float = setting(
         default=0.3,
-        help="Share of the step's (token, choice) assignments that found no room.",
+        help="Fraction of the step's token-expert assignments that were dropped.",
         ge=0,
         le=1,
     )
@@ -244,7 +246,7 @@ class MonitorConfig:
 
 @section
 class Config:
-    """Everything: only `train.py`, the command line and their like see it whole."""
+    """The whole configuration. Only its readers and the jobs that take it see it whole."""
 
     SECTION = ""
 
@@ -306,8 +308,8 @@ class Config:
             raise UserError(
                 f"placement.max_experts_per_device={most} but {self.moe.num_experts} experts over "
                 f"mesh.expert={mesh.expert} with "
-                f"placement.redundant_slots={self.placement.redundant_slots} take {share} slots a "
-                f"device: raise it, or use more devices."
+                f"placement.redundant_slots={self.placement.redundant_slots} take {share} slots "
+                f"per device: raise it, or use more devices."
             )
         part = self.train.accumulation * mesh.data * mesh.expert
         if self.train.global_batch % part:

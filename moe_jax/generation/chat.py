@@ -1,11 +1,11 @@
-"""A conversation with a model in the terminal, or through a pipe line by line.
+"""A conversation with a model.
 
     conversation = Conversation(loaded, SamplingOptions(), system="Be brief.")
     for piece in conversation.reply("Hello"):
         print(piece, end="")
 
-Each turn renders the whole conversation with the tokenizer's chat template and reads only what the
-cache does not hold.
+Each turn renders the whole conversation with the tokenizer's chat template; the model then reads
+only the tokens that its cache does not hold.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation up to the reply. Raises UserError where the tokenizer has no chat
-    template or it refuses.
+    """Tokens of a conversation up to the reply. Raises UserError if the tokenizer has no chat
+    template, or if the template refuses the messages.
     """
     if tokenizer.chat is None:
         raise UserError(
@@ -36,7 +36,7 @@ def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
 
 def check_template(tokenizer: Tokenizer, system: str | None) -> None:
-    """Raises UserError where a conversation could not begin, before there is one."""
+    """Raises UserError if a conversation could not begin."""
     chat_ids(tokenizer, [*first_messages(system), {"role": "user", "content": "?"}])
 
 
@@ -57,17 +57,15 @@ class Conversation:
         max_tokens: int = 1024,
         stop: Sequence[str] = (),
     ):
-        """Raises UserError where the tokenizer has no chat template, or it refuses the system
-        prompt.
+        """Raises UserError if the tokenizer has no chat template, or if the template refuses the
+        system prompt.
         """
-        from moe_jax.inference.load import Session
-
         self.figures = GenerationStats()
         """Of the last reply."""
         self.messages = first_messages(system)
         check_template(loaded.tokenizer, system)
         self._loaded, self._system, self._max_tokens, self._stop = loaded, system, max_tokens, stop
-        self._reader = Reader(Session(loaded))
+        self._reader = Reader(loaded.session())
         self._sampler = Sampler(options, loaded.tokenizer.num_ids)
 
     def reset(self) -> None:
@@ -75,11 +73,10 @@ class Conversation:
         self.messages = first_messages(self._system)
 
     def reply(self, text: str) -> Generator[str, None, None]:
-        """Pieces of the reply to `text`, as they come; whoever stops listening has ended the reply
-        there.
+        """Pieces of the reply to `text`, as they come. To close the generator is to end the reply.
 
-        Question and reply become part of the conversation when the reply ends, as far as it came;
-        an empty one leaves it as it was.
+        When the reply ends, the question and what came of the reply are added to the conversation.
+        An empty reply adds nothing.
 
         Raises:
           UserError: the conversation exceeds the context; it is then as it was before.
@@ -89,8 +86,7 @@ class Conversation:
         if len(ids) >= self._loaded.context:
             raise UserError(
                 f"The conversation has {len(ids)} tokens with this message and the model's "
-                f"context is {self._loaded.context}: "
-                "/reset begins anew."
+                f"context is {self._loaded.context}: /reset begins anew."
             )
         self.figures = GenerationStats()
         said: list[str] = []

@@ -1,6 +1,6 @@
-"""How well a model foretells a text: nats a token, perplexity, bits a byte.
+"""Perplexity of a model on a text, with nats per token and bits per byte.
 
-result = evaluate(loaded, Path("text.txt").read_text(), window=2048)
+evaluation = evaluate(loaded, read_text(Path("text.txt")), window=2048)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DEFAULT_WINDOW = 2048
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` found."""
+    """How well a model predicts a text."""
 
     nats_per_token: float
     perplexity: float
     bits_per_byte: float
-    """Bits a byte of the text's UTF-8: the same measure whatever the tokenizer."""
+    """Bits per byte of the text's UTF-8: comparable across tokenizers."""
     tokens: int
-    """Tokens that were foretold: all but the first, which nothing comes before."""
+    """Tokens that were predicted: all but the first, which has no token before it."""
     bytes: int
     """Bytes of the text that they stand for."""
     window: int
@@ -41,15 +41,15 @@ class Evaluation(NamedTuple):
 def evaluate(
     loaded: LoadedModel, text: str, window: int | None = None, special: bool = True
 ) -> Evaluation:
-    """Scores every token of `text` but the first, once each, in windows of `window` tokens that do
-    not overlap.
+    """Scores every token of `text` except the first, once each, in windows of `window` tokens that
+    do not overlap.
 
-    A window's first token is foretold from the last token of the window before alone. A progress
+    A window's first token is predicted only from the last token of the window before. A progress
     bar goes to stderr.
 
     Args:
-      window: Tokens of a window; by default the smaller of the model's context and 2,048.
-      special: With a start token where the tokenizer adds one to a prompt.
+      window: Tokens per window; by default the smaller of the model's context and 2,048.
+      special: Begin with a start token, if the tokenizer adds one to a prompt.
 
     Raises:
       UserError: the text has fewer than two tokens, the window exceeds the context, or the model's
@@ -66,31 +66,8 @@ def evaluate(
     if len(tokens) < 2:
         raise UserError(f"--text has {len(tokens)} tokens: give a text of at least two.")
     window = min(window, len(tokens) - 1)
-    nats, count, rows = 0.0, 0, loaded.engine.mesh.shape["data"]
-    columns = (
-        TextColumn("evaluating"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[found]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with (
-        Stopwatch() as watch,
-        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("", total=math.ceil((len(tokens) - 1) / window), found="")
-        for begin in range(0, len(tokens) - 1, window):
-            some_nats, some = loaded.engine.score(
-                loaded.params, loaded.tables, *_window(tokens, begin, window, rows)
-            )
-            nats, count = nats + float(some_nats), count + int(some)
-            if not math.isfinite(nats):
-                raise UserError(
-                    "The model's loss is not finite (NaN or infinite): its weights are damaged, "
-                    "or try --dtype float32."
-                )
-            bar.update(task, advance=1, found=f"perplexity {_perplexity(nats / count):,.3f}")
+    with Stopwatch() as watch:
+        nats, count = _score(loaded, tokens, window)
     size = len(text.encode("utf-8", errors="replace")) - len(
         loaded.tokenizer.decode(tokens[:1].tolist()).encode()
     )
@@ -105,13 +82,43 @@ def evaluate(
     )
 
 
+def _score(loaded: LoadedModel, tokens: np.ndarray, window: int) -> tuple[float, int]:
+    """(nats, predicted tokens) of all windows, with a progress bar. Raises UserError where nats are
+    not finite.
+    """
+    columns = (
+        TextColumn("evaluating"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[so_far]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    rows = loaded.engine.mesh.shape["data"]
+    nats, count = 0.0, 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=math.ceil((len(tokens) - 1) / window), so_far="")
+        for begin in range(0, len(tokens) - 1, window):
+            window_nats, predicted = loaded.engine.score(
+                loaded.params, loaded.tables, *_window(tokens, begin, window, rows)
+            )
+            nats, count = nats + float(window_nats), count + int(predicted)
+            if not math.isfinite(nats):
+                raise UserError(
+                    "The model's loss is not finite (NaN or infinite): its weights are damaged, "
+                    "or try --dtype float32."
+                )
+            bar.update(task, advance=1, so_far=f"perplexity {_perplexity(nats / count):,.3f}")
+    return nats, count
+
+
 def _window(
     tokens: np.ndarray, begin: int, window: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, mask) of one window, each [rows, window]; the last one is filled up, so
-    that nothing compiles anew.
+    """(tokens, targets, mask) of one window, each [rows, window]. The last window is padded to the
+    same shape, so that nothing compiles again.
 
-    It is the first row. The others, which a `data` axis needs, do not count.
+    The window is the first row. The others, which a `data` axis needs, are masked.
     """
     inputs, targets = tokens[begin : begin + window], tokens[begin + 1 : begin + 1 + window]
     filled = np.zeros((2, rows, window), np.int32)
@@ -126,7 +133,7 @@ def _perplexity(nats_per_token: float) -> float:
 
 
 def read_text(path: Path) -> str:
-    """The text of `--text`. Raises UserError where it cannot be read, is empty, or is not UTF-8."""
+    """The text of `--text`. Raises UserError if it cannot be read, is empty, or is not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

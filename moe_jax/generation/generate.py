@@ -18,14 +18,12 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.generation.sampling import Sampler, SamplingOptions
 from moe_jax.generation.stats import GenerationStats
-from moe_jax.generation.streaming import TextStream
+from moe_jax.generation.streaming import EMPTY_PROMPT, TextStream
 from moe_jax.model_io.source import require_run
 from moe_jax.profiling.clock import Stopwatch
 
 if TYPE_CHECKING:
     from moe_jax.inference.load import LoadedModel, Session
-
-EMPTY_PROMPT = "--prompt is empty: give at least one character to continue."
 
 
 class Reader:

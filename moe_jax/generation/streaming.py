@@ -11,45 +11,49 @@ print(stream.finish())
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from moe_jax.data.tokenizer import Tokenizer
+
+EMPTY_PROMPT = "--prompt is empty: give at least one character to continue."
+EMPTY_STOP = "--stop is empty: give the text to stop at, or leave it out."
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes tokens as they come; `stopped` turns true at the first stop string, after which
-    nothing is to be pushed.
+    """Decodes tokens as they come. `stopped` turns true at the first stop string; push no token
+    after that.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()):
         """
         Args:
           stop: Strings that end the text and are not part of it.
-          after: Tokens that the text goes on from, where the space between both matters: many
-            tokenizers drop a space
-            that nothing comes before.
+          after: The tokens that the text continues. Many tokenizers drop a space at the start of a
+            text, so the space between the two would be lost without them.
 
         Raises:
           UserError: a stop string is empty.
         """
         if not all(stop):
-            raise UserError("--stop is empty: give the text to stop at, or leave it out.")
+            raise UserError(EMPTY_STOP)
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # Special tokens decode to nothing, so a stop string that is one of them is told by its id.
+        # Special tokens decode to nothing, so a stop string that is one of them is found by its id.
         self._stop_ids = {
             tokenizer.special_ids[string] for string in stop if string in tokenizer.special_ids
         }
-        # Decoding begins at the tokens of the last piece and not at the text's beginning: time a
+        # Only the tokens of the last piece are decoded again, not the whole text: the time per
         # token stays the same.
         self._tokens, self._before = list(after), len(after)
         self._decoded = tokenizer.decode(self._tokens)
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that one more token makes certain; often empty."""
+        """The text that is certain after one more token; often empty."""
         if token in self._stop_ids:
             rest = self.finish()
             self.stopped = True
@@ -66,8 +70,8 @@ class TextStream:
         return self._release(piece)
 
     def finish(self) -> str:
-        """What was held back and is now known not to go on: an unfinished character, the beginning
-        of a stop string.
+        """The text that was held back: an unfinished character, or the beginning of a stop string
+        that did not go on.
         """
         if self.stopped:
             return ""
@@ -78,18 +82,16 @@ class TextStream:
         return rest
 
     def _release(self, piece: str) -> str:
-        """Of the held text and `piece`, what stands before a stop string and cannot be the
-        beginning of one.
-        """
+        """The held text and `piece`, up to a stop string or to what may be the beginning of one."""
         text = self._held + piece
-        found = [
+        matches = [
             (text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text
         ]
-        if found:
+        if matches:
             self.stopped, self._held = True, ""
-            return text[
-                : min(found)[1]
-            ]  # the one that was complete first, however the text was cut into tokens
+            # The one that was complete first, however the text was cut into tokens.
+            _, start = min(matches)
+            return text[:start]
         longest = max(
             (
                 size

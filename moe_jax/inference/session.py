@@ -49,6 +49,10 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     name: str
 
+    def session(self, rows: int = 1) -> Session:
+        """That many new sequences, all empty."""
+        return Session(self, rows)
+
 
 def bucket(length: int, shortest: int) -> int:
     """The least of `shortest` x 1, 2, 4, ... that is not less: few shapes to compile."""

@@ -1,1 +1,1 @@
-"""What comes before a run: is this machine fit for it."""
+"""What comes before a run: whether this machine is fit for it."""

@@ -1,9 +1,9 @@
 """`moe-jax doctor`: can this machine train, correctly, and how fast is its hardware?
 
-Versions are held against what the package asks for; the computation that a known-bad jaxlib gets
-wrong is run; every back end is tried in tiny form (`probes.py`) and a failure's reason shown. What
-is merely not available here is reported; a bad version or a wrong number is a problem, with the
-remedy.
+It compares installed versions with those that the package asks for, runs the computation that a
+known-bad jaxlib gets wrong, and tries every back end in tiny form (`probes.py`). What is only
+unavailable on this machine is reported with its reason. A bad version or a wrong number is a
+problem, with the remedy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import platform
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
@@ -25,8 +25,11 @@ from moe_jax.launch.probes import (
     SIMULATED_DEVICES,
     WrongArithmetic,
     probe_against_numpy,
-    simulate_devices,
 )
+from moe_jax.runtime.devices import split_cpu
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXAMINED_PACKAGES = (
     "jax",
@@ -46,8 +49,8 @@ INSTALL_GOOD_JAX = "pip install 'jax>=0.10.1,!=0.10.2,<0.12' 'jaxlib>=0.10.1,!=0
 
 @dataclass
 class Version:
-    """A package: what is installed (None if it is not), what is asked for, and what is wrong with
-    it (empty if nothing).
+    """A package: the installed version (None if there is none), the wanted ones, and the problem
+    (empty if there is none).
     """
 
     name: str
@@ -58,9 +61,7 @@ class Version:
 
 @dataclass
 class ProbeResult:
-    """A probe: `ok`, `unavailable` or `wrong`, and a short text (what was measured, or the
-    reason).
-    """
+    """A probe: `ok`, `unavailable` or `wrong`, and a short text (a measurement, or the reason)."""
 
     name: str
     status: str
@@ -69,9 +70,7 @@ class ProbeResult:
 
 @dataclass
 class Examination:
-    """All that doctor found; `problems` has a sentence with its remedy each, and is empty on a
-    sound machine.
-    """
+    """The results of all checks. `problems` has one sentence per problem, with the remedy."""
 
     versions: list[Version]
     machine: dict[str, Any]
@@ -80,7 +79,7 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Looks at versions, devices and every probe; takes some ten seconds."""
+    """Checks versions, devices and every probe; takes about ten seconds."""
     versions = package_versions()
     problems = [version.problem for version in versions if version.problem]
     if any(
@@ -89,12 +88,10 @@ def examine() -> Examination:
         if version.name in ("jax", "jaxlib", "numpy")
     ):
         return Examination(versions, {}, [], problems)
-    simulate_devices()
+    split_cpu(SIMULATED_DEVICES)
     try:
         machine = describe_machine()
-    except (
-        Exception
-    ) as error:  # jax raises whatever its plugin did; without a device nothing else can be tried
+    except Exception as error:  # whatever a plugin of jax raises: nothing works without a device
         problems.append(
             f"jax finds no device ({_reason(error)}): install moe-jax with the extra for it, or "
             f"set JAX_PLATFORMS=cpu."
@@ -112,7 +109,7 @@ def examine() -> Examination:
 
 
 def package_versions() -> list[Version]:
-    """Installed versions against those that the package asks for."""
+    """Installed versions, each with the verdict on it."""
     wanted = _requirements()
     rows = [_python_version()]
     for name in EXAMINED_PACKAGES:
@@ -126,7 +123,7 @@ def package_versions() -> list[Version]:
 
 
 def judge_version(name: str, installed: str | None, requirement: Requirement | None) -> Version:
-    """One package's verdict: missing, known bad, outside the range that was tested, or fine."""
+    """The verdict on one package: missing, known bad, outside the tested range, or fine."""
     specifier = requirement.specifier if requirement else None
     problem = ""
     if installed is None:
@@ -169,14 +166,12 @@ def _requirements() -> dict[str, Requirement]:
 
 
 def run_probe(name: str, probe: Any) -> ProbeResult:
-    """Tries one thing; whatever it raises is the answer, not a failure of doctor."""
+    """Tries one thing. An exception is the answer, not a failure of doctor."""
     try:
         return ProbeResult(name, "ok", probe())
     except WrongArithmetic as error:
         return ProbeResult(name, "wrong", str(error))
-    except (
-        Exception
-    ) as error:  # Back ends refuse in many ways, and every one is what doctor is asked to show.
+    except Exception as error:  # back ends refuse in many ways, and doctor shows every one
         return ProbeResult(name, "unavailable", _reason(error))
 
 
@@ -190,9 +185,11 @@ def describe_machine() -> dict[str, Any]:
     """Platform, devices, cores and memory."""
     import jax
 
+    from moe_jax.runtime.platform import platform_of
+
     devices = jax.devices()
     kinds = sorted({device.device_kind for device in devices})
-    simulated = devices[0].platform == "cpu"
+    simulated = platform_of(devices[0]).simulated
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "platform": devices[0].platform,
@@ -221,9 +218,22 @@ def print_examination(examination: Examination, *, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console(highlight=False)
+    for table in _tables(examination):
+        if table.row_count:
+            console.print(table)
+    for problem in examination.problems:
+        console.print(f"[red]problem[/]: {escape(problem)}", soft_wrap=True)
+    if not examination.problems:
+        console.print("[green]Nothing is wrong.[/]")
+
+
+def _tables(examination: Examination) -> list[Table]:
+    """Versions, the machine and the probes."""
+    from rich.markup import escape
+    from rich.table import Table
+
     versions = Table("package", "installed", "wanted", "", title="Versions", title_justify="left")
     for version in examination.versions:
         versions.add_row(
@@ -241,13 +251,7 @@ def print_examination(examination: Examination, *, as_json: bool) -> None:
     colors = {"ok": "green", "unavailable": "yellow", "wrong": "red"}
     for probe in examination.probes:
         probes.add_row(probe.name, f"[{colors[probe.status]}]{probe.status}[/]", escape(probe.text))
-    for table in (versions, machine, probes):
-        if table.row_count:
-            console.print(table)
-    for problem in examination.problems:
-        console.print(f"[red]problem[/]: {escape(problem)}", soft_wrap=True)
-    if not examination.problems:
-        console.print("[green]Nothing is wrong.[/]")
+    return [versions, machine, probes]
 
 
 def _machine_text(key: str, value: Any) -> str:

@@ -1,7 +1,7 @@
 """Tiny trials of everything a run may need of its back end, for `moe-jax doctor`.
 
-Each probe returns a short text when it works, raises `WrongArithmetic` when its numbers differ from
-numpy's, and otherwise lets the back end's own error through, which is the reason doctor shows.
+Each probe returns a short text when it works and raises `WrongArithmetic` when its numbers differ
+from numpy's. Any other error is the back end's own, and doctor shows it as the reason.
 """
 
 from __future__ import annotations
@@ -19,16 +19,7 @@ LOW_PRECISION = 0.03  # of the largest value: GPUs and TPUs multiply f32 with fe
 
 
 class WrongArithmetic(Exception):
-    """A back end ran and returned numbers that are not the right ones."""
-
-
-def simulate_devices() -> None:
-    """Splits the host into simulated CPU devices for the collectives; must come before the first
-    use of a device.
-    """
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
+    """A back end ran and returned wrong numbers."""
 
 
 def probe_against_numpy() -> str:
@@ -38,11 +29,13 @@ def probe_against_numpy() -> str:
     import jax
     import jax.numpy as jnp
 
+    from moe_jax.runtime.platform import host_device
+
     rows = 32_769
     x_N3 = np.zeros((rows, 3), np.float32)
     x_N3[:, 0] = np.arange(rows)
     squares = jax.jit(jax.vmap(lambda row, matrix: jnp.sum((matrix @ row) ** 2), in_axes=(0, None)))
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(host_device()):
         got = np.asarray(squares(x_N3, np.eye(3, dtype=np.float32)))
     _compare(got, (x_N3**2).sum(axis=1), 1e-6)
     return f"a mat-vec and sum of {rows:,} rows equals numpy's"
@@ -106,7 +99,7 @@ def probe_attention(impl: Any, dtype: str) -> str:
 
 
 def probe_all_to_all() -> str:
-    """The collective that tokens travel by, over the simulated devices."""
+    """The collective that sends tokens to their experts, over the simulated devices."""
     import jax
     import jax.numpy as jnp
 
@@ -121,8 +114,8 @@ def probe_all_to_all() -> str:
 
 
 def probe_ragged_all_to_all() -> str:
-    """The exchange of unequal parts, which not every platform has; every device sends each other
-    one its row.
+    """The exchange of parts of unequal size, which not every platform has. Every device sends one
+    element to each of the others.
     """
     import jax
     import jax.numpy as jnp
@@ -163,7 +156,7 @@ def probe_matmul_rate() -> str:
 
 
 def probe_memory_bandwidth() -> str:
-    """Speed of reading memory on the default device: a sum over an array larger than any cache."""
+    """Speed of reading memory on the default device: the sum of an array larger than any cache."""
     import jax
     import jax.numpy as jnp
 
@@ -193,8 +186,8 @@ def _random(*shape: int) -> np.ndarray:
 
 
 def _compare(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Largest difference within `tolerance` times the largest expected value, or
-    WrongArithmetic.
+    """Raises WrongArithmetic where a value differs by more than `tolerance` times the largest
+    expected one.
     """
     difference = float(np.max(np.abs(got.astype(np.float64) - expected)))
     if not difference <= tolerance * float(np.max(np.abs(expected))):

@@ -33,6 +33,7 @@ from moe_jax.models.paths import ParameterPath
 from moe_jax.models.weight_layout import plan_weight
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
+from moe_jax.runtime.platform import host_device
 
 Index = tuple[Any, ...]
 Read = Callable[[str, Index | None], np.ndarray]
@@ -119,7 +120,7 @@ def _moe_layers(described: Description) -> int:
 
 def _on_host() -> Callable[[tuple[int, ...], Any], jax.ShapeDtypeStruct]:
     """Makes targets of a restore that lie on one CPU device."""
-    mesh = make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
+    mesh = make_mesh(MeshConfig(), [host_device()])
     whole = NamedSharding(mesh, PartitionSpec())
     return lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 

@@ -1,3 +1,1 @@
-"""All that is global to the process and nowhere else: devices, platform, processes, signals,
-caches.
-"""
+"""Everything that is global to the process: devices, platform, signals, terminal, caches."""

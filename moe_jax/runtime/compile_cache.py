@@ -1,8 +1,8 @@
 """Compiled programs kept on disk, so that a model answers sooner the next time it is opened.
 
 They go to $MOE_JAX_CACHE, by default moe-jax/ in the user's cache folder; an empty MOE_JAX_CACHE
-turns this off. A program for a CPU is machine code, so each kind of CPU has a folder of its own.
-Needs nothing but the standard library until it is called.
+turns this off. A program for a CPU is machine code, so each kind of CPU has its own folder. Needs
+only the standard library until it is called.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ def _processor() -> str:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs from now on. Call it before JAX is imported: else XLA:CPU prints what
-    follows.
+    """Keeps compiled programs from now on. Call it before JAX is imported.
 
-    On loading a kept program XLA:CPU reports two tuning preferences as instructions that the
-    processor lacks.
+    Otherwise XLA:CPU prints a warning whenever it loads a kept program: it takes two tuning
+    preferences for instructions that the processor lacks.
     """
     folder = cache_folder()
     if folder is None:
         return
-    if not Path("/dev/nvidiactl").exists():  # where there is a GPU, its errors are to be seen
+    if not Path("/dev/nvidiactl").exists():  # a GPU's errors must be seen
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 

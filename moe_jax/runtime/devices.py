@@ -1,7 +1,7 @@
 """The devices of this process: how many CPU devices are simulated, and the threads that they need.
 
-JAX is imported when one of these is called and not before: the compile cache has settings that must
-come first.
+JAX is imported only when one of these is called: the compile cache has settings that must come
+first.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def use_devices(config: DevicesConfig) -> None:
 
 
 def reserve_threads(devices: int) -> None:
-    """Gives XLA:CPU threads enough for that many simulated devices to wait in, unless NPROC is set;
+    """Gives XLA:CPU enough threads for that many simulated devices to wait in, unless NPROC is set;
     before JAX starts.
 
-    XLA sizes its pool by NPROC, by default a thread for each core or device. A device may wait in
-    several collectives of one program at a time, each on a thread; where that leaves another none,
-    all wait for ever (seen: docs/log.md). Three a device are one for each kind of group: along
-    data, along expert, along both. More cost speed.
+    XLA sizes its pool by NPROC, by default one thread per core or device. A device may wait in
+    several collectives of one program at a time, each on a thread. If no thread is left for another
+    device, all of them wait without end (seen: docs/log.md). Three threads per device are one for
+    each kind of group: along data, along expert, along both. More cost speed.
     """
     if devices > 1:
         os.environ.setdefault("NPROC", str(3 * devices))
 
 
 def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
-    """Simulates as many CPU devices as asked for, or as the mesh needs where the CPU is all there
-    is; before JAX starts.
+    """Simulates as many CPU devices as asked for, or as the mesh needs if there is only the CPU;
+    before JAX starts.
     """
     import jax
 
@@ -57,6 +57,13 @@ def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
         use_devices(DevicesConfig(simulate=simulate))
     elif mesh.size > 1 and jax.config.jax_num_cpu_devices < mesh.size:  # type: ignore[attr-defined]
         reserve_threads(mesh.size)
-        jax.config.update(
-            "jax_num_cpu_devices", mesh.size
-        )  # means nothing where an accelerator is the default
+        split_cpu(mesh.size)
+
+
+def split_cpu(devices: int) -> None:
+    """Splits the CPU into simulated devices, before JAX starts. An accelerator, if there is one,
+    stays the default.
+    """
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", devices)

@@ -1,4 +1,6 @@
-"""Signals: noted, to be looked at between steps or tokens, so that nothing is left half written."""
+"""Signals, noted for the loop to look at between steps or tokens, so that nothing is left half
+written.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,7 @@ from typing import Any, NoReturn
 
 @contextmanager
 def noted_signals(*numbers: signal.Signals) -> Iterator[list[int]]:
-    """A list that the first of these signals makes true; a second one acts as it would without
-    us.
-    """
+    """A list that becomes true at the first of these signals. A second one has its usual effect."""
     received: list[int] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 

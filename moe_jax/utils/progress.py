@@ -8,9 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 MEANINGFUL = 1 << 28  # bytes from which work takes long enough for a bar
 
 
@@ -19,6 +16,9 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar for `total` bytes; what is given is called with the bytes done since. Shown on a
     terminal, for much work alone.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (
         TextColumn(what),

@@ -300,7 +300,7 @@ def test_doctor_exits_1_on_wrong_arithmetic(monkeypatch, capsys):
     monkeypatch.setattr(
         doctor, "PROBES", [("broken", wrong), ("absent", missing), ("fine", lambda: "quick")]
     )
-    monkeypatch.setattr(doctor, "simulate_devices", lambda: None)
+    monkeypatch.setattr(doctor, "split_cpu", lambda devices: None)
     assert call("doctor", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert [probe["status"] for probe in found["probes"]] == ["ok", "wrong", "unavailable", "ok"]

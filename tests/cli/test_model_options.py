@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.model_options import ModelChoice, parse_mesh
+from moe_jax.cli.model_options import ModelChoice, ModelOptions, load_model, parse_mesh
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.utils.units import parse_bytes
@@ -69,6 +69,7 @@ def test_sizes_that_are_none(text: str) -> None:
             "--simulate 2 is less than the 4 devices of --mesh expert=4",
         ),
         ({"memory": "much"}, "--memory 'much'"),
+        ({"group": 33}, "--group 33 is odd, and int4 keeps two values per byte"),
         ({"step": 3}, "is not a run directory"),
         ({"fallback": True}, "is not a run directory"),
         ({"path": Path("nowhere")}, "--model nowhere does not exist"),
@@ -78,7 +79,8 @@ def test_sizes_that_are_none(text: str) -> None:
 )
 def test_mistakes_cost_nothing(options: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        ModelChoice(**{"path": tmp_path, **options})
+        path = options.pop("path", tmp_path)
+        ModelChoice(path, ModelOptions(**options))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -87,10 +89,18 @@ def test_the_engine_gets_what_was_asked_for(
 ) -> None:
     opened = install(monkeypatch, Loaded(shout))
     (tmp_path / "config.yaml").write_text("")
-    choice = ModelChoice(tmp_path, "expert=4,tensor=2", "bfloat16", "int4", "1GiB", None, 7, True)
+    options = ModelOptions(
+        mesh="expert=4,tensor=2",
+        dtype="bfloat16",
+        quantize="int4",
+        memory="1GiB",
+        step=7,
+        fallback=True,
+    )
+    choice = ModelChoice(tmp_path, options)
     assert choice.is_run
-    found = choice.open()
-    assert found.model.name == "fake" and found.seconds > 0
+    loaded = load_model(choice)
+    assert loaded.model.name == "fake" and loaded.seconds > 0
     assert opened == [
         {
             "path": tmp_path,
@@ -105,6 +115,5 @@ def test_the_engine_gets_what_was_asked_for(
             "check": None,
         }
     ]
-    assert (
-        ModelChoice(Path("someone/some-model")).mesh_config == MeshConfig()
-    )  # a name on the hub: the engine's to find
+    assert ModelChoice(Path("someone/some-model"))  # a name on the hub: the engine's to find
+    assert ModelOptions().mesh_config == MeshConfig()

@@ -62,6 +62,9 @@ class Loaded:
     feeds: list[list[int]] = dataclasses.field(default_factory=list)
     """What was fed, in order."""
 
+    def session(self, rows: int = 1) -> Session:
+        return Session(self, rows)
+
 
 class Session:
     """Rows of tokens; logits of 9 for the token that the model says, and 0 for all others."""

@@ -24,6 +24,7 @@ from moe_jax.model_io.source import find
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
+from moe_jax.runtime.platform import host_device
 from moe_jax.tracking import environment, run_dir
 from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.tracking.traffic import RUN_FILE, read_measured
@@ -61,7 +62,7 @@ def host_program(config: Config, vocab_size: int) -> TrainProgram:
     """The run's program on one CPU device, experts in logical order, one slot each; nothing is
     compiled.
     """
-    mesh = make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
+    mesh = make_mesh(MeshConfig(), [host_device()])
     placement = contiguous(count_moe_layers(config.model, config.moe), config.moe.num_experts, 1)
     return TrainProgram(
         config.model,

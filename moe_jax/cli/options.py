@@ -1,0 +1,215 @@
+"""The options of the commands, each declared once, and `spread`, which puts a whole group of them
+into a command.
+
+    @dataclass(frozen=True)
+    class Flags:
+        temperature: Temperature = 0.8
+
+    @spread
+    def chat(model: Model, *, flags: Flags) -> None: ...   # --model and --temperature
+
+A group is a frozen dataclass whose fields are the types below. It may check itself in
+`__post_init__`, before the command begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_jax.errors import UserError
+from moe_jax.generation.streaming import EMPTY_STOP
+
+if TYPE_CHECKING:
+    from moe_jax.generation.sampling import SamplingOptions
+
+
+def option(*names: str, help: str, **rest: Any) -> Any:
+    """An option whose help says what it is by default, or that has no default."""
+    return typer.Option(*names, show_default=False, help=help, **rest)
+
+
+def argument(metavar: str | None = None, *, help: str) -> Any:
+    """An argument without a default that is worth showing."""
+    return typer.Argument(metavar=metavar, show_default=False, help=help)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer is to see it: a parameter whose type is a dataclass becomes one
+    keyword for each of its fields, from which the dataclass is made when the command is called.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if dataclasses.is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            parameters += _parameters(hints[name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[name]))
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            fields = dataclasses.fields(group)
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields})
+        command(**values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    """A keyword-only parameter for each field of a dataclass."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty
+            if field.default is dataclasses.MISSING
+            else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+# A command's subject
+
+RunDir = Annotated[Path, argument(help="Directory of a run.")]
+Model = Annotated[
+    Path, option("--model", metavar="DIR", help="Hugging Face folder, run or converted folder.")
+]
+Out = Annotated[Path, argument("OUT", help="Folder to write; it must not exist.")]
+Step = Annotated[
+    int | None,
+    option("--step", metavar="N", min=0, help="Checkpoint step of a run; the newest if not given."),
+]
+Fallback = Annotated[
+    bool,
+    typer.Option(
+        "--fallback", help="Use the newest good checkpoint where the wanted one is corrupt."
+    ),
+]
+
+# How a model is held
+
+Mesh = Annotated[
+    str | None, option("--mesh", metavar="AXES", help="Devices, such as expert=4,tensor=2.")
+]
+Dtype = Annotated[str | None, option("--dtype", metavar="TYPE", help="float32 or bfloat16.")]
+Quantize = Annotated[
+    str | None, option("--quantize", metavar="TYPE", help="Weights in int8 or int4.")
+]
+Group = Annotated[
+    int, typer.Option("--group", metavar="N", min=2, help="int4: weights that share a scale.")
+]
+ExpertCacheSize = Annotated[
+    int | None,
+    option(
+        "--expert-cache-size", metavar="N", min=1, help="Keep N experts per layer on the device."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    option("--memory", metavar="SIZE", help="Refuse to take more per device, such as 24GiB."),
+]
+Simulate = Annotated[
+    int | None,
+    option(
+        "--simulate",
+        metavar="N",
+        min=1,
+        help="Simulated CPU devices.  [default: on CPU, the mesh's]",
+    ),
+]
+
+# Text
+
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", min=0.0, metavar="T", help="Divides the logits; 0 is --greedy."),
+]
+TopP = Annotated[
+    float | None,
+    option("--top-p", metavar="P", min=0.0, max=1.0, help="Choose among the likeliest of sum P."),
+]
+TopK = Annotated[
+    int | None, option("--top-k", metavar="K", min=1, help="Choose among the K likeliest tokens.")
+]
+MinP = Annotated[
+    float | None,
+    option("--min-p", metavar="P", min=0.0, max=1.0, help="Drop those below P x the likeliest."),
+]
+Penalty = Annotated[
+    float,
+    typer.Option("--repetition-penalty", metavar="X", help="Against repeated tokens; 1 is none."),
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the sampling.")]
+Stop = Annotated[
+    list[str] | None,
+    option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+]
+System = Annotated[
+    str | None,
+    option(
+        "--system-prompt",
+        metavar="TEXT",
+        help="What the model is told first, by its chat template.",
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens to generate at most.")
+]
+Text = Annotated[Path, option("--text", metavar="FILE", help="UTF-8 text.")]
+Window = Annotated[
+    int | None,
+    option(
+        "--window",
+        metavar="N",
+        min=1,
+        help="Tokens per window.  [default: context, at most 2048]",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """How the next token is chosen, and what ends the text."""
+
+    temperature: Temperature = 0.8
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    repetition_penalty: Penalty = 1.0
+    greedy: Greedy = False
+    seed: Seed = 0
+    stop: Stop = None
+
+    def __post_init__(self) -> None:
+        if not all(self.stop or []):
+            raise UserError(EMPTY_STOP)
+
+    def sampling(self) -> SamplingOptions:
+        """What the sampler is to do. Raises UserError for a value out of its range."""
+        from moe_jax.generation.sampling import SamplingOptions
+
+        return SamplingOptions(
+            temperature=0.0 if self.greedy else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
