@@ -207,8 +207,8 @@ def _steps(
     for step in range(count):
         batch = program.shard(skewed_batch(args, seed + step))
         began = time.perf_counter()
-        state, figures = program.train_step(state, batch)
-        layers = jax.device_get(figures).figures.layers
+        state, stats = program.train_step(state, batch)
+        layers = jax.device_get(stats).layers
         seconds = time.perf_counter() - began
         asked_LRR = layers.counts.sent_RR + layers.counts.dropped_RR
         found.append(

@@ -211,7 +211,7 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     def step() -> Any:
         nonlocal state
         state, figures = compiled(state, batches[len(layers) % BATCHES])
-        layers.append(figures.figures.layers)
+        layers.append(figures.layers)
         return figures.loss
 
     times = clock(step, args, "step")

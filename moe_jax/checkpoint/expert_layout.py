@@ -20,13 +20,15 @@ from moe_jax.placement.table import Placement, slot_sources
 
 def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) -> Placement | None:
     """The table of the newest readable checkpoint, as `saved_meta` finds it."""
-    meta = saved_meta(checkpoints, step, fallback)
-    return None if meta is None else Placement.from_json(meta["placement"])
+    saved = saved_meta(checkpoints, step, fallback)
+    return None if saved is None else Placement.from_json(saved[1]["placement"])
 
 
-def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> dict[str, Any] | None:
-    """What the newest readable checkpoint (of `step`, if given) holds besides arrays; None without
-    checkpoints.
+def saved_meta(
+    checkpoints: Checkpoints, step: int | None, fallback: bool
+) -> tuple[int, dict[str, Any]] | None:
+    """The newest readable checkpoint (that of `step`, if given) and what it holds beside arrays;
+    None without checkpoints.
 
     Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all
     are.
@@ -36,7 +38,7 @@ def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> di
         if step is not None and candidate > step:
             continue
         try:
-            return checkpoints.read_meta(candidate)
+            return candidate, checkpoints.read_meta(candidate)
         except CorruptCheckpoint as error:
             if not fallback:
                 raise

@@ -9,7 +9,6 @@ steps; or, where the sources are not known, "load": [L][E].
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.placement.files import _read_json
+from moe_jax.utils.files import replace_text
 
 LOAD_VERSION = 1
 RUN_FILE = "traffic.json"
@@ -126,6 +126,4 @@ def write_traffic(
             "traffic": traffic_LRE.astype(np.int64).tolist(),
         }
     )
-    temporary = directory / f"{RUN_FILE}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, directory / RUN_FILE)
+    replace_text(directory / RUN_FILE, text + "\n")

@@ -18,7 +18,7 @@ from moe_jax.moe.stats import RoutingCounts
 from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.placement.topology import Topology
-from moe_jax.training.initial_placement import processes_a_row
+from moe_jax.training.initial_placement import processes_per_row
 from moe_jax.training.replanner import Replanner
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
@@ -54,7 +54,7 @@ def replanner(program: TrainProgram, topology: Topology = FAST, **changes: Any) 
     )
 
 
-def flow_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
+def counts_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
     """A step in which every source chooses alike; what the replanner does not read is left out."""
     traffic = np.repeat(np.broadcast_to(load_LE, (LAYERS, EXPERTS))[:, None], RANKS, axis=1)
     first = placement.first_slot()
@@ -70,16 +70,16 @@ def flow_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
 
 def observe(planner: Replanner, *loads: np.ndarray) -> None:
     for load in loads:
-        planner.observe(flow_of(load, planner.placement), 0.5)
+        planner.observe(counts_of(load, planner.placement), 1, 0.5)
 
 
 def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     planner = replanner(program)
     observe(planner, HOT, HOT, HOT)
     for step in (1, 2, 3):
-        assert planner.turn(step, state, 100)[1] == []
+        assert planner.replan(step, state, 100)[1] == []
     observe(planner, HOT)
-    state, (event,) = planner.turn(4, state, 100)
+    state, (event,) = planner.replan(4, state, 100)
     assert event["accepted"] and event["moves"] == 2 * LAYERS and event["strategy"] == "balanced"
     homes = planner.placement.first_slot() // (planner.placement.num_slots // RANKS)
     assert np.all(homes[:, 0] != homes[:, 1])
@@ -90,7 +90,7 @@ def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     assert predicted["gain"] == pytest.approx(1 - 91 / 180)
     # What came of it is told at the next turn, and then there is nothing to gain.
     observe(planner, HOT, HOT, HOT, HOT)
-    state, (realised, refused) = planner.turn(8, state, 100)
+    state, (realised, refused) = planner.replan(8, state, 100)
     assert realised["of_step"] == 4 and realised["realised_gain"] == pytest.approx(
         realised["predicted_gain"]
     )
@@ -109,7 +109,7 @@ def test_a_load_that_turns_around_moves_nothing(program, state):
     planner = replanner(program)
     other = np.array([1, 90, 90, 1, 1, 1, 1, 1])
     observe(planner, other, other, HOT * 0 + 24, HOT * 0 + 24)
-    _, (event,) = planner.turn(4, state, 100)
+    _, (event,) = planner.replan(4, state, 100)
     assert not event["accepted"] and "no layer would gain" in event["why"]
     np.testing.assert_array_equal(
         planner.placement.physical_to_logical, program.placement.physical_to_logical
@@ -119,7 +119,7 @@ def test_a_load_that_turns_around_moves_nothing(program, state):
 def test_only_layers_that_gain_move(program, state):
     planner = replanner(program)
     observe(planner, *[np.stack([HOT, np.full(EXPERTS, 24)])] * 4)
-    _, (event,) = planner.turn(4, state, 100)
+    _, (event,) = planner.replan(4, state, 100)
     assert event["accepted"] and event["moves"] == 2
     np.testing.assert_array_equal(
         planner.placement.physical_to_logical[1], program.placement.physical_to_logical[1]
@@ -132,7 +132,7 @@ def test_a_move_that_takes_longer_than_it_saves_is_refused(program, state):
     """
     planner = replanner(program, dataclasses.replace(FAST, bandwidth_within=1.0))
     observe(planner, *[np.array([1, 1, 0, 0, 0, 0, 0, 0])] * 4)
-    _, (event,) = planner.turn(4, state, 100)
+    _, (event,) = planner.replan(4, state, 100)
     assert 0 < event["predicted"]["seconds_per_step"] * 4 < event["seconds_estimated"]
     assert (
         not event["accepted"]
@@ -152,8 +152,8 @@ def test_a_resumed_window_decides_alike(program, state):
     resumed = replanner(program)
     resumed.restore(json.loads(json.dumps(killed.to_json())), program.placement)
     observe(resumed, *loads[3:])
-    _, (expected,) = whole.turn(4, program.init(0), 100)
-    _, (found,) = resumed.turn(4, program.init(0), 100)
+    _, (expected,) = whole.replan(4, program.init(0), 100)
+    _, (found,) = resumed.replan(4, program.init(0), 100)
     assert found | {"seconds": 0} == expected | {"seconds": 0}
     other = replanner(make_program(1, 2))  # of another mesh: counting begins anew
     other.restore(killed.to_json(), program.placement)
@@ -163,9 +163,9 @@ def test_a_resumed_window_decides_alike(program, state):
 def test_a_window_too_short_to_be_tried_on_itself_goes_on(program, state):
     planner = replanner(program)
     observe(planner, HOT, HOT)  # as when a run is resumed between decisions
-    assert planner.turn(4, state, 100)[1] == [] and planner.window.steps == 2
+    assert planner.replan(4, state, 100)[1] == [] and planner.window.steps == 2
     observe(planner, HOT, HOT, HOT, HOT)
-    _, (event,) = planner.turn(8, state, 100)
+    _, (event,) = planner.replan(8, state, 100)
     assert event["accepted"] and sum(event["predicted"]["device_load_before"]) == pytest.approx(
         LAYERS * RANKS * HOT.sum()
     )
@@ -174,9 +174,9 @@ def test_a_window_too_short_to_be_tried_on_itself_goes_on(program, state):
 def test_the_last_step_tells_what_came_and_decides_nothing(program, state):
     planner = replanner(program)
     observe(planner, HOT, HOT, HOT, HOT)
-    state, _ = planner.turn(4, state, 6)
+    state, _ = planner.replan(4, state, 6)
     observe(planner, HOT, HOT)
-    (realised,) = planner.turn(6, state, 6)[1]
+    (realised,) = planner.replan(6, state, 6)[1]
     assert realised["event"] == "placement_realised" and realised["realised_gain"] == pytest.approx(
         realised["predicted_gain"]
     )
@@ -348,7 +348,7 @@ def test_a_device_without_room_is_refused(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_hosts_are_what_the_devices_processes_show(processes, expected):
-    assert processes_a_row(np.array(processes)) == expected
+    assert processes_per_row(np.array(processes)) == expected
 
 
 def test_two_hosts_route_as_one_to_the_same_losses() -> None:
@@ -364,7 +364,7 @@ def test_two_hosts_route_as_one_to_the_same_losses() -> None:
             state, found = program.train_step(state, program.shard(make_batch(step)))
         figures.append(jax.tree.map(np.asarray, found))
     np.testing.assert_allclose(figures[0].loss, figures[1].loss, rtol=1e-6)
-    flows = [f.figures.layers.counts for f in figures]
+    flows = [f.layers.counts for f in figures]
     np.testing.assert_array_equal(flows[0].traffic_RE, flows[1].traffic_RE)
     away = [counts.sent_RR[:, :2, 2:].sum() + counts.sent_RR[:, 2:, :2].sum() for counts in flows]
     assert away[1] < away[0]
