@@ -117,7 +117,7 @@ def build(
 
 
 def random_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
-    """Uniform random tokens, one document a sequence."""
+    """Uniform random tokens, one document per sequence."""
     return one_document(
         np.random.default_rng(seed).integers(
             0, args.vocab, (args.batch, args.seq + 1), dtype=np.int32

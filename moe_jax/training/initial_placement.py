@@ -30,13 +30,13 @@ def mesh_topology(config: Config, mesh: Mesh) -> Topology:
     Raises UserError for a file that cannot be read or does not match the mesh.
     """
     if config.placement.topology is not None:
-        found = read_topology(
+        topology = read_topology(
             Path(config.placement.topology).expanduser(), devices=config.mesh.size
         )
-        found.host_of_rank(
+        topology.host_of_rank(
             config.mesh.expert, config.mesh.tensor
         )  # refuses hosts that cut the mesh's rows
-        return found
+        return topology
     process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
         config.mesh.data, config.mesh.expert, -1
     )

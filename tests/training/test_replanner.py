@@ -19,6 +19,7 @@ from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.placement.topology import Topology
 from moe_jax.training.initial_placement import processes_per_row
+from moe_jax.training.placement_decision import decide
 from moe_jax.training.replanner import Replanner
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
@@ -102,6 +103,38 @@ def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     assert planner.decided is None
 
 
+def test_a_decision_is_data_and_changes_nothing(program):
+    planner = replanner(program)
+    observe(planner, HOT, HOT, HOT, HOT)
+    before = planner.to_json()
+    decision = decide(planner.window, planner.placement, planner.prices, 10)
+    assert planner.to_json() == before
+    assert decision.accepted and decision.plan.old is planner.placement
+    assert len(decision.plan.moves) == decision.plan.sent == 2 * LAYERS
+    assert decision.migration_bytes == decision.plan.sent * planner.prices.migration.expert_bytes
+    assert decision.saved_seconds == pytest.approx(
+        10 * (decision.before.seconds - decision.after.seconds)
+    )
+    assert decision.why().startswith("the busiest device had 3.87 times the mean load")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        decision.horizon = 1
+
+
+def test_steps_of_both_halves_are_never_counted_together(program):
+    planner = replanner(program)  # the first half has two steps
+    counts = counts_of(HOT, planner.placement)
+    assert [planner.must_observe(1, 100, unseen) for unseen in (1, 2)] == [False, True]
+    with pytest.raises(AssertionError, match="halves"):
+        planner.observe(counts, 3, 1.5)
+    planner.observe(counts, 2, 1.0)
+    assert not planner.must_observe(3, 100, 1) and planner.must_observe(4, 100, 2)
+    assert planner.must_observe(3, 3, 1)  # the last step tells what came of a decision
+    planner.observe(counts, 2, None)
+    window = planner.window
+    assert (window.steps, window.earlier, window.timed, window.seconds) == (4, 2, 2, 1.0)
+    assert planner.due(4, 100)
+
+
 def test_a_load_that_turns_around_moves_nothing(program, state):
     """Planned by the first half of the window, the second would be no better: it is not
     believed.
@@ -153,9 +186,9 @@ def test_a_resumed_window_decides_alike(program, state):
     resumed.restore(json.loads(json.dumps(killed.to_json())), program.placement)
     observe(resumed, *loads[3:])
     _, (expected,) = whole.replan(4, program.init(0), 100)
-    _, (found,) = resumed.replan(4, program.init(0), 100)
-    assert found | {"seconds": 0} == expected | {"seconds": 0}
-    other = replanner(make_program(1, 2))  # of another mesh: counting begins anew
+    _, (event,) = resumed.replan(4, program.init(0), 100)
+    assert event | {"seconds": 0} == expected | {"seconds": 0}
+    other = replanner(make_program(1, 2))  # of another mesh: counting starts again
     other.restore(killed.to_json(), program.placement)
     assert (killed.window.steps, other.window.steps) == (3, 0)
 
@@ -352,17 +385,15 @@ def test_hosts_are_what_the_devices_processes_show(processes, expected):
 
 
 def test_two_hosts_route_as_one_to_the_same_losses() -> None:
-    """With replicas on their own hosts preferred, figures but for where rows go are those of a
-    single host.
-    """
+    """With replicas on their own hosts preferred, only where rows go differs from a single host."""
     settings = dict(moe=dict(dispatch="pooled"), redundant=1)
     one, two = make_program(2, 4, **settings), make_program(2, 4, **settings, hosts=2)
     figures = []
     for program in (one, two):
         state = program.init(3)
         for step in range(2):
-            state, found = program.train_step(state, program.shard(make_batch(step)))
-        figures.append(jax.tree.map(np.asarray, found))
+            state, stats = program.train_step(state, program.shard(make_batch(step)))
+        figures.append(jax.tree.map(np.asarray, stats))
     np.testing.assert_allclose(figures[0].loss, figures[1].loss, rtol=1e-6)
     flows = [f.layers.counts for f in figures]
     np.testing.assert_array_equal(flows[0].traffic_RE, flows[1].traffic_RE)
