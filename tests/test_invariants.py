@@ -15,6 +15,7 @@ import pytest
 
 import moe_jax
 from moe_jax.models.layer_pattern import expert_layers
+from moe_jax.models.paths import path_of
 from moe_jax.moe.tables import make_tables
 from moe_jax.placement.table import Placement, contiguous, slot_sources
 from moe_jax.training.state import StepStats, TrainState
@@ -58,12 +59,12 @@ def assert_same(got: list[StepStats], want: list[StepStats]) -> None:
             )
         for name in ("ce_loss", "aux_loss", "z_loss"):
             np.testing.assert_allclose(
-                getattr(a.figures, name),
-                getattr(b.figures, name),
+                getattr(a, name),
+                getattr(b, name),
                 rtol=1e-5,
                 err_msg=f"{name} of step {step}",
             )
-        ours, theirs = a.figures.layers, b.figures.layers
+        ours, theirs = a.layers, b.layers
         np.testing.assert_array_equal(ours.router.load_E, theirs.router.load_E)
         np.testing.assert_array_equal(ours.router.tokens, theirs.router.tokens)
         np.testing.assert_array_equal(ours.kept, theirs.kept)
@@ -82,7 +83,7 @@ def alone() -> tuple[TrainState, list[StepStats]]:
 
 def test_every_choice_of_a_counted_token_is_kept(alone):
     for step, measured in enumerate(alone[1]):
-        layers, tokens = measured.figures.layers, int((make_batch(step)["segments"] > 0).sum())
+        layers, tokens = measured.layers, int((make_batch(step)["segments"] > 0).sum())
         np.testing.assert_array_equal(layers.router.tokens, tokens)
         np.testing.assert_array_equal(layers.kept, TOP_K * tokens)
         np.testing.assert_array_equal(layers.dropped, 0)
@@ -108,7 +109,7 @@ def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulat
     state, figures = run(program)
     assert_same(figures, alone[1])
     if capacity < 1:
-        assert max(f.figures.layers.rounds.max() for f in figures) > 1
+        assert max(f.layers.rounds.max() for f in figures) > 1
     # Parameters after three steps: Adam's first steps magnify the noise of gradients near zero, so
     # not to the last digit.
     close = jax.tree.map(
@@ -131,13 +132,11 @@ def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(part
         )
     )
     assert_same([got], [want])
-    stats = want.figures.layers.router
+    stats = want.layers.router
     share, prob = (
         np.mean(a / a.sum(axis=1, keepdims=True), axis=0) for a in (stats.load_E, stats.prob_E)
     )
-    np.testing.assert_allclose(
-        want.figures.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5
-    )
+    np.testing.assert_allclose(want.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5)
 
 
 def moved(program: TrainProgram, state: TrainState, new: Placement) -> TrainState:
@@ -145,12 +144,11 @@ def moved(program: TrainProgram, state: TrainState, new: Placement) -> TrainStat
     sources = slot_sources(program.placement, new)
     layers = expert_layers(program.model, program.moe)
 
-    def one(path: Any, a: jax.Array) -> jax.Array:
-        keys = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in path]
-        if "experts" not in keys:
+    def one(keys: Any, a: jax.Array) -> jax.Array:
+        path = path_of(keys)
+        if not path.is_expert:
             return a
-        at = keys.index("stacks")
-        rows = [sources[layer] for layer in layers[keys[at + 1], keys[at + 3]]]
+        rows = [sources[layer] for layer in layers[path.layer_block]]
         padded = [np.concatenate([repeat, np.zeros_like(repeat[:1])]) for repeat in np.asarray(a)]
         return jax.device_put(
             np.stack([repeat[row] for repeat, row in zip(padded, rows, strict=True)]), a.sharding
@@ -264,9 +262,7 @@ class TestPlacement:
         _, first = run(program, start, steps=1)
         other = other._replace(seed=jax.device_put(jnp.uint32(8), program.state_shardings.seed))
         _, second = run(program, other, steps=1)
-        assert np.any(
-            first[0].figures.layers.router.load_E != second[0].figures.layers.router.load_E
-        )
+        assert np.any(first[0].layers.router.load_E != second[0].layers.router.load_E)
         assert not np.array_equal(initial.params["embedding"], program.init(8).params["embedding"])
 
     def test_all_tokens_to_two_experts_drops_none(self, program, start):
@@ -281,7 +277,7 @@ class TestPlacement:
             )
         )
         _, (measured,) = run(program, state, steps=1)
-        layers = measured.figures.layers
+        layers = measured.layers
         np.testing.assert_array_equal(layers.kept, TOP_K * layers.router.tokens)
         np.testing.assert_array_equal(layers.dropped, 0)
         assert layers.rounds.min() > 2
@@ -353,9 +349,9 @@ def test_each_layer_has_its_own_bias(pattern_program):
         tables=state.tables._replace(bias_E=jax.device_put(bias, state.tables.bias_E.sharding))
     )
     _, (measured,) = run(pattern_program, state, steps=1)
-    load = measured.figures.layers.router.load_E
+    load = measured.layers.router.load_E
     assert load.argmax(axis=1).tolist() == [2, 0, 3]
-    np.testing.assert_array_equal(load.max(axis=1), measured.figures.layers.router.tokens)
+    np.testing.assert_array_equal(load.max(axis=1), measured.layers.router.tokens)
 
 
 def test_initial_experts_follow_a_table_whose_layers_differ():
@@ -384,7 +380,7 @@ def test_a_capacity_counts_what_it_drops():
         2, 2, moe=MOE | dict(dropless=False, capacity_factor=0.6), accumulation=2
     )
     _, figures = run(program, steps=1)
-    layers = figures[0].figures.layers
+    layers = figures[0].layers
     np.testing.assert_array_equal(layers.kept + layers.dropped, TOP_K * layers.router.tokens)
     assert np.all(layers.dropped > 0) and np.all(layers.kept > 0)
     np.testing.assert_array_equal(layers.rounds, 1)
@@ -435,23 +431,12 @@ def test_strict_promotion_and_half_precision_throughout_the_model(strict_promoti
         accumulation=2,
     )
     batch = program.shard(make_batch(0))
-    gradients = jax.shard_map(
-        program._gradients,
-        mesh=program.mesh,
-        in_specs=(
-            program.param_specs,
-            jax.tree.map(lambda a: a.sharding.spec, batch),
-            jax.P(),
-            jax.P(),
-        ),
-        out_specs=(program.param_specs, jax.P()),
-    )
     shapes = program.abstract_state
-    grads, figures = jax.eval_shape(
-        gradients, shapes.params, batch, shapes.tables, jax.random.key(0)
+    grads, losses = jax.eval_shape(
+        program.gradients, shapes.params, batch, shapes.tables, jax.random.key(0)
     )
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
-    assert figures.ce_loss.dtype == jnp.float32
+    assert losses.ce_loss.dtype == jnp.float32
 
 
 def test_the_default_table_is_what_a_program_starts_from():

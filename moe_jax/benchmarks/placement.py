@@ -18,27 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.benchmarks.training import one_document
-from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.config.schema import MeshConfig, OptimizerConfig
+from moe_jax.benchmarks.training import Results, build, one_document
+from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import pool_capacity
-from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.plan import plan_placement
-from moe_jax.placement.table import Placement, contiguous, count_slots
+from moe_jax.placement.table import Placement, count_slots
 from moe_jax.training.migration import Migration
 from moe_jax.training.step import TrainProgram
 
-Results = dict[str, Any]
 
-
-class MeasuredSteps(NamedTuple):
+class MeasuredStep(NamedTuple):
     """One training step."""
 
     seconds: float
     traffic_LRE: np.ndarray  # choices by source rank and expert
-    asked_LRR: np.ndarray  # choices by source and destination rank, dropped ones included
+    wanted_LRR: np.ndarray  # choices by source and destination rank, dropped ones included
     dropped: float  # share of them
     rounds: int  # over all layers
 
@@ -52,14 +48,20 @@ def benchmark_placement(args: argparse.Namespace, mesh: MeshConfig) -> Results:
             f"--data {mesh.data} --expert {mesh.expert}: a step can be replayed exactly with "
             f"--data 1 and --expert 2 or more."
         )
-    found: Results = {}
-    for dropless in (False, True):
-        found |= _compare(args, mesh, dropless)
-    return found
+    if args.accumulation != 1:
+        raise UserError(
+            f"--accumulation {args.accumulation}: a step can be replayed exactly in one part; "
+            f"leave it out."
+        )
+    if args.dropless:
+        raise UserError(
+            "--dropless: placement measures steps with a capacity and dropless ones; leave it out."
+        )
+    return _compare(args, mesh, dropless=False) | _compare(args, mesh, dropless=True)
 
 
 def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Results:
-    program = _build(args, mesh, dropless)
+    program = build_program(args, mesh, dropless)
     capacity = pool_capacity(
         args.batch * args.seq // mesh.expert, args.top_k, mesh.expert, args.capacity_factor
     )
@@ -68,10 +70,10 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Resu
     state, first = _steps(program, state, args, 0, args.warmup + 2 * args.steps)
     first = first[args.warmup :]
     tables = {"contiguous": where} | _plan(program, first[: args.steps], args)
-    steps: dict[str, list[MeasuredSteps]] = {name: [] for name in tables}
+    steps: dict[str, list[MeasuredStep]] = {name: [] for name in tables}
     for turn in range(args.turns):
         for number, (name, table) in enumerate(tables.items()):
-            state, moved = migration(state, where, table)
+            state, moved = migration(state, migration.plan(where, table))
             where = table
             state, measured = _steps(
                 program, state, args, 1000 * (turn * len(tables) + number + 1), args.steps
@@ -91,12 +93,12 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Resu
         for m in first[args.steps :]
     ]
     before, after = (
-        np.mean([max_over_mean(m.asked_LRR.sum(1)).mean() for m in steps[name]])
+        np.mean([max_over_mean(m.wanted_LRR.sum(1)).mean() for m in steps[name]])
         for name in ("contiguous", "planned")
     )
     predicted = np.mean([max_over_mean(r.load_LR).mean() for r in replay])
     name = "dropless" if dropless else "capacity"
-    found: Results = {
+    results: Results = {
         f"{name}_device_load_before": float(before),
         f"{name}_device_load_after": float(after),
         f"{name}_device_load_predicted": float(predicted),
@@ -104,13 +106,13 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Resu
         f"{name}_step_seconds_after": _seconds(steps["planned"]),
     }
     if dropless:
-        return found | _predict_seconds(
+        return results | _predict_seconds(
             steps,
             [float(np.ceil(r.sent_LRR.max((1, 2)) / capacity).clip(1).sum()) for r in replay],
             args.skew,
         )
     lost = [np.maximum(r.sent_LRR - capacity, 0).sum() / r.sent_LRR.sum() for r in replay]
-    return found | {
+    return results | {
         "dropped_fraction_before": float(np.mean([m.dropped for m in steps["contiguous"]])),
         "dropped_fraction_after": float(np.mean([m.dropped for m in steps["planned"]])),
         "dropped_fraction_predicted": float(np.mean(lost)),
@@ -118,7 +120,7 @@ def _compare(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> Resu
 
 
 def _predict_seconds(
-    steps: dict[str, list[MeasuredSteps]], rounds: list[float], skew: float
+    steps: dict[str, list[MeasuredStep]], rounds: list[float], skew: float
 ) -> Results:
     """A step's time under the planned table from its predicted rounds and what a round costs, which
     contiguous and packed show.
@@ -145,33 +147,21 @@ def _predict_seconds(
     }
 
 
-def _build(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> TrainProgram:
-    model = ModelConfig(
-        num_layers=args.layers,
-        width=args.width,
-        num_heads=args.heads,
-        num_kv_heads=args.kv_heads,
-        head_dim=args.head_dim,
-    )
-    moe = MoEConfig(
-        num_experts=args.experts,
-        top_k=args.top_k,
-        hidden=args.expert_hidden,
-        capacity_factor=args.capacity_factor,
+def build_program(args: argparse.Namespace, mesh: MeshConfig, dropless: bool) -> TrainProgram:
+    """The options' training program; only the placement evens out the load, and routers stay."""
+    return build(
+        args,
+        mesh,
+        redundant_slots=args.redundant_slots,
+        learning_rate=1e-8,
         dropless=dropless,
-        aux_loss=0.0,  # nothing but the placement is to even out the load
+        aux_loss=0.0,
         dispatch="pooled",
-    )
-    table = contiguous(args.layers, args.experts, mesh.expert, args.redundant_slots)
-    # Routers stay as they are: placement alone is measured.
-    optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=1e-8)
-    return TrainProgram(
-        model, moe, optimizer, make_mesh(mesh), table, vocab_size=args.vocab, steps=10_000
     )
 
 
 def _plan(
-    program: TrainProgram, measured: list[MeasuredSteps], args: argparse.Namespace
+    program: TrainProgram, measured: list[MeasuredStep], args: argparse.Namespace
 ) -> dict[str, Placement]:
     traffic_LRE, old = np.sum([m.traffic_LRE for m in measured], axis=0), program.placement
     options: dict[str, Any] = {
@@ -202,25 +192,25 @@ def _plan(
 
 def _steps(
     program: TrainProgram, state: Any, args: argparse.Namespace, seed: int, count: int
-) -> tuple[Any, list[MeasuredSteps]]:
-    found = []
+) -> tuple[Any, list[MeasuredStep]]:
+    measured = []
     for step in range(count):
         batch = program.shard(skewed_batch(args, seed + step))
         began = time.perf_counter()
-        state, figures = program.train_step(state, batch)
-        layers = jax.device_get(figures).figures.layers
+        state, stats = program.train_step(state, batch)
+        layers = jax.device_get(stats).layers
         seconds = time.perf_counter() - began
-        asked_LRR = layers.counts.sent_RR + layers.counts.dropped_RR
-        found.append(
-            MeasuredSteps(
+        wanted_LRR = layers.counts.sent_RR + layers.counts.dropped_RR
+        measured.append(
+            MeasuredStep(
                 seconds,
                 layers.counts.traffic_RE,
-                asked_LRR,
-                layers.dropped.sum() / asked_LRR.sum(),
+                wanted_LRR,
+                layers.dropped.sum() / wanted_LRR.sum(),
                 int(layers.rounds.sum()),
             )
         )
-    return state, found
+    return state, measured
 
 
 def skewed_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
@@ -236,5 +226,5 @@ def skewed_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
     return one_document(tokens)
 
 
-def _seconds(measured: list[MeasuredSteps]) -> float:
+def _seconds(measured: list[MeasuredStep]) -> float:
     return statistics.median(m.seconds for m in measured)

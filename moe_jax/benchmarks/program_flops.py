@@ -4,20 +4,20 @@ program spends.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config.schema import OptimizerConfig
 from moe_jax.models.batch import Batch
 from moe_jax.models.layer_pattern import count_moe_layers
-from moe_jax.moe import experts
+from moe_jax.models.paths import path_of
 from moe_jax.moe.dispatch import pool_capacity
-from moe_jax.ops.grouped_matmul.tiled import TILE, TILE_GRAD
+from moe_jax.ops.grouped_matmul.tiled import TILE, TILE_GRAD, tiled
 from moe_jax.parallel.sharding import GATHERED
 from moe_jax.profiling import hlo
 from moe_jax.training.state import TrainState
@@ -25,7 +25,7 @@ from moe_jax.training.step import TrainProgram
 
 
 class LeastBytes(NamedTuple):
-    """Bytes a device of the collectives that a training step cannot do without, counted as
+    """Bytes per device of the collectives that a training step cannot do without, counted as
     `hlo.Collective.bytes` is.
     """
 
@@ -49,7 +49,7 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
     `tensor` shards. Gathering again for the backward pass doubles the gathers and is the price of
     keeping no gathered parameter.
 
-    Each accumulation part does all this anew. All-reduces (statistics, norms) are left out: they
+    Each accumulation part does all this again. All-reduces (statistics, norms) are left out: they
     are small.
     """
     model, moe, sizes, parts = (
@@ -70,11 +70,11 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
     pools = ranks * capacity * ((2 + 2 * times) * model.width * itemsize + times * 4) * pooled
     fsdp = 0
 
-    def is_axes(value):
+    def is_axes(value: Any) -> bool:
         return isinstance(value, tuple)
 
     paths = jax.tree.leaves_with_path(program.param_axes, is_leaf=is_axes)
-    for (path, axes), parameter in zip(
+    for (keys, axes), parameter in zip(
         paths, jax.tree.leaves(program.abstract_state.params), strict=True
     ):
         over = {"width": sizes["data"] * ranks, "slot_width": sizes["data"]}
@@ -83,8 +83,8 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
         shards = (
             sizes["tensor"] if {"heads", "kv_heads", "hidden", "vocab"} & set(axes) else 1
         ) * (ranks if "slots" in axes else 1)
-        router = any(getattr(entry, "key", None) == "router" for entry in path)  # computed in f32
-        fsdp += parameter.size // shards * (4 if router else itemsize)
+        f32 = path_of(keys).is_router  # computed in it
+        fsdp += parameter.size // shards * (4 if f32 else itemsize)
     lookup = 2 * tokens * model.width * itemsize * (sizes["data"] * ranks > 1)
     return LeastBytes(
         pools * count_moe_layers(model, moe) * parts, lookup * parts, fsdp * parts, fsdp * parts
@@ -153,21 +153,29 @@ def group_sizes(program: TrainProgram, state: TrainState, batch: Batch) -> list[
     """Rows of each group of the experts' matmuls in a forward pass, over devices and layers, in no
     order.
 
-    It runs the model once with a grouped matmul that reports what it is given (twice a layer, which
-    changes no mean). Expert dropout and input noise are off, so it holds for a training step
-    without them.
+    It runs the model once with a back end of its own that reports what it is given (twice per
+    layer, which changes no mean). Expert dropout and input noise are off, so it holds for a
+    training step without them.
     """
-    found: list[int] = []
+    sizes: list[int] = []
 
     def reporting(
-        x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, **options: Any
+        x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, transposed: bool
     ) -> jax.Array:
-        jax.debug.callback(lambda sizes: found.extend(np.asarray(sizes).ravel().tolist()), sizes_G)
-        return original(x_ND, w_GDF, sizes_G, **options)
+        jax.debug.callback(lambda rows: sizes.extend(np.asarray(rows).ravel().tolist()), sizes_G)
+        return tiled(x_ND, w_GDF, sizes_G, transposed)
 
-    fresh, original = copy.copy(program), experts.grouped_matmul
-    fresh.__dict__.pop("eval_step", None)  # what is compiled already reports nothing
-    with mock.patch.object(experts, "grouped_matmul", reporting):
-        jax.block_until_ready(fresh.eval_step(state.params, state.tables, batch))
+    back_end: dict[str, Any] = {"grouped_matmul": reporting}  # which no configuration can name
+    reported = TrainProgram(
+        program.model,
+        dataclasses.replace(program.moe, **back_end),
+        OptimizerConfig(),
+        program.mesh,
+        program.placement,
+        vocab_size=program.vocab_size,
+        steps=1,
+        hosts=program.hosts,
+    )
+    jax.block_until_ready(reported.eval_step(state.params, state.tables, batch))
     jax.effects_barrier()
-    return found
+    return sizes

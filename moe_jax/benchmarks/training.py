@@ -20,15 +20,16 @@ import numpy as np
 from moe_jax.benchmarks import program_flops
 from moe_jax.benchmarks.layer import make_layer
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.config.schema import Config, DevicesConfig, MeshConfig, OptimizerConfig, TrainConfig
+from moe_jax.config.schema import Config, MeshConfig, OptimizerConfig, TrainConfig
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from moe_jax.profiling import flops as measure
 from moe_jax.profiling import hlo, machine, memory
-from moe_jax.runtime.devices import reserve_threads, use_devices
+from moe_jax.runtime.devices import start_devices
 from moe_jax.runtime.platform import default_platform
+from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 
 BATCHES = 4  # different batches that the steps go through in turn
@@ -57,16 +58,9 @@ Results = dict[str, Any]
 def start_benchmark_devices(args: argparse.Namespace) -> MeshConfig:
     """Simulates devices as asked, or as the mesh needs where the CPU is all there is."""
     mesh = MeshConfig(data=args.data, expert=args.expert, tensor=args.tensor)
-    if args.simulate is not None:
-        use_devices(DevicesConfig(simulate=args.simulate))
-    else:
-        reserve_threads(mesh.size)
-        jax.config.update(
-            "jax_num_cpu_devices", mesh.size
-        )  # means nothing where an accelerator is the default
-    args.simulate = (
-        mesh.size if args.simulate is None and default_platform().simulated else args.simulate or 0
-    )
+    start_devices(mesh, args.simulate)
+    if args.simulate is None:
+        args.simulate = mesh.size if default_platform().simulated else 0
     return mesh
 
 
@@ -86,11 +80,14 @@ def experts_config(args: argparse.Namespace, **changes: Any) -> MoEConfig:
 def build(
     args: argparse.Namespace,
     mesh: MeshConfig,
+    *,
     layers: int | None = None,
-    dropless: bool | None = None,
+    redundant_slots: int = 0,
+    learning_rate: float = 3e-4,
+    **experts: Any,
 ) -> TrainProgram:
-    """The training program that the options ask for, on `mesh`, with another depth or way of
-    dropping if given.
+    """The training program that the options ask for, on `mesh`, with another depth if given;
+    `experts` are settings of the `moe` section.
     """
     model = ModelConfig(
         num_layers=layers or args.layers,
@@ -103,21 +100,24 @@ def build(
         remat=args.remat,
         attention=args.attention,
     )
-    moe = experts_config(
-        args, bias_rate=args.bias_rate, dropless=args.dropless if dropless is None else dropless
-    )
+    moe = experts_config(args, **{"bias_rate": args.bias_rate, **experts})
     train = TrainConfig(global_batch=args.batch, seq_len=args.seq, accumulation=args.accumulation)
-    Config(
-        model=model, moe=moe, mesh=mesh, train=train
-    )  # refuses what cannot be split over the mesh
-    placement = contiguous(count_moe_layers(model, moe), args.experts, mesh.expert)
-    optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=3e-4)
-    static = {"vocab_size": args.vocab, "steps": 1000, "accumulation": args.accumulation}
-    return TrainProgram(model, moe, optimizer, make_mesh(mesh), placement, **static)
+    # Refuses what cannot be split over the mesh.
+    Config(model=model, moe=moe, mesh=mesh, train=train)
+    return TrainProgram(
+        model,
+        moe,
+        OptimizerConfig(schedule="constant", warmup_steps=0, learning_rate=learning_rate),
+        make_mesh(mesh),
+        contiguous(count_moe_layers(model, moe), args.experts, mesh.expert, redundant_slots),
+        vocab_size=args.vocab,
+        steps=10_000,
+        accumulation=args.accumulation,
+    )
 
 
 def random_batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
-    """Uniform random tokens, one document a sequence."""
+    """Uniform random tokens, one document per sequence."""
     return one_document(
         np.random.default_rng(seed).integers(
             0, args.vocab, (args.batch, args.seq + 1), dtype=np.int32
@@ -168,16 +168,16 @@ def clock(run: Callable[[], Any], args: argparse.Namespace, label: str) -> list[
 
 
 def traffic(text: str, extra_rounds: float = 0.0) -> Results:
-    """Bytes of the compiled program's collectives a device: in all, of all-to-all, and by kind."""
-    found = [entry for entry in hlo.collectives(text) if entry.group > 1]
+    """Bytes per device of the program's collectives: in all, of all-to-all, and by kind."""
+    sent = [entry for entry in hlo.collectives(text) if entry.group > 1]
 
-    def runs(entry):
+    def runs(entry: hlo.Collective) -> float:
         return entry.bytes * extra_rounds if entry.dynamic else entry.bytes
 
     return {
-        "collective_bytes": round(sum(map(runs, found))),
-        "all_to_all_bytes": round(sum(runs(entry) for entry in found if entry.op == "all-to-all")),
-        "collectives": [entry._asdict() for entry in found],
+        "collective_bytes": round(sum(map(runs, sent))),
+        "all_to_all_bytes": round(sum(runs(entry) for entry in sent if entry.op == "all-to-all")),
+        "collectives": [entry._asdict() for entry in sent],
     }
 
 
@@ -204,32 +204,20 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     program = build(args, mesh)
     rate, rate_text = machine.matmul_rate(args.dtype, mesh.size)
     compiled, compile_seconds = compile_step(program, args)
-    state = program.init(0)
-    batches = [program.shard(random_batch(args, seed)) for seed in range(BATCHES)]
-    layers: list[Any] = []
-
-    def step() -> Any:
-        nonlocal state
-        state, figures = compiled(state, batches[len(layers) % BATCHES])
-        layers.append(figures.figures.layers)
-        return figures.loss
-
-    times = clock(step, args, "step")
-    timed = layers[args.warmup :]
-    kept, dropped = (
-        int(sum(np.sum(getattr(entry, name)) for entry in timed)) for name in ("kept", "dropped")
-    )
-    rounds = np.array([entry.rounds for entry in timed])
-    tokens = args.batch * args.seq
     flops = (
         measure.TRAINING
         * measure.model_flops(program.model, program.moe, args.vocab, args.seq)
-        * tokens
+        * (args.batch * args.seq)
     )
+    state, times, layers = _timed_steps(args, program, compiled)
+    kept, dropped = (
+        int(sum(np.sum(getattr(stats, name)) for stats in layers)) for name in ("kept", "dropped")
+    )
+    rounds = np.array([stats.rounds for stats in layers])
     total, active = measure.parameter_counts(program.model, program.moe, args.vocab)
     least = program_flops.least_bytes(program, args.batch, args.seq)
-    figures = {
-        **speed(times, tokens, flops, rate),
+    results = {
+        **speed(times, args.batch * args.seq, flops, rate),
         "matmul": rate_text,
         **drops(kept, dropped),
         "rounds": float(rounds.mean()),
@@ -245,14 +233,32 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
         "peak_bytes": machine.peak_bytes(),
     }
     if args.against_dropless:
-        figures |= against_dropless(args, mesh, figures["temp_bytes"])
+        results |= against_dropless(args, mesh, results["temp_bytes"])
     if args.count_flops:
-        figures |= count_flops(args, mesh, program, compiled, state, flops)
-    return figures
+        results |= count_flops(args, mesh, program, compiled, state, flops)
+    return results
+
+
+def _timed_steps(
+    args: argparse.Namespace, program: TrainProgram, compiled: Any
+) -> tuple[TrainState, list[float], list[Any]]:
+    """The state after all steps; seconds and layers' statistics of the timed ones."""
+    state = program.init(0)
+    batches = [program.shard(random_batch(args, seed)) for seed in range(BATCHES)]
+    layers: list[Any] = []
+
+    def step() -> Any:
+        nonlocal state
+        state, stats = compiled(state, batches[len(layers) % BATCHES])
+        layers.append(stats.layers)
+        return stats.loss
+
+    times = clock(step, args, "step")
+    return state, times, layers[args.warmup :]
 
 
 def against_dropless(args: argparse.Namespace, mesh: MeshConfig, temp_bytes: int) -> Results:
-    """Temporary bytes a device of this step with a capacity and dropless."""
+    """Temporary bytes per device of this step with a capacity and dropless."""
     other, _ = compile_step(build(args, mesh, dropless=not args.dropless), args)
     pair = (memory.compiled_bytes(other)["temp_bytes"], temp_bytes)
     capacity, dropless = pair if args.dropless else pair[::-1]
@@ -284,22 +290,23 @@ def count_flops(
         )
 
     spent = count(program, compiled, state, mesh)
-    found: Results = {
+    results: Results = {
         "program_flops": spent.total,
         "program_flops_padding": spent.padding,
         "program_over_model_flops": spent.total / flops,
+        "uncounted_operations": hlo.uncounted(compiled.as_text()),
     }
-    found |= {"uncounted_operations": hlo.uncounted(compiled.as_text())}
-    if mesh.size > 1:
-        single = build(args, MeshConfig())
-        alone = count(single, compile_step(single, args)[0], single.init(0), MeshConfig())
-        found |= {"one_device_flops": alone.total, "one_device_flops_padding": alone.padding}
-        found |= {"program_over_one_device": spent.total / alone.total}
-        found |= {
-            "program_over_one_device_unpadded": (spent.total - spent.padding)
-            / (alone.total - alone.padding)
-        }
-    return found
+    if mesh.size == 1:
+        return results
+    single = build(args, MeshConfig())
+    alone = count(single, compile_step(single, args)[0], single.init(0), MeshConfig())
+    unpadded = (spent.total - spent.padding) / (alone.total - alone.padding)
+    return results | {
+        "one_device_flops": alone.total,
+        "one_device_flops_padding": alone.padding,
+        "program_over_one_device": spent.total / alone.total,
+        "program_over_one_device_unpadded": unpadded,
+    }
 
 
 def benchmark_layer(args: argparse.Namespace, mesh: MeshConfig) -> Results:
@@ -347,16 +354,13 @@ def benchmark_layer(args: argparse.Namespace, mesh: MeshConfig) -> Results:
 def benchmark_compile(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     """Compile time of two depths; a first, small compilation takes what only the first one pays."""
     jax.jit(jnp.matmul).lower(jnp.ones((8, 8)), jnp.ones((8, 8))).compile()
-    found: Results = {}
+    results: Results = {}
     for depth in args.depths:
         compiled, seconds = compile_step(build(args, mesh, layers=depth), args)
-        found |= {
+        results |= {
             f"compile_seconds_{depth}": seconds,
             f"temp_bytes_{depth}": memory.compiled_bytes(compiled)["temp_bytes"],
         }
         print(f"{depth} layers: {seconds:.2f} s", flush=True)
-    shallow, deep = args.depths
-    return {
-        **found,
-        "compile_ratio": found[f"compile_seconds_{deep}"] / found[f"compile_seconds_{shallow}"],
-    }
+    shallow, deep = (results[f"compile_seconds_{depth}"] for depth in args.depths)
+    return results | {"compile_ratio": deep / shallow}

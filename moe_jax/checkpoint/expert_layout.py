@@ -23,19 +23,21 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
     """The table of the newest readable checkpoint, as `saved_meta` finds it. Raises UserError where
     there is none.
     """
-    meta = saved_meta(checkpoints, step, fallback)
-    if meta is None:
+    saved = saved_meta(checkpoints, step, fallback)
+    if saved is None:
         wanted = "" if step is None else f" of step {step} or before"
         raise UserError(
             f"{checkpoints.directory} holds no checkpoint{wanted}: train first, or name another "
             f"run directory."
         )
-    return Placement.from_json(meta["placement"])
+    return Placement.from_json(saved[1]["placement"])
 
 
-def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> dict[str, Any] | None:
-    """What the newest readable checkpoint (of `step`, if given) holds in addition to arrays; None
-    without checkpoints.
+def saved_meta(
+    checkpoints: Checkpoints, step: int | None, fallback: bool
+) -> tuple[int, dict[str, Any]] | None:
+    """The newest readable checkpoint (that of `step`, if given) and what it holds beside arrays;
+    None without checkpoints.
 
     Raises CorruptCheckpoint where the first one tried is damaged and `fallback` is not set, or all
     are.
@@ -45,7 +47,7 @@ def saved_meta(checkpoints: Checkpoints, step: int | None, fallback: bool) -> di
         if step is not None and candidate > step:
             continue
         try:
-            return checkpoints.read_meta(candidate)
+            return candidate, checkpoints.read_meta(candidate)
         except CorruptCheckpoint as error:
             if not fallback:
                 raise

@@ -334,11 +334,13 @@ class Checkpoints:
         step: int | None = None,
         fallback: bool = False,
         subset: bool = False,
+        known: tuple[int, dict[str, Any]] | None = None,
     ) -> Restored:
         """Restore the newest step, or `step`; with `fallback`, the newest before it that is not
         damaged.
 
-        `adapt` makes, from a checkpoint's meta, what `restore` takes.
+        `adapt` makes, from a checkpoint's meta, what `restore` takes. `known` is a step with the
+        meta that was read of it already.
 
         Raises `UserError` where there is no checkpoint, `CorruptCheckpoint` for a damaged one (with
         `fallback`: when all are damaged), and what `restore` raises.
@@ -357,7 +359,7 @@ class Checkpoints:
             *(earlier for earlier in reversed(steps) if earlier < last and fallback),
         ]:
             try:
-                meta = self.read_meta(candidate)
+                meta = known[1] if known and known[0] == candidate else self.read_meta(candidate)
                 state = self.restore(
                     candidate, target, None if adapt is None else adapt(meta), subset
                 )

@@ -30,7 +30,7 @@ from moe_jax.runtime.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from moe_jax.config.schema import Config
-    from moe_jax.training.trainer import Result
+    from moe_jax.training.trainer import TrainingResult
 
 app = typer.Typer(
     name="moe-jax",
@@ -139,7 +139,7 @@ def train(
         print(f"Report: {result.report}")
 
 
-def run_training(config: Config, directory: Path, **options: bool) -> Result:
+def run_training(config: Config, directory: Path, **options: bool) -> TrainingResult:
     """Trains; see `moe_jax.training.trainer.train`."""
     from moe_jax.training.trainer import train as run
 

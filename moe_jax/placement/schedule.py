@@ -48,8 +48,28 @@ def moves_between(old: Placement, new: Placement) -> np.ndarray:
     return np.stack([layer, sources_LP[layer, slot], slot], axis=1)
 
 
-def schedule(old: Placement, new: Placement, budget: int) -> list[Call]:
-    """Calls that turn `old` into `new`, each with at most `budget` (at least P/R) copies a device
+class MigrationPlan(NamedTuple):
+    """How `old` becomes `new`."""
+
+    old: Placement
+    new: Placement
+    moves: np.ndarray  # `moves_between` the two
+    calls: list[Call]
+
+    @property
+    def turns(self) -> int:
+        """Turns of all calls."""
+        return sum(int(call.turns) for call in self.calls)
+
+    @property
+    def sent(self) -> int:
+        """Moves that change device."""
+        share = self.old.num_slots // self.old.ranks
+        return int(np.sum(self.moves[:, 1] // share != self.moves[:, 2] // share))
+
+
+def plan_migration(old: Placement, new: Placement, budget: int) -> MigrationPlan:
+    """Calls that turn `old` into `new`, each with at most `budget` (at least P/R) copies per device
     and R x `budget` turns.
 
     All moves of a layer are in one call, whose copies are made before anything is written: their
@@ -57,8 +77,9 @@ def schedule(old: Placement, new: Placement, budget: int) -> list[Call]:
     """
     share = old.num_slots // old.ranks
     assert (old.ranks, old.num_slots) == (new.ranks, new.num_slots) and budget >= share
+    moves_M3 = moves_between(old, new)
     by_layer: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for layer, source, slot in moves_between(old, new).tolist():
+    for layer, source, slot in moves_M3.tolist():
         by_layer[layer].append((layer, source, slot))
     calls: list[Call] = []
     group: list[tuple[int, int, int]] = []
@@ -67,7 +88,9 @@ def schedule(old: Placement, new: Placement, budget: int) -> list[Call]:
             calls.append(_call(group, old.ranks, share, budget))
             group = []
         group = group + moves
-    return calls + ([_call(group, old.ranks, share, budget)] if group else [])
+    if group:
+        calls.append(_call(group, old.ranks, share, budget))
+    return MigrationPlan(old, new, moves_M3, calls)
 
 
 def _fits(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int) -> bool:

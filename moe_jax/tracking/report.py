@@ -311,8 +311,8 @@ def _newest_table(run_dir: Path, history: History) -> Placement | None:
     from moe_jax.checkpoint.manager import Checkpoints  # brings Orbax
     from moe_jax.placement.table import Placement
 
-    meta = saved_meta(Checkpoints(run_dir / "checkpoints", 1, 0), None, fallback=True)
-    return None if meta is None else Placement.from_json(meta["placement"])
+    saved = saved_meta(Checkpoints(run_dir / "checkpoints", 1, 0), None, fallback=True)
+    return None if saved is None else Placement.from_json(saved[1]["placement"])
 
 
 def _number(value: float, form: str = ".4f") -> str:

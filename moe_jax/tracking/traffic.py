@@ -9,7 +9,6 @@ steps; or, where the sources are not known, "load": [L][E].
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.placement.files import _read_json
+from moe_jax.utils.files import replace_text
 
 LOAD_VERSION = 1
 RUN_FILE = "traffic.json"
@@ -26,7 +26,7 @@ RUN_FILE = "traffic.json"
 class MeasuredTraffic(NamedTuple):
     """Choices of experts in a window of steps."""
 
-    traffic_LRE: np.ndarray  # float64, a step; R is 1 where the sources are not known
+    traffic_LRE: np.ndarray  # float64, per step; R is 1 where the sources are not known
     layers: list[int]  # the numbers of the MoE layers in the model
     steps: int  # that the window has
     step: int | None  # at its end
@@ -44,9 +44,9 @@ def read_measured(path: Path) -> MeasuredTraffic:
                 f"measures load, or a load file."
             )
         path = path / RUN_FILE
-    found = _read_json(path, "a load file")
-    missing = [key for key in ("version", "steps", "num_experts", "layers") if key not in found]
-    if missing or ("traffic" in found) == ("load" in found):
+    content = _read_json(path, "a load file")
+    missing = [key for key in ("version", "steps", "num_experts", "layers") if key not in content]
+    if missing or ("traffic" in content) == ("load" in content):
         lacks = (
             f"leaves out {', '.join(missing)}" if missing else "must have either traffic or load"
         )
@@ -54,28 +54,32 @@ def read_measured(path: Path) -> MeasuredTraffic:
             f"{path} {lacks}: a load file has version, steps, num_experts, layers, and traffic or "
             f"load."
         )
-    if found["version"] != LOAD_VERSION:
+    if content["version"] != LOAD_VERSION:
         raise UserError(
-            f"{path} has version {found['version']!r}: this program reads version {LOAD_VERSION}."
+            f"{path} has version {content['version']!r}: this program reads version {LOAD_VERSION}."
         )
     for key in ("steps", "num_experts"):
-        if type(found[key]) is not int or found[key] < 1:
-            raise UserError(f"{path}: {key}={found[key]!r} must be a whole number, at least 1.")
-    layers = found["layers"]
+        if type(content[key]) is not int or content[key] < 1:
+            raise UserError(f"{path}: {key}={content[key]!r} must be a whole number, at least 1.")
+    layers = content["layers"]
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise UserError(
             f"{path}: layers must be a list of whole numbers, the MoE layers' numbers in the model."
         )
-    traffic_LRE = _array(path, found, layers)
-    return MeasuredTraffic(traffic_LRE / found["steps"], layers, found["steps"], found.get("step"))
+    traffic_LRE = _array(path, content, layers)
+    return MeasuredTraffic(
+        traffic_LRE / content["steps"], layers, content["steps"], content.get("step")
+    )
 
 
-def _array(path: Path, found: dict[str, Any], layers: list[int]) -> np.ndarray:
+def _array(path: Path, content: dict[str, Any], layers: list[int]) -> np.ndarray:
     """The numbers as float64 [L, R, E], each layer checked."""
     key, experts = (
-        ("traffic", found["num_experts"]) if "traffic" in found else ("load", found["num_experts"])
+        ("traffic", content["num_experts"])
+        if "traffic" in content
+        else ("load", content["num_experts"])
     )
-    values = found[key]
+    values = content[key]
     if not isinstance(values, list) or len(values) != len(layers):
         have = len(values) if isinstance(values, list) else "no list of"
         raise UserError(
@@ -88,7 +92,7 @@ def _array(path: Path, found: dict[str, Any], layers: list[int]) -> np.ndarray:
             part = np.array(value, np.float64)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: {key} of layer {layer} is not {wanted} numbers: mend it."
+                f"{path}: {key} of layer {layer} is not {wanted} numbers: correct it."
             ) from error
         part = part[None] if key == "load" else part
         sources = parts[0].shape[0] if parts else max(part.shape[:1], default=0)
@@ -126,6 +130,4 @@ def write_traffic(
             "traffic": traffic_LRE.astype(np.int64).tolist(),
         }
     )
-    temporary = directory / f"{RUN_FILE}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, directory / RUN_FILE)
+    replace_text(directory / RUN_FILE, text + "\n")

@@ -4,13 +4,16 @@ each once.
 
 from __future__ import annotations
 
-from functools import partial
+from collections import defaultdict
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.models.paths import path_of
 from moe_jax.moe.slots import Layers, expert_banks
 from moe_jax.parallel.collectives import AXES, vary, vma
 from moe_jax.placement.table import EMPTY
@@ -78,31 +81,23 @@ def norm(
     rounding, when they move.
     """
     first_LP = _first_replicas(expert_LP, num_experts)
-    sums: dict[frozenset[str], jax.Array] = {}
-    expert_leaves = set()
+    squares_of: dict[frozenset[str], list[jax.Array]] = defaultdict(list)  # by axes to sum over
     for experts, rows in expert_banks(grads, layers):
         for g in experts.values():
-            expert_leaves.add(id(g))
             squares = jnp.where(first_LP[rows], _square_sums(g, 2), 0.0)
-            by_expert = jnp.sum(
-                jnp.where(
-                    expert_LP[rows][..., None] == jnp.arange(num_experts), squares[..., None], 0.0
-                ),
-                axis=1,
-            )
-            total = jnp.sum(
-                lax.psum(by_expert, tuple(axis for axis in AXES if axis in vma(by_expert)))
-            )
-            sums[frozenset()] = sums[frozenset()] + total if frozenset() in sums else total
-    for g in jax.tree.leaves(grads):
-        if id(g) not in expert_leaves:
-            total = jnp.sum(_square_sums(g, 1))
-            sums[vma(g)] = sums[vma(g)] + total if vma(g) in sums else total
-    whole = [
-        lax.psum(total, tuple(axis for axis in AXES if axis in axes)) if axes else total
-        for axes, total in sums.items()
-    ]
-    return jnp.sqrt(sum(whole[1:], whole[0]))
+            held = expert_LP[rows][..., None] == jnp.arange(num_experts)
+            by_expert = jnp.sum(jnp.where(held, squares[..., None], 0.0), axis=1)
+            squares_of[frozenset()].append(jnp.sum(_psum(by_expert, vma(by_expert))))
+    for path, g in jax.tree.leaves_with_path(grads):
+        if not path_of(path).is_expert:
+            squares_of[vma(g)].append(jnp.sum(_square_sums(g, 1)))
+    whole = [_psum(reduce(add, squares), axes) for axes, squares in squares_of.items()]
+    return jnp.sqrt(reduce(add, whole))
+
+
+def _psum(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The sum over mesh axes, in the mesh's order."""
+    return lax.psum(x, tuple(axis for axis in AXES if axis in axes)) if axes else x
 
 
 def _first_replicas(expert_LP: jax.Array, num_experts: int) -> jax.Array:

@@ -5,7 +5,6 @@ there is room.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +18,7 @@ from moe_jax.placement.table import Placement, contiguous, count_slots, round_ro
 from moe_jax.placement.topology import Topology
 from moe_jax.profiling.memory import per_device
 from moe_jax.runtime.platform import platform_of
+from moe_jax.training.restore import SavedRun
 from moe_jax.training.step import TrainProgram
 from moe_jax.training.traffic_window import TrafficWindow
 
@@ -30,17 +30,17 @@ def mesh_topology(config: Config, mesh: Mesh) -> Topology:
     Raises UserError for a file that cannot be read or does not match the mesh.
     """
     if config.placement.topology is not None:
-        found = read_topology(
+        topology = read_topology(
             Path(config.placement.topology).expanduser(), devices=config.mesh.size
         )
-        found.host_of_rank(
+        topology.host_of_rank(
             config.mesh.expert, config.mesh.tensor
         )  # refuses hosts that cut the mesh's rows
-        return found
+        return topology
     process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
         config.mesh.data, config.mesh.expert, -1
     )
-    hosts = config.mesh.data * processes_a_row(process_NRT)
+    hosts = config.mesh.data * processes_per_row(process_NRT)
     if (
         hosts == config.mesh.data
     ):  # every row within one host, or none in equal parts: as if there were one
@@ -52,7 +52,7 @@ def mesh_topology(config: Config, mesh: Mesh) -> Topology:
     )
 
 
-def processes_a_row(process_NRT: np.ndarray) -> int:
+def processes_per_row(process_NRT: np.ndarray) -> int:
     """Processes over which each data row's ranks lie in equal runs; 1 where they do not. Takes int
     [data, R, tensor].
     """
@@ -60,16 +60,14 @@ def processes_a_row(process_NRT: np.ndarray) -> int:
     count = len(np.unique(process_NRT[0]))
     runs_NR = process_NRT[:, :: max(ranks // count, 1), 0]
     equal = ranks % count == 0 and np.array_equal(
-        process_NRT, np.repeat(runs_NR, ranks // count, axis=1)[..., None] + 0 * process_NRT
+        process_NRT,
+        np.broadcast_to(np.repeat(runs_NR, ranks // count, axis=1)[..., None], process_NRT.shape),
     )
     return count if equal else 1
 
 
-def first_placement(
-    config: Config, topology: Topology, saved: Placement | None, kept: dict[str, Any] | None
-) -> Placement:
-    """The table to begin with. `saved` and `kept` are a resumed run's table and what its
-    `Replanner` kept.
+def first_placement(config: Config, topology: Topology, saved: SavedRun | None) -> Placement:
+    """The table to begin with; `saved` is a resumed run's checkpoint.
 
     A strategy that plans follows the saved table where it fits the mesh, else plans by the load
     that was measured, else begins contiguous. The others say what their table is. Raises UserError
@@ -94,27 +92,22 @@ def first_placement(
         return round_robin(layers, experts, ranks, redundant)
     if chosen.strategy == "contiguous" or layers == 0:
         return contiguous(layers, experts, ranks, redundant)
-    if saved is not None and (saved.ranks, saved.num_slots) == (
-        ranks,
-        count_slots(experts, ranks, redundant),
-    ):
-        return saved
-    windows = (
-        [
-            TrafficWindow.from_json(kept[name])
-            for name in ("window", "before")
-            if kept[name] is not None
-        ]
-        if kept
-        else []
-    )
+    if saved is not None:
+        slots = count_slots(experts, ranks, redundant)
+        if (saved.placement.ranks, saved.placement.num_slots) == (ranks, slots):
+            return saved.placement
+    kept = (saved.meta.get("replanning") if saved is not None else None) or {}
+    windows = [
+        TrafficWindow.from_json(kept[name], chosen.replan_every // 2)
+        for name in ("window", "before")
+        if kept.get(name) is not None
+    ]
     longest = max(windows, key=lambda window: window.steps, default=None)
     if longest is None or not longest.steps:
         return contiguous(layers, experts, ranks, redundant)
     load_LE = longest.traffic_LRE.sum(1)
-    traffic_LRE = np.repeat(
-        load_LE[:, None] / ranks, ranks, axis=1
-    )  # what these ranks will send is not known
+    # What these ranks will send is not known: each an equal part.
+    traffic_LRE = np.repeat(load_LE[:, None] / ranks, ranks, axis=1)
     return plan_placement(
         chosen.strategy,
         traffic_LRE,
@@ -128,7 +121,7 @@ def first_placement(
 
 
 def check_state_memory(topology: Topology, program: TrainProgram) -> None:
-    """Refuses a training state that a device of the topology has no room for."""
+    """Raises UserError for a training state that a device of the topology has no room for."""
     if topology.memory is None:
         return
     held = per_device(program.abstract_state, program.state_shardings)

@@ -1,11 +1,10 @@
 """What a run starts from: weights drawn at random, or, with `init_from`, those of another model
 with its architecture and tokenizer.
 
-config = resolve(config, run_dir, resume=False)     # with the architecture of init_from
-state = first_state(program, config)
-keep(run_dir, config)                               # the run needs the other model's folder no more
-
-Only the job of training calls this.
+    origin = Origin(config, run_dir)
+    config = resolve(config, run_dir, origin, resume=False)   # with the architecture of init_from
+    state = first_state(program, config, origin)
+    keep(run_dir, config, origin)       # the run no longer needs the other model's folder
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from moe_jax.model_io.packed_header import KEPT_CONFIG
 from moe_jax.model_io.source import PackedSource, find
 from moe_jax.model_io.weights import Weights
 from moe_jax.models.layer_pattern import expert_layers
+from moe_jax.models.paths import ParameterPath, path_of
 from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
+from moe_jax.utils.files import replace_text
 from moe_jax.utils.progress import byte_progress
 
 # Keys of the `model` and `moe` sections that say how to compute or to train: they are the
@@ -61,7 +63,37 @@ LOSSES = frozenset(
 )
 
 
-def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
+class Origin:
+    """The model that `init_from` names; it is described once, when somebody asks."""
+
+    def __init__(self, config: Config, directory: Path):
+        """`directory` is the run's own."""
+        self.name, self.directory = str(config.init_from), directory
+        self.path = Path(self.name).expanduser()
+
+    @cached_property
+    def description(self) -> Description:
+        """What the folder says about the model. Raises UserError where it cannot be a beginning."""
+        if not self.path.is_dir():
+            raise UserError(
+                f"init_from={self.name!r} is not a folder: name a Hugging Face folder or a run "
+                f"directory."
+            )
+        if self.path.resolve() == self.directory.resolve():
+            raise UserError(
+                f"init_from={self.name!r} is the run's own directory: continue that run with "
+                f"--resume, or name another."
+            )
+        source = find(self.path)
+        if isinstance(source, PackedSource):
+            raise UserError(
+                f"init_from={self.name!r} is a converted folder: name the folder or the run "
+                f"that it was made from."
+            )
+        return source.describe()
+
+
+def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) -> Config:
     """The configuration with the architecture and, unless it names another, the tokenizer of
     `init_from`.
 
@@ -77,12 +109,9 @@ def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
             return config  # which `claim` refuses, naming both
         model, moe, tokenizer = before.model, before.moe, before.data.tokenizer
     else:
-        found = _describe(config, directory)
-        model, moe, tokenizer = (
-            dataclasses.replace(found.model, vocab_size=found.vocab_size),
-            found.moe,
-            found.tokenizer,
-        )
+        theirs = origin.description
+        model = dataclasses.replace(theirs.model, vocab_size=theirs.vocab_size)
+        moe, tokenizer = theirs.moe, theirs.tokenizer
     tokenizer = (
         tokenizer if config.data.tokenizer == DataConfig().tokenizer else config.data.tokenizer
     )
@@ -92,31 +121,6 @@ def resolve(config: Config, directory: Path, *, resume: bool) -> Config:
         moe=_adopt(config.moe, moe, "moe.", config.init_from),
         data=dataclasses.replace(config.data, tokenizer=tokenizer),
     )
-
-
-def _describe(config: Config, directory: Path) -> Description:
-    path = _path(config)
-    if not path.is_dir():
-        raise UserError(
-            f"init_from={config.init_from!r} is not a folder: name a Hugging Face folder or a run "
-            f"directory."
-        )
-    if path.resolve() == directory.resolve():
-        raise UserError(
-            f"init_from={config.init_from!r} is the run's own directory: continue that run with "
-            f"--resume, or name another."
-        )
-    source = find(path)
-    if isinstance(source, PackedSource):
-        raise UserError(
-            f"init_from={config.init_from!r} is a converted folder: name the folder or the run "
-            f"that it was made from."
-        )
-    return source.describe()
-
-
-def _path(config: Config) -> Path:
-    return Path(str(config.init_from)).expanduser()
 
 
 def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
@@ -142,7 +146,7 @@ def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
     return dataclasses.replace(ours, **values)
 
 
-def first_state(program: TrainProgram, config: Config) -> TrainState:
+def first_state(program: TrainProgram, config: Config, origin: Origin) -> TrainState:
     """The state before the first step, sharded over the program's mesh; each process reads what its
     devices hold.
 
@@ -151,15 +155,13 @@ def first_state(program: TrainProgram, config: Config) -> TrainState:
     """
     if config.init_from is None:
         return jax.block_until_ready(program.init(config.train.seed))
-    weights = find(_path(config)).weights()
+    weights = find(origin.path).weights()
     shapes, shardings = program.abstract_state.params, program.state_shardings.params
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     with byte_progress("loading", size) as done:
 
         def place(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-            array = _place(
-                "/".join(str(key.key) for key in keys), shape, sharding, program, weights
-            )
+            array = _place(path_of(keys), shape, sharding, program, weights)
             done(array.nbytes)
             return array
 
@@ -168,22 +170,26 @@ def first_state(program: TrainProgram, config: Config) -> TrainState:
 
 
 def _place(
-    path: str, shape: jax.ShapeDtypeStruct, sharding: Any, program: TrainProgram, weights: Weights
+    path: ParameterPath,
+    shape: jax.ShapeDtypeStruct,
+    sharding: Any,
+    program: TrainProgram,
+    weights: Weights,
 ) -> jax.Array:
     """One parameter on the mesh, experts in the program's slots, f32."""
     rows_of = expert_layers(program.model, program.moe)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        if "/experts/" not in path:
-            return np.ascontiguousarray(weights.leaf(path, index), np.float32)
-        _, stack, _, block, *_ = path.split("/")
-        rows = rows_of[int(stack), int(block)]
-        found = []
+        if not path.is_expert:
+            return np.ascontiguousarray(weights.leaf(path.text, index), np.float32)
+        rows = rows_of[path.layer_block]
+        repeats = []
         for repeat in range(shape.shape[0])[index[0]]:
             experts = program.placement.physical_to_logical[rows[repeat]][index[1]]
-            found.append(weights.leaf(path, (slice(repeat, repeat + 1), experts, *index[2:])))
-        return np.concatenate(found).astype(np.float32)
+            one = (slice(repeat, repeat + 1), experts, *index[2:])
+            repeats.append(weights.leaf(path.text, one))
+        return np.concatenate(repeats).astype(np.float32)
 
     return jax.make_array_from_callback(shape.shape, sharding, part)
 
@@ -206,18 +212,17 @@ def begin(program: TrainProgram, params: Any, bias_LE: np.ndarray | None, seed: 
     return jax.block_until_ready(state._replace(params=params, opt_state=moments))
 
 
-def keep(directory: Path, config: Config) -> None:
+def keep(directory: Path, config: Config, origin: Origin) -> None:
     """Puts the tokenizer's files, and the config.json that an export will have, into the run's
     directory.
     """
     if config.init_from is None or jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    found = find(_path(config)).describe()
-    if found.hf_config is not None:
-        (directory / KEPT_CONFIG).write_text(
-            json.dumps(found.hf_config, indent=2) + "\n", encoding="utf-8"
-        )
+    hf_config = origin.description.hf_config
+    if hf_config is not None:
+        text = json.dumps(hf_config, indent=2) + "\n"
+        replace_text(directory / KEPT_CONFIG, text)
     if config.data.tokenizer != "bytes":
         part, whole = directory / "tokenizer.part", directory / "tokenizer"
         for left in (part, whole):  # by a start that was killed

@@ -1,9 +1,9 @@
 """Moving experts, with their optimizer moments, between slots while training goes on.
 
     migration = Migration(program)
-    state, moved = migration(state, old, new)        # the old state's memory is used again
+    state, moved = migration(state, migration.plan(old, new))  # reuses the old state's memory
 
-One compiled program does every migration (placement/moves.py schedules its calls): what moves is
+One compiled program does every migration (placement/schedule.py schedules its calls): what moves is
 data. Each turn sends one expert, all its arrays together, a number of ranks further by one
 collective permute chosen among R - 1, so the links carry the experts that move and never the bank.
 """
@@ -22,14 +22,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.models.layer_pattern import expert_layers
-from moe_jax.moe.slots import EXPERT_PATH, take_slots
+from moe_jax.models.paths import ParameterPath, path_of
+from moe_jax.moe.slots import take_slots
 from moe_jax.parallel.collectives import vma
-from moe_jax.placement.schedule import NOTHING, Call, moves_between, schedule
+from moe_jax.placement.schedule import NOTHING, Call, MigrationPlan, plan_migration
 from moe_jax.placement.table import EMPTY, Placement, slot_sources
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 
 BUDGET_BYTES = 256 << 20  # a device's copies in a call, at least those of one layer
+
+
+class MigrationCosts(NamedTuple):
+    """What moving experts of a program costs."""
+
+    expert_bytes: int  # one expert of one layer, with its moments
+    bytes_per_turn: int  # that a device sends
+    budget: int  # experts that a device copies aside per call
 
 
 class Moved(NamedTuple):
@@ -47,88 +56,73 @@ class Migration:
 
     def __init__(self, program: TrainProgram):
         self.program, self.compiled = program, False
-        shapes, specs = (
-            _by_path(tree) for tree in (program.abstract_state, program.state_shardings)
-        )
-        slots = program.placement.num_slots
-        found = {
-            path: (leaf, specs[path].spec)
-            for path, leaf in shapes.items()
-            if EXPERT_PATH.search(path) and leaf.ndim > 1
-        }
-        self.paths = {path: spec for path, (_, spec) in found.items() if "expert" in spec}
-        self.whole = sorted(
-            found.keys() - self.paths.keys()
-        )  # small factored moments, which every device holds whole
-        block = next((EXPERT_PATH.search(path) for path in found), None)
-        first = [
-            leaf for path, (leaf, _) in found.items() if block is not None and block[0] in path
-        ]
-        self.expert_bytes = sum(
-            leaf.size // (leaf.shape[0] * slots) * leaf.dtype.itemsize for leaf in first
-        )  # of one layer's
-        self.bytes_a_turn = self.expert_bytes // (
-            program.mesh.shape["data"] * program.mesh.shape["tensor"]
-        )  # that a device sends
-        share = slots // program.placement.ranks
-        self.budget = max(share, min(4 * share, BUDGET_BYTES // max(self.bytes_a_turn, 1)))
         layers = expert_layers(program.model, program.moe)
-        count = sum(map(len, layers.values()))
         self.blocks = list(layers)
+        self.paths, self.whole = _expert_arrays(program)
+        self.costs = self._measure_costs()
+        count = sum(map(len, layers.values()))
         self.block_L, self.repeat_L = np.zeros(count, np.int32), np.zeros(count, np.int32)
         for number, rows in enumerate(layers.values()):
             self.block_L[rows], self.repeat_L[rows] = number, np.arange(len(rows))
         self.run = self._compile()
 
-    def bytes_between(self, old: Placement, new: Placement) -> int:
-        """Bytes of the experts that change device between two tables."""
-        share = old.num_slots // old.ranks
-        moves = moves_between(old, new)
-        return int(np.sum(moves[:, 1] // share != moves[:, 2] // share)) * self.expert_bytes
+    def _measure_costs(self) -> MigrationCosts:
+        shapes = _by_path(self.program.abstract_state)
+        slots, mesh = self.program.placement.num_slots, self.program.mesh.shape
+        of_one_block = [
+            shapes[path] for path in [*self.paths, *self.whole] if self._block(path) == 0
+        ]
+        expert_bytes = sum(
+            leaf.size // (leaf.shape[0] * slots) * leaf.dtype.itemsize for leaf in of_one_block
+        )
+        per_turn = expert_bytes // (mesh["data"] * mesh["tensor"])
+        share = slots // self.program.placement.ranks
+        budget = max(share, min(4 * share, BUDGET_BYTES // max(per_turn, 1)))
+        return MigrationCosts(expert_bytes, per_turn, budget)
 
-    def __call__(
-        self, state: TrainState, old: Placement, new: Placement
-    ) -> tuple[TrainState, Moved]:
-        """The state with its experts where `new` says, `old` being where they are; waits until they
-        are there.
+    def plan(self, old: Placement, new: Placement) -> MigrationPlan:
+        """How to bring experts from where `old` has them to where `new` does."""
+        return plan_migration(old, new, self.costs.budget)
+
+    def __call__(self, state: TrainState, plan: MigrationPlan) -> tuple[TrainState, Moved]:
+        """The state with its experts where the plan's new table says; they must be where its old
+        one does. Waits until they are there.
         """
         leaves = _by_path(state)
         banks = {path: leaves[path] for path in self.paths}
-        calls = schedule(old, new, self.budget)
-        if calls and not self.compiled:
-            banks = jax.block_until_ready(
-                self.run(banks, calls[0]._replace(turns=np.array(0, np.int32)))
-            )
+        if plan.calls and not self.compiled:
+            nothing = plan.calls[0]._replace(turns=np.array(0, np.int32))
+            banks = jax.block_until_ready(self.run(banks, nothing))
             self.compiled = True
         began = time.perf_counter()
-        for call in calls:
+        for call in plan.calls:
             banks = jax.block_until_ready(self.run(banks, call))
-        sources_LP = slot_sources(old, new)
+        sources_LP = slot_sources(plan.old, plan.new)
         sources_LP = np.where(
-            sources_LP == EMPTY, np.arange(new.num_slots), sources_LP
+            sources_LP == EMPTY, np.arange(plan.new.num_slots), sources_LP
         )  # what becomes empty keeps what it has
         for path in self.whole:
             rows = self.block_L == self._block(path)
             banks[path] = jax.device_put(
                 take_slots(leaves[path], sources_LP[rows]), leaves[path].sharding
             )
-        state = jax.tree.map_with_path(lambda path, leaf: banks.get(_text(path), leaf), state)
-        state = self.program.with_tables(state, new)
-        turns = sum(int(np.count_nonzero(call.shift_I)) for call in calls)
+        state = jax.tree.map_with_path(
+            lambda keys, leaf: banks.get(path_of(keys).text, leaf), state
+        )
+        state = self.program.with_tables(state, plan.new)
         jax.block_until_ready(state)
+        sent_turns = sum(int(np.count_nonzero(call.shift_I)) for call in plan.calls)
         return state, Moved(
-            len(moves_between(old, new)),
-            self.bytes_between(old, new),
-            turns,
-            len(calls),
-            time.perf_counter() - began,
+            experts=len(plan.moves),
+            bytes=plan.sent * self.costs.expert_bytes,
+            turns=sent_turns,
+            calls=len(plan.calls),
+            seconds=time.perf_counter() - began,
         )
 
     def _block(self, path: str) -> int:
         """The number of the block that an expert's array belongs to."""
-        match = EXPERT_PATH.search(path)
-        assert match is not None
-        return self.blocks.index((int(match[1]), int(match[2])))
+        return self.blocks.index(ParameterPath.parse(path).layer_block)
 
     def _compile(self):
         call_specs = Call._make(P() for _ in Call._fields)
@@ -240,9 +234,20 @@ def _within(repeat: jax.Array, bank: jax.Array) -> jax.Array:
     return jnp.clip(repeat, 0, bank.shape[0] - 1)
 
 
-def _text(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _by_path(tree: Any) -> dict[str, Any]:
-    return {_text(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {path_of(keys).text: leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _expert_arrays(program: TrainProgram) -> tuple[dict[str, P], list[str]]:
+    """The paths of the experts' arrays, parameters and moments: those that are cut over the
+    `expert` axis, with their specs, and the small factored moments that every device holds whole.
+    """
+    shardings, cut, whole = _by_path(program.state_shardings), {}, []
+    for path, leaf in _by_path(program.abstract_state).items():
+        if not ParameterPath.parse(path).is_expert or leaf.ndim < 2:
+            continue
+        if "expert" in shardings[path].spec:
+            cut[path] = shardings[path].spec
+        else:
+            whole.append(path)
+    return cut, sorted(whole)

@@ -1,4 +1,11 @@
-"""Optimizers and schedules, from optax; this file chooses and groups."""
+"""Optimizers and schedules, from optax; this file chooses and groups.
+
+Ours where optax has the like, because the state's tree is the checkpoint's and updates are the same
+to the last bit: `_unless_broken` and `TrainState.skipped` (`optax.conditionally_mask` and
+`apply_if_finite` keep counters of their own in the state), the scales of experts and routers
+(`optax.partition` nests the moments by group; `optax.masked(optax.scale(...))` rounds in another
+order).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_jax.config.schema import OptimizerConfig
+from moe_jax.errors import UserError
+from moe_jax.models.paths import path_of
 
 # Muon (Jordan et al., 2024) scaled to AdamW's typical update size, so that one learning rate serves
 # both (Moonlight, Liu et al., 2025).
@@ -38,21 +48,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, axes: Any, *, finish_moments: bool = True
+) -> optax.GradientTransformationExtraArgs:
     """The transformation for a tree of parameters whose logical dimension names are `axes` (see
-    sharding.py).
+    parallel/sharding.py).
 
     `update` takes two more arguments: `lr`, the learning rate, and `ok`, without which updates are
     zero and the state stays as it was. Weight decay touches matrices only. Clipping is the
-    caller's: its norm must not count replicas twice.
+    caller's: its norm must not count replicas twice. `finish_moments` is for XLA:CPU (`_adam`).
     """
-    matrix = jax.tree.map_with_path(lambda path, _: _is_matrix(path), axes, is_leaf=_is_axes)
+    matrix = jax.tree.map_with_path(lambda path, _: path_of(path).is_matrix, axes, is_leaf=_is_axes)
     scale = jax.tree.map_with_path(
         lambda path, names: _group_scale(config, path), axes, is_leaf=_is_axes
     )
     decay = optax.add_decayed_weights(config.weight_decay, mask=matrix)
     if config.name == "adamw":
-        core = _adam(config)
+        core = _adam(config, finish_moments)
     elif config.name == "adafactor":
         core = optax.chain(_unless_broken(optax.scale_by_factored_rms()), _clip_rms(axes))
     else:
@@ -84,18 +96,22 @@ def _unless_broken(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """optax's Adam, with the moments finished before anything is computed from them.
+def _adam(config: OptimizerConfig, finish_moments: bool) -> optax.GradientTransformationExtraArgs:
+    """optax's Adam; with `finish_moments` the moments are finished before anything is computed from
+    them.
 
     Left to itself XLA:CPU computes the new moments again from the old ones in the parameters'
-    update, for which it must first copy the old ones (docs/log.md has the cost).
+    update, for which it must first copy the old ones (docs/log.md has the cost). Elsewhere a
+    barrier would only keep XLA from fusing the two.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
     def update(
         grads: Any, state: Any, params: Any = None, *, ok: jax.Array, **_: Any
     ) -> tuple[Any, Any]:
-        new = jax.lax.optimization_barrier(_select(ok, adam.update(grads, state, params)[1], state))
+        new = _select(ok, adam.update(grads, state, params)[1], state)
+        if finish_moments:
+            new = jax.lax.optimization_barrier(new)
         mu = optax.tree.bias_correction(new.mu, config.beta1, new.count)
         nu = optax.tree.bias_correction(new.nu, config.beta2, new.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mu, nu), new
@@ -107,21 +123,25 @@ def _is_axes(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
-def _is_matrix(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter multiplies: no norm's scale, no bias, no attention sink."""
-    name = str(getattr(path[-1], "key", path[-1]))
-    return name not in ("scale", "sinks") and not name.endswith("bias")
+def _group_scale(config: OptimizerConfig, keys: tuple[Any, ...]) -> float:
+    path = path_of(keys)
+    if path.is_expert:
+        return config.expert_lr_scale
+    return config.router_lr_scale if path.is_router else 1.0
 
 
-def _group_scale(config: OptimizerConfig, path: tuple[Any, ...]) -> float:
-    names = {getattr(entry, "key", None) for entry in path}
-    return (
-        config.expert_lr_scale
-        if "experts" in names
-        else config.router_lr_scale
-        if "router" in names
-        else 1.0
-    )
+def refuse_mixed_slots(params: Any) -> None:
+    """Raises UserError where Adafactor's moments would depend on the placement: it keeps means over
+    the two largest dims of an array from 128 on, and one of them would be the slots.
+    """
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        dims = np.argsort(leaf.shape, stable=True)[-2:]
+        if path_of(keys).is_expert and 1 in dims and leaf.shape[dims[0]] >= 128:
+            raise UserError(
+                f"optimizer.name=adafactor would mix the moments of a layer's {leaf.shape[1]} "
+                f"slots, whose experts are smaller "
+                f"({' x '.join(map(str, leaf.shape[2:]))}): choose adamw or muon."
+            )
 
 
 def _clip_rms(axes: Any) -> optax.GradientTransformation:

@@ -12,7 +12,7 @@ from moe_jax.utils.annotations import Array, Float, Int
 
 
 class TrainState(NamedTuple):
-    """Everything that a run's next step depends on, besides its data."""
+    """Everything that a run's next step depends on, beside its data."""
 
     step: Int[Array, ""]  # optimizer steps done, skipped ones included
     seed: Int[Array, ""]  # uint32; the noise of step n has the key fold_in(key(seed), n)
@@ -24,13 +24,13 @@ class TrainState(NamedTuple):
     skipped_in_row: Int[Array, ""]
 
 
-class PassStats(NamedTuple):
-    """What a pass over a batch measured; losses are means over its counted tokens, in nats."""
+class Losses(NamedTuple):
+    """What a forward pass over a batch gives; losses are means over its counted tokens, in nats."""
 
     ce_loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
-    layers: LayerStats | None  # stacked over the MoE layers
+    layers: LayerStats | None  # stacked over the MoE layers; None without any
 
     @property
     def loss(self) -> jax.Array:
@@ -39,11 +39,14 @@ class PassStats(NamedTuple):
 
 
 class StepStats(NamedTuple):
-    """What one step reports."""
+    """Step statistics: what one training step reports."""
 
     loss: Float[Array, ""]
-    figures: PassStats
+    ce_loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     lr: Float[Array, ""]
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
+    layers: LayerStats | None  # stacked over the MoE layers; None without any

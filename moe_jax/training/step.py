@@ -1,6 +1,6 @@
 """One training step: gradients inside `shard_map`, the update outside it, on sharded state.
 
-`Program` holds what is static (mesh, model structure, optimizer) and the compiled functions;
+`TrainProgram` holds what is static (mesh, model structure, optimizer) and the compiled functions;
 `TrainState` holds all that changes and all that a checkpoint must keep. Needs jax, flax, optax and
 numpy alone.
 """
@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import OptimizerConfig
-from moe_jax.errors import UserError
 from moe_jax.models.batch import Batch
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.models.transformer import Transformer
@@ -32,9 +31,10 @@ from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
 from moe_jax.parallel.collectives import BATCH_AXES, vary, vma
 from moe_jax.parallel.sharding import specs
 from moe_jax.placement.table import Placement
+from moe_jax.runtime.platform import platform_of
 from moe_jax.training import gradients
-from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.state import PassStats, StepStats, TrainState
+from moe_jax.training.optimizer import make_optimizer, make_schedule, refuse_mixed_slots
+from moe_jax.training.state import Losses, StepStats, TrainState
 
 BATCH_SPEC = Batch._make(P(BATCH_AXES) for _ in Batch._fields)
 
@@ -59,45 +59,31 @@ class TrainProgram:
         share the `expert` axis evenly.
         """
         self.model, self.moe, self.mesh, self.placement = model, moe, mesh, placement
-        self.hosts = hosts
-        self.vocab_size, self.accumulation, self.clip_norm = (
-            vocab_size,
-            accumulation,
-            optimizer.clip_norm,
-        )
+        self.hosts, self.vocab_size, self.accumulation = hosts, vocab_size, accumulation
+        self.clip_norm = optimizer.clip_norm
         self.has_moe = count_moe_layers(model, moe) > 0
-        abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
-        self.graph, variables = nnx.split(abstract)
-        self.param_specs = nnx.to_pure_dict(specs(variables))
-
-        def is_variable(v):
-            return isinstance(v, nnx.Variable)
-
-        self.param_axes = nnx.to_pure_dict(
-            jax.tree.map(lambda v: v.get_metadata("axes"), variables, is_leaf=is_variable)
-        )
+        self.graph, self.param_specs, self.param_axes = self._describe_parameters()
         self.schedule = make_schedule(optimizer, steps)
-        self.optimizer = make_optimizer(optimizer, self.param_axes)
+        self.optimizer = make_optimizer(
+            optimizer, self.param_axes, finish_moments=platform_of(mesh.devices.flat[0]).simulated
+        )
         self.abstract_state = jax.eval_shape(self._init, np.uint32(0))
         if optimizer.name == "adafactor":
-            self._refuse_mixed_slots()
+            refuse_mixed_slots(self.abstract_state.params)
         self.state_shardings = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec), self._state_specs()
         )
         self.batch_sharding = NamedSharding(mesh, P(BATCH_AXES))
 
-    def _refuse_mixed_slots(self) -> None:
-        """Adafactor keeps means over the two largest dims of an array from 128 on; over slots, they
-        would depend on the placement.
-        """
-        for path, leaf in jax.tree.leaves_with_path(self.abstract_state.params):
-            dims = np.argsort(leaf.shape, stable=True)[-2:]
-            if "experts" in jax.tree_util.keystr(path) and 1 in dims and leaf.shape[dims[0]] >= 128:
-                raise UserError(
-                    f"optimizer.name=adafactor would mix the moments of a layer's {leaf.shape[1]} "
-                    f"slots, whose experts are smaller "
-                    f"({' x '.join(map(str, leaf.shape[2:]))}): choose adamw or muon."
-                )
+    def _describe_parameters(self) -> tuple[Any, Any, Any]:
+        """The model's graph, and its parameters' partition specs and logical axes."""
+
+        def is_variable(v: Any) -> bool:
+            return isinstance(v, nnx.Variable)
+
+        graph, variables = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+        axes = jax.tree.map(lambda v: v.get_metadata("axes"), variables, is_leaf=is_variable)
+        return graph, nnx.to_pure_dict(specs(variables)), nnx.to_pure_dict(axes)
 
     def _build(self, key: jax.Array) -> Transformer:
         return Transformer(self.model, self.moe, self.vocab_size, rngs=nnx.Rngs(params=key))
@@ -174,7 +160,7 @@ class TrainProgram:
 
     # Inside shard_map: every device's part.
 
-    def _figures(
+    def _losses(
         self,
         params: Any,
         batch: Batch,
@@ -182,7 +168,7 @@ class TrainProgram:
         full: RouterStats | None,
         count: jax.Array,
         key: Any,
-    ) -> PassStats:
+    ) -> Losses:
         """Losses of a batch, or of a part of one whose counted tokens are `count` in all."""
         hidden_BSD, head_DV, stats = nnx.merge(self.graph, params)(batch, tables, full, key)
         weight_T = (batch.mask / count).reshape(-1)
@@ -196,33 +182,33 @@ class TrainProgram:
             aux = aux + load_balancing.pooled_loss(
                 self.moe, stats.router, stats.router if full is None else full
             )
-        return PassStats(lax.psum(ce, BATCH_AXES), aux, z, stats)
+        return Losses(lax.psum(ce, BATCH_AXES), aux, z, stats)
 
-    def _gradients(
+    def _local_gradients(
         self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
-    ) -> tuple[Any, PassStats]:
-        """Gradients of the whole batch, sharded like the parameters, and its figures."""
+    ) -> tuple[Any, Losses]:
+        """This device's part of `gradients`."""
         count = jnp.maximum(lax.psum(jnp.sum(batch.mask), BATCH_AXES), 1.0)
 
-        def loss(params: Any, part: Batch, full: RouterStats | None) -> tuple[jax.Array, PassStats]:
-            figures = self._figures(params, part, tables, full, count, key)
-            return figures.loss, figures
+        def loss(params: Any, part: Batch, full: RouterStats | None) -> tuple[jax.Array, Losses]:
+            losses = self._losses(params, part, tables, full, count, key)
+            return losses.loss, losses
 
         gradient = jax.grad(loss, has_aux=True)
         if self.accumulation == 1:
             return gradient(params, batch, None)
         parts = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
-        full = self._whole_sums(params, parts, tables, count, key) if self.has_moe else None
+        full = self._batch_router_sums(params, parts, tables, count, key) if self.has_moe else None
 
-        def add(total: Any, part: Batch) -> tuple[Any, PassStats]:
-            grads, figures = gradient(params, part, full)
-            return jax.tree.map(jnp.add, total, grads), figures
+        def add(total: Any, part: Batch) -> tuple[Any, Losses]:
+            grads, losses = gradient(params, part, full)
+            return jax.tree.map(jnp.add, total, grads), losses
 
         zeros = jax.tree.map(lambda p: vary(jnp.zeros_like(p), vma(p)), params)
-        grads, figures = lax.scan(add, zeros, parts)
-        return grads, _sum_parts(figures)
+        grads, losses = lax.scan(add, zeros, parts)
+        return grads, _sum_parts(losses)
 
-    def _whole_sums(
+    def _batch_router_sums(
         self, params: Any, parts: Batch, tables: LayerTables, count: jax.Array, key: jax.Array
     ) -> RouterStats:
         """The router's sums over the whole batch, which losses over the batch need before any
@@ -234,7 +220,7 @@ class TrainProgram:
         if self.moe.aux_loss or self.moe.variance_loss:
 
             def sums(part: Batch) -> RouterStats:
-                layers = self._figures(params, part, tables, None, count, key).layers
+                layers = self._losses(params, part, tables, None, count, key).layers
                 assert layers is not None
                 return layers.router
 
@@ -253,36 +239,55 @@ class TrainProgram:
 
     # Compiled functions of the whole mesh.
 
+    def gradients(
+        self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
+    ) -> tuple[Any, Losses]:
+        """Gradients of a whole batch, sharded like the parameters, and its losses; not compiled.
+        Replicas of an expert have a gradient each.
+        """
+        sharded = jax.shard_map(
+            self._local_gradients,
+            mesh=self.mesh,
+            in_specs=(self.param_specs, BATCH_SPEC, P(), P()),
+            out_specs=(self.param_specs, P()),
+        )
+        return sharded(params, batch, tables, key)
+
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepStats]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        in_specs = (self.param_specs, BATCH_SPEC, P(), P())
-        sharded = jax.shard_map(
-            self._gradients, mesh=self.mesh, in_specs=in_specs, out_specs=(self.param_specs, P())
-        )
-        grads, figures = sharded(state.params, batch, state.tables, key)
-        grads, norm = self._merge(grads, state.expert_LP)
-        ok = jnp.isfinite(norm) & jnp.isfinite(figures.loss)
+        grads, losses = self.gradients(state.params, batch, state.tables, key)
+        grads, norm = self._sum_replicas_and_norm(grads, state.expert_LP)
+        ok = jnp.isfinite(norm) & jnp.isfinite(losses.loss)
         clip = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
         lr = jnp.float32(self.schedule(state.step))
         clipped = jax.tree.map(lambda g: g * clip, grads)
         updates, opt_state = self.optimizer.update(
             clipped, state.opt_state, state.params, ok=ok, lr=lr
         )
-        params = optax.apply_updates(state.params, updates)
         tables = state.tables
-        if self.moe.bias_rate and figures.layers is not None:
+        if self.moe.bias_rate and losses.layers is not None:
             bias = load_balancing.update_bias(
-                tables.bias_E, figures.layers.router.load_E, self.moe.bias_rate
+                tables.bias_E, losses.layers.router.load_E, self.moe.bias_rate
             )
             tables = tables._replace(bias_E=jnp.where(ok, bias, tables.bias_E))
-        in_row = jnp.where(ok, 0, state.skipped_in_row + 1)
-        skipped = state.skipped + (1 - ok.astype(jnp.int32))
-        after = TrainState(
-            state.step + 1, state.seed, params, opt_state, tables, state.expert_LP, skipped, in_row
+        after = state._replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            tables=tables,
+            skipped=state.skipped + (1 - ok.astype(jnp.int32)),
+            skipped_in_row=jnp.where(ok, 0, state.skipped_in_row + 1),
         )
-        return after, StepStats(figures.loss, figures, norm, lr, skipped, in_row)
+        return after, StepStats(
+            loss=losses.loss,
+            grad_norm=norm,
+            lr=lr,
+            skipped=after.skipped,
+            skipped_in_row=after.skipped_in_row,
+            **losses._asdict(),
+        )
 
-    def _merge(self, grads: Any, expert_LP: jax.Array) -> tuple[Any, jax.Array]:
+    def _sum_replicas_and_norm(self, grads: Any, expert_LP: jax.Array) -> tuple[Any, jax.Array]:
         """Gradients summed over the replicas of each expert, and their global norm."""
         experts, layers = self.moe.num_experts, expert_layers(self.model, self.moe)
 
@@ -297,8 +302,8 @@ class TrainProgram:
 
     @cached_property
     def train_step(self):
-        """(state, batch) -> (state, StepFigures); the given state's buffers are reused. A step that
-        is not finite only counts.
+        """(state, batch) -> (state, StepStats); the given state's buffers are reused. A step that
+        is not finite changes nothing but the counts of steps.
         """
         return jax.jit(
             self._train_step,
@@ -311,8 +316,8 @@ class TrainProgram:
         """(params, tables, batch) -> (sum of losses in nats, counted tokens), without noise."""
 
         def local(params: Any, tables: LayerTables, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            figures = self._figures(params, batch, tables, None, jnp.float32(1.0), None)
-            return figures.ce_loss, lax.psum(jnp.sum(batch.mask), BATCH_AXES)
+            losses = self._losses(params, batch, tables, None, jnp.float32(1.0), None)
+            return losses.ce_loss, lax.psum(jnp.sum(batch.mask), BATCH_AXES)
 
         return jax.jit(
             jax.shard_map(
@@ -340,11 +345,11 @@ class TrainProgram:
         )
 
 
-def _sum_parts(figures: PassStats) -> PassStats:
-    """Figures of a batch from those of its parts: sums, but for the number of rounds."""
-    summed = jax.tree.map(lambda a: jnp.sum(a, axis=0), figures)
-    if figures.layers is None:
-        return summed
-    return summed._replace(
-        layers=summed.layers._replace(rounds=jnp.max(figures.layers.rounds, axis=0))
-    )
+def _sum_parts(parts: Losses) -> Losses:
+    """A batch's losses and statistics from those of its parts: sums, except the number of rounds,
+    which is the largest.
+    """
+    total = jax.tree.map(lambda a: jnp.sum(a, axis=0), parts)
+    if parts.layers is None:
+        return total
+    return total._replace(layers=total.layers._replace(rounds=jnp.max(parts.layers.rounds, axis=0)))

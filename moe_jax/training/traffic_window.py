@@ -10,8 +10,6 @@ import numpy as np
 from moe_jax.moe.stats import RoutingCounts
 from moe_jax.placement.cost import max_over_mean
 
-ARRAYS = ("traffic_LRE", "earlier_LRE", "asked_LR")
-
 
 @dataclasses.dataclass
 class TrafficWindow:
@@ -19,7 +17,8 @@ class TrafficWindow:
 
     traffic_LRE: np.ndarray  # choices by source rank and expert
     earlier_LRE: np.ndarray  # those of the first `earlier` steps, by which a trial is planned
-    asked_LR: np.ndarray  # choices by the rank whose slot they went to, dropped ones included
+    device_load_LR: np.ndarray  # choices by the rank whose slot they went to, dropped ones included
+    half: int  # how many steps are the earlier ones; 0 where nothing is ever decided
     steps: int = 0
     earlier: int = 0
     timed: int = 0  # steps whose time is in `seconds`: not the first of a process, which compiles
@@ -28,25 +27,29 @@ class TrafficWindow:
     dropped: int = 0
 
     @classmethod
-    def empty(cls, layers: int, ranks: int, num_experts: int) -> TrafficWindow:
+    def empty(cls, layers: int, ranks: int, num_experts: int, half: int) -> TrafficWindow:
         """One without steps."""
         traffic_LRE = np.zeros((layers, ranks, num_experts))
-        return cls(traffic_LRE, traffic_LRE.copy(), np.zeros((layers, ranks)))
+        return cls(traffic_LRE, traffic_LRE.copy(), np.zeros((layers, ranks)), half)
 
-    def add(self, found: RoutingCounts, seconds: float | None, half: int) -> None:
-        """One step's counts, stacked over layers; steps are earlier ones until there are `half`."""
-        self.traffic_LRE += found.traffic_RE
-        if self.steps < half:
-            self.earlier_LRE += found.traffic_RE
-            self.earlier += 1
-        self.asked_LR += np.asarray(found.device_load_NR).sum(1)
-        self.steps += 1
+    @property
+    def missing_earlier(self) -> int:
+        """How many earlier steps are still to come; `add` never takes steps on both sides."""
+        return max(self.half - self.steps, 0)
+
+    def add(self, counts: RoutingCounts, steps: int, seconds: float | None) -> None:
+        """Counts of some steps, summed over them and stacked over layers, with their time."""
+        assert not 0 < self.missing_earlier < steps, "the window's halves would mix"
+        self.traffic_LRE += counts.traffic_RE
+        if self.missing_earlier:
+            self.earlier_LRE += counts.traffic_RE
+            self.earlier += steps
+        self.device_load_LR += np.asarray(counts.device_load_NR).sum(1)
+        self.steps += steps
         if seconds is not None:
-            self.timed, self.seconds = self.timed + 1, self.seconds + seconds
-        self.kept, self.dropped = (
-            self.kept + int(np.sum(found.sent_RR)),
-            self.dropped + int(np.sum(found.dropped_RR)),
-        )
+            self.timed, self.seconds = self.timed + steps, self.seconds + seconds
+        self.kept += int(np.sum(counts.sent_RR))
+        self.dropped += int(np.sum(counts.dropped_RR))
 
     @property
     def halves(self) -> bool:
@@ -55,7 +58,7 @@ class TrafficWindow:
 
     def max_over_mean(self) -> float:
         """Of devices' loads, the mean over layers."""
-        return float(np.mean(max_over_mean(self.asked_LR)))
+        return float(np.mean(max_over_mean(self.device_load_LR)))
 
     def step_seconds(self) -> float | None:
         """A step's time, the mean; None where none was taken."""
@@ -68,11 +71,29 @@ class TrafficWindow:
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint; counts are whole numbers."""
         return {
-            name: value.astype(np.int64).tolist() if name in ARRAYS else value
-            for name, value in vars(self).items()
+            "traffic_LRE": self.traffic_LRE.astype(np.int64).tolist(),
+            "earlier_LRE": self.earlier_LRE.astype(np.int64).tolist(),
+            "asked_LR": self.device_load_LR.astype(np.int64).tolist(),
+            "steps": self.steps,
+            "earlier": self.earlier,
+            "timed": self.timed,
+            "seconds": self.seconds,
+            "kept": self.kept,
+            "dropped": self.dropped,
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TrafficWindow:
+    def from_json(cls, value: dict[str, Any], half: int) -> TrafficWindow:
         """Reads `to_json`'s form."""
-        return cls(**value | {name: np.array(value[name], np.float64) for name in ARRAYS})
+        return cls(
+            traffic_LRE=np.array(value["traffic_LRE"], np.float64),
+            earlier_LRE=np.array(value["earlier_LRE"], np.float64),
+            device_load_LR=np.array(value["asked_LR"], np.float64),
+            half=half,
+            steps=value["steps"],
+            earlier=value["earlier"],
+            timed=value["timed"],
+            seconds=value["seconds"],
+            kept=value["kept"],
+            dropped=value["dropped"],
+        )

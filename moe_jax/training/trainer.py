@@ -1,7 +1,18 @@
 """The training job: `train` reads top to bottom as a run does.
 
-from moe_jax.config import load_config
-train(load_config("configs/tiny.yaml", []), Path("runs/tiny"))
+    from moe_jax.config.load import load_config
+    result = train(load_config("configs/tiny.yaml", []), Path("runs/tiny"))
+    result.history().column("loss")
+
+On accelerators the loop does not wait for the device: it starts step after step, and fetches what
+they measured when a line is due, when experts may move, and when a signal came. Simulated devices
+are awaited after each step, because they share one pool of threads: with two programs under way,
+devices of one may hold the threads that the other's collectives wait for, and nothing goes on
+(docs/log.md).
+
+Signals are noted by a handler of ours and seen between steps. Orbax's PreemptionCheckpointingPolicy
+and `multihost_utils.reached_preemption_sync_point` need `jax.distributed`'s service, which a single
+process does not have, and see no Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,18 +22,18 @@ import signal
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import __version__
-from moe_jax.checkpoint import expert_layout
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config
 from moe_jax.data.corpus import Corpus, load_corpus
+from moe_jax.data.packing import HostBatch
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import layer_kinds
 from moe_jax.parallel.mesh import make_mesh
@@ -30,25 +41,42 @@ from moe_jax.placement.table import Placement
 from moe_jax.profiling import flops as measure
 from moe_jax.profiling import machine, memory
 from moe_jax.runtime.devices import use_devices
+from moe_jax.runtime.platform import platform_of
 from moe_jax.runtime.signals import noted_signals
-from moe_jax.tracking import environment, run_dir
+from moe_jax.tracking import run_dir
 from moe_jax.tracking.alerts import Alerts
+from moe_jax.tracking.environment import describe_environment
+from moe_jax.tracking.history import History, read_history
 from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.tracking.report import write_report
 from moe_jax.tracking.traffic import write_traffic
 from moe_jax.training import initial_placement, initial_state, restore
+from moe_jax.training.pending_steps import FetchedSteps, PendingSteps, StepClock
 from moe_jax.training.progress import RunProgress
-from moe_jax.training.records import Links, training_record
-from moe_jax.training.replanner import Replanner, sentence
+from moe_jax.training.records import LinkTraffic, placement_sentence, training_record
+from moe_jax.training.replanner import Replanner
 from moe_jax.training.state import StepStats, TrainState
 from moe_jax.training.step import TrainProgram
 
-SAMPLE_LIMIT = (
-    2 << 30
-)  # bytes of parameters above which no sample is drawn on one device at the end
+# Bytes of parameters above which no sample is drawn on one device at the end.
+SAMPLE_LIMIT = 2 << 30
+COUNT_LIMIT = 2**31 - 1  # of routing counts that the device sums up in int32
 
 
-class Result(NamedTuple):
+class Batches(Protocol):
+    """Training batches without end, with a position that a checkpoint keeps."""
+
+    def __next__(self) -> HostBatch:
+        """The next batch."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+
+
+class TrainingResult(NamedTuple):
     """What came of a training job."""
 
     directory: Path
@@ -56,6 +84,14 @@ class Result(NamedTuple):
     stopped: bool  # by a signal, before the last step asked for
     report: Path | None  # of this process; only the first one draws it
     sample_fits: bool  # whether the parameters can be brought onto one device to draw a sample
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of the run's metrics.jsonl (docs/metrics.md)."""
+        return list(iter_metrics(self.directory / FILE_NAME))
+
+    def history(self) -> History:
+        """Its training and validation lines as columns."""
+        return read_history(self.directory / FILE_NAME)
 
 
 def train(
@@ -65,45 +101,37 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     fallback: bool = False,
-) -> Result:
+) -> TrainingResult:
     """Trains `config` into `directory`, resuming a run there if asked; prints progress and draws
     the report.
 
     Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint. Raises UserError for
-    whatever the user can mend, before anything is compiled or written where possible.
+    what the user can correct, before anything is compiled or written where possible.
     """
     use_devices(config.devices)
     mesh = make_mesh(config.mesh)
-    config = initial_state.resolve(config, directory, resume=resume)
+    origin = initial_state.Origin(config, directory)
+    config = initial_state.resolve(config, directory, origin, resume=resume)
     run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
     tokenizer = run_dir.run_tokenizer(directory, config) if resume else config.data.tokenizer
-    corpus = load_corpus(
-        dataclasses.replace(config.data, tokenizer=tokenizer),
-        config.train.seq_len,
-        config.train.seed,
-    )
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    corpus = load_corpus(data, config.train.seq_len, config.train.seed)
     vocab_size = initial_state.vocabulary(config, corpus)
-    processes = (jax.process_index(), jax.process_count())
-    batches = corpus.train_batches(config.train.global_batch, *processes)
-    held_out = corpus.validation_batches(
-        config.train.global_batch, config.train.eval_batches, *processes
-    )
+    global_batch, processes = config.train.global_batch, (jax.process_index(), jax.process_count())
+    batches = corpus.train_batches(global_batch, *processes)
+    held_out = corpus.validation_batches(global_batch, config.train.eval_batches, *processes)
 
     checkpoints = Checkpoints(
         directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
     )
-    kept = expert_layout.saved_meta(checkpoints, None, fallback) if resume else None
-    saved = None if kept is None else Placement.from_json(kept["placement"])
+    saved = restore.find_saved(checkpoints, fallback) if resume else None
     topology = initial_placement.mesh_topology(config, mesh)
-    placement = initial_placement.first_placement(
-        config, topology, saved, None if kept is None else kept.get("replanning")
-    )
     program = TrainProgram(
         config.model,
         config.moe,
         config.optimizer,
         mesh,
-        placement,
+        initial_placement.first_placement(config, topology, saved),
         vocab_size=vocab_size,
         steps=config.train.steps,
         accumulation=config.train.accumulation,
@@ -111,183 +139,240 @@ def train(
     )
     initial_placement.check_state_memory(topology, program)
     replanner = Replanner(config.placement, topology, program)
+    trainer = Trainer(
+        config=config,
+        directory=directory,
+        program=program,
+        replanner=replanner,
+        checkpoints=checkpoints,
+        corpus=corpus,
+        batches=batches,
+    )
     if saved is None:
-        state = initial_state.first_state(program, config)
+        state = initial_state.first_state(program, config, origin)
     else:
-        restored = restore.restore_state(checkpoints, program, step=None, fallback=fallback)
-        for problem in restored.skipped:
-            print(f"Passed over a damaged checkpoint: {problem}.")
-        _check_corpus(restored.meta, corpus)
-        if restored.step > config.train.steps:
-            raise UserError(
-                f"train.steps={config.train.steps} but the run in {directory} has done "
-                f"{restored.step}: give more steps."
-            )
-        state = restored.state
-        replanner.restore(
-            restored.meta.get("replanning"), Placement.from_json(restored.meta["placement"])
-        )
-        batches.set_state(restored.meta["data"])
-
-    environment = _environment(config, corpus, program, state, vocab_size)
+        state = trainer.restore(saved, fallback=fallback)
+    environment = trainer.measure(state)
     if overwrite and not resume:
         run_dir.clear(directory)
     run_dir.write_description(directory, config, environment)
     if saved is None:
-        initial_state.keep(directory, config)
-    return _Job(
-        config, directory, program, replanner, checkpoints, corpus, environment, held_out
-    ).run(state, batches)
+        initial_state.keep(directory, config, origin)
+    return trainer.run(state, held_out)
 
 
-class _Job:
-    """The loop and what it keeps between steps."""
+class Trainer:
+    """The loop of training steps, and what it keeps between them."""
+
+    matmul_rate: float  # FLOP/s of the mesh, once it is measured
+    writer: MetricsWriter  # while it runs
+    progress: RunProgress
 
     def __init__(
         self,
+        *,
         config: Config,
         directory: Path,
         program: TrainProgram,
         replanner: Replanner,
         checkpoints: Checkpoints,
         corpus: Corpus,
-        environment: dict[str, Any],
-        held_out: list[dict[str, np.ndarray]],
+        batches: Batches,
     ):
         self.config, self.directory, self.program = config, directory, program
-        self.replanner, self.checkpoints, self.corpus, self.environment = (
-            replanner,
-            checkpoints,
-            corpus,
-            environment,
-        )
-        self.links, self.alerts = Links(), Alerts(config.monitor)
-        rows = len(held_out[0]["tokens"])
-        self.first_sequence = jax.process_index() * rows
-        self.held_out = [program.shard(batch, self.first_sequence) for batch in held_out]
-        self.moe_layers = [
-            i for i, kind in enumerate(layer_kinds(config.model, config.moe)) if kind.moe
-        ]
+        self.replanner, self.checkpoints = replanner, checkpoints
+        self.corpus, self.batches = corpus, batches
+        self.links, self.alerts = LinkTraffic(), Alerts(config.monitor)
+        self.pending, self.clock = PendingSteps(), StepClock()
+        kinds = layer_kinds(config.model, config.moe)
+        self.moe_layers = [i for i, kind in enumerate(kinds) if kind.moe]
         self.tokens = config.train.global_batch * config.train.seq_len
-        flops = measure.TRAINING * measure.model_flops(
-            config.model, config.moe, program.vocab_size, config.train.seq_len
-        )
-        self.model_flops = self.tokens * flops / environment["matmul_flops_per_second"]
-        self.skipped = 0
+        rows = config.train.global_batch // jax.process_count()
+        self.first_sequence = jax.process_index() * rows
+        self.awaits_steps = platform_of(program.mesh.devices.flat[0]).simulated
+        self.max_pending = max(COUNT_LIMIT // (self.tokens * config.moe.top_k), 1)
+        self.skipped = 0  # steps that metrics.jsonl has told of
 
-    def run(self, state: TrainState, batches: Any) -> Result:
+    def restore(self, saved: restore.SavedRun, *, fallback: bool) -> TrainState:
+        """The state of a checkpoint, with what else the run goes on from."""
+        config = self.config
+        restored = restore.restore_state(
+            self.checkpoints, self.program, step=None, fallback=fallback, known=saved
+        )
+        for problem in restored.skipped:
+            print(f"Passed over a damaged checkpoint: {problem}.")
+        _check_corpus(restored.meta, self.corpus)
+        if restored.step > config.train.steps:
+            raise UserError(
+                f"train.steps={config.train.steps} but the run in {self.directory} has done "
+                f"{restored.step}: give more steps."
+            )
+        placement = saved.placement
+        if restored.step != saved.step:  # an earlier one, because that one is damaged
+            placement = Placement.from_json(restored.meta["placement"])
+        self.replanner.restore(restored.meta.get("replanning"), placement)
+        self.batches.set_state(restored.meta["data"])
+        return restored.state
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Measures and counts what environment.json describes."""
+        config, program = self.config, self.program
+        rate, shape = machine.matmul_rate(jnp.dtype(config.model.compute_dtype), config.mesh.size)
+        total, active = measure.parameter_counts(config.model, config.moe, program.vocab_size)
+        empty = program.placement.empty_slots
+        if empty:
+            print(
+                f"{empty} of the {program.placement.num_slots} slots per layer on "
+                f"mesh.expert={config.mesh.expert} devices begin empty."
+            )
+        self.matmul_rate = rate
+        return describe_environment(
+            config,
+            corpus_hash=self.corpus.hash,
+            matmul_flops_per_second=rate,
+            matmul_shape=shape,
+            matmul_dtype=config.model.compute_dtype,
+            parameters={"total": total, "active": active},
+            bytes_per_device=memory.bytes_per_device(state),
+            empty_slots_per_layer=empty,
+        )
+
+    def run(self, state: TrainState, held_out: list[HostBatch]) -> TrainingResult:
         """Steps until the last one, or until a signal; raises UserError when too many in a row were
         not finite.
         """
         config, start = self.config, int(state.step)
-        steps = config.train.steps
-        self.skipped = int(state.skipped)
+        steps, self.skipped = config.train.steps, int(state.skipped)
+        validation = [self.program.shard(batch, self.first_sequence) for batch in held_out]
         # A run that was killed before its first line, or never began, has no file to go on with.
         before = start if start or (self.directory / FILE_NAME).exists() else None
-        writer = MetricsWriter(self.directory, before, active=jax.process_index() == 0)
-        stopping = False
+        self.writer = MetricsWriter(self.directory, before, active=jax.process_index() == 0)
+        step = start
         with (
             noted_signals(signal.SIGINT, signal.SIGTERM) as signals,
-            closing(writer),
+            closing(self.writer),
             closing(self.checkpoints),
-            RunProgress(steps, start) as progress,
+            RunProgress(steps, start) as self.progress,
         ):
             if start:
-                rate = self.environment["matmul_flops_per_second"]
-                writer.write({"step": start, "event": "resumed", "matmul_flops_per_second": rate})
-                progress.say(f"Resuming {self.directory} after step {start}.")
-                lines = iter_metrics(self.directory / FILE_NAME) if jax.process_index() == 0 else ()
-                for line in lines:  # so that what has been raised is not raised again
-                    if "layers" in line and "event" not in line:
-                        self.alerts.check(line)
-            seconds, since = 0.0, 0
+                self._tell_resumed(start)
             for step in range(start + 1, steps + 1):
-                began = time.perf_counter()
-                state, figures = self.program.train_step(
-                    state, self.program.shard(next(batches), self.first_sequence)
-                )
-                # Waits, so that the time is the step's, a signal during it is seen below, and no
-                # two steps are under way at once, which simulated devices can wait in for ever (see
-                # checksum_texts).
-                figures = jax.device_get(figures)
-                took = time.perf_counter() - began
-                seconds, since = seconds + took, since + 1
-                state = self._place(
-                    writer, progress, step, state, figures, None if step == start + 1 else took
-                )
-                stopping, broken = (
-                    bool(signals),
-                    int(figures.skipped_in_row) >= config.train.max_skipped,
-                )
-                evaluates = step % config.train.eval_every == 0 or step == steps
-                saves = step % config.checkpoint.every == 0 or step == steps or stopping or broken
-                if not (step % config.train.log_every == 0 or evaluates or saves):
+                self.pending.start()
+                batch = self.program.shard(next(self.batches), self.first_sequence)
+                state, stats = self.program.train_step(state, batch)
+                self.pending.add(stats)
+                first = step == start + 1  # compiles, so its time is not the others'
+                if not (first or self._must_fetch(step) or bool(signals)):
                     continue
-                record = training_record(
-                    step,
-                    figures,
-                    seconds / since,
-                    tokens=self.tokens,
-                    model_flops=self.model_flops,
-                    layers=self.moe_layers,
-                )
-                seconds, since = 0.0, 0
-                self._note_skips(writer, step, figures)
-                writer.write(record)
-                progress.train(record)
-                for alert in self.alerts.check(record):
-                    writer.write(alert)
-                    progress.say(alert["text"])
-                if (evaluates or saves) and self.moe_layers:
-                    writer.write(self.links.event(step, self.moe_layers))
-                val_loss = None
-                if evaluates:
-                    validation = self._validate(step, state)
-                    val_loss = validation["val_loss"]
-                    writer.write(validation)
-                    progress.validation(validation, record["layers"])
-                if saves:
-                    # Written before the save, so that the lines up to a checkpoint are whole
-                    # whenever it counts.
-                    writer.write({"step": step, "event": "checkpoint"})
-                    if self.moe_layers and jax.process_index() == 0:
-                        window = self.replanner.load_window()
-                        write_traffic(
-                            self.directory, step, window.steps, window.traffic_LRE, self.moe_layers
-                        )
-                    self.checkpoints.save(step, state, self._meta(batches), val_loss)
+                fetched = self.pending.fetch()
+                state = self._observe(step, state, fetched, timed=not first)
+                stopping = bool(signals)
+                in_row = int(fetched.stats.skipped_in_row)
+                broken = in_row >= config.train.max_skipped
+                if self._logs(step) or stopping or broken:
+                    self._record(step, state, fetched.stats, validation, stopping or broken)
                 if broken:
-                    raise _not_finite(step, int(figures.skipped_in_row))
+                    raise _not_finite(step, in_row)
                 if stopping:
                     break
         return self._end(step)
 
-    def _place(
-        self,
-        writer: MetricsWriter,
-        progress: RunProgress,
-        step: int,
-        state: TrainState,
-        figures: StepStats,
-        seconds: float | None,
+    def _tell_resumed(self, start: int) -> None:
+        event = {"step": start, "event": "resumed", "matmul_flops_per_second": self.matmul_rate}
+        self.writer.write(event)
+        self.progress.say(f"Resuming {self.directory} after step {start}.")
+        lines = iter_metrics(self.directory / FILE_NAME) if jax.process_index() == 0 else ()
+        for line in lines:  # so that what has been raised is not raised again
+            if "layers" in line and "event" not in line:
+                self.alerts.check(line)
+
+    def _evaluates(self, step: int) -> bool:
+        return step % self.config.train.eval_every == 0 or step == self.config.train.steps
+
+    def _saves(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0 or step == self.config.train.steps
+
+    def _logs(self, step: int) -> bool:
+        """Whether the step has a training line."""
+        every = self.config.train.log_every
+        return step % every == 0 or self._evaluates(step) or self._saves(step)
+
+    def _must_fetch(self, step: int) -> bool:
+        """Whether what the pending steps measured is needed on the host now.
+
+        `train.max_skipped` is only looked at then: a run that has recovered meanwhile goes on, and
+        steps that were not finite have changed nothing.
+        """
+        pending = self.pending.steps
+        if self.awaits_steps or self._logs(step) or pending >= self.max_pending:
+            return True
+        last = self.config.train.steps
+        return bool(self.moe_layers) and self.replanner.must_observe(step, last, pending)
+
+    def _observe(
+        self, step: int, state: TrainState, fetched: FetchedSteps, *, timed: bool
     ) -> TrainState:
-        """Counts a step's traffic; moves experts where it is time to and pays, and tells of it."""
-        layers = figures.figures.layers
-        if layers is None:
+        """Counts the time and the traffic of fetched steps; moves experts where that is due."""
+        self.clock.add(fetched.seconds, fetched.steps)
+        if fetched.counts is None:
             return state
-        self.links.add(layers.counts)
-        self.replanner.observe(layers.counts, seconds)
-        state, events = self.replanner.turn(step, state, self.config.train.steps)
+        self.links.add(fetched.counts, fetched.steps)
+        seconds = fetched.seconds if timed else None
+        self.replanner.observe(fetched.counts, fetched.steps, seconds)
+        state, events = self.replanner.replan(step, state, self.config.train.steps)
         for event in events:
-            writer.write(event)
-            progress.say(sentence(event))
+            self.writer.write(event)
+            self.progress.say(placement_sentence(event))
         return state
 
-    def _validate(self, step: int, state: TrainState) -> dict[str, Any]:
+    def _record(
+        self, step: int, state: TrainState, stats: StepStats, validation: list[Any], ends: bool
+    ) -> None:
+        """Writes a step's lines and, where one is due or the run ends here, a checkpoint."""
+        record = self._training_line(step, stats)
+        evaluates, saves = self._evaluates(step), self._saves(step) or ends
+        if (evaluates or saves) and self.moe_layers:
+            self.writer.write(self.links.take_event(step, self.moe_layers))
+        val_loss = None
+        if evaluates:
+            line = self._validate(step, state, validation)
+            val_loss = line["val_loss"]
+            self.writer.write(line)
+            self.progress.validation(line, record["layers"])
+        if saves:
+            self._save(step, state, val_loss)
+
+    def _training_line(self, step: int, stats: StepStats) -> dict[str, Any]:
+        """Writes and shows a step's training line, and the alerts that it raises."""
+        model, moe = self.config.model, self.config.moe
+        flops = measure.TRAINING * measure.model_flops(
+            model, moe, self.program.vocab_size, self.config.train.seq_len
+        )
+        record = training_record(
+            step,
+            stats,
+            self.clock.take_mean(),
+            tokens=self.tokens,
+            model_flops=self.tokens * flops / self.matmul_rate,
+            layers=self.moe_layers,
+        )
+        skipped = int(stats.skipped)
+        if skipped > self.skipped:
+            event = {"step": step, "event": "skipped_step", "count": skipped - self.skipped}
+            self.writer.write(event)
+            self.skipped = skipped
+        self.writer.write(record)
+        self.progress.train(record)
+        for alert in self.alerts.check(record):
+            self.writer.write(alert)
+            self.progress.say(alert["text"])
+        return record
+
+    def _validate(self, step: int, state: TrainState, batches: list[Any]) -> dict[str, Any]:
         began = time.perf_counter()
         sums = [
             jax.device_get(self.program.eval_step(state.params, state.tables, batch))
-            for batch in self.held_out
+            for batch in batches
         ]
         loss, tokens = np.sum(np.array(sums, np.float64), axis=0)
         return {
@@ -297,37 +382,34 @@ class _Job:
             "val_seconds": time.perf_counter() - began,
         }
 
-    def _meta(self, batches: Any) -> dict[str, Any]:
-        """What a checkpoint holds besides arrays."""
-        return {
+    def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+        # Its line is written before the save, so that the lines up to a checkpoint are whole
+        # whenever it counts.
+        self.writer.write({"step": step, "event": "checkpoint"})
+        if self.moe_layers and jax.process_index() == 0:
+            window = self.replanner.longer_window()
+            write_traffic(self.directory, step, window.steps, window.traffic_LRE, self.moe_layers)
+        meta = {
             "version": __version__,
             "config": dump_config(self.config),
-            "data": batches.get_state(),
+            "data": self.batches.get_state(),
             "corpus_hash": self.corpus.hash,
             "placement": self.replanner.placement.to_json(),
             "replanning": self.replanner.to_json(),
         }
+        self.checkpoints.save(step, state, meta, val_loss)
 
-    def _note_skips(self, writer: MetricsWriter, step: int, figures: StepStats) -> None:
-        if int(figures.skipped) > self.skipped:
-            writer.write(
-                {
-                    "step": step,
-                    "event": "skipped_step",
-                    "count": int(figures.skipped) - self.skipped,
-                }
-            )
-            self.skipped = int(figures.skipped)
-
-    def _end(self, step: int) -> Result:
+    def _end(self, step: int) -> TrainingResult:
         """Draws the report."""
-        size = sum(
-            leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(self.program.abstract_state.params)
+        params = jax.tree.leaves(self.program.abstract_state.params)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
+        return TrainingResult(
+            directory=self.directory,
+            step=step,
+            stopped=step < self.config.train.steps,
+            report=write_report(self.directory) if jax.process_index() == 0 else None,
+            sample_fits=jax.process_count() == 1 and size <= SAMPLE_LIMIT,
         )
-        report = write_report(self.directory) if jax.process_index() == 0 else None
-        fits = jax.process_count() == 1 and size <= SAMPLE_LIMIT
-        return Result(self.directory, step, step < self.config.train.steps, report, fits)
 
 
 def _not_finite(step: int, in_row: int) -> UserError:
@@ -346,27 +428,3 @@ def _check_corpus(meta: dict[str, Any], corpus: Corpus) -> None:
             f"({meta['corpus_hash'][:12]}): restore "
             "the text (the built-in corpus changes with the Python version), or start another run."
         )
-
-
-def _environment(
-    config: Config, corpus: Corpus, program: TrainProgram, state: TrainState, vocab_size: int
-) -> dict[str, Any]:
-    """Measures and counts what environment.json describes."""
-    rate, shape = machine.matmul_rate(jnp.dtype(config.model.compute_dtype), config.mesh.size)
-    total, active = measure.parameter_counts(config.model, config.moe, vocab_size)
-    empty = program.placement.empty_slots
-    if empty:
-        print(
-            f"{empty} of the {program.placement.num_slots} slots a layer on "
-            f"mesh.expert={config.mesh.expert} devices begin empty."
-        )
-    return environment.describe_environment(
-        config,
-        corpus_hash=corpus.hash,
-        matmul_flops_per_second=rate,
-        matmul_shape=shape,
-        matmul_dtype=config.model.compute_dtype,
-        parameters={"total": total, "active": active},
-        bytes_per_device=memory.bytes_per_device(state),
-        empty_slots_per_layer=empty,
-    )

@@ -26,12 +26,20 @@ SIZES = dict(
     vocab=64,
     batch=8,
     seq=64,
+    dtype="float32",
+    untied=False,
+    remat="none",
+    attention="auto",
+    grouped_matmul="auto",
+    accumulation=1,
+    bias_rate=0.0,
 )
 
 
 def options(**changes: Any) -> argparse.Namespace:
     run = dict(
         capacity_factor=1.0,
+        dropless=False,
         strategy="balanced",
         redundant_slots=1,
         skew=2.0,
@@ -62,3 +70,20 @@ def test_what_is_predicted_is_near_what_comes():
 def test_rows_of_several_data_rows_cannot_be_told_apart():
     with pytest.raises(UserError, match="--data 1"):
         placement.benchmark_placement(options(), MeshConfig(data=2, expert=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [(dict(accumulation=2), "--accumulation 2"), (dict(dropless=True), "--dropless")],
+)
+def test_options_that_it_cannot_follow_are_refused(changes: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        placement.benchmark_placement(options(**changes), MeshConfig(expert=4))
+
+
+def test_the_program_is_what_the_options_ask_for():
+    asked = options(dtype="bfloat16", remat="dots", untied=True, grouped_matmul="reference")
+    program = placement.build_program(asked, MeshConfig(expert=4), dropless=True)
+    assert (program.model.compute_dtype, program.model.remat) == ("bfloat16", "dots")
+    assert not program.model.tied_embeddings and program.moe.grouped_matmul == "reference"
+    assert program.moe.dropless and program.moe.dispatch == "pooled"

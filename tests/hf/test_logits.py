@@ -190,15 +190,7 @@ def test_training_step(name: str, ending: str, tmp_path: Path) -> None:
         cases.expected(name),
     )
     program, params, tables, _ = loaded
-    specs = (program.param_specs, BATCH_SPEC, P(), P())
-    step = jax.jit(
-        jax.shard_map(
-            program._gradients,
-            mesh=program.mesh,
-            in_specs=specs,
-            out_specs=(program.param_specs, P()),
-        )
-    )
+    step = jax.jit(program.gradients)
     rows, size = wanted["tokens"].shape
     batch = program.shard(make_batch(wanted["tokens"], np.full(rows, size)))
     gradients, figures = step(params, batch, tables, jax.random.key(0))

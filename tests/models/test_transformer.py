@@ -141,7 +141,7 @@ def test_a_training_step_of_any_pattern(model):
         state, figures = program.train_step(state, batch)
         losses.append(float(figures.loss))
     assert losses[-1] < losses[0]
-    assert (figures.figures.layers is None) == (not program.has_moe)
+    assert (figures.layers is None) == (not program.has_moe)
 
 
 def test_logits_agree_with_the_loss(model):
@@ -162,7 +162,7 @@ def test_the_program_does_not_grow_with_depth():
     def size(layers: int) -> int:
         program = make_program(1, 2, moe=dict(every=2), model=dict(num_layers=layers))
         batch = program.shard(make_batch())
-        return str(jax.make_jaxpr(program._train_step)(program.abstract_state, batch)).count(
+        return str(jax.make_jaxpr(program.train_step)(program.abstract_state, batch)).count(
             " = "
         )  # equations
 
@@ -183,6 +183,6 @@ def without_remat():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_what_is_recomputed_changes_no_result(without_remat, remat):
     figures = step_figures(remat)
-    assert figures.figures.layers.rounds.max() > 1
+    assert figures.layers.rounds.max() > 1
     np.testing.assert_allclose(figures.loss, without_remat.loss, rtol=1e-6)
     np.testing.assert_allclose(figures.grad_norm, without_remat.grad_norm, rtol=1e-5)

@@ -80,7 +80,7 @@ def step_2x4() -> Compiled:
     state, rows = program.init(0), program.shard(batch(8, 32))
     compiled = program.train_step.lower(state, rows).compile()
     sizes = program_flops.group_sizes(program, state, rows)
-    layers = compiled(state, rows)[1].figures.layers
+    layers = compiled(state, rows)[1].layers
     return Compiled(
         program,
         compiled.as_text(),

@@ -86,9 +86,7 @@ _programs: dict[Any, TrainProgram] = {}
 
 
 def shared_program(*args: Any, **options: Any) -> TrainProgram:
-    """`Program`, but the one made before where there is one of the same arguments: it is compiled
-    already.
-    """
+    """`TrainProgram`, or the one made before of the same arguments, which is compiled."""
     *static, placement = args
     key = (
         *static,

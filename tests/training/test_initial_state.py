@@ -220,14 +220,15 @@ def test_what_the_model_has_already_may_be_repeated(tmp_path: Path) -> None:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, width=32, num_heads=4, remat="full")
     )
-    found = initial_state.resolve(config, tmp_path / "run", resume=False)
+    run = tmp_path / "run"
+    found = initial_state.resolve(config, run, initial_state.Origin(config, run), resume=False)
     assert (
         found.model.remat == "full"
         and found.model.width == 32
         and found.data.tokenizer == str(origin)
     )
     with pytest.raises(UserError, match="the run's own directory"):
-        initial_state.resolve(config, origin, resume=False)
+        initial_state.resolve(config, origin, initial_state.Origin(config, origin), resume=False)
 
 
 def test_another_origin_cannot_be_resumed(tmp_path: Path, tune) -> None:

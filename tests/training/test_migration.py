@@ -8,10 +8,11 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import expert_layers
-from moe_jax.placement.schedule import moves_between, schedule
+from moe_jax.models.paths import path_of
+from moe_jax.placement.schedule import moves_between
 from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.profiling import hlo
-from moe_jax.training.migration import EXPERT_PATH, Migration
+from moe_jax.training.migration import Migration
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 from tests.support.tiny_programs import EXPERTS, make_batch, make_program
@@ -54,13 +55,13 @@ def drawn(program: TrainProgram, seed: int = 0) -> TrainState:
     draw = np.random.default_rng(seed)
     state = jax.tree.map(np.asarray, program.init(7))
 
-    def one(path, leaf):
+    def one(keys, leaf):
         if leaf.dtype != np.float32:
             return leaf
         values = draw.standard_normal(leaf.shape, np.float32)
-        match = EXPERT_PATH.search(jax.tree_util.keystr(path, simple=True, separator="/"))
-        if match and leaf.ndim > 1:
-            rows = expert_layers(program.model, program.moe)[int(match[1]), int(match[2])]
+        path = path_of(keys)
+        if path.is_expert and leaf.ndim > 1:
+            rows = expert_layers(program.model, program.moe)[path.layer_block]
             first = program.placement.first_slot()[rows]
             table = program.placement.physical_to_logical[rows]
             values = np.stack(
@@ -81,12 +82,13 @@ def by_expert(
     out.
     """
     found = {}
-    for path, leaf in jax.tree.leaves_with_path(
+    for keys, leaf in jax.tree.leaves_with_path(
         state._replace(tables=state.tables.bias_E, expert_LP=None)
     ):
-        name, array = jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf)
-        if (match := EXPERT_PATH.search(name)) and array.ndim > 1:
-            rows = expert_layers(program.model, program.moe)[int(match[1]), int(match[2])]
+        path, array = path_of(keys), np.asarray(leaf)
+        name = path.text
+        if path.is_expert and array.ndim > 1:
+            rows = expert_layers(program.model, program.moe)[path.layer_block]
             for repeat, row in enumerate(rows):
                 for expert in range(placement.num_experts):
                     held = array[repeat][placement.slots_of(row, expert)]
@@ -125,7 +127,7 @@ def test_everything_of_an_expert_moves_and_nothing_else(settings):
     before = by_expert(program, state, old)
     for replicas in (False, True, True, False) if settings.get("redundant") else (False, False):
         new = shuffled(draw, old, replicas)
-        state, moved = migration(state, old, new)
+        state, moved = migration(state, migration.plan(old, new))
         after = by_expert(program, state, new)
         assert before.keys() == after.keys()
         for name, values in before.items():
@@ -154,7 +156,7 @@ def test_a_loss_curve_with_a_migration_every_five_steps_is_the_same_to_the_last_
         for step in range(50):
             if moves and step and step % 5 == 0:
                 new = shuffled(draw, placement)
-                state, _ = migration(state, placement, new)
+                state, _ = migration(state, migration.plan(placement, new))
                 placement = new
             state, figures = program.train_step(state, program.shard(make_batch(step)))
             losses += [float(figures.loss), float(figures.grad_norm)]
@@ -178,7 +180,7 @@ def test_replicas_come_and_go_and_lose_nothing():
     for step in range(12):
         if step % 3 == 0:
             new = shuffled(draw, placement, replicas=step in (3, 6))
-            state, _ = migration(state, placement, new)
+            state, _ = migration(state, migration.plan(placement, new))
             placement = new
         state, figures = program.train_step(state, program.shard(make_batch(step)))
         reference, wanted = plain.train_step(reference, plain.shard(make_batch(step)))
@@ -194,18 +196,17 @@ def test_the_compiled_program_sends_single_experts_and_gathers_nothing(settings)
     migration = Migration(program)
     state = program.init(7)
     banks = {path: leaf for path, leaf in _flat(state).items() if path in migration.paths}
-    call = schedule(
-        program.placement, shuffled(np.random.default_rng(0), program.placement), migration.budget
-    )[0]
+    new = shuffled(np.random.default_rng(0), program.placement)
+    call = migration.plan(program.placement, new).calls[0]
     text = migration.run.lower(banks, call).compile().as_text()
     (sent,) = hlo.collectives(text)
     # One for each distance that an expert can travel; each carries a device's part (data=2) of one
     # expert with two moments.
     assert (sent.op, sent.times) == ("collective-permute", 3)
-    assert sent.bytes == 3 * migration.expert_bytes // 2
+    assert sent.bytes == 3 * migration.costs.expert_bytes // 2
     bank = sum(leaf.nbytes for leaf in banks.values())
     layers, slots = program.placement.physical_to_logical.shape
-    assert migration.expert_bytes == bank // (layers * slots)
+    assert migration.costs.expert_bytes == bank // (layers * slots)
 
 
 def test_a_single_swap_costs_two_experts():
@@ -213,14 +214,10 @@ def test_a_single_swap_costs_two_experts():
     migration, old = Migration(program), program.placement
     table = np.array(old.physical_to_logical)
     table[1, [0, 5]] = table[1, [5, 0]]
-    state, moved = migration(program.init(7), old, Placement(table, EXPERTS, 4))
-    assert moved[:4] == (2, 2 * migration.expert_bytes, 1, 1)  # both go two ranks on
-    assert migration(state, Placement(table, EXPERTS, 4), Placement(table, EXPERTS, 4))[1][:4] == (
-        0,
-        0,
-        0,
-        0,
-    )
+    new = Placement(table, EXPERTS, 4)
+    state, moved = migration(program.init(7), migration.plan(old, new))
+    assert moved[:4] == (2, 2 * migration.costs.expert_bytes, 1, 1)  # both go two ranks on
+    assert migration(state, migration.plan(new, new))[1][:4] == (0, 0, 0, 0)
 
 
 def test_moments_that_mix_experts_are_refused():
@@ -232,7 +229,4 @@ def test_moments_that_mix_experts_are_refused():
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(state)
-    }
+    return {path_of(keys).text: leaf for keys, leaf in jax.tree.leaves_with_path(state)}

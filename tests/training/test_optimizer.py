@@ -96,6 +96,41 @@ def test_decay_shrinks_matrices_and_leaves_norms_alone(name):
         np.testing.assert_allclose(got, -0.5 * 0.1 * parameter, rtol=1e-5)
 
 
+def test_decay_leaves_biases_and_sinks_alone():
+    axes = {
+        "query": ("width", "heads", "head"),
+        "query_bias": ("heads", "head"),
+        "mlp": {"router": {"bias": ("experts",)}},
+        "sinks": ("heads",),
+    }
+    shapes = {
+        "query": (2, 6, 2, 4),
+        "query_bias": (2, 2, 4),
+        "mlp": {"router": {"bias": (2, 3)}},
+        "sinks": (2, 2),
+    }
+    at = jax.tree.map(jnp.ones, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+    config = OptimizerConfig(learning_rate=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(config, axes)
+    zeros = jax.tree.map(jnp.zeros_like, at)
+    moved, _ = optimizer.update(
+        zeros, optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(0.5)
+    )
+    np.testing.assert_allclose(moved.pop("query"), -0.05, rtol=1e-6)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
+
+
+def test_finished_moments_change_no_update():
+    at, grads, config = params(), params(1), OptimizerConfig()
+    moved = []
+    for finish_moments in (True, False):
+        optimizer = make_optimizer(config, AXES, finish_moments=finish_moments)
+        update = jax.jit(optimizer.update)
+        _, state = update(grads, optimizer.init(at), at, ok=jnp.bool_(True), lr=jnp.float32(0.1))
+        moved.append(update(grads, state, at, ok=jnp.bool_(True), lr=jnp.float32(0.1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *moved)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_experts_and_routers_have_learning_rates_of_their_own(name):
     at, grads = params(), params(1)

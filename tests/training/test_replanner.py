@@ -18,7 +18,8 @@ from moe_jax.moe.stats import RoutingCounts
 from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.placement.topology import Topology
-from moe_jax.training.initial_placement import processes_a_row
+from moe_jax.training.initial_placement import processes_per_row
+from moe_jax.training.placement_decision import decide
 from moe_jax.training.replanner import Replanner
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
@@ -54,7 +55,7 @@ def replanner(program: TrainProgram, topology: Topology = FAST, **changes: Any) 
     )
 
 
-def flow_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
+def counts_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
     """A step in which every source chooses alike; what the replanner does not read is left out."""
     traffic = np.repeat(np.broadcast_to(load_LE, (LAYERS, EXPERTS))[:, None], RANKS, axis=1)
     first = placement.first_slot()
@@ -70,16 +71,16 @@ def flow_of(load_LE: np.ndarray, placement: Placement) -> RoutingCounts:
 
 def observe(planner: Replanner, *loads: np.ndarray) -> None:
     for load in loads:
-        planner.observe(flow_of(load, planner.placement), 0.5)
+        planner.observe(counts_of(load, planner.placement), 1, 0.5)
 
 
 def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     planner = replanner(program)
     observe(planner, HOT, HOT, HOT)
     for step in (1, 2, 3):
-        assert planner.turn(step, state, 100)[1] == []
+        assert planner.replan(step, state, 100)[1] == []
     observe(planner, HOT)
-    state, (event,) = planner.turn(4, state, 100)
+    state, (event,) = planner.replan(4, state, 100)
     assert event["accepted"] and event["moves"] == 2 * LAYERS and event["strategy"] == "balanced"
     homes = planner.placement.first_slot() // (planner.placement.num_slots // RANKS)
     assert np.all(homes[:, 0] != homes[:, 1])
@@ -90,7 +91,7 @@ def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     assert predicted["gain"] == pytest.approx(1 - 91 / 180)
     # What came of it is told at the next turn, and then there is nothing to gain.
     observe(planner, HOT, HOT, HOT, HOT)
-    state, (realised, refused) = planner.turn(8, state, 100)
+    state, (realised, refused) = planner.replan(8, state, 100)
     assert realised["of_step"] == 4 and realised["realised_gain"] == pytest.approx(
         realised["predicted_gain"]
     )
@@ -102,6 +103,38 @@ def test_a_steady_skew_parts_the_two_busiest_experts(program, state):
     assert planner.decided is None
 
 
+def test_a_decision_is_data_and_changes_nothing(program):
+    planner = replanner(program)
+    observe(planner, HOT, HOT, HOT, HOT)
+    before = planner.to_json()
+    decision = decide(planner.window, planner.placement, planner.prices, 10)
+    assert planner.to_json() == before
+    assert decision.accepted and decision.plan.old is planner.placement
+    assert len(decision.plan.moves) == decision.plan.sent == 2 * LAYERS
+    assert decision.migration_bytes == decision.plan.sent * planner.prices.migration.expert_bytes
+    assert decision.saved_seconds == pytest.approx(
+        10 * (decision.before.seconds - decision.after.seconds)
+    )
+    assert decision.why().startswith("the busiest device had 3.87 times the mean load")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        decision.horizon = 1
+
+
+def test_steps_of_both_halves_are_never_counted_together(program):
+    planner = replanner(program)  # the first half has two steps
+    counts = counts_of(HOT, planner.placement)
+    assert [planner.must_observe(1, 100, unseen) for unseen in (1, 2)] == [False, True]
+    with pytest.raises(AssertionError, match="halves"):
+        planner.observe(counts, 3, 1.5)
+    planner.observe(counts, 2, 1.0)
+    assert not planner.must_observe(3, 100, 1) and planner.must_observe(4, 100, 2)
+    assert planner.must_observe(3, 3, 1)  # the last step tells what came of a decision
+    planner.observe(counts, 2, None)
+    window = planner.window
+    assert (window.steps, window.earlier, window.timed, window.seconds) == (4, 2, 2, 1.0)
+    assert planner.due(4, 100)
+
+
 def test_a_load_that_turns_around_moves_nothing(program, state):
     """Planned by the first half of the window, the second would be no better: it is not
     believed.
@@ -109,7 +142,7 @@ def test_a_load_that_turns_around_moves_nothing(program, state):
     planner = replanner(program)
     other = np.array([1, 90, 90, 1, 1, 1, 1, 1])
     observe(planner, other, other, HOT * 0 + 24, HOT * 0 + 24)
-    _, (event,) = planner.turn(4, state, 100)
+    _, (event,) = planner.replan(4, state, 100)
     assert not event["accepted"] and "no layer would gain" in event["why"]
     np.testing.assert_array_equal(
         planner.placement.physical_to_logical, program.placement.physical_to_logical
@@ -119,7 +152,7 @@ def test_a_load_that_turns_around_moves_nothing(program, state):
 def test_only_layers_that_gain_move(program, state):
     planner = replanner(program)
     observe(planner, *[np.stack([HOT, np.full(EXPERTS, 24)])] * 4)
-    _, (event,) = planner.turn(4, state, 100)
+    _, (event,) = planner.replan(4, state, 100)
     assert event["accepted"] and event["moves"] == 2
     np.testing.assert_array_equal(
         planner.placement.physical_to_logical[1], program.placement.physical_to_logical[1]
@@ -132,7 +165,7 @@ def test_a_move_that_takes_longer_than_it_saves_is_refused(program, state):
     """
     planner = replanner(program, dataclasses.replace(FAST, bandwidth_within=1.0))
     observe(planner, *[np.array([1, 1, 0, 0, 0, 0, 0, 0])] * 4)
-    _, (event,) = planner.turn(4, state, 100)
+    _, (event,) = planner.replan(4, state, 100)
     assert 0 < event["predicted"]["seconds_per_step"] * 4 < event["seconds_estimated"]
     assert (
         not event["accepted"]
@@ -152,10 +185,10 @@ def test_a_resumed_window_decides_alike(program, state):
     resumed = replanner(program)
     resumed.restore(json.loads(json.dumps(killed.to_json())), program.placement)
     observe(resumed, *loads[3:])
-    _, (expected,) = whole.turn(4, program.init(0), 100)
-    _, (found,) = resumed.turn(4, program.init(0), 100)
-    assert found | {"seconds": 0} == expected | {"seconds": 0}
-    other = replanner(make_program(1, 2))  # of another mesh: counting begins anew
+    _, (expected,) = whole.replan(4, program.init(0), 100)
+    _, (event,) = resumed.replan(4, program.init(0), 100)
+    assert event | {"seconds": 0} == expected | {"seconds": 0}
+    other = replanner(make_program(1, 2))  # of another mesh: counting starts again
     other.restore(killed.to_json(), program.placement)
     assert (killed.window.steps, other.window.steps) == (3, 0)
 
@@ -163,9 +196,9 @@ def test_a_resumed_window_decides_alike(program, state):
 def test_a_window_too_short_to_be_tried_on_itself_goes_on(program, state):
     planner = replanner(program)
     observe(planner, HOT, HOT)  # as when a run is resumed between decisions
-    assert planner.turn(4, state, 100)[1] == [] and planner.window.steps == 2
+    assert planner.replan(4, state, 100)[1] == [] and planner.window.steps == 2
     observe(planner, HOT, HOT, HOT, HOT)
-    _, (event,) = planner.turn(8, state, 100)
+    _, (event,) = planner.replan(8, state, 100)
     assert event["accepted"] and sum(event["predicted"]["device_load_before"]) == pytest.approx(
         LAYERS * RANKS * HOT.sum()
     )
@@ -174,9 +207,9 @@ def test_a_window_too_short_to_be_tried_on_itself_goes_on(program, state):
 def test_the_last_step_tells_what_came_and_decides_nothing(program, state):
     planner = replanner(program)
     observe(planner, HOT, HOT, HOT, HOT)
-    state, _ = planner.turn(4, state, 6)
+    state, _ = planner.replan(4, state, 6)
     observe(planner, HOT, HOT)
-    (realised,) = planner.turn(6, state, 6)[1]
+    (realised,) = planner.replan(6, state, 6)[1]
     assert realised["event"] == "placement_realised" and realised["realised_gain"] == pytest.approx(
         realised["predicted_gain"]
     )
@@ -348,23 +381,21 @@ def test_a_device_without_room_is_refused(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_hosts_are_what_the_devices_processes_show(processes, expected):
-    assert processes_a_row(np.array(processes)) == expected
+    assert processes_per_row(np.array(processes)) == expected
 
 
 def test_two_hosts_route_as_one_to_the_same_losses() -> None:
-    """With replicas on their own hosts preferred, figures but for where rows go are those of a
-    single host.
-    """
+    """With replicas on their own hosts preferred, only where rows go differs from a single host."""
     settings = dict(moe=dict(dispatch="pooled"), redundant=1)
     one, two = make_program(2, 4, **settings), make_program(2, 4, **settings, hosts=2)
     figures = []
     for program in (one, two):
         state = program.init(3)
         for step in range(2):
-            state, found = program.train_step(state, program.shard(make_batch(step)))
-        figures.append(jax.tree.map(np.asarray, found))
+            state, stats = program.train_step(state, program.shard(make_batch(step)))
+        figures.append(jax.tree.map(np.asarray, stats))
     np.testing.assert_allclose(figures[0].loss, figures[1].loss, rtol=1e-6)
-    flows = [f.figures.layers.counts for f in figures]
+    flows = [f.layers.counts for f in figures]
     np.testing.assert_array_equal(flows[0].traffic_RE, flows[1].traffic_RE)
     away = [counts.sent_RR[:, :2, 2:].sum() + counts.sent_RR[:, 2:, :2].sum() for counts in flows]
     assert away[1] < away[0]

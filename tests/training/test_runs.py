@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import yaml
 
-from moe_jax.checkpoint import expert_layout
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import load_config
 from moe_jax.errors import UserError
+from moe_jax.models.layer_pattern import expert_layers
+from moe_jax.models.paths import path_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.balanced import balanced
 from moe_jax.placement.table import Placement, contiguous, count_slots
@@ -309,17 +310,15 @@ def logical(state: object, program: TrainProgram) -> dict[str, np.ndarray]:
     """A state's arrays by path, experts in logical order; tables, which differ by design, left out
     but for the bias.
     """
-    layers = expert_layout.expert_layers(program.model, program.moe)
+    layers = expert_layers(program.model, program.moe)
     first_LE = program.placement.logical_to_physical()[:, :, 0]
     found = {}
-    for path, leaf in jax.tree.leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        array = np.asarray(leaf)
-        if (
-            match := expert_layout.EXPERTS.search(name)
-        ) and array.ndim > 1:  # adafactor has placeholders besides
-            rows = np.array(layers[int(match[1]), int(match[2])])
+    for keys, leaf in jax.tree.leaves_with_path(state):
+        path, array = path_of(keys), np.asarray(leaf)
+        if path.is_expert and array.ndim > 1:  # adafactor has placeholders besides
+            rows = np.array(layers[path.layer_block])
             array = np.stack([array[i][first_LE[row]] for i, row in enumerate(rows)])
+        name = path.text
         if name != "expert_LP" and (not name.startswith("tables/") or name.endswith("bias_E")):
             found[name] = array
     return found
@@ -336,12 +335,12 @@ def make_program(folder: Path, *overrides: str, placement: Placement | None = No
     )
 
 
-def _alike(program: TrainProgram, path: Any, leaf: np.ndarray) -> np.ndarray:
+def _alike(program: TrainProgram, keys: Any, leaf: np.ndarray) -> np.ndarray:
     """Replicas of an expert made the same."""
-    match = expert_layout.EXPERTS.search(jax.tree_util.keystr(path, simple=True, separator="/"))
-    if not match or leaf.ndim < 2:
+    path = path_of(keys)
+    if not path.is_expert or leaf.ndim < 2:
         return leaf
-    rows = expert_layout.expert_layers(program.model, program.moe)[int(match[1]), int(match[2])]
+    rows = expert_layers(program.model, program.moe)[path.layer_block]
     table, first = program.placement.physical_to_logical[rows], program.placement.first_slot()[rows]
     return np.stack(
         [values[np.where(t < 0, 0, f[t])] for values, t, f in zip(leaf, table, first, strict=True)]

@@ -10,6 +10,7 @@ Measurements behind the tile sizes are in docs/benchmarks.md and docs/log.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -25,7 +26,8 @@ from moe_jax.parallel.collectives import vary_alike
 from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
-GroupedMatmulImpl = Literal["auto", "reference", "ragged", "tiled", "rows"]
+BackEnd = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
+GroupedMatmulImpl = Literal["auto", "reference", "ragged", "tiled", "rows"] | BackEnd
 
 
 def grouped_matmul(
@@ -43,7 +45,7 @@ def grouped_matmul(
     last group give zeros. Groups of no rows get zero gradient. Group g's matrix is number first + g
     of `w_GDF`. With `transposed` the matrices are given as [G, F, D]; a `Matrix` [G, *outputs, D],
     for inference only, always is. Products accumulate in f32; the result has the dtype of `x_ND`.
-    Raises ValueError for an unknown `impl`.
+    `impl` may be a function like `tiled` too. Raises ValueError for an unknown one.
     """
     accelerated = default_platform().ragged_dot
     if isinstance(w_GDF, PackedWeight):
@@ -59,6 +61,8 @@ def grouped_matmul(
     x_ND, w_GDF, sizes_G = vary_alike(x_ND, w_GDF.astype(x_ND.dtype), sizes_G)
     if w_GDF.shape[0] != sizes_G.shape[0]:
         w_GDF = lax.dynamic_slice_in_dim(w_GDF, first, sizes_G.shape[0])
+    if callable(impl):
+        return impl(x_ND, w_GDF, sizes_G, transposed)
     if impl == "tiled":
         return tiled(x_ND, w_GDF, sizes_G, transposed)
     w_GDF = jnp.swapaxes(w_GDF, 1, 2) if transposed else w_GDF
@@ -69,7 +73,7 @@ def grouped_matmul(
     raise _unknown(impl)
 
 
-def _unknown(impl: str) -> ValueError:
+def _unknown(impl: object) -> ValueError:
     return ValueError(
         f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled "
         f"(rows needs a Matrix)"

@@ -290,9 +290,8 @@ def _adopted(config: Config, folder: Path, out: Path, described: Description) ->
             f"init_from={config.init_from} does not go with a folder to begin from ({folder}): "
             f"leave it out."
         )
-    return initial_state.resolve(
-        dataclasses.replace(config, moe=described.moe, init_from=str(folder)), out, resume=False
-    )
+    config = dataclasses.replace(config, moe=described.moe, init_from=str(folder))
+    return initial_state.resolve(config, out, initial_state.Origin(config, out), resume=False)
 
 
 def _read_folder(folder: Source, config: Config, described: Description) -> RunArrays:
