@@ -18,7 +18,7 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.ops.linear import project
-from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.collectives import MeshAxes
 from moe_jax.parallel.sharding import bias, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
@@ -173,6 +173,6 @@ def measure(
     )
 
 
-def total(stats: RouterStats) -> RouterStats:
-    """The sums over all devices that hold tokens; call it inside `shard_map`."""
-    return lax.psum(stats, BATCH_AXES)
+def total(stats: RouterStats, axes: MeshAxes) -> RouterStats:
+    """The sums over all devices that hold tokens; inside `shard_map`."""
+    return lax.psum(stats, axes.batch)
