@@ -103,8 +103,8 @@ def pooled(
 ) -> Exchanged:
     """One round: choices beyond a pool's capacity are dropped."""
     capacity = route.capacity(*slot_TK.shape)
-    queue = dispatch.queue_choices(slot_TK, weight_TK, route.slots * route.ranks, route.ranks)
     args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
+    queue = dispatch.queue_choices(slot_TK, weight_TK, route.slots * route.ranks, route.ranks)
     y_TD = _exchange_round(route, *args, vary(queue, route.axes.all), 0)
     return Exchanged(y_TD, jnp.int32(capacity), jnp.int32(1))
 
@@ -118,12 +118,12 @@ def pooled_in_rounds(
 ) -> Exchanged:
     """As many rounds as the longest line on the mesh needs."""
     capacity = route.capacity(*slot_TK.shape)
+    args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
     queue = dispatch.queue_choices(slot_TK, weight_TK, route.slots * route.ranks, route.ranks)
     rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, route.axes.batch) // capacity))
-    args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
-    exchange = partial(_exchange_round, route)
+    room, exchange = rounds * capacity, partial(_exchange_round, route)
     y_TD = in_rounds(exchange, rounds, args, vary(queue, route.axes.all))
-    return Exchanged(y_TD, rounds * capacity, rounds)
+    return Exchanged(y_TD, room, rounds)
 
 
 def _exchange_round(

@@ -71,8 +71,9 @@ class MoE(nnx.Module):
         weights = self.experts.weights(x_TD.dtype)
         routed = exchange(route, x_TD, routing.weight_TK, weights, slot_TK)
         y_TD = lax.psum(routed.y_TD + self._shared(x_TD), axes.tensor)
+        y_BSD = y_TD.reshape(x_BSD.shape)
         counts = count_routing(load_E, slot_TK, num_slots, routed.room, axes)
-        return y_TD.reshape(x_BSD.shape), LayerStats(stats, aux, z, counts, routed.rounds)
+        return y_BSD, LayerStats(stats, aux, z, counts, routed.rounds)
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """The shared experts' output (a part of a sum over `tensor`), or a zero."""

@@ -161,10 +161,16 @@ def named(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def specs(variables: Any) -> Any:
-    """The PartitionSpec of each variable of an nnx state, stacked leading dimensions unsharded."""
+    """The PartitionSpec of each variable of an nnx state, stacked leading dimensions unsharded.
+
+    Variables of other modules have the spec that Flax's `out_sharding` gives them, by default none:
+    they are the same on every device.
+    """
 
     def one(variable: nnx.Variable) -> PartitionSpec:
-        names = variable.get_metadata("axes")
+        names = variable.get_metadata("axes", None)
+        if names is None:
+            return nnx.get_partition_spec(variable).get_value() or PartitionSpec()
         rules = dict(zip(names, variable.get_metadata("mesh_axes"), strict=True))
         return spec(names, len(variable.get_value().shape) - len(names), rules)
 
