@@ -1,4 +1,4 @@
-"""The Python API: what `import moe_jax` offers, and the examples of docs/python_api.md as they stand."""
+"""The Python API: what `import moe_jax` offers, and the examples of docs/python_api.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "python_api.md"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples name: a model and a text."""
     place = tmp_path_factory.mktemp("api")
-    hf_folder.make_folder("qwen3_moe", place / "model")
+    hf_folder.make_folder("qwen3_moe-plain", place / "model")
     (place / "text.txt").write_bytes(corpus(place).read_bytes())
     return place
 

@@ -217,11 +217,13 @@ class MoELayer(nnx.Module):
             )
         before_P = np.asarray(self.expert_in_slot.get_value())
         source_P = np.argsort(before_P)[table_LP[0]].astype(np.int32)
-        for variable in jax.tree.leaves(
-            nnx.state(self.moe.experts), is_leaf=lambda v: isinstance(v, nnx.Variable)
-        ):
-            variable.set_value(variable.get_value()[source_P])
-        self.expert_in_slot.set_value(jnp.asarray(table_LP[0]))
+        experts = self.moe.experts
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            if hasattr(experts, name):
+                variable = getattr(experts, name)
+                variable.set_value(_take_rows(variable.get_value(), source_P))
+        held_P = self.expert_in_slot.get_value()
+        self.expert_in_slot.set_value(jax.device_put(jnp.asarray(table_LP[0]), held_P.sharding))
         return source_P
 
 
@@ -234,6 +236,13 @@ def _mesh_of(x: jax.Array) -> AbstractMesh:
 def _size(mesh: AbstractMesh, axes: AxisNames) -> int:
     names = (axes,) if isinstance(axes, str) else axes
     return int(np.prod([mesh.shape[axis] for axis in names], dtype=int))
+
+
+def _take_rows(x: jax.Array, rows: np.ndarray) -> jax.Array:
+    """Rows of `x`, sharded as it is."""
+    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    taken = x.at[rows].get(out_sharding=x.sharding if explicit else None)
+    return jax.device_put(taken, x.sharding)
 
 
 def _resharded(mesh: AbstractMesh, in_specs: Any, args: Any) -> Any:

@@ -66,11 +66,11 @@ def assert_equals_oracle(layer: MoELayer, inputs: Any, results: Any) -> None:
     grads, dx, y, stats = results
 
     def named(tree: Any) -> dict[str, jax.Array]:
-        tree = nnx.to_pure_dict(tree)["moe"]
+        tree = jax.tree.map(np.asarray, nnx.to_pure_dict(tree)["moe"])
         by_slot = np.argsort(layer.expert_in_slot.get_value())
         return {
             "router": tree["router"]["weight"],
-            "gate_up": np.asarray(tree["experts"]["gate_up"])[by_slot],
+            "gate_up": tree["experts"]["gate_up"][by_slot],
             "down": np.swapaxes(tree["experts"]["down"], -1, -2)[by_slot],
             "shared_gate_up": tree["shared_gate_up"],
             "shared_down": np.swapaxes(tree["shared_down"], -1, -2),
@@ -81,7 +81,7 @@ def assert_equals_oracle(layer: MoELayer, inputs: Any, results: Any) -> None:
         flags = valid.reshape(-1).astype(jnp.float32)
         return oracle.moe_layer(params, x.reshape(-1, WIDTH), flags, TOP_K).reshape(x.shape)
 
-    params = jax.tree.map(np.asarray, named(nnx.state(layer, nnx.Param)))
+    params = named(nnx.state(layer, nnx.Param))
     want, pull = jax.vjp(value, params, np.asarray(x))
     want_grads, want_dx = pull(np.asarray(dy))
     np.testing.assert_allclose(y, want, atol=2e-5)
@@ -242,6 +242,20 @@ def test_moved_experts_change_no_output_and_moments_can_follow(inputs):
         np.testing.assert_array_equal(moment, slots)
         np.testing.assert_array_equal(layer.moe.experts.down.get_value(), experts[moment])
         np.testing.assert_array_equal(layer(x, valid)[0], before)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_experts_move_between_devices(inputs, kind):
+    layer, mesh = make_layer(), make_mesh(kind)
+    experts = np.asarray(layer.moe.experts.gate_up.get_value())
+    state = nnx.state(layer)
+    own = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(state))
+    nnx.update(layer, jax.device_put(state, own))
+    before = layer.moe.experts.gate_up.get_value().sharding
+    layer.place(Placement(TABLE[None], EXPERTS, 4))
+    moved = layer.moe.experts.gate_up.get_value()
+    np.testing.assert_array_equal(moved, experts[TABLE])
+    assert moved.sharding == before
 
 
 def test_the_bias_evens_the_load(inputs):
