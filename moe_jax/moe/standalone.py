@@ -18,6 +18,7 @@ Experts are stored as `specs(nnx.state(layer))` says; all else is the same on ev
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ from moe_jax.moe import load_balancing
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
-from moe_jax.parallel.collectives import AxisNames, MeshAxes, vma
+from moe_jax.parallel.collectives import AxisNames, MeshAxes, axis_names, vma
 from moe_jax.parallel.sharding import RULES, apply_rules, specs
 from moe_jax.placement.table import Placement
 from moe_jax.utils.annotations import Array, Bool, Float, Key
@@ -64,8 +65,7 @@ class MoELayer(nnx.Module):
         self.config = config
         self.axes = MeshAxes(data, expert, ())
         self.moe = MoE(config, width, config.hidden**-0.5, rngs=rngs)
-        split = (expert,) if isinstance(expert, str) else expert
-        apply_rules(self.moe, dict.fromkeys(RULES, ()) | {"slots": split})
+        apply_rules(self.moe, dict.fromkeys(RULES, ()) | {"slots": axis_names(expert)})
         experts = config.num_experts
         self.expert_in_slot = nnx.Variable(jnp.arange(experts, dtype=jnp.int32))
         self.balance_bias = nnx.Variable(jnp.zeros(experts, jnp.float32))
@@ -190,9 +190,9 @@ class MoELayer(nnx.Module):
             start = lax.axis_index(same) * rows
             x_BSD, valid_BS = (lax.dynamic_slice_in_dim(a, start, rows) for a in (x_BSD, valid_BS))
         y_BSD, stats = self._local(axes, self._state(), x_BSD, valid_BS, key)
-        return lax.all_gather(
-            y_BSD, same, axis=0, tiled=True, to="invarying"
-        ) if same else y_BSD, stats
+        if same:
+            y_BSD = lax.all_gather(y_BSD, same, axis=0, tiled=True, to="invarying")
+        return y_BSD, stats
 
     def update_bias(self, stats: LayerStats) -> None:
         """Moves the balance bias by `config.bias_rate` against the load of a step (DeepSeek-V3)."""
@@ -234,8 +234,7 @@ def _mesh_of(x: jax.Array) -> AbstractMesh:
 
 
 def _size(mesh: AbstractMesh, axes: AxisNames) -> int:
-    names = (axes,) if isinstance(axes, str) else axes
-    return int(np.prod([mesh.shape[axis] for axis in names], dtype=int))
+    return math.prod(mesh.shape[axis] for axis in axis_names(axes))
 
 
 def _take_rows(x: jax.Array, rows: np.ndarray) -> jax.Array:

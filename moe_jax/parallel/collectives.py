@@ -27,15 +27,16 @@ class MeshAxes(NamedTuple):
     @property
     def batch(self) -> tuple[str, ...]:
         """The axes that split tokens."""
-        return (*_names(self.data), *_names(self.expert))
+        return (*axis_names(self.data), *axis_names(self.expert))
 
     @property
     def all(self) -> tuple[str, ...]:
         """Every axis."""
-        return (*self.batch, *_names(self.tensor))
+        return (*self.batch, *axis_names(self.tensor))
 
 
-def _names(axes: AxisNames) -> tuple[str, ...]:
+def axis_names(axes: AxisNames) -> tuple[str, ...]:
+    """The names as a tuple."""
     return (axes,) if isinstance(axes, str) else axes
 
 
