@@ -22,10 +22,8 @@ def embed(table: nnx.Param, tokens_BS: Int[Array, "B S"], dtype: Any) -> Float[A
     FSDP, as in inference, all devices hold the same tokens and one gather brings each token's row
     from the device that has it.
     """
-    table_DV, (split, axes) = (
-        table.get_value().astype(dtype),
-        (axes_of(table, "vocab"), axes_of(table, "width")),
-    )
+    table_DV = table.get_value().astype(dtype)
+    split, axes = axes_of(table, "vocab"), axes_of(table, "width")
     columns = table_DV.shape[1]
     ids_N = all_gather(tokens_BS.reshape(-1), axes, 0) if axes else tokens_BS.reshape(-1)
     owned_N = ids_N - lax.axis_index(split) * columns if split else ids_N

@@ -5,8 +5,7 @@ from __future__ import annotations
 from flax import nnx
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.moe.experts import swiglu
-from moe_jax.ops.linear import join, project
+from moe_jax.moe.experts import gated_projection
 from moe_jax.parallel.collectives import psum
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
 from moe_jax.utils.annotations import Array, Float
@@ -25,8 +24,8 @@ class FeedForward(nnx.Module):
             self.down_bias = bias((width,), ("norm",))
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        both = project(x_BSD, gather(self.gate_up, x_BSD.dtype))
-        both = both + gather(self.gate_up_bias, x_BSD.dtype) if self.biased else both
-        hidden_BSF = swiglu(both.reshape(*both.shape[:2], -1))
-        y_BSD = psum(join(hidden_BSF, gather(self.down, x_BSD.dtype)), axes_of(self.down, "hidden"))
+        y_BSD = gated_projection(
+            x_BSD, self.gate_up, self.down, self.gate_up_bias if self.biased else None
+        )
+        y_BSD = psum(y_BSD, axes_of(self.down, "hidden"))
         return y_BSD + gather(self.down_bias, y_BSD.dtype) if self.biased else y_BSD

@@ -59,11 +59,11 @@ def expert_layers(model: ModelConfig, moe: MoEConfig) -> dict[tuple[int, int], l
     """For block j of stack i, the numbers among the MoE layers of its repeats: where tables and
     weights meet.
     """
-    found: dict[tuple[int, int], list[int]] = {}
+    numbers: dict[tuple[int, int], list[int]] = {}
     done = 0
     for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(model, moe))):
         blocks = [j for j, kind in enumerate(kinds) if kind.moe]
         for at, j in enumerate(blocks):
-            found[i, j] = [done + repeat * len(blocks) + at for repeat in range(repeats)]
+            numbers[i, j] = [done + repeat * len(blocks) + at for repeat in range(repeats)]
         done += len(blocks) * repeats
-    return found
+    return numbers

@@ -6,23 +6,10 @@ from typing import Any
 
 import jax
 
-
-def remat(choice: str, body):
-    """What the backward pass recomputes. Gathered parameters are never kept: holding them would
-    undo their sharding.
-    """
-    policies = jax.checkpoint_policies
-    policy = {
-        "none": _computed,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "full": policies.nothing_saveable,
-    }[choice]
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
-
-
 # What only moves or retypes values. A gathered parameter reaches its matmul through some of these,
-# so refusing to keep the gather's own output is not enough.
-_MOVES = frozenset(
+# so refusing to keep the gather's own output is not enough. JAX has renamed primitives before:
+# tests/models/test_remat.py notices.
+MOVES = frozenset(
     (
         "all_gather",
         "reshape",
@@ -38,6 +25,19 @@ _MOVES = frozenset(
 )
 
 
+def remat(choice: str, body: Any) -> Any:
+    """`body` with the policy of `model.remat`. Gathered parameters are never kept: holding them
+    would undo their sharding.
+    """
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": _computed,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[choice]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
 def _computed(primitive: Any, *_: Any, **__: Any) -> bool:
     """A rematerialisation policy: keep what was computed, not what was only moved."""
-    return primitive.name not in _MOVES
+    return primitive.name not in MOVES

@@ -18,7 +18,7 @@ from moe_jax.utils.annotations import Array, Float, Int
 
 
 def frequencies(config: RopeConfig, head_width: int, length: int | jax.Array) -> tuple[Any, float]:
-    """Angular frequencies, radians a token, f64 [rotated width / 2], and the factor on sines and
+    """Angular frequencies, radians per token, f64 [rotated width / 2], and the factor on sines and
     cosines.
 
     `head_width` is the part of a head that may be rotated, of which `config.fraction` is. `length`

@@ -1,11 +1,11 @@
 """Moving tokens to the devices of their experts and back.
 
-Rows travel in fixed-size pools, one a (source, destination) pair of ranks on the `expert` axis,
+Rows travel in fixed-size pools, one per (source, destination) pair of ranks on the `expert` axis,
 filled by the priority in `queue_choices`. Only int32 tables are scattered; activations are
 gathered, in both directions and in both passes, by two hand-written VJPs (`gather_rows`,
 `combine_rows`) that share one pair of tables: `source_M`, the choice that fills each row, and
 `place_TK`, the row that each choice fills. A choice is token * K + k. An index one past the end
-means none and reads as zeros.
+means "none" and reads as zeros.
 """
 
 from __future__ import annotations
@@ -144,9 +144,8 @@ def queue_choices(
     rank is favoured.
     """
     tokens, top_k = slot_TK.shape
-    rank_N = (slot_TK // (num_slots // ranks)).reshape(
-        -1
-    )  # padding goes to rank R, which no one is
+    # Padding goes to rank R, which no device is.
+    rank_N = (slot_TK // (num_slots // ranks)).reshape(-1)
     choice_N = jnp.tile(jnp.arange(top_k, dtype=jnp.int32), tokens)
     index_N = jnp.arange(tokens * top_k, dtype=jnp.int32)
     keys = (rank_N, choice_N, -lax.stop_gradient(weight_TK).reshape(-1), index_N)
@@ -192,8 +191,8 @@ def invert(place_N: Int[Array, " N"], rows: int) -> Int[Array, " M"]:
 
 
 def sort_by_slot(local_N: Int[Array, " N"], slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Order of rows by local slot (rows of slot `slots`, empty ones, last), its inverse, and rows a
-    slot [P/R].
+    """Order of rows by local slot (empty rows, those of slot `slots`, come last), its inverse, and
+    rows per slot [P/R].
     """
     order_N = jnp.argsort(local_N, stable=True).astype(jnp.int32)
     sizes_P = jnp.sum(local_N[:, None] == jnp.arange(slots), axis=0, dtype=jnp.int32)
@@ -201,7 +200,7 @@ def sort_by_slot(local_N: Int[Array, " N"], slots: int) -> tuple[jax.Array, jax.
 
 
 def pool_capacity(tokens: int, top_k: int, ranks: int, capacity_factor: float) -> int:
-    """Rows C of a pool: the even share of this device's choices times the factor, at least 1 and at
+    """Rows C per pool: the even share of this device's choices times the factor, at least 1 and at
     most all of them.
     """
     return int(min(tokens * top_k, max(1, np.ceil(capacity_factor * tokens * top_k / ranks))))

@@ -1,7 +1,15 @@
-"""Tokens to the devices of their experts and back: three ways."""
+"""Tokens to the devices of their experts and back: three ways, of which `strategy` chooses one.
+
+gathered: every rank sees all tokens of the `expert` axis and computes its own slots' share.
+pooled: rows travel in fixed-size pools; what finds no place in its pool is dropped.
+pooled_in_rounds: the same pools, as many times as the fullest one needs; nothing is dropped.
+
+Each is a function (route, x_TD, weight_TK, weights, slot_TK) -> Exchanged, inside `shard_map`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,23 +17,116 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch
 from moe_jax.moe.experts import apply_experts
 from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl
-from moe_jax.parallel.collectives import all_gather, all_to_all
+from moe_jax.parallel.collectives import MeshAxes, all_gather, all_to_all, vary
 
 
 class Route(NamedTuple):
     """The static shape of an exchange."""
 
+    axes: MeshAxes
     ranks: int
-    slots: int  # P, over all ranks
-    capacity: int  # C
+    slots: int  # P/R, of one rank
+    capacity_factor: float
     limit: float | None  # of gpt-oss's SwiGLU
     impl: GroupedMatmulImpl
 
+    def capacity(self, tokens: int, top_k: int) -> int:
+        """Rows C of a pool for the choices of one device's tokens."""
+        return dispatch.pool_capacity(tokens, top_k, self.ranks, self.capacity_factor)
 
-def pooled_exchange(
+
+class Exchanged(NamedTuple):
+    """What comes back."""
+
+    y_TD: jax.Array  # each token's weighted sum over its experts; a part of a sum over `tensor`
+    room: jax.Array  # rows that each rank takes from this device; those beyond are dropped
+    rounds: jax.Array  # exchanges that were needed
+
+
+Exchange = Callable[[Route, jax.Array, jax.Array, tuple[Any, ...], jax.Array], Exchanged]
+
+
+def make_route(config: MoEConfig, axes: MeshAxes, slots: int) -> Route:
+    """The route of a layer whose ranks have `slots` slots each."""
+    return Route(
+        axes,
+        lax.axis_size(axes.expert),
+        slots,
+        config.capacity_factor,
+        config.swiglu_limit,
+        config.grouped_matmul,
+    )
+
+
+def strategy(config: MoEConfig, tokens: int, ranks: int) -> Exchange:
+    """The way to the experts for `tokens` tokens per device."""
+    capacity = dispatch.pool_capacity(tokens, config.top_k, ranks, config.capacity_factor)
+    # One rank has nothing to send, and here nothing to drop.
+    alone = ranks == 1 and (config.dropless or capacity == tokens * config.top_k)
+    few = alone or tokens < config.gather_below
+    if config.dispatch == "gather" or (config.dispatch == "auto" and few):
+        return gathered
+    return pooled_in_rounds if config.dropless else pooled
+
+
+def gathered(
+    route: Route,
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    weights: tuple[Any, ...],
+    slot_TK: jax.Array,
+) -> Exchanged:
+    """All tokens of the axis visit every rank, which computes its own slots' part of the sum."""
+    args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
+    x_TD, weight_TK, weights = args
+    x_ND, weight_NK, slot_NK = (
+        all_gather(a, route.axes.expert, 0) for a in (x_TD, weight_TK, slot_TK)
+    )
+    y_TD = own_share(route, x_ND, weight_NK, weights, slot_NK)
+    if route.ranks > 1:
+        start = lax.axis_index(route.axes.expert) * x_TD.shape[0]
+        y_TD = lax.psum(y_TD, route.axes.expert)
+        y_TD = lax.dynamic_slice_in_dim(y_TD, start, x_TD.shape[0])
+    return Exchanged(y_TD, jnp.int32(slot_TK.size), jnp.int32(1))
+
+
+def pooled(
+    route: Route,
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    weights: tuple[Any, ...],
+    slot_TK: jax.Array,
+) -> Exchanged:
+    """One round: choices beyond a pool's capacity are dropped."""
+    capacity = route.capacity(*slot_TK.shape)
+    args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
+    queue = dispatch.queue_choices(slot_TK, weight_TK, route.slots * route.ranks, route.ranks)
+    y_TD = _exchange_round(route, *args, vary(queue, route.axes.all), 0)
+    return Exchanged(y_TD, jnp.int32(capacity), jnp.int32(1))
+
+
+def pooled_in_rounds(
+    route: Route,
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    weights: tuple[Any, ...],
+    slot_TK: jax.Array,
+) -> Exchanged:
+    """As many rounds as the longest line on the mesh needs."""
+    capacity = route.capacity(*slot_TK.shape)
+    args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
+    queue = dispatch.queue_choices(slot_TK, weight_TK, route.slots * route.ranks, route.ranks)
+    rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, route.axes.batch) // capacity))
+    room, exchange = rounds * capacity, partial(_exchange_round, route)
+    y_TD = in_rounds(exchange, rounds, args, vary(queue, route.axes.all))
+    return Exchanged(y_TD, room, rounds)
+
+
+def _exchange_round(
     route: Route,
     x_TD: jax.Array,
     weight_TK: jax.Array,
@@ -33,37 +134,20 @@ def pooled_exchange(
     queue: dispatch.Queue,
     round: jax.Array | int,
 ) -> jax.Array:
-    """One round: rows travel to their experts' ranks in pools [R*C, D], and their results travel
-    back; [T, D].
+    """Rows travel to their experts' ranks in pools [R*C, D], and their results travel back;
+    [T, D].
     """
-    tables, local_M = dispatch.pool_tables(queue, round, route.capacity, route.slots, route.ranks)
-    received_MD = all_to_all(dispatch.gather_rows(x_TD, tables.source_M, tables.place_TK), "expert")
-    slot_M = all_to_all(local_M, "expert")
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots // route.ranks)
+    capacity, expert = route.capacity(*weight_TK.shape), route.axes.expert
+    tables, local_M = dispatch.pool_tables(
+        queue, round, capacity, route.slots * route.ranks, route.ranks
+    )
+    received_MD = all_to_all(dispatch.gather_rows(x_TD, tables.source_M, tables.place_TK), expert)
+    slot_M = all_to_all(local_M, expert)
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots)
     sorted_MD = dispatch.gather_rows(received_MD, order_M, inverse_M[:, None])
     computed_MD = apply_experts(sorted_MD, sizes_P, weights, limit=route.limit, impl=route.impl)
-    returned_MD = all_to_all(
-        dispatch.gather_rows(computed_MD, inverse_M, order_M[:, None]), "expert"
-    )
+    returned_MD = all_to_all(dispatch.gather_rows(computed_MD, inverse_M, order_M[:, None]), expert)
     return dispatch.combine_rows(returned_MD, weight_TK, tables.source_M, tables.place_TK)
-
-
-def gather_exchange(
-    route: Route,
-    x_TD: jax.Array,
-    weight_TK: jax.Array,
-    weights: tuple[Any, ...],
-    slot_TK: jax.Array,
-) -> jax.Array:
-    """All tokens of the axis visit every rank, which computes its own slots' part of the sum; [T,
-    D]. Drops nothing.
-    """
-    x_ND, weight_NK, slot_NK = (all_gather(a, "expert", 0) for a in (x_TD, weight_TK, slot_TK))
-    y_ND = own_share(route, x_ND, weight_NK, weights, slot_NK)
-    if route.ranks == 1:
-        return y_ND
-    start = lax.axis_index("expert") * x_TD.shape[0]
-    return lax.dynamic_slice_in_dim(lax.psum(y_ND, "expert"), start, x_TD.shape[0])
 
 
 def own_share(
@@ -91,10 +175,9 @@ def own_rows(
     """Outputs of this rank's slots by slot [N*K, D], zeros at the end for choices of others; the
     choice in each row; the row of each.
     """
-    slots = route.slots // route.ranks
-    local_NK = slot_NK - lax.axis_index("expert") * slots
-    local_NK = jnp.where((local_NK >= 0) & (local_NK < slots), local_NK, slots)
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), slots)
+    local_NK = slot_NK - lax.axis_index(route.axes.expert) * route.slots
+    local_NK = jnp.where((local_NK >= 0) & (local_NK < route.slots), local_NK, route.slots)
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), route.slots)
     inverse_NK = inverse_M.reshape(local_NK.shape)
     rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
     y_MD = apply_experts(rows_MD, sizes_P, weights, limit=route.limit, impl=route.impl, first=first)
@@ -107,7 +190,7 @@ def in_rounds(
 ) -> jax.Array:
     """The sum of `exchange(*args, queue, r)` over rounds r, of which there are at least one.
 
-    The first round is saved for the backward pass like any other computation; later ones, rare when
+    The first round is saved for the backward pass like any other computation. Later ones, rare when
     load is even, run in a loop whose backward pass replays them, so memory does not grow with their
     number.
     """

@@ -10,6 +10,7 @@ from flax import nnx
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl, grouped_matmul
+from moe_jax.ops.linear import join, project
 from moe_jax.parallel.collectives import once
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
 from moe_jax.utils.annotations import Array, Float, Int
@@ -21,7 +22,7 @@ class Experts(nnx.Module):
     """Weights of all slots: `gate_up` [P, D, 2, F] and `down` [P, D, F], FSDP-sharded over D, and
     biases if asked for.
 
-    Built with one slot an expert, in logical order.
+    Built with one slot per expert, in logical order.
     """
 
     def __init__(self, config: MoEConfig, width: int, out_std: float, *, rngs: nnx.Rngs):
@@ -44,13 +45,13 @@ class Experts(nnx.Module):
         """This device's slots for `apply_experts`, gathered where FSDP cut them: gate_up, down and,
         if there, their biases.
         """
-        found = (gather(self.gate_up, dtype), gather(self.down, dtype))
+        matrices = (gather(self.gate_up, dtype), gather(self.down, dtype))
         if not hasattr(self, "down_bias"):
-            return found
+            return matrices
         # The output's bias is added by one of the devices that hold parts of the sum over the
         # hidden dim.
         down_bias = once(gather(self.down_bias, dtype), axes_of(self.down, "expert_hidden"))
-        return (*found, gather(self.gate_up_bias, dtype), down_bias)
+        return (*matrices, gather(self.gate_up_bias, dtype), down_bias)
 
 
 def apply_experts(
@@ -96,3 +97,18 @@ def swiglu(both: Float[Array, "... F2"], limit: float | None = None) -> Float[Ar
         return jax.nn.silu(gate) * up
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(ALPHA * gate) * (up + 1)
+
+
+def gated_projection(
+    x: Float[Array, "... D"],
+    gate_up: nnx.Param,
+    down: nnx.Param,
+    gate_up_bias: nnx.Param | None = None,
+) -> Float[Array, "... D"]:
+    """SwiGLU of one dense part, `gate_up` [D, 2, F] and `down` [D, F]: with F split over the mesh
+    it is this device's part of a sum.
+    """
+    both = project(x, gather(gate_up, x.dtype))
+    if gate_up_bias is not None:
+        both = both + gather(gate_up_bias, x.dtype)
+    return join(swiglu(both.reshape(*x.shape[:-1], -1)), gather(down, x.dtype))

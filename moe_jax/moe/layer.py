@@ -1,14 +1,12 @@
-"""One MoE layer: route, dispatch, compute, combine. It runs inside the model's `shard_map`.
+"""One MoE layer: route, exchange, compute, combine. It runs inside the model's `shard_map`.
 
-Three ways to the experts: pools and all_to_all with a capacity, the same in as many rounds as the
-fullest pool needs (dropless), and, for few tokens or a single rank, gathering all tokens of the
-`expert` axis so that each rank computes its own slots' share of the sum.
+`__call__` is the layer in training, where each device has tokens of its own (exchange.py has the
+ways to the experts). `serve` is the layer in inference, where every device of the `expert` axis has
+all tokens. `choice_rows` and `join_choices` are `serve` in two steps, for experts that come to the
+device in several parts.
 """
 
 from __future__ import annotations
-
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +15,13 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch, load_balancing
-from moe_jax.moe.exchange import (
-    Route,
-    gather_exchange,
-    in_rounds,
-    own_rows,
-    own_share,
-    pooled_exchange,
-)
-from moe_jax.moe.experts import Experts, swiglu
+from moe_jax.moe.exchange import make_route, own_rows, own_share, strategy
+from moe_jax.moe.experts import Experts, gated_projection
 from moe_jax.moe.router import Router, RouterStats, total
 from moe_jax.moe.stats import LayerStats, count_routing
 from moe_jax.moe.tables import LayerTables
-from moe_jax.ops.linear import join, project
-from moe_jax.parallel.collectives import AXES, BATCH_AXES, once, psum, vary
+from moe_jax.ops.linear import project
+from moe_jax.parallel.collectives import MESH_AXES, MeshAxes, once, psum, vary
 from moe_jax.parallel.sharding import axes_of, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
@@ -58,64 +49,37 @@ class MoE(nnx.Module):
         tables: LayerTables,
         full: RouterStats | None = None,
         keys_B: Key[Array, " B"] | None = None,
+        axes: MeshAxes = MESH_AXES,
     ) -> tuple[Float[Array, "B S D"], LayerStats]:
-        """Experts' output for this device's tokens, and the layer's figures over all devices.
+        """Experts' output for this device's tokens, and the layer's statistics over all devices.
 
         `full` are the router's sums over the whole batch when this is a part of it; `keys_B` turns
         noise on.
         """
         routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
-        load_E, stats = stats.load_E, total(stats)
+        load_E, stats = stats.load_E, total(stats, axes)
         aux, z = load_balancing.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        rank, ranks = lax.axis_index("expert"), lax.axis_size("expert")
+        rank, ranks = lax.axis_index(axes.expert), lax.axis_size(axes.expert)
         host = rank * tables.slots_NP.shape[0] // ranks
         slot_TK = dispatch.choose_slots(
             routing.expert_TK, tables.slots_NP[host], tables.start_E, tables.replicas_NE[host], rank
         )
         num_slots = tables.slots_NP.shape[1]
-        y_TD, room, rounds = self._exchange(x_TD, slot_TK, routing.weight_TK, num_slots)
-        y_TD = lax.psum(y_TD + self._shared(x_TD), "tensor")
-        return y_TD.reshape(x_BSD.shape), LayerStats(
-            stats, aux, z, count_routing(load_E, slot_TK, num_slots, room), rounds
-        )
-
-    def _exchange(
-        self, x_TD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array, num_slots: int
-    ) -> tuple[jax.Array, ...]:
-        """Routed output [T, D] (a part of a sum over `tensor`), rows that each rank takes from this
-        device, rounds.
-        """
-        config, ranks = self.config, lax.axis_size("expert")
-        tokens, top_k = slot_TK.shape
-        capacity = dispatch.pool_capacity(tokens, top_k, ranks, config.capacity_factor)
-        route = Route(ranks, num_slots, capacity, config.swiglu_limit, config.grouped_matmul)
-        args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, self.experts.weights(x_TD.dtype)), AXES)
-        alone = ranks == 1 and (
-            config.dropless or capacity == tokens * top_k
-        )  # nothing to send, nothing to drop
-        if config.dispatch == "gather" or (
-            config.dispatch == "auto" and (alone or tokens < config.gather_below)
-        ):
-            room, rounds = jnp.int32(tokens * top_k), jnp.int32(1)
-            y_TD = gather_exchange(route, *args, slot_TK)
-        else:
-            queue = dispatch.queue_choices(slot_TK, weight_TK, num_slots, ranks)
-            if config.dropless:
-                rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, BATCH_AXES) // capacity))
-                room = rounds * capacity
-                y_TD = in_rounds(partial(pooled_exchange, route), rounds, args, vary(queue, AXES))
-            else:
-                room, rounds = jnp.int32(capacity), jnp.int32(1)
-                y_TD = pooled_exchange(route, *args, vary(queue, AXES), 0)
-        return y_TD, room, rounds
+        route = make_route(self.config, axes, num_slots // ranks)
+        exchange = strategy(self.config, x_TD.shape[0], ranks)
+        weights = self.experts.weights(x_TD.dtype)
+        routed = exchange(route, x_TD, routing.weight_TK, weights, slot_TK)
+        y_TD = lax.psum(routed.y_TD + self._shared(x_TD), axes.tensor)
+        y_BSD = y_TD.reshape(x_BSD.shape)
+        counts = count_routing(load_E, slot_TK, num_slots, routed.room, axes)
+        return y_BSD, LayerStats(stats, aux, z, counts, routed.rounds)
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """The shared experts' output (a part of a sum over `tensor`), or a zero."""
         if not self.config.shared_experts:
             return jnp.zeros((), x_TD.dtype)
-        both = project(x_TD, gather(self.shared_gate_up, x_TD.dtype))
-        y_TD = join(swiglu(both.reshape(both.shape[0], -1)), gather(self.shared_down, x_TD.dtype))
+        y_TD = gated_projection(x_TD, self.shared_gate_up, self.shared_down)
         if self.config.shared_gate:
             y_TD = y_TD * jax.nn.sigmoid(project(x_TD, gather(self.shared_gate, x_TD.dtype)))
         return y_TD
@@ -137,19 +101,12 @@ class MoE(nnx.Module):
         routing = self.router.choose(x_BSD, valid_BS, tables.bias_E)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights = self.experts.weights(x_TD.dtype)
-        local = jax.tree.leaves(weights)[0].shape[0] // repeats
-        num_slots = local * lax.axis_size("expert")
+        slots = jax.tree.leaves(weights)[0].shape[0] // repeats
         slot_TK = dispatch.choose_slots(
             routing.expert_TK, tables.slots_NP[0], tables.start_E, tables.replicas_NE[0], 0
         )
-        route = Route(
-            lax.axis_size("expert"),
-            num_slots,
-            0,
-            self.config.swiglu_limit,
-            self.config.grouped_matmul,
-        )
-        y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * local)
+        route = make_route(self.config, MESH_AXES, slots)
+        y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * slots)
         return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape)
 
     def choice_rows(
@@ -161,13 +118,7 @@ class MoE(nnx.Module):
         The experts are those that this layer holds: P may be fewer than there are.
         """
         weights = self.experts.weights(x_TD.dtype)
-        route = Route(
-            1,
-            jax.tree.leaves(weights)[0].shape[0],
-            0,
-            self.config.swiglu_limit,
-            self.config.grouped_matmul,
-        )
+        route = make_route(self.config, MESH_AXES, jax.tree.leaves(weights)[0].shape[0])
         y_MD, _, inverse_TK = own_rows(route, x_TD, weights, slot_TK)
         return y_MD[inverse_TK.reshape(-1)]
 

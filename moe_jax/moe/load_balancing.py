@@ -1,4 +1,4 @@
-"""Keeping experts evenly used: auxiliary losses and the bias that needs none.
+"""Keeping experts evenly used: auxiliary losses, and the bias that needs no loss.
 
 Losses over the whole batch (Switch, Fedus et al., 2021; variance of usage) are nonlinear in the
 batch's mean scores, so a batch cut into accumulation steps must not average them by parts. `losses`

@@ -2,7 +2,7 @@
 computed.
 
 Everything is in f32 and in logical expert order. Statistics are sums over the valid tokens of the
-device; `total` sums them over the mesh, after which every device holds the same figures. Sources:
+device; `total` sums them over the mesh, after which every device holds the same sums. Sources:
 softmax top-k (Shazeer et al., 2017), sigmoid scores with a balance bias and group-limited selection
 (DeepSeek-V2 and V3, 2024), z-loss (ST-MoE, Zoph et al., 2022).
 """
@@ -18,20 +18,19 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.ops.linear import project
-from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.collectives import MeshAxes
 from moe_jax.parallel.sharding import bias, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
-NEVER = (
-    -1e9
-)  # score of a dropped-out expert: finite, so that it can still fill a place nobody else takes
+# Score of a dropped-out expert: finite, so that it can still fill a place that no other takes.
+NEVER = -1e9
 
 
 class RouterStats(NamedTuple):
     """Sums over valid tokens."""
 
     load_E: Int[Array, " E"]  # choices of each expert
-    prob_E: Float[Array, " E"]  # scores, normalised to sum to 1 a token
+    prob_E: Float[Array, " E"]  # scores, normalised to sum to 1 per token
     z: Float[Array, ""]  # squared logsumexp of the logits
     entropy: Float[Array, ""]  # nats, of the normalised scores
     sequence_aux: Float[Array, ""]  # tokens of each sequence x its Switch loss
@@ -61,8 +60,8 @@ class Router(nnx.Module):
         bias_E: Float[Array, " E"],
         keys_B: Key[Array, " B"] | None,
     ) -> tuple[Routing, RouterStats]:
-        """Routes each token. `bias_E` shifts selection, not weights; `keys_B` (a key a sequence)
-        turns training noise on.
+        """Routes each token. `bias_E` shifts selection, not weights; `keys_B`, one per sequence,
+        turn training noise on.
         """
         config = self.config
         x_BSD = x_BSD.astype(jnp.float32)
@@ -92,7 +91,7 @@ class Router(nnx.Module):
     def choose(
         self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"], bias_E: Float[Array, " E"]
     ) -> Routing:
-        """Routes each token without noise or figures, as inference does."""
+        """Routes each token without noise or statistics, as inference does."""
         _, score_BSE = self._score(x_BSD.astype(jnp.float32))
         return _routing(self.config, *select(self.config, score_BSE, bias_E, None), valid_BS)
 
@@ -111,7 +110,7 @@ class Router(nnx.Module):
 def _routing(
     config: MoEConfig, expert_BSK: jax.Array, weight_BSK: jax.Array, valid_BS: jax.Array
 ) -> Routing:
-    """One line a token; padding chooses expert E."""
+    """One line per token; padding chooses expert E."""
     expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, config.num_experts).astype(jnp.int32)
     return Routing(expert_BSK.reshape(-1, config.top_k), weight_BSK.reshape(-1, config.top_k))
 
@@ -173,6 +172,6 @@ def measure(
     )
 
 
-def total(stats: RouterStats) -> RouterStats:
-    """The sums over all devices that hold tokens; call it inside `shard_map`."""
-    return lax.psum(stats, BATCH_AXES)
+def total(stats: RouterStats, axes: MeshAxes) -> RouterStats:
+    """The sums over all devices that hold tokens; inside `shard_map`."""
+    return lax.psum(stats, axes.batch)

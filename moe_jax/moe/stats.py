@@ -9,26 +9,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.moe.router import RouterStats
-from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.collectives import MeshAxes
 from moe_jax.utils.annotations import Array, Float, Int
 
 
 class RoutingCounts(NamedTuple):
-    """Choices counted where they come from and where they go; ranks are those of the `expert` axis,
+    """Choices counted where they come from and where they go. Ranks are those of the `expert` axis,
     summed over `data`.
     """
 
     traffic_RE: Int[Array, "R E"]  # by source rank and logical expert
     sent_RR: Int[Array, "R R"]  # that an expert computed, by source and destination rank
     dropped_RR: Int[Array, "R R"]  # for which the pool was full, which happens at the source alone
-    device_load_NR: Int[
-        Array, "N R"
-    ]  # for each device's experts, by data row and rank, dropped ones included
+    # for each device's experts, by data row and rank, dropped ones included
+    device_load_NR: Int[Array, "N R"]
     slot_load_P: Int[Array, " P"]  # by slot, dropped ones included
 
 
 class LayerStats(NamedTuple):
-    """Figures of one layer, the same on every device."""
+    """Statistics of one layer, the same on every device."""
 
     router: RouterStats
     aux_loss: Float[Array, ""]
@@ -48,18 +47,18 @@ class LayerStats(NamedTuple):
 
 
 def count_routing(
-    load_E: jax.Array, slot_TK: jax.Array, num_slots: int, room: jax.Array
+    load_E: jax.Array, slot_TK: jax.Array, num_slots: int, room: jax.Array, axes: MeshAxes
 ) -> RoutingCounts:
     """The counts over the mesh, from this device's choices by expert and slot; each rank takes
-    `room` rows from a device.
+    `room` rows per device.
     """
-    ranks, rows = lax.axis_size("expert"), lax.axis_size("data")
+    ranks, rows = lax.axis_size(axes.expert), lax.axis_size(axes.data)
     slot_P = jnp.sum(slot_TK.reshape(-1, 1) == jnp.arange(num_slots), axis=0, dtype=jnp.int32)
     asked_R = jnp.sum(slot_P.reshape(ranks, -1), axis=1)
     kept_R = jnp.minimum(asked_R, room)
     # Everyone adds a table with only its own line filled.
-    mine_R1 = (jnp.arange(ranks) == lax.axis_index("expert"))[:, None].astype(jnp.int32)
-    mine_N1 = (jnp.arange(rows) == lax.axis_index("data"))[:, None].astype(jnp.int32)
+    mine_R1 = (jnp.arange(ranks) == lax.axis_index(axes.expert))[:, None].astype(jnp.int32)
+    mine_N1 = (jnp.arange(rows) == lax.axis_index(axes.data))[:, None].astype(jnp.int32)
     return lax.psum(
         RoutingCounts(
             mine_R1 * load_E,
@@ -68,5 +67,5 @@ def count_routing(
             mine_N1 * asked_R,
             slot_P,
         ),
-        BATCH_AXES,
+        axes.batch,
     )

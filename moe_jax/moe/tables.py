@@ -14,17 +14,13 @@ from moe_jax.utils.annotations import Array, Float, Int
 
 
 class LayerTables(NamedTuple):
-    """What routing needs besides weights, of one layer or stacked over layers: data, so a change
-    compiles nothing.
-    """
+    """What routing needs in addition to weights, for one layer or stacked over layers."""
 
-    slots_NP: Int[
-        Array, "... N P"
-    ]  # for the tokens of each host: slots by expert, those on the host first, empty ones last
-    start_E: Int[Array, "... E"]  # where each expert's begin
-    replicas_NE: Int[
-        Array, "... N E"
-    ]  # how many of them the host's tokens use: those on the host, or all where it has none
+    # for the tokens of each host: slots by expert, those on the host first, empty ones last
+    slots_NP: Int[Array, "... N P"]
+    start_E: Int[Array, "... E"]  # where each expert's slots begin
+    # how many of them the host's tokens use: those on the host, or all where it has none
+    replicas_NE: Int[Array, "... N E"]
     bias_E: Float[Array, "... E"]  # balance bias
 
 

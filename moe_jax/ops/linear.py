@@ -1,10 +1,10 @@
 """Products with a matrix of parameters, in either of its two forms.
 
 Training holds a plain array with the inputs first, [D, H, Q]: FSDP gathers run along the leading
-dim. Inference holds a `Matrix`, outputs first and inputs last, [H, Q, D], which is also how
+dim. Inference holds a `PackedWeight`, outputs first and inputs last, [H, Q, D], which is also how
 checkpoints of other frameworks store it: a product with one token then reads rows one after
-another, at the speed of memory (docs/benchmarks.md). A `Matrix` may be quantised; it is dequantised
-inside the product.
+another, at the speed of memory (docs/benchmarks.md). A `PackedWeight` may be quantised; it is
+dequantised inside the product.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def join(x: jax.Array, w: jax.Array | PackedWeight, inputs: int = 1) -> jax.Arra
 def apply(
     x: jax.Array, matrix: PackedWeight, *, precision: lax.Precision | None = None
 ) -> jax.Array:
-    """x [..., I] times a `Matrix` [*outputs, I]: [..., *outputs], in x's dtype."""
+    """x [..., I] times a `PackedWeight` [*outputs, I]: [..., *outputs], in x's dtype."""
     outputs = matrix.values.shape[:-1]
     rows = math.prod(outputs)
     if matrix.kind == "int8":  # a scale an output: it can wait until after the product

@@ -30,7 +30,7 @@ class PackedWeight:
 
 
 def quantize(weights: jax.Array, kind: Kind, group: int = 64) -> PackedWeight:
-    """A `Matrix` from float weights [..., outputs, inputs].
+    """A `PackedWeight` from float weights [..., outputs, inputs].
 
     int8 rounds to 127 steps of each output's largest weight (scale f32), int4 to 7 steps of each
     group's (scale bf16). The error of a weight is about half a step at most. Raises ValueError

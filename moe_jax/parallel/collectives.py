@@ -2,20 +2,46 @@
 shard.
 
 JAX types each value there by the mesh axes over which it varies (its vma) and refuses to call
-replicated what is not; these helpers state such casts once. Collectives over an axis of size 1 are
-left out, so that the program of a single device holds none (some back ends have none).
+a value replicated that is not; these helpers state such casts once. Collectives over an axis of
+size 1 are left out, so that the program of a single device has none (some back ends lack them).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-AXES = ("data", "expert", "tensor")
-BATCH_AXES = ("data", "expert")
+AxisNames = str | tuple[str, ...]  # a mesh axis, several as one, or () for none: one device
+
+
+class MeshAxes(NamedTuple):
+    """The mesh axes by what they split; their names are the mesh's own."""
+
+    data: AxisNames = "data"  # tokens
+    expert: AxisNames = "expert"  # tokens and experts
+    tensor: AxisNames = "tensor"  # hidden dims
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """The axes that split tokens."""
+        return (*axis_names(self.data), *axis_names(self.expert))
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every axis."""
+        return (*self.batch, *axis_names(self.tensor))
+
+
+def axis_names(axes: AxisNames) -> tuple[str, ...]:
+    """The names as a tuple."""
+    return (axes,) if isinstance(axes, str) else axes
+
+
+MESH_AXES = MeshAxes()  # those of the package's own mesh
+AXES, BATCH_AXES = MESH_AXES.all, MESH_AXES.batch
 
 
 def vma(x: jax.Array) -> frozenset[str]:
@@ -32,7 +58,7 @@ def vary(tree: Any, axes: frozenset[str] | tuple[str, ...]) -> Any:
     """
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in AXES if axis in axes and axis not in vma(x))
+        missing = tuple(axis for axis in sorted(axes) if axis not in vma(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
@@ -43,14 +69,14 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return vary(arrays, frozenset().union(*(vma(x) for x in arrays)))
 
 
-def all_gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+def all_gather(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
     """Concatenates the shards of all devices along mesh `axes` on dimension `dim`; the transpose is
     a reduce-scatter.
     """
     return x if lax.axis_size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-def all_to_all(x: jax.Array, axis: str) -> jax.Array:
+def all_to_all(x: jax.Array, axis: AxisNames) -> jax.Array:
     """Swaps blocks of the first dimension [R*C, ...]: block r goes to rank r, and block r of the
     result came from it.
     """
@@ -65,8 +91,8 @@ def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of
     them.
 
-    Where one device is alone and nothing tracks which values vary (`Engine`), no collective is
-    left.
+    Over one device it is only needed for that type. Where nothing tracks which values vary
+    (`Engine` on one device), the program then has no collective.
     """
     alone = lax.axis_size(axes) == 1 and vma(x).isdisjoint(axes) if axes else True
     return x if alone else lax.psum(x, axes)

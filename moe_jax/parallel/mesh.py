@@ -15,7 +15,7 @@ from moe_jax.runtime.platform import platform_of
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `data`, `expert` and `tensor` over `devices`, by default all; CPU devices
+    """A mesh with axes `data`, `expert` and `tensor` over `devices`, by default all. CPU devices
     beyond its size stay unused.
 
     Raises UserError if the mesh does not match the devices.

@@ -6,9 +6,13 @@ FSDP: dense parameters are stored in shards of their width over `data` and `expe
 over `expert` and, inside a slot, over `data`; each is gathered just before use and its gradient
 reduce-scattered by the transpose. `tensor` dimensions are never gathered.
 
-For inference another table holds (`serving_rules`): nothing is gathered, every device keeps its
+For inference there is another table (`serving_rules`): nothing is gathered, every device keeps its
 part of each matrix, and dense layers are split over `expert` too, since all its devices see the
 same tokens.
+
+Why not Flax's logical axes (`out_sharding`, `nnx.logical_axis_rules`, `nnx.get_partition_spec`):
+its rules are global to the process, pass over unknown names and two dimensions on one axis, and a
+parameter with such names cannot be made without a mesh. `specs` reads them for other modules.
 """
 
 from __future__ import annotations
@@ -132,7 +136,7 @@ def gather(parameter: nnx.Param, dtype: Any = None) -> Any:
     """This device's parameter as the computation needs it: cast to `dtype`, then gathered over its
     FSDP axes.
 
-    A `Matrix` (weights made for inference) is given as it is.
+    A `PackedWeight` (made for inference) is given as it is.
     """
     value = parameter.get_value()
     if not isinstance(value, jax.Array):
@@ -148,7 +152,7 @@ def gather(parameter: nnx.Param, dtype: Any = None) -> Any:
 
 def axes_of(parameter: nnx.Param, name: str) -> tuple[str, ...]:
     """Mesh axes over which a parameter's dimension `name` is sharded: a product that contracts it
-    is a part of a sum over them.
+    is one device's part of a sum over them.
     """
     return parameter.get_metadata("mesh_axes")[parameter.get_metadata("axes").index(name)]
 
@@ -161,10 +165,16 @@ def named(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def specs(variables: Any) -> Any:
-    """The PartitionSpec of each variable of an nnx state, stacked leading dimensions unsharded."""
+    """The PartitionSpec of each variable of an nnx state, stacked leading dimensions unsharded.
+
+    Variables of other modules have the spec that Flax's `out_sharding` gives them, by default none:
+    they are the same on every device.
+    """
 
     def one(variable: nnx.Variable) -> PartitionSpec:
-        names = variable.get_metadata("axes")
+        names = variable.get_metadata("axes", None)
+        if names is None:
+            return nnx.get_partition_spec(variable).get_value() or PartitionSpec()
         rules = dict(zip(names, variable.get_metadata("mesh_axes"), strict=True))
         return spec(names, len(variable.get_value().shape) - len(names), rules)
 

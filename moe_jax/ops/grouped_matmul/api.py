@@ -2,9 +2,10 @@
 
 Back ends: `reference` multiplies every row by every matrix and selects (for tests); `ragged` is
 `lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled`
-walks each group in tiles of rows with plain matmuls, fast on CPU; `rows`, for a `Matrix` alone,
-takes one row after another, for the few rows of decoding, where reading weights is all the time.
-`auto` takes `rows` for a `Matrix` and few rows, else `ragged` on GPU and TPU and `tiled` elsewhere.
+walks each group in tiles of rows with plain matmuls, fast on CPU; `rows`, for a `PackedWeight`
+alone, takes one row after another, for the few rows of decoding, where reading weights takes all
+the time. `auto` takes `rows` for a `PackedWeight` and few rows, else `ragged` on GPU and TPU and
+`tiled` elsewhere.
 Measurements behind the tile sizes are in docs/benchmarks.md and docs/log.md.
 """
 
@@ -43,8 +44,9 @@ def grouped_matmul(
 
     Rows of group g are the `sizes_G[g]` rows after those of the groups before it; rows beyond the
     last group give zeros. Groups of no rows get zero gradient. Group g's matrix is number first + g
-    of `w_GDF`. With `transposed` the matrices are given as [G, F, D]; a `Matrix` [G, *outputs, D],
-    for inference only, always is. Products accumulate in f32; the result has the dtype of `x_ND`.
+    of `w_GDF`. With `transposed` the matrices are given as [G, F, D]; a `PackedWeight`
+    [G, *outputs, D], for inference only, always is. Products accumulate in f32; the result has the
+    dtype of `x_ND`.
     `impl` may be a function like `tiled` too. Raises ValueError for an unknown one.
     """
     accelerated = default_platform().ragged_dot
@@ -76,5 +78,5 @@ def grouped_matmul(
 def _unknown(impl: object) -> ValueError:
     return ValueError(
         f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled "
-        f"(rows needs a Matrix)"
+        f"(rows needs a PackedWeight)"
     )

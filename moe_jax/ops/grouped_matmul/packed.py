@@ -16,9 +16,9 @@ from moe_jax.ops.linear import apply
 from moe_jax.ops.quantized import PackedWeight, dequantize
 from moe_jax.parallel.collectives import vary, vma
 
-SMALL_TILE = 16  # for a `Matrix` whose groups have about so few rows
+SMALL_TILE = 16  # for a `PackedWeight` whose groups have about so few rows
 
-FEW_ROWS = 128  # up to which a `Matrix` is read once a row
+FEW_ROWS = 128  # up to which a `PackedWeight` is read once per row
 
 
 def packed_rows(

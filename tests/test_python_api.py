@@ -1,0 +1,138 @@
+"""The Python API: what `import moe_jax` offers, and the examples of docs/python_api.md."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import moe_jax
+from tests.support import ROOT, hf_folder, tiny_programs
+from tests.support.tiny_run import corpus
+
+PAGE = ROOT / "docs" / "python_api.md"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the examples name: a model and a text."""
+    place = tmp_path_factory.mktemp("api")
+    hf_folder.make_folder("qwen3_moe-plain", place / "model")
+    (place / "text.txt").write_bytes(corpus(place).read_bytes())
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> moe_jax.TextModel:
+    return moe_jax.load(place / "model")
+
+
+def test_the_examples_run_as_the_page_has_them(place, monkeypatch):
+    monkeypatch.chdir(place)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 8
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{PAGE.name}, example {number}", "exec"), names)
+    assert names["text"] == names["model"].generate("def add(a, b):", max_tokens=8, temperature=0)
+    assert len(names["two_texts"]) == 2
+    assert names["after"] == pytest.approx(names["losses"][-1], abs=0.5)
+    np.testing.assert_array_equal(names["stats"].router.load_E.sum(), 2 * 8 * 5)
+
+
+def test_every_name_is_there_documented_and_on_the_list():
+    assert set(moe_jax._HOMES) < set(moe_jax.__all__) == set(dir(moe_jax))
+    for name in moe_jax.__all__:
+        value = getattr(moe_jax, name)
+        assert name == "__version__" or inspect.getdoc(value), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        moe_jax.nothing  # noqa: B018
+
+
+def test_importing_it_imports_nothing_heavy():
+    code = "import sys, moe_jax; print(*[n for n in ('jax', 'numpy', 'flax') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
+
+
+def test_type_checkers_find_the_types():
+    assert (Path(moe_jax.__file__).parent / "py.typed").is_file()
+
+
+def test_logits_of_many_prompts_are_those_of_each(model):
+    rows = [[1, 2, 3, 4, 5], [7], [1, 2]]
+    together = model.logits(rows)
+    assert [a.shape[0] for a in together] == [5, 1, 2]
+    for row, logits in zip(rows, together, strict=True):
+        alone = model.logits(row)
+        assert alone.dtype == np.float32
+        np.testing.assert_allclose(alone, logits, atol=1e-4)
+    # A token depends on what is before it alone.
+    np.testing.assert_allclose(together[2], together[0][:2], atol=1e-4)
+    np.testing.assert_array_equal(model.logits("ab"), model.logits(model.encode("ab")))
+
+
+def test_greedy_text_follows_the_logits(model):
+    tokens = model.encode("ab")
+    best = int(model.logits(tokens)[-1].argmax())
+    text = model.generate("ab", max_tokens=1, temperature=0)
+    assert text == model.decode([*tokens, best])[len(model.decode(tokens)) :]
+
+
+def test_prompts_that_cannot_be_are_refused(model):
+    with pytest.raises(moe_jax.UserError, match="empty"):
+        model.generate("")
+    with pytest.raises(moe_jax.UserError, match="empty"):
+        model.logits([[1], []])
+    with pytest.raises(moe_jax.UserError, match="context"):
+        model.logits([1] * (model.context + 1))
+    with pytest.raises(moe_jax.UserError, match="vocabulary"):
+        model.logits([10_000])
+    with pytest.raises(moe_jax.UserError, match="overrides"):
+        moe_jax.train({}, "nowhere", overrides=["train.steps=1"])
+
+
+def test_a_batch_from_tokens_pads_and_counts():
+    batch = moe_jax.batch_from_tokens([[5, 6, 7, 8], [9, 10]])
+    np.testing.assert_array_equal(batch["tokens"], [[5, 6, 7], [9, 10, 0]])
+    np.testing.assert_array_equal(batch["targets"], [[6, 7, 8], [10, 0, 0]])
+    np.testing.assert_array_equal(batch["mask"], [[1, 1, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(batch["segments"], [[1, 1, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2], [0, 0, 0]])
+    with pytest.raises(ValueError, match="at least two"):
+        moe_jax.batch_from_tokens([[5]])
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_gradients_of_a_loss_of_ones_own_are_those_of_training(mesh):
+    """With cross-entropy for a loss: one step of plain gradient descent on each mesh goes where the
+    loss of the training step goes.
+    """
+    import optax
+
+    program = tiny_programs.make_program(*mesh, redundant=1 if mesh[1] > 1 else 0)
+    state, batch = program.init(0), program.shard(tiny_programs.make_batch())
+
+    def loss(logits: jax.Array, hidden: jax.Array, batch: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+
+    compute = moe_jax.loss_and_gradients(program, loss)
+    (value, layers), grads = compute(state, batch)
+    norm = optax.global_norm(grads)
+    moved = state._replace(params=jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads))
+    (lower, _), _ = compute(moved, batch)
+    fall = float(value - lower)
+    if mesh[1] == 1:  # replicas count twice in the sum of squares
+        assert fall == pytest.approx(0.01 * float(norm) ** 2, rel=0.1)
+    assert int(layers.dropped.sum()) == 0
+    _, measured = program.train_step(state, batch)
+    np.testing.assert_allclose(value, measured.loss, rtol=1e-5)
+    if mesh[1] == 1:
+        np.testing.assert_allclose(norm, measured.grad_norm, rtol=1e-4)
