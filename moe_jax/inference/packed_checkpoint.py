@@ -31,7 +31,6 @@ from moe_jax.models.weight_layout import WeightPlan
 from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import contiguous
-from moe_jax.runtime.platform import host_device
 from moe_jax.utils.units import gibibytes
 
 
@@ -122,7 +121,7 @@ def restore_packed(
     def target(name: str, leaf: WeightPlan) -> Any:
         shapes, shardings = leaf.abstract(), named(engine.mesh, leaf.held_spec())
         if experts_on_host and "/experts/" in name:
-            host = SingleDeviceSharding(host_device())
+            host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             shardings = jax.tree.map(lambda _: host, shapes)
         return jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from moe_jax import hf
@@ -29,7 +30,6 @@ from moe_jax.model_io.describe import CONVERTED, RUN, Description
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
-from moe_jax.runtime.platform import host_device
 from moe_jax.tracking.run_dir import read_run_config
 
 Index = tuple[Any, ...]
@@ -70,7 +70,7 @@ def open_weights(
 
 def _engine(described: Description, placement: Placement, dtype: str) -> Engine:
     """The plan of the parameters on the host alone."""
-    host = make_mesh(MeshConfig(), [host_device()])
+    host = make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
     return Engine(
         described.model,
         described.moe,
