@@ -49,9 +49,9 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     name: str
 
-    def session(self, rows: int = 1) -> Session:
-        """That many new sequences, all empty."""
-        return Session(self, rows)
+    def session(self, batch: int = 1) -> Session:
+        """`batch` empty rows of text."""
+        return Session(self, batch)
 
 
 def bucket(length: int, shortest: int) -> int:

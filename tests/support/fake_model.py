@@ -62,8 +62,8 @@ class Loaded:
     feeds: list[list[int]] = dataclasses.field(default_factory=list)
     """What was fed, in order."""
 
-    def session(self, rows: int = 1) -> Session:
-        return Session(self, rows)
+    def session(self, batch: int = 1) -> Session:
+        return Session(self, batch)
 
 
 class Session:
