@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the types in moe_jax/schema.py: python scripts/config_docs.py
+"""Writes docs/configuration.md from the types in moe_jax/config/: python scripts/config_docs.py
 [--check]
 
 With --check nothing is written, and the exit code is 1 where the file is not up to date.
