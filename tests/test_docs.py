@@ -110,7 +110,7 @@ def test_settings_that_documents_name_exist(document: Path) -> None:
     """`section.key`, or `section.key: value` and `section.key=value`."""
     sections = field_types(Config)
     for code in code_of(document.read_text()):
-        named = re.match(r"([a-z]+)\.([a-z_]+)(?=$|[:=])", code)
+        named = re.match(r"([a-z]+)\.(?!py$)([a-z_]+)(?=$|[:=])", code)
         if named and dataclasses.is_dataclass(sections.get(named[1])):
             assert named[2] in field_types(sections[named[1]]), code
 
