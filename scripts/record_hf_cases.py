@@ -3,8 +3,8 @@ scripts/record_hf_cases.py [CASE ...]
 
 A new case is a file tests/hf/cases/NAME.json with a `note` and a `config` (a hub repository's
 config.json) written by hand; NAME begins with the config's model_type and a dash. This script fills
-in the rest of that file and writes NAME.npz; what both mean is in tests/hf/cases.py. Run again with
-the same versions it writes the same bytes.
+in the rest of that file and writes NAME.npz; what both mean is in tests/support/hf_cases.py. Run
+again with the same versions it writes the same bytes.
 
 Needs torch and transformers beside numpy and safetensors: pip install torch (the CPU build
 suffices).

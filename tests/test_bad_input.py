@@ -1,7 +1,7 @@
 """Mistakes: each is refused in one sentence with the field, the value and the remedy, and costs
 nothing that was there.
 
-tests/test_config.py and tests/test_cli.py have those that show before the program starts; here a
+tests/config/ and tests/cli/ have those that show before the program starts; here a
 run is about to begin, or is there already.
 """
 

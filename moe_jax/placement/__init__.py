@@ -1,1 +1,3 @@
-"""Which device holds which expert."""
+"""Which device holds which expert: tables, planners, what a table costs, topology. Numpy and scipy
+only.
+"""

@@ -1,10 +1,11 @@
-"""Equal load on every device, from the experts' loads alone: replicate the busiest, deal out, swap.
+"""Equal load on every device, from the loads of the experts alone: replicate the busiest experts,
+deal out, swap.
 
 The three steps, and the hierarchical form (groups to hosts, then within a host), are those of
 DeepSeek's expert parallelism load balancer (https://github.com/deepseek-ai/EPLB; DeepSeek-V3
 Technical Report, arXiv:2412.19437, section 3.4.1); dealing out is longest-processing-time-first
-(Graham 1969) with equally many slots a device. Added here are the swaps at the end, which come much
-closer to even where a device has few slots. N problems (layers, or layers x hosts) are solved at
+(Graham 1969) with equally many slots per device. The swaps at the end are added here; with few
+slots per device they come much closer to even. N problems (layers, or layers x hosts) are solved at
 once, each on B bins (devices, or hosts) of S slots.
 """
 
@@ -14,15 +15,13 @@ import numpy as np
 
 from moe_jax.placement.table import EMPTY
 
-LEAST_GAIN = (
-    1e-9  # of the busiest bin's load, or of a layer's cost, below which a change is rounding
-)
+# A smaller gain, as a fraction of the busiest bin's load or of a layer's cost, is only rounding.
+LEAST_GAIN = 1e-9
 RESTARTS = 160
-DISTURBANCE = 1.5  # sigma of the lognormal factors on a restart's loads
-STAY = (
-    1.005  # times the load reached by a new table, up to which the present one is changed instead
-)
-GOOD_ENOUGH = 1.02  # times the lower bound, at which a problem does not start again
+DISTURBANCE = 1.5  # sigma of the lognormal factors on the loads of a restart
+# The present table is changed, and no new one used, if it reaches this times the new table's load.
+STAY = 1.005
+GOOD_ENOUGH = 1.02  # times the lower bound: a problem that reaches it does not start again
 
 
 def balanced(
@@ -33,15 +32,15 @@ def balanced(
     groups: int,
     present_LRS: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The experts in each device's slots, int32 [L, R, S]: hierarchical where the hosts share out
-    the groups equally, else global.
+    """The experts in the slots of each device, int32 [L, R, S]: hierarchical if the groups can be
+    divided equally among the hosts, otherwise global.
 
-    The global form changes a layer's present table, which has no EMPTY, where that leads as far
-    (within STAY) as a new one.
+    The global form changes the present table of a layer, which has no EMPTY, if that comes as far
+    (within STAY) as a new table.
     """
     if hosts > 1 and groups % hosts == 0 and load_LE.shape[1] % groups == 0:
         return _hierarchical(load_LE, ranks, slots, hosts, groups)
-    # Replicas are dealt out one after another: in this order of devices they come to different
+    # Replicas are dealt out one after another: with this order of devices they come to different
     # hosts.
     spread_R = np.arange(ranks).reshape(hosts, -1).T.reshape(-1)
     table_LRS = np.empty((len(load_LE), ranks, slots), np.int32)
@@ -58,8 +57,8 @@ def balanced(
 def _hierarchical(
     load_LE: np.ndarray, ranks: int, slots: int, hosts: int, groups: int
 ) -> np.ndarray:
-    """Groups to hosts by their load, then each host's experts are replicated and dealt out among
-    its own devices.
+    """Groups go to hosts by their load; then the experts of each host are replicated and dealt out
+    among its own devices.
     """
     layers, num_experts = load_LE.shape
     size = num_experts // groups
@@ -74,17 +73,16 @@ def _hierarchical(
 
 
 def pack_bins(load_NE: np.ndarray, bins: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """All slots filled, int32 [N, B, S], each expert at least once and never twice in a bin, and
-    the busiest bin's load [N].
+    """All slots filled, int32 [N, B, S], with each expert at least once and never twice in a bin,
+    and the load of the busiest bin [N].
 
-    Problems that stay far from the lower bound start again from disturbed loads, which leads to
+    Problems that are still far from the lower bound start again from disturbed loads, which give
     other numbers of replicas.
     """
     counts_NE = replicate(load_NE, bins, slots)
     bound_N = np.maximum(load_NE.sum(1) / bins, (load_NE / counts_NE).max(1, initial=0))
-    if (
-        load_NE.shape[1] == bins * slots
-    ):  # no replicas: the busiest expert is beside the idlest at best
+    if load_NE.shape[1] == bins * slots:
+        # Without replicas the busiest expert shares its bin with the least busy ones, at best.
         rising_NE = np.sort(load_NE, axis=1)
         bound_N = np.maximum(bound_N, rising_NE[:, -1] + rising_NE[:, : slots - 1].sum(1))
     table_NBS, busiest_N = refine(
@@ -105,15 +103,15 @@ def pack_bins(load_NE: np.ndarray, bins: int, slots: int) -> tuple[np.ndarray, n
 
 
 def replicate(load_NE: np.ndarray, bins: int, slots: int) -> np.ndarray:
-    """How often each expert is held, int64 [N, E]: spare slots go one by one to the expert with the
-    highest load a replica.
+    """Replicas of each expert, int64 [N, E]: spare slots go one by one to the expert with the
+    highest load per replica.
 
-    That makes the highest load a replica as low as it can be. EMPTY slots are left only where every
+    This makes the highest load per replica as low as possible. EMPTY slots are left only if every
     bin has every expert.
     """
     problems, num_experts = load_NE.shape
     counts_NE = np.ones((problems, num_experts), np.int64)
-    # Where nothing is loaded, the least replicated comes first.
+    # If nothing has load, the expert with the fewest replicas comes first.
     weight_NE = load_NE + np.where(
         load_NE.any(1, keepdims=True), load_NE.mean(1, keepdims=True) * LEAST_GAIN, 1.0
     )
@@ -124,8 +122,8 @@ def replicate(load_NE: np.ndarray, bins: int, slots: int) -> np.ndarray:
 
 
 def deal(weight_NE: np.ndarray, counts_NE: np.ndarray, bins: int, slots: int) -> np.ndarray:
-    """Replicas of weight `weight_NE`, heaviest first, to the least loaded bins, one each a round,
-    int32 [N, B, S].
+    """Replicas of weight `weight_NE`, heaviest first, to the least loaded bins, one per bin and
+    round, int32 [N, B, S].
     """
     problems = len(weight_NE)
     table_NBS = np.full((problems, bins, slots), EMPTY, np.int32)
@@ -134,24 +132,24 @@ def deal(weight_NE: np.ndarray, counts_NE: np.ndarray, bins: int, slots: int) ->
         items_NP == EMPTY, 0.0, np.take_along_axis(weight_NE, np.maximum(items_NP, 0), axis=1)
     )
     load_NB = np.zeros((problems, bins))
-    for turn in range(slots):
-        part = slice(turn * bins, (turn + 1) * bins)
+    for round_ in range(slots):
+        part = slice(round_ * bins, (round_ + 1) * bins)
         items_NB = items_NP[:, part]
-        # Replicas left over from the round before go to the least loaded of the bins that do not
-        # have that expert yet.
+        # Replicas left over from the previous round go to the least loaded of the bins that do not
+        # have their expert yet.
         first_N1 = items_NB[:, :1]
         left_N1 = np.sum((items_NB == first_N1) & (first_N1 != EMPTY), axis=1, keepdims=True)
-        held_NB = np.any(table_NBS[:, :, :turn] == first_N1[..., None], axis=-1)
+        held_NB = np.any(table_NBS[:, :, :round_] == first_N1[..., None], axis=-1)
         place_NB = np.argsort(np.lexsort((load_NB, held_NB)), axis=1)
         order_NB = np.lexsort((load_NB, place_NB >= left_N1))
-        np.put_along_axis(table_NBS[:, :, turn], order_NB, items_NB.astype(np.int32), axis=1)
+        np.put_along_axis(table_NBS[:, :, round_], order_NB, items_NB.astype(np.int32), axis=1)
         load_NB += np.take_along_axis(weight_NP[:, part], np.argsort(order_NB, axis=1), axis=1)
     return table_NBS
 
 
 def heaviest_first(weight_NE: np.ndarray, counts_NE: np.ndarray, slots: int) -> np.ndarray:
-    """The experts, each as often as it is held, by falling weight, int64 [N, slots]; EMPTY after
-    the last.
+    """The experts by falling weight, each as often as it has replicas, int64 [N, slots]; EMPTY
+    after the last.
     """
     items_NP = np.full((len(weight_NE), slots), EMPTY, np.int64)
     for items_P, weight_E, counts_E in zip(items_NP, weight_NE, counts_NE, strict=True):
@@ -163,8 +161,8 @@ def heaviest_first(weight_NE: np.ndarray, counts_NE: np.ndarray, slots: int) -> 
 def refine(
     table_NBS: np.ndarray, load_NE: np.ndarray, counts_NE: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Swaps, and replicas given to other experts, that lower the busiest bin, until none does; the
-    table, and that bin's load [N].
+    """Swaps experts, or gives replicas to other experts, until nothing lowers the load of the
+    busiest bin; returns the table and that load [N].
     """
     table_NBS, counts_NE = table_NBS.copy(), counts_NE.copy()
     active_N = np.arange(len(table_NBS))
@@ -182,8 +180,8 @@ def slot_weights(table_NBS: np.ndarray, weight_NE: np.ndarray) -> np.ndarray:
 def _improve(
     table_NBS: np.ndarray, load_NE: np.ndarray, counts_NE: np.ndarray, active_N: np.ndarray
 ) -> np.ndarray:
-    """Makes the best single change in each active problem, in place; returns which had one that
-    helps, bool [active].
+    """Makes the best single change in each active problem, in place, if it helps; returns where it
+    does, bool [active].
     """
     table, load, counts = table_NBS[active_N], load_NE[active_N], counts_NE[active_N]
     row = np.arange(len(table))
@@ -214,8 +212,8 @@ def _improve(
 def _swap_values(
     table: np.ndarray, weight: np.ndarray, busy: np.ndarray, top: np.ndarray
 ) -> np.ndarray:
-    """The busier bin's load after slot i of the busiest bin and slot j of bin b change places, [N,
-    i, b, j]; inf where they may not.
+    """Load of the busier bin after slot i of the busiest bin and slot j of bin b change places,
+    [N, i, b, j]; inf where they may not.
     """
     row = np.arange(len(table))
     experts_NS, weight_NS = table[row, top], weight[row, top]
@@ -238,10 +236,10 @@ def _replace_values(
     load: np.ndarray,
     counts: np.ndarray,
 ) -> np.ndarray:
-    """The busiest touched bin's load, at most, after slot j of bin b becomes a replica of the
+    """Upper bound on the load of the changed bins after slot j of bin b becomes a replica of the
     expert in slot i of the busiest bin.
 
-    [N, i, b, j]; inf where slot j has an expert's only replica or bin b has the new one.
+    [N, i, b, j]; inf if slot j has the only replica of its expert or bin b has the new one already.
     """
     row = np.arange(len(table))
     experts_NS = table[row, top]
@@ -249,13 +247,11 @@ def _replace_values(
     others = counts[row[:, None, None], known] - 1
     if not np.any(others):
         return np.full((len(table), table.shape[2], *table.shape[1:]), np.inf)
-    raised = (
-        load[row[:, None, None], known] / np.maximum(others, 1) - weight
-    )  # of each other replica of the expert that goes
+    # The added load of each remaining replica of the expert that goes.
+    raised = load[row[:, None, None], known] / np.maximum(others, 1) - weight
     beside = _busiest_beside(table, busy, load.shape[1]) + raised
-    shared = (load / (counts + 1))[
-        row[:, None], experts_NS
-    ]  # of each replica of the expert that comes
+    # The load of each replica of the expert that comes.
+    shared = (load / (counts + 1))[row[:, None], experts_NS]
     relieved = busy[row, top][:, None] - weight[row, top] + shared
     there = (busy[..., None] - weight)[:, None] + shared[:, :, None, None]
     after = np.maximum(np.maximum(relieved[:, :, None, None], there), beside[:, None])
@@ -276,17 +272,16 @@ def _holds(table: np.ndarray, experts_NS: np.ndarray) -> np.ndarray:
 
 
 def _busiest_beside(table: np.ndarray, busy: np.ndarray, num_experts: int) -> np.ndarray:
-    """For each slot the load of the busiest other bin with the same expert, [N, B, S]; -inf where
+    """For each slot the load of the busiest other bin with the same expert, [N, B, S]; -inf if
     there is none.
     """
     problems, _, slots = table.shape
     row = np.arange(problems)[:, None]
     rising = np.repeat(np.argsort(busy, axis=1, kind="stable"), slots, axis=1)
-    experts = np.take_along_axis(table, rising[:, ::slots, None], axis=1).reshape(
-        problems, -1
-    )  # EMPTY falls into a last place
+    experts = np.take_along_axis(table, rising[:, ::slots, None], axis=1).reshape(problems, -1)
+    # One place more, into which EMPTY falls.
     first, second = (np.full((problems, num_experts + 1), EMPTY) for _ in range(2))
-    first[row, experts] = rising  # of equal indices the last, busiest, stays
+    first[row, experts] = rising  # of equal indices the last one, the busiest, stays
     below = np.where(first[row, experts] == rising, num_experts, experts)
     second[row, below] = rising
     first, second = (
@@ -295,8 +290,7 @@ def _busiest_beside(table: np.ndarray, busy: np.ndarray, num_experts: int) -> np
     )
     flat = table.reshape(problems, -1)
     holder = np.repeat(busy, slots, axis=1)
-    # In the busiest bin itself the second counts; where two are equally busy, the second is as
-    # busy.
+    # For a slot in the busiest bin itself the second counts. If two are equally busy, both are right.
     return np.where(holder == first[row, flat], second[row, flat], first[row, flat]).reshape(
         table.shape
     )

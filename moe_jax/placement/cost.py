@@ -1,13 +1,13 @@
-"""What a placement costs under measured traffic: rows each device computes, rows over each link,
-and the busiest of both.
+"""What a placement costs under measured traffic: rows that each device computes, rows over each
+link, and the busiest of both.
 
-    found = flow(placement, traffic_LRE, topology.host_of_rank(ranks))
-    max_over_mean(found.load_LR)                              # 1 is even
-    link_rows(found.sent_LRR, host_R, topology.between_weight)  # of the busiest link
-    cost(found, host_R, topology.between_weight)              # what the planners minimise
+    traffic = planned_traffic(placement, traffic_LRE, topology.host_of_rank(ranks))
+    max_over_mean(traffic.load_LR)                                # 1 is even
+    link_rows(traffic.sent_LRR, host_R, topology.between_weight)  # of the busiest link
+    cost(traffic, host_R, topology.between_weight)                # what the planners minimise
 
-Rows are (token, choice) pairs: a token's activation that goes to one expert. Exact for float
-counts, nothing sampled.
+Rows are (token, choice) pairs: the activation of a token that goes to one expert. Exact for float
+counts; nothing is sampled.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ from moe_jax.placement.table import EMPTY, Placement
 
 
 class PlannedTraffic(NamedTuple):
-    """Where the rows of a window of steps go: float64."""
+    """Where the rows of a window of steps go, float64."""
 
-    load_LR: np.ndarray  # rows that each rank's experts compute
+    load_LR: np.ndarray  # rows that the experts of each rank compute
     sent_LRR: np.ndarray  # rows from each source rank to each destination rank, itself included
 
 
 def planned_traffic(
     placement: Placement, traffic_LRE: np.ndarray, host_R: np.ndarray
 ) -> PlannedTraffic:
-    """The rows between ranks when `traffic_LRE` choices (of source ranks, for experts) follow the
-    routing rule.
-
-    A source's rows for an expert go evenly to its replicas on the source's own host or, where there
-    is none, to all.
+    """The rows between ranks when the choices `traffic_LRE` (of source ranks, for experts) follow
+    `Placement.routing`.
     """
     by_rank, shares_LHP = placement.by_rank, replica_shares(placement, host_R)
     layers, ranks, slots = by_rank.shape
     sent_LRR = np.zeros((layers, ranks, ranks))
-    for layer in range(layers):  # one at a time: [R, P] is large for many ranks
+    for layer in range(layers):  # one by one: [R, P] is large for many ranks
         rows_RP = (
             traffic_LRE[layer][:, np.maximum(placement.physical_to_logical[layer], 0)]
             * shares_LHP[layer][host_R]
@@ -48,38 +45,27 @@ def planned_traffic(
 
 
 def replica_shares(placement: Placement, host_R: np.ndarray) -> np.ndarray:
-    """The share of its choices of a slot's expert that each source host sends to that slot, float64
-    [L, H, P]; 0 for EMPTY.
+    """Of the choices that each host makes of the expert in a slot, the share that goes to that
+    slot, float64 [L, H, P]; 0 for EMPTY.
+
+    That is `Placement.routing` without the turns: replicas that take turns get equal shares.
     """
-    table, hosts = placement.physical_to_logical, int(host_R.max()) + 1
-    host_P = np.repeat(host_R, table.shape[1] // placement.ranks)
-    counts_LHE = host_counts(placement, host_R)
-    layer = np.arange(len(table))[:, None]
-    own_LHP = np.stack(
-        [counts_LHE[layer, host, np.maximum(table, 0)] for host in range(hosts)], axis=1
-    )
-    all_LP = counts_LHE.sum(1)[layer, np.maximum(table, 0)]
-    is_own_HP = np.arange(hosts)[:, None] == host_P
-    shares_LHP = np.where(
-        own_LHP > 0, is_own_HP / np.maximum(own_LHP, 1), 1 / np.maximum(all_LP, 1)[:, None]
-    )
-    return np.where(table[:, None] == EMPTY, 0.0, shares_LHP)
-
-
-def host_counts(placement: Placement, host_R: np.ndarray) -> np.ndarray:
-    """Replicas of each expert on each host, int32 [L, H, E]."""
-    table = placement.physical_to_logical
-    host_P = np.repeat(host_R, table.shape[1] // placement.ranks)
-    counts_LHE = np.zeros(
-        (len(table), int(host_R.max()) + 1, placement.num_experts + 1), np.int32
-    )  # EMPTY counts in the last place
-    np.add.at(counts_LHE, (np.arange(len(table))[:, None], host_P, table), 1)
-    return counts_LHE[..., :-1]
+    slots_LHP, start_LE, replicas_LHE = placement.routing(int(host_R.max()) + 1)
+    shares_LHP = np.empty(slots_LHP.shape)
+    for layer, table_P in enumerate(placement.physical_to_logical):
+        # Every host has the slots in the same order of experts, so place p has one expert.
+        expert_P = table_P[slots_LHP[layer, 0]]
+        replica_P = np.arange(placement.num_slots) - start_LE[layer, expert_P]
+        used_HP = replicas_LHE[layer][:, expert_P]
+        in_turn_HP = (expert_P != EMPTY) & (replica_P < used_HP)
+        placed_HP = np.where(in_turn_HP, 1 / used_HP, 0.0)
+        np.put_along_axis(shares_LHP[layer], slots_LHP[layer], placed_HP, axis=-1)
+    return shares_LHP
 
 
 def max_over_mean(load_LR: np.ndarray) -> np.ndarray:
-    """How much busier than the mean the busiest device is, float64 [L] (or a number, of [R]); 1
-    where nothing is to be done.
+    """Load of the busiest device divided by the mean, float64 [L] (a number for [R]); 1 if there is
+    no load.
     """
     mean_L = load_LR.mean(-1)
     return np.where(mean_L > 0, load_LR.max(-1, initial=0) / np.where(mean_L > 0, mean_L, 1), 1.0)
@@ -88,8 +74,8 @@ def max_over_mean(load_LR: np.ndarray) -> np.ndarray:
 def link_rows(sent_LRR: np.ndarray, host_R: np.ndarray, between_weight: float = 1.0) -> np.ndarray:
     """Rows over the busiest link, float64 [L], the larger of in and out.
 
-    A device's link carries its rows from and to other devices of its host; a host's link, which
-    its devices share, those from and to other hosts. The latter count `between_weight`
+    The link of a device carries its rows from and to other devices of its host. The link of a host,
+    which its devices share, carries those from and to other hosts; they count `between_weight`
     (bandwidth_within / bandwidth_between) times, so that equal rows take equal time.
     """
     within_RR = (host_R[:, None] == host_R) & ~np.eye(len(host_R), dtype=bool)
@@ -105,8 +91,8 @@ def link_rows(sent_LRR: np.ndarray, host_R: np.ndarray, between_weight: float = 
     return np.maximum(device_L, host_L * between_weight)
 
 
-def cost(found: PlannedTraffic, host_R: np.ndarray, between_weight: float = 1.0) -> np.ndarray:
+def cost(traffic: PlannedTraffic, host_R: np.ndarray, between_weight: float = 1.0) -> np.ndarray:
     """Rows of the busiest device plus rows of the busiest link, float64 [L]: what topology-aware
     planning minimises.
     """
-    return found.load_LR.max(-1, initial=0) + link_rows(found.sent_LRR, host_R, between_weight)
+    return traffic.load_LR.max(-1, initial=0) + link_rows(traffic.sent_LRR, host_R, between_weight)

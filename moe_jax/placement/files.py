@@ -1,4 +1,6 @@
-"""Reads a topology file: hosts, links and memory, as in configs/placement/topology.yaml."""
+"""Reads the files of placement: tables in JSON, and topologies in YAML as in
+configs/placement/topology.yaml.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,7 @@ from moe_jax.placement.topology import Topology
 
 
 def read_topology(path: Path, devices: int | None = None) -> Topology:
-    """The topology in a YAML file, checked against the mesh's number of devices where that is
-    given.
+    """The topology in a YAML file; if `devices` is given, it must have so many.
 
     Raises UserError for a file that cannot be read, a key that is unknown, missing or of the wrong
     type, a number out of range, or another number of devices.
@@ -42,21 +43,20 @@ def read_topology(path: Path, devices: int | None = None) -> Topology:
     if missing:
         raise UserError(
             f"{path} leaves out {', '.join(missing)}: give every key of "
-            f"configs/placement/topology.yaml but memory."
+            f"configs/placement/topology.yaml except memory."
         )
     try:
-        found: Topology = section_from_dict(Topology, values, source=str(path))
+        topology: Topology = section_from_dict(Topology, values, source=str(path))
     except UserError as error:
         raise (
             error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")
         ) from error
-    if devices is not None and found.devices != devices:
+    if devices is not None and topology.devices != devices:
         raise UserError(
-            f"{path} has hosts={found.hosts} x devices_per_host={found.devices_per_host} = "
-            f"{found.devices} devices, but the mesh has "
-            f"{devices}: make them equal."
+            f"{path} has hosts={topology.hosts} x devices_per_host={topology.devices_per_host} = "
+            f"{topology.devices} devices, but the mesh has {devices}: make them equal."
         )
-    return found
+    return topology
 
 
 def read_table(
@@ -67,12 +67,11 @@ def read_table(
     ranks: int | None = None,
     max_experts_per_device: int | None = None,
 ) -> Placement:
-    """A placement table that `moe-jax placement plan --out` wrote; what is given must be what the
-    table has.
+    """A placement table that `moe-jax placement plan --out` wrote; sizes that are given must be
+    those of the table.
 
-    Raises UserError with the layer and the expert named for one that leaves an expert out, has it
-    twice on a device, or puts more than `max_experts_per_device` on one; and for a table of another
-    size.
+    Raises UserError for a table of another size; and, naming layer and expert, for one that leaves
+    out an expert, has it twice on a device, or puts more than `max_experts_per_device` on one.
     """
     value = _read_json(path, "a placement table")
     keys = ("version", "num_experts", "num_slots", "physical_to_logical")
@@ -89,7 +88,7 @@ def read_table(
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: physical_to_logical is not a list for each layer of "
-            f"num_slots={value['num_slots']!r} whole numbers: mend it."
+            f"num_slots={value['num_slots']!r} whole numbers: correct it."
         ) from error
     has = {
         "layers": len(table.physical_to_logical),
@@ -99,7 +98,7 @@ def read_table(
     for (name, number), wanted in zip(has.items(), (layers, num_experts, ranks), strict=True):
         if wanted is not None and number != wanted:
             raise UserError(
-                f"{path} is a table for {number} {name}, and {wanted} are wanted: plan one for "
+                f"{path} is a table for {number} {name}, but {wanted} are needed: plan one for "
                 f"this model and mesh."
             )
     held_LR = np.sum(table.by_rank != EMPTY, axis=-1)
@@ -118,16 +117,13 @@ def read_table(
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: there is no such file; give {what} or a run's directory."
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError included
         raise UserError(f"{path} is not JSON: give {what} or a run's directory.") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: give {what} or a run's directory.")
-    return found
+    return value

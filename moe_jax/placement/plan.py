@@ -1,5 +1,5 @@
-"""Planning where experts live, from the traffic that was measured: one function for all strategies,
-in numpy alone.
+"""Planning where experts are, from measured traffic: one function for all strategies. Numpy and
+scipy only.
 
     options = {"redundant_slots": 1, "topology": topology, "present": table}
     table = plan_placement("topology_aware", traffic_LRE, ranks=8, **options)
@@ -32,17 +32,21 @@ def plan_placement(
     groups: int = 1,
     tensor: int = 1,
 ) -> Placement:
-    """The table of a strategy for `ranks` devices, each with `redundant_slots` slots beyond its
+    """The table of a strategy for `ranks` devices, each with `redundant_slots` slots more than its
     share of the experts.
 
-    `traffic_LRE` are the choices that tokens of each source rank made of each expert. Of them
-    `balanced` uses the sum over sources alone; `topology_aware` takes sources as alike where there
-    are not `ranks` of them. Both fill every slot, and put as much as they can where `present` has
-    it. Without a topology all devices are on one host. `groups` are the router's expert groups,
-    which `balanced` keeps on one host each where they divide among hosts; `tensor` is the size of
-    that mesh axis.
+    Args:
+      traffic_LRE: how many choices the tokens of each source rank made of each expert. `balanced`
+        uses only the sum over sources. `topology_aware` treats all sources as equal if there are
+        not `ranks` of them. Both fill every slot.
+      topology: without one, all devices are on one host.
+      present: as many experts as possible stay where this table has them.
+      groups: expert groups of the router; `balanced` keeps each on one host if they can be divided
+        equally among the hosts.
+      tensor: size of that mesh axis.
 
-    Raises UserError for an unknown strategy, or a topology that does not match the mesh.
+    Raises:
+      UserError: the strategy is unknown, or the topology does not match the mesh.
     """
     layers, sources, num_experts = traffic_LRE.shape
     if strategy in ("contiguous", "round_robin"):

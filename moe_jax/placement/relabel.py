@@ -1,10 +1,10 @@
-"""Moving as little as possible: which device gets which part of a new table, and which slot which
-expert.
+"""Moving as few experts as possible: which device gets which part of a new table, and which slot
+gets which expert.
 
-Devices of a host are alike, so their parts may change places: the most experts stay where they are
-when parts are matched with devices by maximum overlap (the assignment problem, solved exactly by
-SciPy). A bound on the rows of a device's link keeps a table that was planned for its traffic as
-good as it is.
+The devices of a host are alike, so their parts of a table may change places. Most experts stay
+where they are if parts are matched with devices by maximum overlap (the assignment problem, which
+SciPy solves exactly). A bound on the rows over the link of a device keeps a table that was planned
+for its traffic as good as it is.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def relabel(
     swap_hosts: bool = False,
     rows_LHDD: np.ndarray | None = None,
 ) -> Placement:
-    """The parts of `new` on the devices, and the experts in the slots, where most of `present`
-    stays as it is.
+    """`new` with its parts on those devices, and its experts in those slots, that keep most of
+    `present` as it is.
 
-    Parts stay on their host; with `swap_hosts` a host's parts may go to another host all together.
-    `rows_LHDD` [L, H, device, part] are the rows over a device's link if it gets a part: none then
-    gets one with more rows than the layer's busiest has now. A table of other experts, devices or
-    layers than `present`'s comes back as it is.
+    Parts stay on their host; with `swap_hosts` all parts of a host may go to another host together.
+    `rows_LHDD` [L, H, device, part] are the rows over the link of a device if it gets a part; if
+    given, no device gets more rows than the busiest of its layer has now. A table with other
+    experts, devices or layers than `present` is returned unchanged.
     """
     if (new.num_experts, new.ranks, len(new.by_rank)) != (
         present.num_experts,
@@ -60,8 +60,8 @@ def relabel(
 
 
 def moves(new: Placement, present: Placement) -> np.ndarray:
-    """Experts that each device must be sent, int64 [L, R]: those it does not hold at present. For
-    tables of equally many devices.
+    """How many experts must be sent to each device, int64 [L, R]: those it does not hold at
+    present. For tables of equally many devices.
     """
     held_LRE = np.array(
         [
@@ -77,16 +77,15 @@ def moves(new: Placement, present: Placement) -> np.ndarray:
 
 def _held(table_RS: np.ndarray, num_experts: int) -> np.ndarray:
     """Which devices hold which experts, float32 [R, E]."""
-    held_RE = np.zeros(
-        (len(table_RS), num_experts + 1), np.float32
-    )  # EMPTY falls into the last place
+    # One place more, into which EMPTY falls.
+    held_RE = np.zeros((len(table_RS), num_experts + 1), np.float32)
     held_RE[np.arange(len(table_RS))[:, None], table_RS] = 1
     return held_RE[:, :-1]
 
 
 def _match(overlap: np.ndarray) -> np.ndarray:
-    """For each row its column, at the largest sum; among equals the diagonal, so that nothing moves
-    without need.
+    """For each row its column, so that the sum is largest; among equal sums the diagonal, so that
+    nothing moves without need.
     """
     return linear_sum_assignment(
         overlap + 1e-3 * np.eye(len(overlap)) / len(overlap), maximize=True
@@ -94,21 +93,20 @@ def _match(overlap: np.ndarray) -> np.ndarray:
 
 
 def _keep_slots(table_LRS: np.ndarray, old_LRS: np.ndarray) -> np.ndarray:
-    """The same parts with each expert in the slot that it has in `old_LRS`, where it has one there,
+    """The same parts with each expert in the slot that it has in `old_LRS`, if it is there,
     [L, R, S].
     """
     slots = table_LRS.shape[-1]
-    stays = (table_LRS[..., None] == old_LRS[..., None, :slots]) & (
-        table_LRS[..., None] != EMPTY
-    )  # [L, R, S new, S old]
+    # [L, R, S new, S old]
+    stays = (table_LRS[..., None] == old_LRS[..., None, :slots]) & (table_LRS[..., None] != EMPTY)
     kept = np.any(stays, axis=-1)
     target = np.argmax(stays, axis=-1)
     taken = np.any(stays, axis=-2)
     taken = np.concatenate(
         [taken, np.zeros((*taken.shape[:-1], slots - taken.shape[-1]), bool)], axis=-1
     )
-    # Those that stay go first, in the order of their slots, into the taken slots in that order; the
-    # others into the rest.
+    # First those that stay, in the order of their slots, which are the taken ones; then the others,
+    # into the remaining slots.
     order = np.argsort(np.where(kept, target, slots), axis=-1, kind="stable")
     places = np.argsort(~taken, axis=-1, kind="stable")
     placed = np.empty_like(table_LRS)

@@ -1,10 +1,10 @@
-"""The schedule of a migration: which expert goes from which device to which, in what order. Numpy
-only.
+"""The schedule of a migration: which expert goes from which device to which, and in what order.
+Numpy only.
 
-A migration runs in calls of one compiled program. In a call every device first copies the experts
-that it must send aside, up to a budget, and then in each turn sends one of them `shift` ranks
-further and receives one from `shift` ranks before. Moves of all layers share turns, so that most
-devices have something to send in most turns.
+A migration consists of calls of one compiled program. In a call every device first copies the
+experts that it must send to a buffer, up to a budget. Then in each turn it sends one of them to the
+rank `shift` further and receives one from the rank `shift` before. The moves of all layers share
+turns, so that most devices have something to send in most turns.
 """
 
 from __future__ import annotations
@@ -20,28 +20,24 @@ NOTHING = -1
 
 
 class Call(NamedTuple):
-    """One call of the program: what each rank copies aside (G places), and then its part in each of
-    the turns (I places).
+    """One call of the program: what each rank copies to its buffer (G places), and then its part in
+    each of the turns (I places). All int32.
     """
 
-    send_layer_RG: (
-        np.ndarray
-    )  # int32: layer and local slot of each expert to copy aside; NOTHING where there are fewer
+    # Layer and local slot of each expert to copy; NOTHING if there are fewer.
+    send_layer_RG: np.ndarray
     send_slot_RG: np.ndarray
-    turns: np.ndarray  # int32 scalar: the places beyond are not used
-    shift_I: np.ndarray  # int32: ranks that every expert of the turn travels; 0 stays on its device
-    row_RI: (
-        np.ndarray
-    )  # int32: which of the copies a rank sends; some copy or other where it has nothing to send
-    layer_RI: (
-        np.ndarray
-    )  # int32: where the expert that a rank receives goes; NOTHING where none is meant
+    turns: np.ndarray  # a scalar: of the I places so many are used
+    shift_I: np.ndarray  # by how many ranks every expert of the turn travels; 0 stays on its device
+    row_RI: np.ndarray  # which copy a rank sends; an arbitrary one if it has nothing to send
+    # Where the expert that a rank receives goes; NOTHING if it is not meant for this rank.
+    layer_RI: np.ndarray
     slot_RI: np.ndarray
 
 
 def moves_between(old: Placement, new: Placement) -> np.ndarray:
-    """The (layer, slot it comes from, slot it goes to) of each expert that `new` has where `old`
-    has not, int [M, 3].
+    """For each slot of `new` that gets another expert: layer, slot of `old` it comes from, slot it
+    goes to, int [M, 3].
     """
     sources_LP = slot_sources(old, new)
     layer, slot = np.nonzero((sources_LP != np.arange(new.num_slots)) & (sources_LP != EMPTY))
@@ -72,8 +68,8 @@ def plan_migration(old: Placement, new: Placement, budget: int) -> MigrationPlan
     """Calls that turn `old` into `new`, each with at most `budget` (at least P/R) copies per device
     and R x `budget` turns.
 
-    All moves of a layer are in one call, whose copies are made before anything is written: their
-    order does not matter.
+    All moves of a layer are in one call. Its copies are made before anything is written, so the
+    order of its moves does not matter.
     """
     share = old.num_slots // old.ranks
     assert (old.ranks, old.num_slots) == (new.ranks, new.num_slots) and budget >= share
@@ -105,7 +101,7 @@ def _fits(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int
 
 
 def _turns(moves: list[tuple[int, int, int]], ranks: int, share: int) -> dict[int, int]:
-    """Turns that each shift takes, ascending: as many as its busiest sender has moves."""
+    """The number of turns for each shift, ascending: as many as its busiest sender has moves."""
     queues = Counter(
         ((slot // share - source // share) % ranks, source // share) for _, source, slot in moves
     )

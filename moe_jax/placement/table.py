@@ -1,9 +1,9 @@
 """Placement tables: which slot of which device holds each expert. Plain numpy, checked on
 construction.
 
-Weights live in slot order, [P, ...] sharded over the `expert` axis, so slot p is on rank p //
-(P/R). Routing stays in logical order; a table translates. P can exceed the number of experts: the
-slots beyond are empty (the axis does not divide the experts) or hold replicas.
+Weights are stored in slot order, [P, ...] sharded over the `expert` axis, so slot p is on rank
+p // (P/R). Routing uses logical order, and a table translates. P can be larger than the number of
+experts: the other slots are empty (if the axis does not divide the experts) or hold replicas.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TABLE_VERSION = 2
 
 
 def count_slots(num_experts: int, ranks: int, redundant_slots: int = 0) -> int:
-    """Slots P: an equal share a rank, rounded up, and `redundant_slots` more on each."""
+    """Slots P: per rank an equal share of the experts, rounded up, and `redundant_slots` more."""
     return ranks * (-(-num_experts // ranks) + redundant_slots)
 
 
@@ -29,8 +29,8 @@ class Placement:
     """For each MoE layer the expert in each slot, int32 [L, P] with EMPTY (-1) for none; rank r
     holds slots r*P/R to (r+1)*P/R - 1.
 
-    Raises UserError, naming layer and expert, if an expert is missing, a slot names one that is not
-    there, or a device would hold one twice, which serves nothing.
+    Raises UserError, which names layer and expert, if an expert is missing, a slot names an unknown
+    expert, or a device would hold an expert twice, which is of no use.
     """
 
     physical_to_logical: np.ndarray
@@ -81,7 +81,7 @@ class Placement:
 
     @property
     def empty_slots(self) -> int:
-        """Slots of a layer that hold nothing, at most over layers."""
+        """Empty slots per layer, the maximum over layers."""
         return int(np.max(np.sum(self.physical_to_logical == EMPTY, axis=1), initial=0))
 
     def first_slot(self) -> np.ndarray:
@@ -95,8 +95,8 @@ class Placement:
         return np.flatnonzero(self.physical_to_logical[layer] == expert)
 
     def logical_to_physical(self) -> np.ndarray:
-        """Slots of each expert, ascending, int32 [L, E, largest replica count]; EMPTY beyond an
-        expert's own.
+        """Slots of each expert, ascending, int32 [L, E, largest replica count], filled up with
+        EMPTY.
         """
         counts = self.replica_count()
         slots = np.full((*counts.shape, int(counts.max(initial=1))), EMPTY, np.int32)
@@ -104,8 +104,8 @@ class Placement:
         for layer, table in enumerate(self.physical_to_logical):
             ordered = order[layer][np.sum(table == EMPTY) :]
             expert = table[ordered]
-            turn = np.arange(ordered.size) - (np.cumsum(counts[layer]) - counts[layer])[expert]
-            slots[layer, expert, turn] = ordered
+            replica = np.arange(ordered.size) - (np.cumsum(counts[layer]) - counts[layer])[expert]
+            slots[layer, expert, replica] = ordered
         return slots
 
     def replica_count(self) -> np.ndarray:
@@ -113,23 +113,30 @@ class Placement:
         held = self.physical_to_logical[:, :, None] == np.arange(self.num_experts)
         return np.asarray(np.sum(held, axis=1), np.int32)
 
-    def routing(self, hosts: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The table as routing reads it, for tokens of each of `hosts`, which hold equal runs of
-        ranks.
+    def host_counts(self, hosts: int) -> np.ndarray:
+        """Replicas of each expert on each of `hosts`, which hold equally many consecutive ranks,
+        int32 [L, N, E].
+        """
+        layers = len(self.physical_to_logical)
+        host_P = np.arange(self.num_slots) * hosts // self.num_slots
+        # One place more, into which EMPTY falls.
+        counts_LNE = np.zeros((layers, hosts, self.num_experts + 1), np.int32)
+        np.add.at(counts_LNE, (np.arange(layers)[:, None], host_P, self.physical_to_logical), 1)
+        return counts_LNE[..., :-1]
 
-        Slots by expert, those on the host first and empty ones last, int32 [L, N, P]; where each
-        expert's begin [L, E]; how many of them the host's tokens use [L, N, E]: those on the host,
-        or all where it has none.
+    def routing(self, hosts: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rule by which choices go to slots, for tokens of each of `hosts`.
+
+        A host's tokens use the replicas on their own host in turn or, if it has none, all replicas.
+        Returns the slots by expert, those on the host first and empty ones last, int32 [L, N, P];
+        where those of each expert begin [L, E]; and how many of them are used [L, N, E].
         """
         table, counts = self.physical_to_logical, self.replica_count()
         host_P = np.arange(self.num_slots) * hosts // self.num_slots
         away_NP = host_P != np.arange(hosts)[:, None]
         expert_LP = np.where(table == EMPTY, self.num_experts, table)
         slots_LNP = np.argsort(2 * expert_LP[:, None] + away_NP, axis=-1, kind="stable")
-        held = expert_LP[..., None] == np.arange(self.num_experts)  # [L, P, E]
-        near_LNE = np.stack(
-            [np.sum(held[:, host_P == host], axis=1) for host in range(hosts)], axis=1
-        )
+        near_LNE = self.host_counts(hosts)
         replicas_LNE = np.where(near_LNE > 0, near_LNE, counts[:, None])
         return (
             slots_LNP.astype(np.int32),
@@ -143,14 +150,14 @@ class Placement:
             "version": TABLE_VERSION,
             "num_experts": self.num_experts,
             "ranks": self.ranks,
-            "num_slots": self.num_slots,  # what an empty table (no MoE layers) does not show
+            "num_slots": self.num_slots,  # an empty table (no MoE layers) does not show it
             "physical_to_logical": self.physical_to_logical.tolist(),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
-        """Reads `to_json`'s form, and version 1's, which does not name devices. Raises UserError
-        for another version.
+        """Reads the form of `to_json`, and that of version 1, which does not name devices. Raises
+        UserError for another version.
         """
         if value.get("version") not in (1, TABLE_VERSION):
             raise UserError(
@@ -162,10 +169,10 @@ class Placement:
 
 
 def contiguous(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:
-    """The default: equal runs of experts a rank, owner = expert // share; the last ranks' spare
-    slots stay empty.
+    """The default: consecutive experts per rank, owner = expert // share; spare slots of the last
+    ranks stay empty.
 
-    A rank's redundant slots hold replicas of the experts that come after its own (a planner does
+    The redundant slots of a rank hold replicas of the experts after its own (a planner does
     better).
     """
     share = -(-num_experts // ranks)
@@ -173,15 +180,14 @@ def contiguous(layers: int, num_experts: int, ranks: int, redundant_slots: int =
     own = first + np.arange(share)
     own = np.where(own < num_experts, own, EMPTY)
     after = first + share + np.arange(redundant_slots)
-    after = np.where(
-        share + np.arange(redundant_slots) < num_experts, after % num_experts, EMPTY
-    )  # none that it has already
+    # No replica of an expert that the rank has already.
+    after = np.where(share + np.arange(redundant_slots) < num_experts, after % num_experts, EMPTY)
     return _every_layer(np.concatenate([own, after], axis=1), layers, num_experts)
 
 
 def round_robin(layers: int, num_experts: int, ranks: int, redundant_slots: int = 0) -> Placement:
-    """Experts dealt out one by one, owner = expert % ranks; a rank's redundant slots hold replicas
-    of the next rank's first experts.
+    """Experts dealt out one by one, owner = expert % ranks; the redundant slots of a rank hold
+    replicas of the first experts of the next rank.
     """
     share, rank = -(-num_experts // ranks), np.arange(ranks)[:, None]
     own = rank + np.arange(share) * ranks
@@ -197,11 +203,11 @@ def _every_layer(table_RN: np.ndarray, layers: int, num_experts: int) -> Placeme
 
 
 def slot_sources(old: Placement, new: Placement) -> np.ndarray:
-    """For each slot of `new` the slot of `old` with the same expert's weights, int32 [L, P]; EMPTY
-    for empty slots.
+    """For each slot of `new` the slot of `old` with the weights of the same expert, int32 [L, P];
+    EMPTY for empty slots.
 
-    A slot that keeps its expert is its own source; else the source is on the same device, if one
-    there has the expert.
+    A slot that keeps its expert is its own source. Otherwise the source is on the same device, if
+    the device has the expert.
     """
     table = new.physical_to_logical
     sources = np.take_along_axis(old.first_slot(), np.maximum(table, 0), axis=1)

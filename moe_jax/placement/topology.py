@@ -1,6 +1,4 @@
-"""What connects the devices: hosts, devices a host, and what the links within and between hosts
-carry.
-"""
+"""What connects the devices: hosts, devices per host, bandwidth within and between hosts."""
 
 from __future__ import annotations
 
@@ -14,19 +12,19 @@ from moe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Hosts of equally many devices, in the order of the mesh (data, expert, tensor), and their
+    """Hosts with equally many devices, in the order of the mesh (data, expert, tensor), and their
     links.
 
-    Raises UserError for a number that no machine has.
+    Raises UserError for a number that is impossible.
     """
 
     hosts: int
     devices_per_host: int
     bandwidth_within: float  # bytes/s in or out of a device, to others of its host
-    bandwidth_between: float  # bytes/s in or out of a host, which its devices share
-    latency_within: float  # s a message
-    latency_between: float  # s a message
-    memory: int | None = None  # bytes a device
+    bandwidth_between: float  # bytes/s in or out of a host, shared by its devices
+    latency_within: float  # s per message
+    latency_between: float  # s per message
+    memory: int | None = None  # bytes per device
 
     def __post_init__(self) -> None:
         for key in ("hosts", "devices_per_host", "bandwidth_within", "bandwidth_between", "memory"):
@@ -45,23 +43,23 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Devices in all."""
+        """The number of devices."""
         return self.hosts * self.devices_per_host
 
     @property
     def between_weight(self) -> float:
-        """How many times longer a row takes over a host's link than over a device's:
+        """How many times longer a row takes over the link of a host than over that of a device:
         bandwidth_within / bandwidth_between.
         """
         return self.bandwidth_within / self.bandwidth_between
 
     def host_of_rank(self, ranks: int, tensor: int = 1) -> np.ndarray:
-        """The host of each rank of the expert axis, int32 [R], counted from 0, in a mesh whose
-        `tensor` axis has that size.
+        """The host of each rank of the expert axis, int32 [R], counted from 0, in a mesh with a
+        `tensor` axis of that size.
 
-        The mesh puts its devices (data, expert, tensor) in order, so a data row is ranks * tensor
-        devices in a run; each must lie over hosts as the first does. Raises UserError where it does
-        not, or the devices are not whole rows.
+        The mesh orders its devices by (data, expert, tensor), so a data row is ranks * tensor
+        consecutive devices. Raises UserError if the rows are not distributed over hosts in the same
+        way, or the devices are not whole rows.
         """
         row, host = ranks * tensor, self.devices_per_host
         if self.devices % row:
@@ -77,7 +75,7 @@ class Topology:
             )
         if row < self.devices and row % host and host % row:
             raise UserError(
-                f"The topology's {host} devices a host cut the mesh's data rows of {row} devices "
+                f"The topology's {host} devices per host cut the mesh's data rows of {row} devices "
                 f"in different places: "
                 "make one a multiple of the other."
             )
@@ -85,5 +83,5 @@ class Topology:
 
 
 def one_host(ranks: int) -> np.ndarray:
-    """Where no topology is known: all ranks on one host, int32 [R]."""
+    """All ranks on one host, int32 [R]: what is assumed without a topology."""
     return np.zeros(ranks, np.int32)

@@ -1,12 +1,13 @@
-"""Least time on the busiest device and the busiest link together, from measured traffic and what
-connects the devices.
+"""Least time on the busiest device and the busiest link together, from measured traffic and the
+topology.
 
-Every layer starts from several tables (even load; greedy, each expert where its tokens are; the
-present table; and the fewer and smaller the layers, the more random ones), which are improved by
-single changes: two slots swap their experts, or a replica makes way for one of another expert.
-Where a table is small, all changes are tried at each step; else a few are drawn that touch what is
-busiest. A change alters the rows of two experts only, so trying one costs O(R), not O(R E). The
-search is this project's own; the cost it lowers is that of cost.py.
+Every layer starts from several tables: even load; greedy, with each expert where its tokens are;
+the present table; and some random ones, more if layers are few and small. Single changes improve
+them: two slots swap their experts, or a replica is replaced by one of another expert. For a small
+table all changes are tried at each step; otherwise a few are drawn that touch the busiest device or
+link.
+A change affects the rows of only two experts, so trying one costs O(R), not O(R E). The search is
+this project's own; it minimises the cost in cost.py.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from moe_jax.placement.balanced import (
     replicate,
 )
 
-ALL_CHANGES = 512  # most changes that are all tried at each step
-MOST_STARTS = 16  # of a layer
-RANDOM_STARTS = 160  # most of all layers together
-LEAST_STEPS = 1000  # steps that must be left for each start where changes are drawn
-DRAWN = 8  # changes tried at each step where there are more
-PATIENCE = 250  # steps without a gain after which a layer is left
-WORK = 1e7  # changes drawn x ranks over all layers and steps, which bounds the time
+ALL_CHANGES = 512  # up to so many possible changes, all are tried at each step
+MOST_STARTS = 16  # per layer
+RANDOM_STARTS = 160  # over all layers
+LEAST_STEPS = 1000  # per start, if changes are drawn
+DRAWN = 8  # changes tried at each step, if they are drawn
+PATIENCE = 250  # steps without a gain after which a layer is finished
+WORK = 1e7  # changes drawn x ranks over all layers and steps; this bounds the time
 
 
 class _Links(NamedTuple):
-    """What connects the ranks: hosts of equally many, in order, and what a row between hosts
-    weighs.
+    """What connects the ranks: hosts with equally many ranks, in order, and the weight of a row
+    between hosts.
     """
 
     hosts: int
@@ -50,18 +51,16 @@ def topology_aware(
     between_weight: float,
     present_LRS: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The experts in each device's slots, int32 [L, R, S], at the lowest cost found; R is a
+    """The experts in the slots of each device, int32 [L, R, S], with the lowest cost found; R is a
     multiple of `hosts`.
 
-    `between_weight` is Topology.between_weight. `present_LRS`, of the same shape, is one more table
-    to start from.
+    `between_weight` is Topology.between_weight. `present_LRS`, with the same shape, is one more
+    table to start from.
     """
     layers, ranks, num_experts = traffic_LRE.shape
     even_LRS = balanced(traffic_LRE.sum(1), ranks, slots, hosts, 1, present_LRS)
-    if (
-        not traffic_LRE.size or ranks == 1 or slots >= num_experts
-    ):  # every device holds every expert
-        return even_LRS
+    if not traffic_LRE.size or ranks == 1 or slots >= num_experts:
+        return even_LRS  # there is nothing to choose: every device holds every expert
     links = _Links(hosts, between_weight)
     all_changes = _all_changes(ranks, slots) if 2 * (ranks * slots) ** 2 <= ALL_CHANGES else None
     most = MOST_STARTS if all_changes else int(WORK / (layers * ranks * DRAWN * LEAST_STEPS))
@@ -96,7 +95,7 @@ def _cheapest_first(tables_XLRS: np.ndarray, source_LER: np.ndarray, links: _Lin
 
 
 def _random_starts(load_LE: np.ndarray, ranks: int, slots: int, number: int) -> list[np.ndarray]:
-    """Tables dealt out by disturbed loads, to devices in any order."""
+    """Tables dealt out by disturbed loads, to devices in random order."""
     draw, tables = np.random.default_rng(0), []
     for _ in range(number):
         disturbed = load_LE * draw.lognormal(0.0, DISTURBANCE, load_LE.shape)
@@ -107,7 +106,7 @@ def _random_starts(load_LE: np.ndarray, ranks: int, slots: int, number: int) -> 
 
 def _greedy(traffic_LRE: np.ndarray, slots: int, even_LRS: np.ndarray, links: _Links) -> np.ndarray:
     """Replicas, heaviest first, each to the host where load and rows between hosts grow least; then
-    even within each host.
+    evenly within each host.
     """
     layers, ranks, num_experts = traffic_LRE.shape
     hosts, share = links.hosts, ranks // links.hosts
@@ -124,9 +123,8 @@ def _greedy(traffic_LRE: np.ndarray, slots: int, even_LRS: np.ndarray, links: _L
             counts_LE[layer, expert_L, None],
         )
         source_LH, held_LH = source_LHE[layer, :, expert_L], held_LHE[layer, :, expert_L]
-        more_LH = (
-            weight_L1 - source_LH / count_L1 - source_LH * (held_LH == 0)
-        )  # rows that come from elsewhere, less those that stay
+        # Rows that come from other hosts, minus those that stay on this one.
+        more_LH = weight_L1 - source_LH / count_L1 - source_LH * (held_LH == 0)
         score_LH = (busy_LH + weight_L1) / share + links.between_weight * (rows_LH + more_LH)
         host_L = np.argmin(np.where((room_LH > 0) & (held_LH < share), score_LH, np.inf), axis=1)
         stuck_L |= (room_LH[layer, host_L] == 0) | (held_LH[layer, host_L] == share)
@@ -146,11 +144,11 @@ def _greedy(traffic_LRE: np.ndarray, slots: int, even_LRS: np.ndarray, links: _L
 
 
 def _rows(held: np.ndarray, source: np.ndarray, links: _Links) -> np.ndarray:
-    """The rows that experts cause, [..., 3 R + 2 H]: load, in and out of each device within its
-    host, in and out of each host.
+    """The rows of experts, [..., 3 R + 2 H]: load, in and out of each device within its host, in
+    and out of each host.
 
-    `held` [..., R] tells which devices hold the expert, `source` [..., R] how many of its rows each
-    device has.
+    `held` [..., R] says which devices hold the expert, `source` [..., R] how many of its rows each
+    device sends.
     """
     split = (*held.shape[:-1], links.hosts, held.shape[-1] // links.hosts)
     held, source = held.reshape(split), source.reshape(split)
@@ -166,7 +164,7 @@ def _rows(held: np.ndarray, source: np.ndarray, links: _Links) -> np.ndarray:
 
 
 def _cost(total: np.ndarray, links: _Links) -> np.ndarray:
-    """The cost of sums of `_rows`, [...]; what cost.py computes from the flow between ranks."""
+    """The cost of sums of `_rows`, [...]; what cost.py computes from the rows between ranks."""
     ranks = (total.shape[-1] - 2 * links.hosts) // 3
     within = total[..., ranks : 3 * ranks].max(-1)
     return total[..., :ranks].max(-1) + np.maximum(
@@ -183,8 +181,8 @@ def _holders(table_NRS: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _total(held_NER: np.ndarray, source_NER: np.ndarray, links: _Links) -> np.ndarray:
-    """Sums of `_rows` over the experts, [N, 3 R + 2 H], a problem at a time: all at once need much
-    memory.
+    """Sums of `_rows` over the experts, [N, 3 R + 2 H], one problem after another: all at once
+    would need much memory.
     """
     return np.array(
         [
@@ -200,8 +198,8 @@ def _climb(
     links: _Links,
     changes: tuple[np.ndarray, ...] | None,
 ) -> np.ndarray:
-    """The tables after changes that each lower their problem's cost; all `changes` are tried at
-    each step, or drawn ones.
+    """The tables after changes that each lower the cost of their problem; at each step all
+    `changes` are tried, or random ones if they are None.
     """
     table_NRS, held_NER = table_NRS.copy(), _holders(table_NRS, source_NER.shape[1])
     total_NV = _total(held_NER, source_NER, links)
@@ -216,7 +214,7 @@ def _climb(
         work += drawn[0].size * table_NRS.shape[1]
         improved = _step(table_NRS, held_NER, total_NV, source_NER, links, active_N, drawn)
         failed_N[active_N] = np.where(improved, 0, failed_N[active_N] + 1)
-        active_N = active_N[failed_N[active_N] < (1 if changes is not None else PATIENCE)]
+        active_N = active_N[failed_N[active_N] < (PATIENCE if changes is None else 1)]
     return table_NRS
 
 
@@ -275,9 +273,7 @@ def _all_changes(ranks: int, slots: int) -> tuple[np.ndarray, ...]:
 def _draw_changes(
     draw: np.random.Generator, shape: tuple[int, ...], total: np.ndarray, links: _Links
 ) -> tuple[np.ndarray, ...]:
-    """Random changes, half of which touch the busiest device and half an end of the busiest
-    link.
-    """
+    """Random changes: half of them touch the busiest device, half an end of the busiest link."""
     problems, ranks, slots, share = len(total), shape[1], shape[2], shape[1] // links.hosts
     device_N = total[:, :ranks].argmax(1)
     weighed = np.concatenate(
@@ -289,24 +285,27 @@ def _draw_changes(
     end = np.where(link_N1 < 2 * ranks, link_N1 % ranks, of_host)
     first = np.where(np.arange(DRAWN) % 2, end, device_N[:, None])
     other = (first + draw.integers(1, ranks, size=size)) % ranks
-    turned = draw.random(size) < 0.25
+    reversed_ = draw.random(size) < 0.25
     slot = draw.integers(slots, size=(2, *size))
     swap = draw.random(size) < 0.5
-    return np.where(turned, other, first), slot[0], np.where(turned, first, other), slot[1], swap
+    source, target = np.where(reversed_, other, first), np.where(reversed_, first, other)
+    return source, slot[0], target, slot[1], swap
 
 
 def link_rows_by_part(table_LRS: np.ndarray, traffic_LRE: np.ndarray, hosts: int) -> np.ndarray:
-    """Rows over the link of each device within its host, the larger of in and out, if it had
-    another's part.
+    """Rows over the link of each device within its host, the larger of in and out, if it had the
+    part of another device of the host.
 
-    float64 [L, H, device of the host, part of the host]; its diagonal is the table as it is. A
-    device's load, and rows between hosts, do not change when parts change places within a host.
+    float64 [L, H, device of the host, part of the host]; the diagonal is the table as it is. The
+    loads, and the rows between hosts, do not change when parts change places within a host.
     """
     layers, ranks, num_experts = traffic_LRE.shape
     split = (hosts, ranks // hosts, num_experts)
     rows_LHDD = np.empty((layers, hosts, split[1], split[1]))
     for layer, (table_RS, source_RE) in enumerate(zip(table_LRS, traffic_LRE, strict=True)):
-        held_HDE = np.zeros((ranks, num_experts + 1))  # EMPTY falls into the last place
+        held_HDE = np.zeros(
+            (ranks, num_experts + 1)
+        )  # EMPTY falls into the place after the experts
         held_HDE[np.arange(ranks)[:, None], table_RS] = 1
         held_HDE, source_HDE = held_HDE[:, :-1].reshape(split), source_RE.reshape(split)
         count_HE = held_HDE.sum(1)

@@ -289,9 +289,9 @@ def test_a_wrong_table_is_refused_with_layer_and_expert(change, words, here):
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({"layers": 3}, "for 2 layers, and 3 are wanted"),
-        ({"num_experts": 9}, "for 8 experts, and 9 are wanted"),
-        ({"ranks": 8}, "for 4 devices, and 8 are wanted"),
+        ({"layers": 3}, "for 2 layers, but 3 are needed"),
+        ({"num_experts": 9}, "for 8 experts, but 9 are needed"),
+        ({"ranks": 8}, "for 4 devices, but 8 are needed"),
         (
             {"max_experts_per_device": 2},
             "layer 0 puts 3 experts on device 0, and placement.max_experts_per_device=2: move "

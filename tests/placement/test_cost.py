@@ -6,7 +6,6 @@ import numpy as np
 
 from moe_jax.placement.cost import (
     cost,
-    host_counts,
     link_rows,
     max_over_mean,
     planned_traffic,
@@ -21,7 +20,7 @@ TRAFFIC = np.array([[[8, 4, 2], [0, 2, 6], [4, 10, 0], [2, 0, 1]]], float)
 
 
 def test_replicas_of_the_own_host_come_first_and_share_evenly():
-    assert host_counts(TABLE, HOSTS).tolist() == [[[2, 1, 0], [0, 1, 1]]]
+    assert TABLE.host_counts(2).tolist() == [[[2, 1, 0], [0, 1, 1]]]
     assert replica_shares(TABLE, HOSTS)[0].tolist() == [
         [0.5, 0, 0.5, 1, 0, 0, 1, 0],
         [0.5, 0, 0.5, 0, 1, 0, 1, 0],
