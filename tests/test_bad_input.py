@@ -60,7 +60,7 @@ def compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*args: object, **options: object) -> None:
         pytest.fail("a model was built before the mistake was seen")
 
-    monkeypatch.setattr(training, "Program", build)
+    monkeypatch.setattr(training, "TrainProgram", build)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ import pytest
 from moe_jax.cli import main
 from moe_jax.config.load import load_config
 from moe_jax.config.schema import Config
-from moe_jax.profiling import flops
+from moe_jax.profiling import machine
 from moe_jax.tracking.metrics import read_metrics
 from moe_jax.training import trainer as training
 from moe_jax.training.step import TrainProgram
@@ -116,9 +116,9 @@ def run(
     `command` it is `moe-jax train`.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flops, "matmul_rate", lambda *_: (RATE, "given by the test"))
+        patch.setattr(machine, "matmul_rate", lambda *_: (RATE, "given by the test"))
         if not fresh:
-            patch.setattr(training, "Program", shared_program)
+            patch.setattr(training, "TrainProgram", shared_program)
         if not report:
             patch.setattr(training, "write_report", lambda run_dir: run_dir / "report.html")
         if command:
