@@ -183,10 +183,12 @@ def mutants(path: Path, source: str) -> list[Mutant]:
     made: dict[str, Mutant] = {}
     for node, place in list(nodes(tree)):
         for other in variants(node):
+            shown = place.parent if isinstance(place.parent, ast.expr) else None
+            before = _short(shown or node)
             place.put(other)
             changed = ast.unparse(ast.fix_missing_locations(tree))
+            change = f"{before} -> {_short(shown or other)}"
             place.put(node)
-            change = f"{_short(node)} -> {_short(other)}"
             made.setdefault(changed, Mutant(path, getattr(node, "lineno", 0), change, changed))
     made.pop(ast.unparse(tree), None)
     return list(made.values())

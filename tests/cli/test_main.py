@@ -171,7 +171,7 @@ def test_report_prints_the_path(monkeypatch, capsys, run_dir):
             PermissionError(errno.EACCES, "Permission denied", "deep/file"),
             "deep/file: Permission denied",
         ),
-        (UserError("Mend this."), "moe-jax: Mend this.\n"),
+        (UserError("Correct this."), "moe-jax: Correct this.\n"),
     ],
 )
 def test_disk_errors_name_the_path(error, words, monkeypatch, capsys):

@@ -47,6 +47,7 @@ def test_the_busiest_link_is_a_devices_or_a_hosts():
 
 def test_max_over_mean_and_nothing_at_all():
     assert max_over_mean(np.array([[1.0, 3.0], [0.0, 0.0]])).tolist() == [1.5, 1.0]
+    assert max_over_mean(np.array([1.0, 3.0])) == 1.5  # one layer alone
     none = planned_traffic(contiguous(0, 3, 4), TRAFFIC[:0], HOSTS)
     assert none.sent_LRR.shape == (0, 4, 4) and cost(none, HOSTS).shape == max_over_mean(
         none.load_LR

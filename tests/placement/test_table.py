@@ -124,6 +124,15 @@ def test_json_form_reads_back_and_its_version_is_checked():
         Placement.from_json({**form, "version": 7})
 
 
+def test_the_first_version_of_the_form_is_read_too():
+    """It did not name devices."""
+    form = {"version": 1, "num_experts": 3, "num_slots": 4, "physical_to_logical": [[2, 0, 1, -1]]}
+    table = Placement.from_json(form)
+    assert (table.num_experts, table.ranks, table.num_slots) == (3, 1, 4)
+    with pytest.raises(UserError, match="version 0"):
+        Placement.from_json({**form, "version": 0})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
