@@ -46,9 +46,11 @@ ROOMS = {
     "placement": Room(("moe_jax/placement/*.py",), ("tests/placement",)),
     "ops": Room(("moe_jax/ops/**/*.py",), ("tests/ops",)),
     "moe": Room(("moe_jax/moe/*.py",), ("tests/moe",)),
-    "packing": Room(("moe_jax/data/packing.py", "moe_jax/data/corpus.py"), ("tests/data",)),
+    "packing": Room(
+        ("moe_jax/data/packing.py", "moe_jax/data/corpus.py"), ("tests/data/test_corpus.py",)
+    ),
     "checkpoint": Room(("moe_jax/checkpoint/*.py",), ("tests/checkpoint",)),
-    "sampling": Room(("moe_jax/generation/sampling.py",), ("tests/generation",)),
+    "sampling": Room(("moe_jax/generation/sampling.py",), ("tests/generation/test_sampling.py",)),
     "optimizer": Room(
         ("moe_jax/training/optimizer.py",),
         ("tests/training/test_optimizer.py", "tests/test_invariants.py"),

@@ -147,3 +147,18 @@ def test_the_first_version_of_the_form_is_read_too():
 def test_a_wrong_table_is_refused(rows, message):
     with pytest.raises(UserError, match=message):
         Placement(np.array(rows, np.int32), 4, 2)
+
+
+def test_a_table_keeps_its_own_copy_which_nobody_can_change():
+    array = np.array([[0, 1, 2, 3]])
+    table = Placement(array, 4, 2)
+    array[0, 0] = 3
+    assert table.physical_to_logical.tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="read-only"):
+        table.physical_to_logical[0, 0] = 3
+    with pytest.raises(UserError, match="on each of 0 devices"):
+        Placement(array, 4, 0)
+
+
+def test_empty_slots_are_those_of_the_emptiest_layer():
+    assert placement([0, 1, EMPTY, EMPTY], [0, 1, 1, 0], experts=2, ranks=2).empty_slots == 2
