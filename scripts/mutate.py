@@ -2,6 +2,7 @@
 
     python scripts/mutate.py placement --sample 100      100 faults in one room, chosen by --seed
     python scripts/mutate.py moe ops --source router     only files whose path holds `router`
+    python scripts/mutate.py ops --tests test_linear     only these of the room's tests
     python scripts/mutate.py --list                      the rooms, their faults and their tests
 
 A fault (a mutant) changes one thing: a comparison, an operator, a constant, a condition, the order
@@ -283,13 +284,16 @@ def sources_of(room: str, words: Sequence[str]) -> list[Path]:
     return [path for path in paths if not words or any(word in str(path) for word in words)]
 
 
-def tests_for(room: str, source: Path) -> list[str]:
-    """The room's tests, those first that have the file's name."""
+def tests_for(room: str, source: Path, words: Sequence[str] = ()) -> list[str]:
+    """The room's tests whose path holds one of the words, or all of them; those first that have
+    the file's name.
+    """
     files = []
     for name in ROOMS[room].tests:
         path = ROOT / name
         files += sorted(path.glob("test_*.py")) if path.is_dir() else [path]
     names = [str(path.relative_to(ROOT)) for path in files]
+    names = [name for name in names if not words or any(word in name for word in words)]
     return sorted(names, key=lambda name: source.stem not in name)
 
 
@@ -303,7 +307,7 @@ def try_room(copy: Copy, room: str, args: argparse.Namespace) -> Result:
     chosen = random.Random(args.seed).sample(every, min(args.sample or len(every), len(every)))
     say(f"{room}: {len(chosen)} of {len(every)} faults; first the tests without any")
     began = time.monotonic()
-    if (ended := copy.test(tests_for(room, Path()), 3600)) != "passed":
+    if (ended := copy.test(tests_for(room, Path(), args.tests), 3600)) != "passed":
         fail(f"{room}: the tests {ended} without any fault: make them pass first.")
     took = time.monotonic() - began
     limit = args.limit or 3 * took + 10
@@ -311,7 +315,7 @@ def try_room(copy: Copy, room: str, args: argparse.Namespace) -> Result:
     survived, timed_out, began = [], 0, time.monotonic()
     for number, mutant in enumerate(chosen, 1):
         copy.write(mutant.path, mutant.source)
-        ended = copy.test(tests_for(room, mutant.path), limit)
+        ended = copy.test(tests_for(room, mutant.path, args.tests), limit)
         copy.write(mutant.path, (ROOT / mutant.path).read_text(encoding="utf-8"))
         timed_out += ended == "timed out"
         if ended == "passed":
@@ -364,6 +368,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="chooses the sample")
     parser.add_argument(
         "--source", action="append", default=[], metavar="WORD", help="only files so named"
+    )
+    parser.add_argument(
+        "--tests", action="append", default=[], metavar="WORD", help="only tests of files so named"
     )
     parser.add_argument(
         "--limit", type=float, metavar="SECONDS", help="per fault; or 3 times the tests' own time"
