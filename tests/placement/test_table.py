@@ -93,6 +93,15 @@ def test_routing_lists_slots_by_expert_and_those_on_the_host_first():
     assert (start.tolist(), replicas.tolist()) == ([[0, 1, 3]], [[[1, 1, 1], [1, 1, 1]]])
 
 
+def test_a_host_uses_its_own_replicas_and_all_where_it_has_none():
+    """Four devices on two hosts: host 0 has expert 0 twice, host 1 expert 3 twice and no 1."""
+    table = placement([0, 1, 0, 2, 3, 2, 0, 3], experts=4, ranks=4)
+    slots, start, replicas = table.routing(hosts=2)
+    assert replicas.tolist() == [[[2, 1, 1, 2], [1, 1, 1, 2]]]
+    assert start.tolist() == [[0, 3, 4, 6]]
+    assert slots.tolist() == [[[0, 2, 6, 1, 3, 5, 4, 7], [6, 0, 2, 1, 5, 3, 4, 7]]]
+
+
 def test_tables_of_a_model_without_moe_layers():
     table = contiguous(0, 4, 2)
     assert table.replica_count().shape == (0, 4)
