@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SAMPLE ?= 20
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-live lint format types docs lock clean
+.PHONY: help install demo test test-all test-live mutation lint format types docs lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "Another Python: make PYTHON=python3.12 demo"
 
 install: $(VENV)/.installed ## Create .venv and install the package into it
@@ -20,17 +21,23 @@ demo: $(VENV)/.installed ## Train configs/tiny.yaml on 8 simulated devices into 
 	echo "The run goes to $$run"; \
 	$(BIN)/moe-jax train configs/tiny.yaml --run-dir "$$run"
 
-test: $(VENV)/.installed-dev ## Run the tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev ## Run the tests, without the slow ones, whose subject the others cover
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev ## Run all tests but test-live, and show which took longest
+	@$(BIN)/python -m pytest --durations=15 --ignore=tests/hf/test_live.py
 
 test-live: $(VENV)/.installed-torch ## Compare with transformers itself, for which torch is installed
 	@$(BIN)/python -m pytest tests/hf/test_live.py
+
+mutation: $(VENV)/.installed-dev ## Plant faults and list those that no test notices: SAMPLE=20 per room (all: many hours)
+	@$(BIN)/python scripts/mutate.py --sample $(SAMPLE)
 
 lint: $(VENV)/.installed-dev ## Check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed-dev ## Mend style and formatting in place
+format: $(VENV)/.installed-dev ## Correct style and formatting in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

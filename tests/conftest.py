@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "NPROC", "32"
-)  # threads for eight devices to wait in: see moe_jax.mesh.use_devices
+)  # threads for eight devices to wait in: see moe_jax.runtime.devices
 
 import jax
 import jaxtyping

@@ -101,7 +101,17 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(("mesh", "accumulation", "capacity"), MESHES.values(), ids=MESHES.keys())
+# The other meshes have every axis, every way of dropping and parts too.
+SLOW_MESHES = ("8x1", "1x8", "1x1 in 4 parts")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulation", "capacity"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW_MESHES else [])
+        for name, case in MESHES.items()
+    ],
+)
 def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulation, capacity):
     program = make_program(
         *mesh, accumulation=accumulation, moe=MOE | dict(capacity_factor=capacity)
@@ -121,7 +131,9 @@ def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulat
     np.testing.assert_allclose(state.tables.bias_E, alone[0].tables.bias_E, atol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "in 2 parts"])
+@pytest.mark.parametrize(
+    "parts", [pytest.param(1, id="whole", marks=pytest.mark.slow), pytest.param(2, id="in 2 parts")]
+)
 def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(parts):
     moe = dict(aux_loss=0.5, aux_over="model", z_loss=0.0)
     (_, (want,)), (_, (got,)) = (

@@ -8,7 +8,6 @@ import ast
 import collections
 import itertools
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.command import run_module
 
 PACKAGE = ROOT / "moe_jax"
 
@@ -149,17 +149,12 @@ def test_only_jobs_see_the_whole_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    "then",
-    [
-        f"import {', '.join(CORE)}, moe_jax.training.step",
-        "import runpy; runpy.run_path('scripts/benchmark.py', run_name='imported')",
-    ],
+    "what",
+    [["import", *CORE, "moe_jax.training.step"], ["run", "scripts/benchmark.py", "--help"]],
     ids=["core", "benchmark"],
 )
-def test_works_with_jax_flax_optax_and_numpy_alone(then: str) -> None:
-    code = f"import sys; sys.modules.update(dict.fromkeys({UNNEEDED!r})); {then}"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_works_with_jax_flax_optax_and_numpy_alone(what: list[str]) -> None:
+    done = run_module("without_packages", ",".join(UNNEEDED), *what, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -237,6 +232,78 @@ def test_process_wide_effects_are_in_runtime_alone(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_production_code_patches_nothing(module: str) -> None:
     assert not any("mock" in name for name in imports(module))
+
+
+# Tests
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def bad_habits(tree: ast.AST) -> Iterator[str]:
+    """What tests do without: replaced entries of `sys.modules`, `eval`, programs in strings."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete)):
+            targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+            for target in targets:
+                if isinstance(target, ast.Subscript) and "sys.modules" in ast.unparse(target.value):
+                    yield f"line {node.lineno}: {ast.unparse(target)} is replaced"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("eval", "exec"):
+                yield f"line {node.lineno}: {called}"
+            changes = re.fullmatch(r".*(item|setdefault|update|pop|dict)", called)
+            if changes and "sys.modules" in ast.unparse(node):
+                yield f"line {node.lineno}: {called} replaces a module"
+        if isinstance(node, (ast.List, ast.Tuple)):
+            words = [ast.unparse(word) for word in node.elts]
+            if "'-c'" in words and not words[words.index("'-c'") + 1 :]:
+                yield f"line {node.lineno}: -c without a program beside it"
+            elif "'-c'" in words and (program := words[words.index("'-c'") + 1]):
+                yield from _long_program(tree, program, node.lineno)
+
+
+def _long_program(tree: ast.AST, program: str, line: int) -> Iterator[str]:
+    """A program that is given to `python -c`, by name or as it is, and has more than one line."""
+    texts = [program]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and program in map(ast.unparse, node.targets):
+            texts.append(ast.unparse(node.value))
+    if any("\\n" in text or "\n" in text for text in texts):
+        yield f"line {line}: a program in a string; make it a module of tests/support"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_have_no_bad_habits(path: Path) -> None:
+    assert list(bad_habits(ast.parse(path.read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "sys.modules['x'] = y",
+        "monkeypatch.setitem(sys.modules, 'x', y)",
+        "del sys.modules['x']",
+        "found = eval(done.stdout)",
+        "CODE = 'import a\\nimport b'\nrun([python, '-c', CODE])",
+        "run([python, '-c', f'import a\\nimport {b}'])",
+    ],
+)
+def test_bad_habits_are_seen(source: str) -> None:
+    assert len(list(bad_habits(ast.parse(source)))) == 1
+
+
+def test_modules_of_tests_have_one_name() -> None:
+    """Each is imported from the root, as `tests.support.x`; so no module is loaded twice."""
+    own = {path.stem for path in TESTS} - {"__init__"}
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            for name in names:
+                top = name.split(".")[0]
+                foreign = top in sys.stdlib_module_names or top in ("moe_jax", "tokenizers")
+                assert top not in own or foreign, f"{path}: {name}"
 
 
 # Functions of one name that several files have on purpose: commands beside what they call, and what

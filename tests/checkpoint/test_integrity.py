@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint.integrity import checksum_texts
+from moe_jax.checkpoint.integrity import checksum_texts, seal_directory
 
 
 def checksum_of(array: jax.Array) -> str:
@@ -80,3 +83,19 @@ def test_every_flipped_bit_and_every_swap_shows(place: int, bit: int, seed: int)
     flipped[place] ^= np.uint32(1 << bit)
     sums = {checksum_of(jnp.asarray(each)) for each in (words, flipped, swapped)}
     assert len(sums) == 3
+
+
+def test_a_sealed_directory_has_reached_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and every folder, so that a rename of the directory commits all of it."""
+    inner = tmp_path / "sealed" / "a" / "b"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent, tmp_path / "sealed"):
+        (folder / "data").write_text("x")
+    flushed = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.add(os.fstat(handle).st_ino))
+    seal_directory(tmp_path / "sealed", {})
+    everything = [tmp_path / "sealed", *(tmp_path / "sealed").rglob("*")]
+    assert len(everything) == 8  # with the manifest and its seal
+    assert {path.stat().st_ino for path in everything} == flushed

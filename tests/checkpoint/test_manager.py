@@ -4,76 +4,26 @@ half-written does not count.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint import orbax_io
 from moe_jax.checkpoint.manager import Adapt, Checkpoints
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.runtime.quiet import quiet_checkpoints
-from tests.support import ROOT
-
-
-def mesh(data: int, expert: int) -> Mesh:
-    return jax.make_mesh(
-        (data, expert),
-        ("data", "expert"),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[: data * expert],
-    )
-
-
-def make_state(mesh: Mesh, seed: int = 0) -> dict:
-    """A small training state: dicts, a list, optax NamedTuples, a scalar, bfloat16, raw PRNG bits,
-    an empty array.
-    """
-    rng = np.random.default_rng(seed)
-
-    def put(array, *spec: str | None):
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    params = {
-        "embed": put(rng.standard_normal((16, 8), np.float32), "data"),
-        "blocks": [{"gate_up": put(rng.standard_normal((8, 8, 4), np.float32), "expert", "data")}],
-        "norm": put(np.asarray(rng.standard_normal(8), jnp.bfloat16)),
-        "none": put(np.zeros((0, 4), np.float32)),
-    }
-    moments = optax.adam(1e-3).init(params)
-    moments = jax.tree.map(lambda x: put(x) if x.ndim == 0 else x, moments)
-    return {
-        "params": params,
-        "opt_state": moments,
-        "rng": put(np.array([1, 2**32 - 1], np.uint32)),
-        "step": put(np.int32(seed)),
-    }
-
-
-def target_of(state, mesh: Mesh):
-    """The state's structure on `mesh`, with each array's partition spec."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
-        ),
-        state,
-    )
-
-
-def assert_same(found, expected) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+from tests.support.command import run_module
+from tests.support.killed_saves import MOMENTS
+from tests.support.saved_state import assert_same, make_state, mesh, target_of
 
 
 def saved(
@@ -290,73 +240,12 @@ def test_adapt_receives_the_stored_array_and_its_result_is_placed(tmp_path: Path
     np.testing.assert_array_equal(np.asarray(found), np.concatenate([expected, expected[:2]]))
 
 
-# For each moment a process that saves step 1 and kills itself at that moment of the next save.
-# Forked, before JAX has started anything, because imports take most of a process's time.
-CHILDREN = """
-import os, signal, sys, warnings
-from pathlib import Path
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-root, tests, *moments = sys.argv[1:]
-sys.path.insert(0, tests)
-from moe_jax.checkpoint import integrity as checksum
-from moe_jax.checkpoint import manager as checkpoint
-from moe_jax.checkpoint import orbax_io as named_arrays
-from tests.checkpoint.test_manager import make_state, mesh
-
-def kill_around(owner, name, before=lambda *args: False, after=lambda *args: False):
-    real = getattr(owner, name)
-    def deadly(*args):
-        before(*args) and os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args)
-        after(*args) and os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(owner, name, deadly)
-
-def run(moment):
-    checkpoints = checkpoint.Checkpoints(Path(root) / moment, keep_last=1, keep_best=0)
-    checkpoints.save(1, make_state(mesh(2, 4), 1), {"step": 1}, wait=True)
-    always = lambda *args: True
-    match moment:
-        case "copied": kill_around(named_arrays, "start_writing", after=always)
-        case "written": kill_around(checksum, "write_durably", before=always)
-        case "sealed": kill_around(checksum, "seal_directory", after=always)
-        case "replacing":
-            kill_around(Path, "rename", after=lambda path, to: str(to).endswith(".replaced"))
-        case "renamed":
-            kill_around(Path, "rename", after=lambda path, to: str(path).endswith("2.partial"))
-        case "pruning":
-            kill_around(Path, "rename", after=lambda path, to: str(to).endswith("1.partial"))
-    step = 1 if moment == "replacing" else 2
-    checkpoints.save(step, make_state(mesh(2, 4), 2), {"step": 2}, wait=True)
-
-warnings.filterwarnings("ignore", message=".*fork")
-children = []
-for moment in moments:
-    children.append(os.fork())
-    if not children[-1]:
-        run(moment)
-        os._exit(0)
-print([os.waitpid(child, 0)[1] for child in children])
-"""
-# What counts afterwards: the step, and the seed of its state.
-MOMENTS = {
-    "copied": (1, 1),
-    "written": (1, 1),
-    "sealed": (1, 1),
-    "replacing": (1, 1),
-    "renamed": (2, 2),
-    "pruning": (2, 2),
-}
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory for each moment, left by a process that was killed then."""
     root = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", CHILDREN, str(root), str(ROOT), *MOMENTS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.stderr) == (f"{[int(signal.SIGKILL)] * len(MOMENTS)}\n", "")
+    done = run_module("killed_saves", root, *MOMENTS)
+    assert (json.loads(done.stdout), done.stderr) == (dict.fromkeys(MOMENTS, -signal.SIGKILL), "")
     return root
 
 

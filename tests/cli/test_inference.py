@@ -8,15 +8,14 @@ import io
 import json
 import math
 import signal
-import subprocess
 import sys
 import types
 
 import pytest
 
 from moe_jax.data.tokenizer import load_tokenizer
-from tests.support import ROOT, fake_model
-from tests.support.command import call
+from tests.support import fake_model
+from tests.support.command import call, run_module
 
 
 @pytest.fixture(autouse=True)
@@ -199,18 +198,7 @@ def test_ctrl_c_during_generate_exits_130(capsys, tmp_path, model):
 )
 def test_a_reader_of_text_that_went_away_is_no_error(command, tmp_path):
     """stdout is a pipe that nobody reads any more: no traceback, and nothing is said about it."""
-    script = (
-        f"import os, sys, types\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.support import "
-        f"fake_model\nfrom moe_jax.cli import main as cli\n"
-        "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\nmodel = "
-        "fake_model.Loaded(fake_model.shout)\n"
-        "sys.modules['moe_jax.inference.load'] = "
-        "types.SimpleNamespace(Session=fake_model.Session, open_model=lambda *a, **o: model)\n"
-        f"cli.main([{command[0]!r}, '--model', {str(tmp_path)!r}, *{command[1:]!r}])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], input="hi\n", capture_output=True, cwd=ROOT, text=True
-    )
+    done = run_module("closed_pipe", command[0], "--model", tmp_path, *command[1:], typed="hi\n")
     assert done.returncode == 1 and "Error" not in done.stderr and "Traceback" not in done.stderr
 
 

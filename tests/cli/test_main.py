@@ -9,8 +9,8 @@ import json
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -21,7 +21,7 @@ from moe_jax.errors import UserError
 from moe_jax.launch import doctor
 from moe_jax.launch.probes import WrongArithmetic
 from tests.support import ROOT
-from tests.support.command import call
+from tests.support.command import call, run_module
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
 
@@ -39,11 +39,6 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def stub(monkeypatch, module: str, **functions) -> None:
-    """Stands in for a module that a command imports."""
-    monkeypatch.setitem(sys.modules, f"moe_jax.{module}", types.SimpleNamespace(**functions))
-
-
 @pytest.mark.parametrize(
     "command",
     [[], ["train"], ["generate"], ["chat"], ["eval"], ["bench"], ["report"], ["doctor"]],
@@ -58,26 +53,16 @@ def test_help_fits_80_columns_and_ends_with_an_example(command, capsys):
 
 
 def test_help_and_config_errors_load_no_jax():
-    script = (
-        "import sys\nfrom moe_jax.cli.main import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    sys.exit('jax' in sys.modules or "
-        "'matplotlib' in sys.modules)"
-    )
-    for arguments in (
-        ["--help"],
-        ["train", "--help"],
-        ["chat", "--help"],
+    mistakes = [
         ["train", TINY, "--set", "moe.top_k=99"],
         ["generate", "nowhere", "--prompt", "x"],
         ["generate", "--model", "tests", "--prompt", ""],
         ["chat", "--model", "tests", "--mesh", "expert:4"],
-    ):
-        assert (
-            subprocess.run(
-                [sys.executable, "-c", script, *arguments], capture_output=True, cwd=ROOT
-            ).returncode
-            == 0
-        ), arguments
+    ]
+    helps = [["--help"], ["train", "--help"], ["chat", "--help"]]
+    done = run_module("loaded_modules", json.dumps([*helps, *mistakes]))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[0, []]] * len(helps) + [[2, []]] * len(mistakes)
 
 
 def test_version(capsys):
@@ -149,11 +134,12 @@ def test_mistakes_are_one_sentence_on_stderr_and_exit_2(
 
 def test_train_passes_its_arguments_on(monkeypatch):
     calls = []
-    stub(
-        monkeypatch,
-        "training.trainer",
-        train=lambda config, place, **options: calls.append((config.train.steps, place, options)),
-    )
+
+    def train(config, place, **options):
+        calls.append((config.train.steps, place, options))
+        return SimpleNamespace(report=None)
+
+    monkeypatch.setattr("moe_jax.training.trainer.train", train)
     assert call("train", TINY, "--set", "train.steps=5") == 0
     assert call("train", TINY, "--run-dir", "there", "--resume", "--fallback") == 0
     assert calls[0] == (
@@ -165,7 +151,7 @@ def test_train_passes_its_arguments_on(monkeypatch):
 
 
 def test_report_prints_the_path(monkeypatch, capsys, run_dir):
-    stub(monkeypatch, "tracking.report", write_report=lambda place: place / "report.html")
+    monkeypatch.setattr("moe_jax.tracking.report.write_report", lambda place: place / "report.html")
     assert call("report", run_dir) == 0
     assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
 
@@ -185,14 +171,14 @@ def test_report_prints_the_path(monkeypatch, capsys, run_dir):
             PermissionError(errno.EACCES, "Permission denied", "deep/file"),
             "deep/file: Permission denied",
         ),
-        (UserError("Mend this."), "moe-jax: Mend this.\n"),
+        (UserError("Correct this."), "moe-jax: Correct this.\n"),
     ],
 )
 def test_disk_errors_name_the_path(error, words, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise error
 
-    stub(monkeypatch, "training.trainer", train=fail)
+    monkeypatch.setattr("moe_jax.training.trainer.train", fail)
     assert call("train", TINY) == 2
     assert words in capsys.readouterr().err
 
@@ -201,7 +187,7 @@ def test_an_os_error_without_a_file_is_not_explained_away(monkeypatch):
     def fail(*arguments, **options):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    stub(monkeypatch, "training.trainer", train=fail)
+    monkeypatch.setattr("moe_jax.training.trainer.train", fail)
     with pytest.raises(OSError, match="Invalid argument"):
         main.main(["train", TINY])
 
@@ -210,29 +196,21 @@ def test_interrupt_exits_130_and_sigterm_143(monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    stub(monkeypatch, "training.trainer", train=interrupted)
+    monkeypatch.setattr("moe_jax.training.trainer.train", interrupted)
     assert call("train", TINY) == 130
-    stub(
-        monkeypatch,
-        "training.trainer",
-        train=lambda *arguments, **options: signal.raise_signal(signal.SIGTERM),
-    )
+
+    def terminated(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("moe_jax.training.trainer.train", terminated)
     assert call("train", TINY) == 143
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_reader_that_went_away_is_no_error(run_dir):
     """stdout is a pipe that nobody reads any more: no traceback, nothing on stderr."""
-    script = (
-        "import os, sys, types\nfrom moe_jax.cli import main as cli\nreader, writer = "
-        "os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\n"
-        "sys.modules['moe_jax.tracking.report'] = types.SimpleNamespace(write_report=lambda "
-        "place: 'x' * 10)\n"
-        f"cli.main(['report', {str(run_dir)!r}])"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT).stderr == b""
-    )
+    done = run_module("closed_pipe", "report", run_dir)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("script", ["train.py", "generate.py"])

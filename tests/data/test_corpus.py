@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.corpus import Corpus, hold_out, load_corpus
-from moe_jax.data.packing import Packed, pack_documents
+from moe_jax.data.packing import Packed, pack_documents, token_dtype
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
@@ -125,6 +125,9 @@ def test_big_vocabularies_take_four_bytes() -> None:
     )
     assert packed.tokens.dtype == np.uint32
     assert packed.tokens.tolist() == [70_000, 99_999]
+    # Two bytes hold 65,536 ids and no more.
+    assert token_dtype(dataclasses.replace(BYTES, num_ids=1 << 16)) == np.uint16
+    assert token_dtype(dataclasses.replace(BYTES, num_ids=(1 << 16) + 1)) == np.uint32
 
 
 @given(

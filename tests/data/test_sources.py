@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +13,7 @@ import pytest
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.sources import read_documents
 from moe_jax.errors import UserError
+from tests.support.imports import replace_import
 
 
 def documents(source: Path | str, **changes: str) -> list[str]:
@@ -136,7 +136,7 @@ def test_packages_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, words: str
 ) -> None:
     write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
-    monkeypatch.setitem(sys.modules, module, None)
+    replace_import(monkeypatch, module)
     with pytest.raises(UserError, match=words):
         documents(tmp_path / name if name.endswith("parquet") else name)
 
@@ -153,9 +153,7 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(f"no dataset\n {name}")
         return Rows([{"text": f"{split} one", "id": 1}, {"text": "two", "id": 2}])
 
-    datasets = ModuleType("datasets")
-    datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    replace_import(monkeypatch, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert documents("hf:some/name", split="test") == ["test one", "two"]
     with pytest.raises(
         UserError,

@@ -5,7 +5,6 @@ read.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from moe_jax.data.corpus import load_corpus
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
+from tests.support.imports import replace_import
 from tests.support.tokenizers import SAMPLE, save_folder, train_tokenizer
 
 TORCHTITAN = ROOT.parent / "shared" / "data" / "tokenizers" / "torchtitan_test_tokenizer.json"
@@ -115,7 +115,7 @@ def test_packages_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
 ) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, module, None)
+    replace_import(monkeypatch, module)
     with pytest.raises(UserError, match=f"needs the `{module}` package: pip install {module}"):
         load_tokenizer(str(tmp_path / name))
 

@@ -18,6 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.generation.chat import Conversation
 from moe_jax.generation.sampling import SamplingOptions
 from tests.support.fake_model import Loaded, install, shout
+from tests.support.imports import replace_import
 from tests.support.tokenizers import save_folder
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -263,7 +264,7 @@ def test_a_template_that_fails_or_breaks_out_is_one_sentence(template: str, tmp_
 
 def test_templates_need_jinja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(str(with_template(tmp_path / "saved", PLAIN)))
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+    replace_import(monkeypatch, "jinja2")
     assert tokenizer.chat is not None
     with pytest.raises(UserError, match="needs the `jinja2` package: pip install"):
         tokenizer.chat([{"role": "user", "content": "hi"}])

@@ -4,6 +4,7 @@ scored.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_every_token_but_the_first_counts_once(
 
 
 def test_a_start_token_makes_every_byte_count(loaded: Loaded, scored: list) -> None:
-    object.__setattr__(loaded.tokenizer, "special", lambda text: [256, *text.encode()])
+    loaded.tokenizer = dataclasses.replace(
+        loaded.tokenizer, special=lambda text: [256, *text.encode()]
+    )
     found = evaluate(loaded, TEXT)
     assert (found.tokens, found.bytes) == (15, 15)
     assert scored[0][0][0, 0] == 256

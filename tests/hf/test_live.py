@@ -23,6 +23,7 @@ import record_hf_cases
 from moe_jax import hf
 from moe_jax.hf.export import export
 
+pytestmark = pytest.mark.slow  # `make test-live` runs it; test_logits.py holds the recorded values
 EXACT = ("tokens", "lengths", "experts", "prompt", "greedy", "uncached")
 
 

@@ -4,7 +4,7 @@ takes.
 
 from __future__ import annotations
 
-import subprocess
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moe_jax.inference.engine import Engine
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
+from tests.support.command import run_module
 from tests.support.small_models import VOCAB, draw, tree
 
 MODEL = ModelConfig(
@@ -170,35 +171,6 @@ LARGE = ModelConfig(
 )
 LARGE_VOCAB = 8192
 
-PEAK = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 4)
-from moe_jax import hf
-from moe_jax.inference import load, memory
-from moe_jax.inference.engine import Engine
-from moe_jax.parallel.mesh import make_mesh
-from moe_jax.placement.table import contiguous
-from moe_jax.config.schema import MeshConfig
-
-def status(name):
-    lines = open("/proc/self/status")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-checkpoint = hf.open_checkpoint({folder!r})
-config = MeshConfig(tensor={tensor})
-mesh = make_mesh(config, jax.devices()[: config.size])
-placement = contiguous(0, checkpoint.moe.num_experts, 1)
-options = dict(vocab_size=checkpoint.vocab_size, quantization={kind!r})
-engine = Engine(checkpoint.model, checkpoint.moe, mesh, placement, **options)
-jax.block_until_ready(jax.jit(lambda: jax.numpy.ones(3) + 1)())
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-before = status("VmRSS")
-params = load.read_params(engine, checkpoint.leaf)
-jax.block_until_ready(params)
-print(status("VmHWM") - before, sum(memory.device_bytes(engine).values()))
-"""
-
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -229,9 +201,8 @@ def test_the_peak_of_memory_is_the_share_and_one_tensor(
     """The largest tensor is the embedding, or the head; 64 MB are for compiled programs and what
     malloc keeps.
     """
-    code = PEAK.format(folder=str(large), tensor=tensor, kind=kind)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = run_module("memory_peak", large, tensor, kind)
     assert done.returncode == 0, done.stderr
-    peak, held = map(int, done.stdout.split())
+    grown = json.loads(done.stdout)
     largest = LARGE_VOCAB * LARGE.width * 4
-    assert peak <= 1.15 * (held + largest) + 64e6
+    assert grown["peak"] <= 1.15 * (grown["held"] + largest) + 64e6

@@ -37,6 +37,7 @@ def test_the_busiest_link_is_a_devices_or_a_hosts():
     assert link_rows(sent, HOSTS).tolist() == [8]
     assert link_rows(sent, HOSTS, 2.5).tolist() == [20]
     assert cost(planned_traffic(TABLE, TRAFFIC, HOSTS), HOSTS, 2.5).tolist() == [33]
+    assert cost(planned_traffic(TABLE, TRAFFIC, HOSTS), HOSTS).tolist() == [13 + 8]
     # On one host expert 0's and 1's replicas share all rows; device 1 gets most from others.
     one = np.zeros(4, np.int32)
     found = planned_traffic(TABLE, TRAFFIC, one)
@@ -44,8 +45,20 @@ def test_the_busiest_link_is_a_devices_or_a_hosts():
     assert link_rows(found.sent_LRR, one).tolist() == [15 - 0 - 1]
 
 
+def test_what_comes_in_counts_as_what_goes_out():
+    """Three devices, of one host or each a host: one sends to both others, or gets from both."""
+    sent = np.array([[[9.0, 5, 3], [1, 9, 0], [0, 2, 9]]])
+    for flow in (sent, sent.swapaxes(1, 2)):
+        assert link_rows(flow, np.zeros(3, np.int32)).tolist() == [8]
+        assert link_rows(flow, np.arange(3, dtype=np.int32), 10.0).tolist() == [80]
+    # Two devices of host 0 share its link to host 1, whose only device gets 3 + 2 rows.
+    assert link_rows(sent, np.array([0, 0, 1], np.int32), 10.0).tolist() == [30]
+    assert link_rows(sent, np.array([0, 0, 1], np.int32)).tolist() == [5]
+
+
 def test_max_over_mean_and_nothing_at_all():
     assert max_over_mean(np.array([[1.0, 3.0], [0.0, 0.0]])).tolist() == [1.5, 1.0]
+    assert max_over_mean(np.array([1.0, 3.0])) == 1.5  # one layer alone
     none = planned_traffic(contiguous(0, 3, 4), TRAFFIC[:0], HOSTS)
     assert none.sent_LRR.shape == (0, 4, 4) and cost(none, HOSTS).shape == max_over_mean(
         none.load_LR

@@ -93,6 +93,15 @@ def test_routing_lists_slots_by_expert_and_those_on_the_host_first():
     assert (start.tolist(), replicas.tolist()) == ([[0, 1, 3]], [[[1, 1, 1], [1, 1, 1]]])
 
 
+def test_a_host_uses_its_own_replicas_and_all_where_it_has_none():
+    """Four devices on two hosts: host 0 has expert 0 twice, host 1 expert 3 twice and no 1."""
+    table = placement([0, 1, 0, 2, 3, 2, 0, 3], experts=4, ranks=4)
+    slots, start, replicas = table.routing(hosts=2)
+    assert replicas.tolist() == [[[2, 1, 1, 2], [1, 1, 1, 2]]]
+    assert start.tolist() == [[0, 3, 4, 6]]
+    assert slots.tolist() == [[[0, 2, 6, 1, 3, 5, 4, 7], [6, 0, 2, 1, 5, 3, 4, 7]]]
+
+
 def test_tables_of_a_model_without_moe_layers():
     table = contiguous(0, 4, 2)
     assert table.replica_count().shape == (0, 4)
@@ -124,6 +133,15 @@ def test_json_form_reads_back_and_its_version_is_checked():
         Placement.from_json({**form, "version": 7})
 
 
+def test_the_first_version_of_the_form_is_read_too():
+    """It did not name devices."""
+    form = {"version": 1, "num_experts": 3, "num_slots": 4, "physical_to_logical": [[2, 0, 1, -1]]}
+    table = Placement.from_json(form)
+    assert (table.num_experts, table.ranks, table.num_slots) == (3, 1, 4)
+    with pytest.raises(UserError, match="version 0"):
+        Placement.from_json({**form, "version": 0})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -138,3 +156,18 @@ def test_json_form_reads_back_and_its_version_is_checked():
 def test_a_wrong_table_is_refused(rows, message):
     with pytest.raises(UserError, match=message):
         Placement(np.array(rows, np.int32), 4, 2)
+
+
+def test_a_table_keeps_its_own_copy_which_nobody_can_change():
+    array = np.array([[0, 1, 2, 3]])
+    table = Placement(array, 4, 2)
+    array[0, 0] = 3
+    assert table.physical_to_logical.tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="read-only"):
+        table.physical_to_logical[0, 0] = 3
+    with pytest.raises(UserError, match="on each of 0 devices"):
+        Placement(array, 4, 0)
+
+
+def test_empty_slots_are_those_of_the_emptiest_layer():
+    assert placement([0, 1, EMPTY, EMPTY], [0, 1, 1, 0], experts=2, ranks=2).empty_slots == 2

@@ -53,11 +53,23 @@ def test_a_mesh_that_lies_unevenly_is_refused(hosts, devices, ranks, tensor, wor
 
 @pytest.mark.parametrize(
     "changed",
-    [{"bandwidth_within": 0.0}, {"latency_between": -1.0}, {"bandwidth_between": float("inf")}],
+    [
+        {"bandwidth_within": 0.0},
+        {"bandwidth_between": float("inf")},
+        {"latency_within": -1e-9},
+        {"latency_between": float("inf")},
+        {"memory": 0},
+    ],
 )
 def test_impossible_numbers_are_refused(changed):
     with pytest.raises(UserError, match=next(iter(changed))):
         topology(2, 2, **changed)
+
+
+def test_the_least_that_a_topology_may_say():
+    """Messages without latency, one device, one byte."""
+    least = topology(1, 1, latency_within=0.0, latency_between=0.0, memory=1)
+    assert least.devices == 1 and least.memory == 1
 
 
 def test_weights_and_one_host():

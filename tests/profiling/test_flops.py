@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from moe_jax.placement.table import contiguous
 from moe_jax.profiling import flops, hlo, machine, memory
 from moe_jax.training.step import TrainProgram
 from tests.support import ROOT
+from tests.support.command import run_module
 
 BENCHMARK_MODEL = ModelConfig(num_layers=8, width=512, num_heads=8, num_kv_heads=4, head_dim=64)
 BENCHMARK_MOE = MoEConfig(num_experts=32, top_k=4, hidden=384)
@@ -400,16 +400,7 @@ SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(val
 
 def run_script(*options: str) -> subprocess.CompletedProcess[str]:
     """The script in a Python that has none of the packages it must do without."""
-    block = (
-        f"import runpy, sys; sys.modules.update(dict.fromkeys({NEVER_IMPORTED!r})); sys.argv "
-        f"= {['benchmark.py', *options]!r}; "
-    )
-    return subprocess.run(
-        [sys.executable, "-c", block + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_module("without_packages", ",".join(NEVER_IMPORTED), "run", SCRIPT, *options)
 
 
 def test_the_script_writes_every_figure(tmp_path):

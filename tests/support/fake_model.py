@@ -5,8 +5,6 @@ seen.
 from __future__ import annotations
 
 import dataclasses
-import sys
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.inference import load, session
 
 VOCABULARY = 264
 END = 256
@@ -70,7 +69,8 @@ class Session:
     """Rows of tokens; logits of 9 for the token that the model says, and 0 for all others."""
 
     def __init__(self, loaded: Loaded, batch: int = 1):
-        self.loaded, self.rows = loaded, [[] for _ in range(batch)]
+        self.loaded = loaded
+        self.rows: list[list[int]] = [[] for _ in range(batch)]
 
     @property
     def lengths(self) -> list[int]:
@@ -99,9 +99,7 @@ def install(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> list[dict[str, A
         opened.append({"path": path, **options})
         return loaded
 
-    monkeypatch.setitem(
-        sys.modules,
-        "moe_jax.inference.load",
-        types.SimpleNamespace(Session=Session, open_model=open_model, LoadedModel=Loaded),
-    )
+    monkeypatch.setattr(load, "open_model", open_model)
+    for module in (load, session):
+        monkeypatch.setattr(module, "Session", Session)
     return opened

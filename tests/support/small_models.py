@@ -237,9 +237,9 @@ def turn(rows: list[Any], start: Any, width: int) -> NewTokens:
     tokens = np.zeros((len(rows), width), np.int32)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
-    return NewTokens(
-        tokens, np.asarray(start, np.int32), np.array([len(row) for row in rows], np.int32)
-    )
+    lengths = np.array([len(row) for row in rows], np.int32)
+    arrays: Any = tokens, np.asarray(start, np.int32), lengths
+    return NewTokens(*arrays)
 
 
 def assert_same(found: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
