@@ -15,7 +15,7 @@ def test_the_first_process_verifies_files_for_all(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         port = str(taken.getsockname()[1])
-    command = [sys.executable, "-m", "tests.checkpoint.restoring_process"]
+    command = [sys.executable, "-m", "tests.support.restoring_process"]
     started = [
         subprocess.Popen(
             [*command, str(rank), port, str(tmp_path / "checkpoints")],

@@ -1,6 +1,6 @@
 """One of two processes that save together and restore what is then damaged; a test starts both.
 
-    python -m tests.checkpoint.restoring_process RANK PORT DIRECTORY
+    python -m tests.support.restoring_process RANK PORT DIRECTORY
 
 Prints one line of JSON: how often this process read files to verify them, what it was told of the
 damaged step, and what it restored instead.
