@@ -21,6 +21,7 @@ from tests.support.tiny_run import lines, run, tiny, training_lines
 
 # One device, so that steps in flight cannot wait for each other in the thread pool.
 SETTINGS = (
+    "devices.simulate=1",
     "mesh.data=1",
     "mesh.expert=1",
     "moe.input_noise=0.1",
