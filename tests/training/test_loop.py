@@ -83,7 +83,11 @@ def test_between_lines_and_decisions_nothing_comes_to_the_host(
 ) -> None:
     directory = run(folder, tmp_path / "run", *SETTINGS)
     assert set(accelerator) - {0} == FETCHED  # 0: before the first step
-    assert lines(directory) == lines(awaited)
+    got, want = lines(directory), lines(awaited)
+    for line in (*got, *want):
+        if line.get("event") == "placement":
+            assert line["measured"].pop("step_seconds") > 0
+    assert got == want
     assert [line["step"] for line in training_lines(directory)] == [4, 8, 9]
     assert (directory / "traffic.json").read_text() == (awaited / "traffic.json").read_text()
     kept = [
