@@ -45,8 +45,8 @@ def awaited(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The trainer takes the CPU for an accelerator; a list that gets, for each array whose values come to the
-    host, how many steps had been started.
+    """The trainer takes the CPU for an accelerator. A list that gets, for each array whose values
+    come to the host, how many steps had been started.
 
     `jax.transfer_guard_device_to_host` never fires on CPUs, whose memory is the host's: the place
     where every such transfer goes through is watched instead.
