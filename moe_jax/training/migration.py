@@ -242,7 +242,9 @@ def _expert_arrays(program: TrainProgram) -> tuple[dict[str, P], list[str]]:
     """The paths of the experts' arrays, parameters and moments: those that are cut over the
     `expert` axis, with their specs, and the small factored moments that every device holds whole.
     """
-    shardings, cut, whole = _by_path(program.state_shardings), {}, []
+    shardings = _by_path(program.state_shardings)
+    cut: dict[str, P] = {}
+    whole: list[str] = []
     for path, leaf in _by_path(program.abstract_state).items():
         if not ParameterPath.parse(path).is_expert or leaf.ndim < 2:
             continue
