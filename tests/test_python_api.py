@@ -110,29 +110,29 @@ def test_a_batch_from_tokens_pads_and_counts():
         moe_jax.batch_from_tokens([[5]])
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_gradients_of_a_loss_of_ones_own_are_those_of_training(mesh):
-    """With cross-entropy for a loss: one step of plain gradient descent on each mesh goes where the
-    loss of the training step goes.
+def test_gradients_of_a_loss_of_ones_own_are_those_of_training():
+    """With cross-entropy for a loss. A step of plain gradient descent lowers it as the norm says,
+    and by the same on every mesh, with replicas too.
     """
     import optax
 
-    program = tiny_programs.make_program(*mesh, redundant=1 if mesh[1] > 1 else 0)
-    state, batch = program.init(0), program.shard(tiny_programs.make_batch())
-
-    def loss(logits: jax.Array, hidden: jax.Array, batch: Any) -> jax.Array:
+    def cross_entropy(logits: jax.Array, hidden: jax.Array, batch: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
 
-    compute = moe_jax.loss_and_gradients(program, loss)
-    (value, layers), grads = compute(state, batch)
-    norm = optax.global_norm(grads)
-    moved = state._replace(params=jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads))
-    (lower, _), _ = compute(moved, batch)
-    fall = float(value - lower)
-    if mesh[1] == 1:  # replicas count twice in the sum of squares
-        assert fall == pytest.approx(0.01 * float(norm) ** 2, rel=0.1)
-    assert int(layers.dropped.sum()) == 0
-    _, measured = program.train_step(state, batch)
-    np.testing.assert_allclose(value, measured.loss, rtol=1e-5)
-    if mesh[1] == 1:
-        np.testing.assert_allclose(norm, measured.grad_norm, rtol=1e-4)
+    after = []
+    for mesh, redundant in (((1, 1, 1), 0), ((2, 2, 2), 1)):
+        program = tiny_programs.make_program(*mesh, redundant=redundant)
+        state, batch = program.init(0), program.shard(tiny_programs.make_batch())
+        compute = moe_jax.loss_and_gradients(program, cross_entropy)
+        (loss, layers), grads = compute(state, batch)
+        params = jax.tree.map(lambda p, g: p - 3e-4 * g, state.params, grads)
+        (lower, _), _ = compute(state._replace(params=params), batch)
+        after.append(float(lower))
+        assert int(layers.dropped.sum()) == 0
+        _, measured = program.train_step(state, batch)
+        np.testing.assert_allclose(loss, measured.loss, rtol=1e-5)
+        if not redundant:  # replicas would count twice in the sum of squares
+            norm = float(optax.global_norm(grads))
+            np.testing.assert_allclose(norm, measured.grad_norm, rtol=1e-4)
+            assert float(loss - lower) == pytest.approx(3e-4 * norm**2, rel=0.05)
+    assert after[1] == pytest.approx(after[0], rel=1e-6)
