@@ -1,1 +1,1 @@
-"""Text in: sources, tokenizers, packing, a corpus of batches that resumes where it stopped."""
+"""Text in: sources, tokenizers, packing, and batches that resume where they stopped."""

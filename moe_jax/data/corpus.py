@@ -1,12 +1,12 @@
-"""Text in, packed token sequences out: held-out documents, packing, shuffled and sharded batches.
+"""From text to batches: held-out documents, packed sequences, shuffled and sharded batches.
 
     corpus = load_corpus(config.data, seq_len=256, seed=0)
     batches = corpus.train_batches(global_batch=16)
     batch = next(batches)
 
-Documents are laid end to end, each closed by the end-of-document id, in one array of small
-integers. Window w is tokens [w * S, w * S + S] of it, S inputs and their targets; it shares one
-token with the next, so every token but the first is a target in exactly one window.
+Documents are concatenated, each followed by the end-of-document id, in one array of small integers.
+Window w is tokens [w * S, w * S + S] of it: S inputs and their targets. It shares one token with
+the next window, so every token except the first is a target in exactly one window.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Corpus:
 
     tokenizer: Tokenizer
     hash: str
-    """SHA-256 of the documents, in order, and of the tokenizer; hex."""
+    """SHA-256 (hex) of the documents, in order, and of the tokenizer."""
     train: Packed
     validation: Packed
     seed: int
@@ -47,14 +47,14 @@ class Corpus:
     def train_batches(
         self, global_batch: int, process_index: int = 0, process_count: int = 1
     ) -> grain.DatasetIterator[HostBatch]:
-        """Batches without end: every epoch holds all windows, in an order drawn from the seed.
+        """Endless batches: every epoch has all windows, in an order drawn from the seed.
 
         `get_state()` is a small JSON-able dict, the same in every process and for any number of
-        them; after `set_state` the next batch is the one that would have come.
+        processes; after `set_state` the next batch is the one that would have followed.
 
         Args:
-          global_batch: rows of a step's batch over all processes (B).
-          process_index: which rows: [p * B / n, (p + 1) * B / n) of the global batch.
+          global_batch: rows of the batch of a step over all processes (B).
+          process_index: p; its rows are [p * B / n, (p + 1) * B / n) of the global batch.
           process_count: n, which divides B.
 
         Raises:
@@ -70,7 +70,7 @@ class Corpus:
                 "give more text, or lower train.global_batch or train.seq_len."
             )
         # Only window numbers pass through grain, so a process can draw the whole batch and pack
-        # just its own rows.
+        # only its own rows.
         windows = (
             grain.MapDataset.source(range(len(self.train)))
             .seed(self.seed)
@@ -79,8 +79,8 @@ class Corpus:
             .batch(global_batch, drop_remainder=True)
         )
         batches = windows.map(lambda numbers: self.train.batch(numbers[rows]))
-        # No threads, no buffer: packing takes far less than a step, and the state is the last batch
-        # handed out.
+        # No threads and no buffer: packing takes far less time than a step, and so the state is
+        # that of the last batch handed out.
         return iter(
             batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
@@ -88,8 +88,8 @@ class Corpus:
     def validation_batches(
         self, global_batch: int, count: int, process_index: int = 0, process_count: int = 1
     ) -> list[HostBatch]:
-        """`count` batches of held-out text, the same at every call and for every seed; arguments as
-        in `train_batches`.
+        """`count` batches of held-out text, the same at every call and for every seed; the
+        arguments are those of `train_batches`.
 
         Raises:
           UserError: fewer than `count * global_batch` windows are held out, or n does not divide B.
@@ -103,8 +103,7 @@ class Corpus:
                 f"data.validation_fraction, give more text, "
                 "or lower train.eval_batches."
             )
-        # RandomState and not default_rng: its stream is promised never to change between versions
-        # of numpy.
+        # RandomState and not default_rng: numpy promises that its stream never changes.
         order = np.random.RandomState(0).permutation(len(self.validation))
         return [
             self.validation.batch(order[i * global_batch : (i + 1) * global_batch][rows])
@@ -116,13 +115,12 @@ def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
     """Reads, tokenizes, splits and packs the text that the configuration names.
 
     Args:
-      config: source, tokenizer and share held out.
-      seq_len: tokens a sequence (S).
-      seed: of the order in which training windows come.
+      config: source, tokenizer and fraction held out.
+      seq_len: tokens per sequence (S).
+      seed: for the order of the training windows.
 
     Raises:
-      UserError: a source or tokenizer that is missing or cannot be read, or that holds too little
-        text.
+      UserError: a source or tokenizer is missing or cannot be read, or there is too little text.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     digest = hashlib.sha256()
@@ -159,18 +157,19 @@ def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
 def hold_out(
     documents: Sequence[np.ndarray], keys: Sequence[bytes], fraction: float, seq_len: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits documents into training and validation, by content: copies of a document go the same
-    way.
+    """Splits documents into training and validation by content: all copies of a document go to the
+    same side.
 
-    Documents are taken in the order of their hashes, each that fits in what is still wanted of the
-    fraction (one window at least). Where that leaves more than half wanted, because the documents
-    are few and long (one book, say), the end of the longest is held out as a document of its own.
+    Documents are taken in the order of their hashes, each one that fits into what is still missing
+    of the fraction (at least one window). If more than half is still missing then, because there
+    are few and long documents (such as one book), the end of the longest is held out as a document
+    of its own.
 
     Args:
       documents: token ids, [length] each.
-      keys: hash of each document's text.
-      fraction: share of the tokens to hold out.
-      seq_len: tokens a sequence (S).
+      keys: hash of the text of each document.
+      fraction: fraction of the tokens to hold out.
+      seq_len: tokens per sequence (S).
     """
     sizes: Counter[bytes] = Counter()
     for document, key in zip(documents, keys, strict=True):
@@ -200,7 +199,7 @@ def hold_out(
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of documents of about `_CHUNK_CHARACTERS` characters, blank documents left out."""
+    """Lists of documents with about `_CHUNK_CHARACTERS` characters, without blank documents."""
     chunk: list[str] = []
     size = 0
     for document in documents:
@@ -216,7 +215,7 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _process_rows(global_batch: int, process_index: int, process_count: int) -> slice:
-    """The rows of the global batch that are this process's."""
+    """The rows of the global batch that belong to this process."""
     if global_batch % process_count:
         raise UserError(
             f"train.global_batch={global_batch} is not divisible by the {process_count} "

@@ -1,4 +1,8 @@
-"""Documents packed into sequences of one length."""
+"""Documents packed into sequences of one length.
+
+Not grain's `ConcatThenSplitIterDataset`: that packs a stream, so windows could be shuffled only
+within a buffer, and batches and the saved position would be others. Here every window has a number.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents laid end to end, seen through windows; `len` is the number of windows."""
+    """Concatenated documents, read in windows; `len` is the number of windows."""
 
     tokens: np.ndarray
     """[N], uint16 or uint32: every document followed by `eos_id`."""
@@ -32,16 +36,16 @@ class Packed:
     eos_id: int
 
     def __len__(self) -> int:
-        # The last token has no target, so it starts no window; the last window may be part padding.
+        # The last token has no target, so it starts no window; the last window may contain padding.
         return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
 
     def batch(self, windows: np.ndarray) -> HostBatch:
         """The batch whose rows are these windows.
 
-        Within a row, segments number the documents from 1 and positions restart with each (a
-        document that began in an earlier window starts at 0 too: only distances matter). The mask
-        is 0 where the target is the first token of another document. Padding has segment 0,
-        position 0, mask 0 and `eos_id` for a token.
+        Within a row, segments number the documents from 1, and positions start at 0 in each (also
+        if the document began in an earlier window: only distances matter). The mask is 0 where the
+        target is the first token of another document. Padding has segment 0, position 0, mask 0 and
+        the token `eos_id`.
         """
         offset = windows.astype(np.int64)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
         real = offset < len(self.tokens)
@@ -62,8 +66,8 @@ class Packed:
 
 
 def pack_documents(documents: Iterable[np.ndarray], seq_len: int, tokenizer: Tokenizer) -> Packed:
-    """Lays documents (integers, [length]) end to end in the smallest type that holds the
-    vocabulary; empty ones are left out.
+    """Concatenates documents (integers, [length]) in the smallest type that holds the vocabulary;
+    empty documents are left out.
     """
     dtype = token_dtype(tokenizer)
     eos = np.array([tokenizer.eos_id], dtype)

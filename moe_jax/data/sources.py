@@ -1,9 +1,8 @@
-"""Documents, one text each, from what `data.source` names: the built-in corpus, files and folders,
-or a hub dataset.
+"""The documents of `data.source`: the built-in corpus, files and folders, or a hub dataset.
 
-The order is fixed, so that the same source gives the same corpus. In a folder, files of other kinds
-are passed over; a file of a kind that is read but cannot be is refused by name, and by line where
-it has lines.
+The order is fixed, so that the same source gives the same corpus. In a folder, files of unknown
+kinds are ignored. A file of a known kind that cannot be read is refused by its name and, if it has
+lines, the line.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from moe_jax.errors import UserError
 
 
 def read_documents(config: DataConfig) -> Iterator[str]:
-    """The documents of `data.source`, read as they are asked for; some may be blank.
+    """The documents of `data.source`, read lazily; some may be blank.
 
     Raises:
       UserError: the source is missing or cannot be read, or a document lacks `data.text_field`.
@@ -30,9 +29,7 @@ def read_documents(config: DataConfig) -> Iterator[str]:
     if config.source.startswith("hf:"):
         return _hub_documents(config)
     path = Path(os.path.expanduser(config.source))
-    if not os.path.exists(
-        path
-    ):  # unlike Path.exists, False and no error where a parent folder may not be entered
+    if not os.path.exists(path):  # Path.exists raises where a parent folder may not be entered
         raise UserError(
             f"data.source={config.source!r} does not exist: use 'builtin', 'hf:NAME', or the path "
             f"of a file or folder."
@@ -60,11 +57,11 @@ def read_documents(config: DataConfig) -> Iterator[str]:
 
 
 def _builtin_documents() -> Iterator[str]:
-    """About 5 MB that every Python carries: the language documentation and the library's top-level
-    modules.
+    """About 5 MB that every Python carries: the documentation of the language and the top-level
+    modules of the library.
 
-    Packages are left out: they add bulk of a kind (tests, code tables, GUI tools) and differ more
-    between builds.
+    Packages are left out: they add much text of the same kind (tests, code tables, GUI tools) and
+    differ more between builds.
     """
     try:
         from pydoc_data.topics import topics
@@ -76,13 +73,13 @@ def _builtin_documents() -> Iterator[str]:
     yield from (topics[name] for name in sorted(topics))
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         # _sysconfigdata holds the paths and flags of the machine that built this Python; site
-        # customisations are no library.
+        # customisations do not belong to the library.
         if file.name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize")):
             continue
         try:
             yield file.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            continue  # a module may declare another encoding; this corpus can do without it
+            continue  # a module may declare another encoding; the corpus does not need it
 
 
 def _text_documents(path: Path, text_field: str) -> Iterator[str]:
@@ -91,15 +88,14 @@ def _text_documents(path: Path, text_field: str) -> Iterator[str]:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"data.source: {path} is not UTF-8 text (byte {error.start}): convert it or take it "
-            f"out."
+            f"data.source: {path} is not UTF-8 text (byte {error.start}): convert or remove it."
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
 def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
-    """The text of each line's object; blank lines are none."""
+    """The text of the object on each line; blank lines are ignored."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -112,8 +108,8 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"data.source: line {number} of {path} is not valid JSON ({error}): mend or "
-                    f"remove it."
+                    f"data.source: line {number} of {path} is not valid JSON ({error}): correct "
+                    f"or remove it."
                 ) from error
             fields = row if isinstance(row, dict) else {}
             yield _text(fields, text_field, f"line {number} of {path}")
@@ -142,7 +138,7 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _hub_documents(config: DataConfig) -> Iterator[str]:
-    """The rows of a Hugging Face dataset; `datasets` keeps its own cache."""
+    """The rows of a Hugging Face dataset; `datasets` has its own cache."""
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -174,14 +170,14 @@ _SUFFIXES = ", ".join(_READERS)
 
 
 def _text(row: dict[str, Any], text_field: str, where: str) -> str:
-    """The row's text, with what UTF-8 cannot hold (lone surrogates in JSON) as "?"."""
+    """The text of the row, with "?" for what UTF-8 cannot hold (lone surrogates in JSON)."""
     if text_field not in row:
         raise _no_field(text_field, where, list(row))
     text = row[text_field]
     if not isinstance(text, str):
         raise UserError(
             f"data.text_field={text_field!r} is not text in {where} ({type(text).__name__}): name "
-            f"a field of text, or mend it."
+            f"a field of text, or correct it."
         )
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
@@ -194,9 +190,7 @@ def _no_field(text_field: str, where: str, names: list[str]) -> UserError:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"data.source: {path} cannot be read ({_cause(error)}): mend it or take it out."
-    )
+    return UserError(f"data.source: {path} cannot be read ({_cause(error)}): repair or remove it.")
 
 
 def _cause(error: Exception) -> str:

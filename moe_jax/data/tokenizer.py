@@ -1,9 +1,9 @@
 """Text to token ids and back: bytes by default, or a tokenizer file that `tokenizers` or
 `transformers` reads.
 
-Used by `data.py` to build a corpus and by all that turns prompts and chats into text. Nothing is
-ever fetched, unpickled or run from a tokenizer's folder: only local files in the libraries' own
-formats are read, and its chat template is rendered by transformers in Jinja's sandbox.
+Nothing is ever downloaded, unpickled or run from the folder of a tokenizer: only local files in the
+formats of the libraries are read, and the chat template is rendered by transformers in Jinja's
+sandbox.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.runtime.quiet import quiet_transformers
 
-# The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides the
-# embedding's rows.
+# The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides it.
 VOCAB_MULTIPLE = 8
 
-# How tokenizer.json files commonly spell "the document ends here"; the format has no field for it.
+# Common end-of-document tokens in tokenizer.json files; the format has no field for it.
 _END_OF_DOCUMENT = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -40,32 +39,30 @@ _END_OF_DOCUMENT = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """One way of cutting text into ids.
+    """Text to ids and back.
 
-    A tokenizer that has no end-of-document token gets one more id for it, after its own.
+    A tokenizer without an end-of-document token gets one more id for it, after its own.
     """
 
     num_ids: int
-    """Ids that mean something: those of the tokenizer, and the end of a document."""
+    """The number of ids in use: those of the tokenizer, and the end of a document."""
     eos_id: int
     """Id that ends a document."""
     fingerprint: str
-    """Text that differs for tokenizers that cut differently; part of the corpus hash."""
+    """Text that differs between tokenizers that give different ids; part of the corpus hash."""
     encode_batch: Callable[[Sequence[str]], Sequence[Sequence[int] | np.ndarray]]
     """Ids of each text, without any start or end token."""
     decode_known: Callable[[Sequence[int]], str]
-    """Text of ids of the tokenizer's own; `decode` takes any id."""
+    """Text of the tokenizer's own ids; `decode` takes any id."""
     bos_id: int | None = None
-    """Id that starts a text, where the tokenizer has one."""
+    """Id that starts a text, if the tokenizer has one."""
     special: Callable[[str], list[int]] | None = None
-    """Ids of a text with the start and end tokens that the tokenizer adds of itself; None where it
-    adds none.
-    """
+    """Ids of a text with the start and end tokens that the tokenizer adds; None if it adds none."""
     special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Ids of the tokens that `decode` leaves out, by their text."""
     chat: Callable[[list[dict[str, str]]], list[int]] | None = None
-    """Ids of a conversation up to where the assistant's reply begins, by the chat template; None
-    where there is none.
+    """Ids of a conversation by the chat template, up to the start of the assistant's reply; None
+    without a template.
 
     A message has a `role` (system, user or assistant) and its `content`. Raises UserError for
     messages that the template refuses.
@@ -73,8 +70,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: `num_ids` padded up to a multiple of 8; the padding ids occur in
-        no text.
+        """Rows of the embedding: `num_ids` rounded up to a multiple of 8; the added ids occur in no
+        text.
         """
         return -(-self.num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -83,13 +80,11 @@ class Tokenizer:
         return [int(token) for token in self.encode_batch([text])[0]]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text for a model to go on from: with the start token where the tokenizer adds
-        one.
-        """
+        """Ids of a text for a model to continue: with the start token if the tokenizer adds one."""
         return self.special(text) if self.special else self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; end-of-document and padding ids give none, and bytes that are not UTF-8 give
+        """Text of ids; end-of-document and padding ids give no text, bytes that are not UTF-8 give
         U+FFFD.
         """
         return self.decode_known(
@@ -102,17 +97,15 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
 
     Args:
       spec: `bytes`, or the path of a `tokenizer.json` file or of a folder saved by `transformers`.
-      field: What the user set, such as `--model`.
+      field: what the user gave, such as `--model`.
 
     Raises:
-      UserError: there is no such path, its library is not installed, or it cannot be read.
+      UserError: the path does not exist, its library is not installed, or it cannot be read.
     """
     if spec == "bytes":
         return _bytes_tokenizer()
     path = Path(os.path.expanduser(spec))
-    if not os.path.exists(
-        path
-    ):  # unlike Path.exists, False and no error where a parent folder may not be entered
+    if not os.path.exists(path):  # Path.exists raises where a parent folder may not be entered
         raise UserError(
             f"{field}={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of "
             f"its folder."
@@ -125,12 +118,12 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
 
 
 def _bytes_tokenizer() -> Tokenizer:
-    """A byte is a token; 256 ends a document. 257 ids, padded to 264."""
+    """A token is a byte; 256 ends a document. 257 ids, padded to 264."""
     return Tokenizer(
         num_ids=257,
         eos_id=256,
         fingerprint="bytes",
-        # A prompt may hold lone surrogates, which UTF-8 has no bytes for: they become "?".
+        # A prompt may contain lone surrogates, for which UTF-8 has no bytes: they become "?".
         encode_batch=lambda texts: [
             np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8) for text in texts
         ],
@@ -150,7 +143,7 @@ def _file_tokenizer(given: str, path: Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
         raise _unreadable(given, error) from error
-    # A file may ask for truncation or padding, which would lose text or add to it.
+    # A file may request truncation or padding, which would change the text.
     inner.no_truncation()
     inner.no_padding()
     known = [
@@ -186,9 +179,7 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
         inner: Any = transformers.AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=False, local_files_only=True
         )
-    except (
-        Exception
-    ) as error:  # what a folder may lack raises errors of many kinds, with no common base
+    except Exception as error:  # an incomplete folder raises many kinds of errors
         raise _unreadable(given, error) from error
     vocabulary = inner.get_vocab()
     if not vocabulary:  # what transformers makes of a folder without a tokenizer's files
@@ -221,8 +212,8 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
 
 
 def _render_chat(given: str, inner: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation by the folder's chat template, in the sandbox that transformers renders
-    templates in.
+    """Ids of a conversation by the chat template of the folder, rendered in the sandbox of
+    transformers.
     """
     try:
         import jinja2  # noqa: F401
@@ -235,17 +226,17 @@ def _render_chat(given: str, inner: Any, messages: list[dict[str, str]]) -> list
         ids = inner.apply_chat_template(
             clean, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program: it may raise anything
         cause = " ".join(str(error).split())[:200]
         raise UserError(
             f"{given}: its chat template refuses these messages ({cause}): use other roles, or "
-            f"mend the template."
+            f"correct the template."
         ) from error
     return [int(token) for token in ids]
 
 
 def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, Any]:
-    """`num_ids` and `eos_id`; ids need not be contiguous, so it is the largest that counts."""
+    """`num_ids` and `eos_id`; ids need not be consecutive, so the largest one counts."""
     size = max(vocabulary.values(), default=-1) + 1
     return (
         {"num_ids": size + 1, "eos_id": size}
@@ -255,9 +246,7 @@ def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, Any]:
 
 
 def _clean(text: str) -> str:
-    """The text with lone surrogates replaced by "?": `tokenizers` takes nothing that UTF-8 cannot
-    hold.
-    """
+    """The text with "?" for lone surrogates: `tokenizers` refuses what UTF-8 cannot hold."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 

@@ -1,6 +1,4 @@
-"""The files of a tokenizer on their way from one folder to another, and files that say what our
-byte tokenizer does.
-"""
+"""Copies the files of a tokenizer, and writes our byte tokenizer as such files."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ from typing import Any
 
 from moe_jax.data.tokenizer import load_tokenizer
 
-# What transformers or tokenizers may read; config.json says which class a tokenizer is where
-# nothing else does.
+# What transformers or tokenizers may read; config.json can be the only file that names the class of
+# the tokenizer.
 PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -29,9 +27,7 @@ _END = "<|endoftext|>"
 
 
 def copy_tokenizer(spec: str, target: Path) -> None:
-    """Copies what `spec`, a tokenizer.json or a folder, is read from into the new folder
-    `target`.
-    """
+    """Copies the files of `spec`, a tokenizer.json or a folder, into the new folder `target`."""
     target.mkdir(parents=True)
     source = Path(spec).expanduser()
     if source.is_file():
@@ -43,10 +39,10 @@ def copy_tokenizer(spec: str, target: Path) -> None:
 
 
 def write_byte_tokenizer(target: Path) -> None:
-    """Writes the byte tokenizer as transformers reads one, into the folder `target`.
+    """Writes the byte tokenizer into the folder `target`, in the form that transformers reads.
 
-    Ids and texts are those of `load_tokenizer("bytes")`, with one difference: text that spells the
-    end token out, <|endoftext|>, becomes that token, as with any tokenizer of transformers.
+    Ids and texts are those of `load_tokenizer("bytes")`, with one difference: the text
+    <|endoftext|> becomes the end token, as with any tokenizer of transformers.
     """
     tokenizer = load_tokenizer("bytes")
     vocabulary = {character: byte for byte, character in enumerate(_characters())}
@@ -83,10 +79,10 @@ def write_byte_tokenizer(target: Path) -> None:
 
 
 def _characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2, Radford et al.,
-    2019).
+    """The character for each byte in a byte-level vocabulary (GPT-2, Radford et al., 2019).
 
-    Bytes that print stand for themselves; the others, in order, for the characters from U+0100 on.
+    Printable bytes stand for themselves; the others, in order, become the characters from U+0100
+    on.
     """
     printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]

@@ -290,7 +290,7 @@ def _busiest_beside(table: np.ndarray, busy: np.ndarray, num_experts: int) -> np
     )
     flat = table.reshape(problems, -1)
     holder = np.repeat(busy, slots, axis=1)
-    # For a slot in the busiest bin itself the second counts. If two are equally busy, both are right.
+    # For a slot in the busiest bin itself the second counts. Of equally busy ones, either will do.
     return np.where(holder == first[row, flat], second[row, flat], first[row, flat]).reshape(
         table.shape
     )

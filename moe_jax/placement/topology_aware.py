@@ -5,9 +5,8 @@ Every layer starts from several tables: even load; greedy, with each expert wher
 the present table; and some random ones, more if layers are few and small. Single changes improve
 them: two slots swap their experts, or a replica is replaced by one of another expert. For a small
 table all changes are tried at each step; otherwise a few are drawn that touch the busiest device or
-link.
-A change affects the rows of only two experts, so trying one costs O(R), not O(R E). The search is
-this project's own; it minimises the cost in cost.py.
+link. A change affects the rows of only two experts, so trying one costs O(R), not O(R E). The
+search is this project's own; it minimises the cost in cost.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Alerts: when a training line passes a limit of the config's `monitor` section, once, and when it
-is over.
+"""Alerts: one when a training line passes a limit of the `monitor` section, one when that is over.
 
     alerts = Alerts(config.monitor)
     for event in alerts.check(record):  # a training line of metrics.jsonl
@@ -19,11 +18,10 @@ import numpy as np
 from moe_jax.config.schema import MonitorConfig
 from moe_jax.tracking.metrics import load_max_over_mean
 
-# share of a limit that is well within it: between the two a value that hovers neither raises nor
-# ends an alert
+# Up to this fraction of a limit a value is well within it; above, it neither raises nor ends an
+# alert, so a value near the limit does not alternate.
 WELL = 0.8
-# training lines in a row well within the limit that end an alert; one step's load is too noisy to
-# end it
+# So many training lines in a row well within the limit end an alert; a single step is too noisy.
 CALM = 5
 
 ALERT_LABELS = {
@@ -35,32 +33,32 @@ ALERT_LABELS = {
 
 
 class _Reading(NamedTuple):
-    """What a training line says about one limit, in one layer or (None) as a whole."""
+    """The value of a training line for one limit, in one layer or (None) as a whole."""
 
     what: str
     layer: int | None
     value: float
-    found: str
-    """What the value means, with the device or expert concerned."""
+    meaning: str
+    """The value in words, with the device or expert concerned."""
     remedy: str
 
 
 class Alerts:
-    """The limits, and which of them are passed now. A resumed run takes that up by checking the
-    lines that it has, once more.
+    """The limits, and which of them are passed now. A resumed run restores this by checking its
+    earlier lines again.
     """
 
     def __init__(self, monitor: MonitorConfig):
         self._monitor = monitor
-        self._calm: dict[
-            tuple[str, int | None], int
-        ] = {}  # of each alert under way, the lines in a row well within its limit
+        # For each current alert, how many lines in a row are well within its limit.
+        self._calm: dict[tuple[str, int | None], int] = {}
 
     def check(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Event lines after a training line: `alert` where a limit is first passed, `alert_over`
-        CALM lines well within it later.
+        """Event lines after a training line: `alert` when a limit is first passed, `alert_over`
+        after CALM lines well within it.
 
-        A field that the line lacks is not checked. docs/metrics.md has the events' fields.
+        A field that is missing in the line is not checked. docs/metrics.md has the fields of the
+        events.
         """
         events = []
         for reading in _readings(record):
@@ -74,7 +72,7 @@ class Alerts:
                             record["step"],
                             reading,
                             limit,
-                            f"{reading.found} {bound}: {reading.remedy}.",
+                            f"{reading.meaning} {bound}: {reading.remedy}.",
                         )
                     )
                 self._calm[key] = 0
@@ -92,17 +90,17 @@ class Alerts:
 
 def _event(name: str, step: int, reading: _Reading, limit: float, text: str) -> dict[str, Any]:
     text = text if reading.layer is None else f"layer {reading.layer}: {text}"
-    found = {"what": reading.what, "layer": reading.layer, "value": reading.value, "limit": limit}
-    return {"step": step, "event": name, **found, "text": text[0].upper() + text[1:]}
+    values = {"what": reading.what, "layer": reading.layer, "value": reading.value, "limit": limit}
+    return {"step": step, "event": name, **values, "text": text[0].upper() + text[1:]}
 
 
 def spans(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The alerts of a run, oldest first, each with `until`: the step at which it was over, or None
-    while it goes on.
+    while it lasts.
 
     Takes event lines of metrics.jsonl.
     """
-    found: list[dict[str, Any]] = []
+    alerts: list[dict[str, Any]] = []
     open_now: dict[tuple[str, int | None], dict[str, Any]] = {}
     for event in events:
         if event["event"] in ("alert", "alert_over"):
@@ -110,9 +108,9 @@ def spans(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if earlier := open_now.pop(key, None):
                 earlier["until"] = event["step"]
             if event["event"] == "alert":
-                found.append(event | {"until": None})
-                open_now[key] = found[-1]
-    return found
+                alerts.append(event | {"until": None})
+                open_now[key] = alerts[-1]
+    return alerts
 
 
 def _readings(record: dict[str, Any]) -> Iterator[_Reading]:
@@ -141,10 +139,10 @@ def _readings(record: dict[str, Any]) -> Iterator[_Reading]:
             "raise moe.aux_loss or moe.bias_rate, or give it replicas with "
             "placement.redundant_slots"
         )
-        found = (
+        meaning = (
             f"expert {expert} has {1 + excess:.2f} times the mean load, max violation {excess:.2f}"
         )
-        yield _Reading("max_violation", number, excess, found, remedy)
+        yield _Reading("max_violation", number, excess, meaning, remedy)
         dead, count = layer["dead_experts"], load.size
         remedy = "raise moe.aux_loss or moe.bias_rate, or train fewer experts"
         yield _Reading(
@@ -163,8 +161,8 @@ def _readings(record: dict[str, Any]) -> Iterator[_Reading]:
 
 
 def _most_dropped(layers: list[dict[str, Any]]) -> str:
-    """Where most were dropped: the layer, and the rank to which its pools were full, as far as the
-    line says.
+    """Where most were dropped: the layer and, if the line has it, the rank to which the pools were
+    full.
     """
     worst = max(layers, key=lambda layer: layer.get("dropped", 0))
     if not worst.get("dropped"):

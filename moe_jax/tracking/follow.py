@@ -1,6 +1,4 @@
-"""A run as it grows: its metrics.jsonl read on from where it was left, by files alone, so that the
-run does not notice.
-"""
+"""A run in progress: reads what was appended to its metrics.jsonl, without disturbing the run."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ from moe_jax.errors import UserError
 from moe_jax.tracking.metrics import FILE_NAME, is_number, parse_record
 from moe_jax.tracking.run_dir import read_run_config
 
-QUIET_SECONDS = 30.0  # at least, without a new line, before the view says so
-
-QUIET_LINES = 10.0  # times the usual seconds between lines
+# A run is quiet after so long without a new line: the larger of seconds, and times the usual gap.
+QUIET_SECONDS = 30.0
+QUIET_LINES = 10.0
 
 
 class FollowedRun:
@@ -29,25 +27,25 @@ class FollowedRun:
         self._forget()
 
     def _forget(self) -> None:
-        """As if nothing had been read."""
+        """Sets everything as if nothing had been read."""
         self.close()
         self._offset = 0
         self.steps: int | None = None
-        """Of the whole run, by its config.yaml; None before there is one."""
+        """Steps of the whole run, from its config.yaml; None before that exists."""
         self.losses: list[float] = []
-        """Of every training line, NaN left out."""
+        """The loss of every training line, without NaN."""
         self.training: dict[str, Any] | None = None
         """The newest training line."""
         self.validation: dict[str, Any] | None = None
         self.traffic: dict[str, Any] | None = None
         self.events: list[dict[str, Any]] = []
-        """Event lines but for those of traffic and checkpoints."""
+        """Event lines, except those of traffic and checkpoints."""
         self.checkpoint: int | None = None
         self._step_seconds: deque[float] = deque(maxlen=20)
         self._fresh = True  # the next training line's time includes compilation
 
     def close(self) -> None:
-        """Closes the file that it follows."""
+        """Closes the file."""
         if self._file:
             self._file.close()
         self._file = None
@@ -59,8 +57,8 @@ class FollowedRun:
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended: all its steps are done and saved, or it stopped early and drew
-        its report.
+        """Whether the run has ended: all its steps are done and saved, or it stopped earlier and
+        drew its report.
         """
         if self.steps is None or not self.training:
             return False
@@ -75,7 +73,7 @@ class FollowedRun:
 
     @property
     def quiet(self) -> float | None:
-        """Seconds without a new line, where they are more than usual; None else."""
+        """Seconds without a new line, if they are more than usual; otherwise None."""
         if not self.training or self._file is None:
             return None
         waited = time.time() - os.fstat(self._file.fileno()).st_mtime
@@ -84,11 +82,11 @@ class FollowedRun:
 
     @property
     def step_seconds(self) -> float | None:
-        """Mean seconds a step over the newest lines, without those that include compilation."""
+        """Mean seconds per step over the newest lines, without those that include compilation."""
         return sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else None
 
     def read(self) -> None:
-        """Reads what was written since the last call; begins anew where the file was replaced, as a
+        """Reads what was written since the last call; starts again if the file was replaced, as a
         resumed run does.
         """
         path = self.run_dir / FILE_NAME

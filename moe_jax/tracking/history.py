@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl as columns, and what the report works out from them. Numpy only."""
+"""A run's metrics.jsonl as columns, and what the report computes from them. Numpy only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.tracking.metrics import is_number, iter_metrics, load_max_over_mean
 
-COUNTS = ("load", "device_load", "slot_load", "dropped_to")  # lists of a layer's record
+COUNTS = ("load", "device_load", "slot_load", "dropped_to")  # lists in the record of a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,40 +22,38 @@ class History:
     A value that is missing or null is NaN. Without MoE layers L and E are 0.
     """
 
-    train: dict[str, np.ndarray]  # float64 [N] by scalar's name, `step` among them
-    after_compile: (
-        np.ndarray
-    )  # bool [N]: not the first line of a process, whose time includes its compilation
-    validation: dict[str, np.ndarray]  # float64 [M] by scalar's name; empty without validation
+    train: dict[str, np.ndarray]  # float64 [N] by name of the scalar, `step` included
+    # bool [N]: False for the first line of a process, whose time includes compilation.
+    after_compile: np.ndarray
+    validation: dict[str, np.ndarray]  # float64 [M] by name of the scalar; may be empty
     events: list[dict[str, Any]]  # without those of traffic
     traffic: dict[str, Any] | None  # the newest traffic event
     layers: list[int]  # [L] indices of the MoE layers in the model
     load_NLE: np.ndarray  # float32 counts, by logical expert
     max_violation_NL: np.ndarray
     router_entropy_NL: np.ndarray  # nats
-    device_load_NL: np.ndarray  # load of the busiest device over the mean device's
-    slot_load: list[
-        np.ndarray
-    ]  # N of float32 [L, P] choices by slot, before drops; [L, 0] where a line has none
+    device_load_NL: np.ndarray  # load of the busiest device divided by the mean
+    # N arrays of choices by slot, before drops, float32 [L, P]; [L, 0] if a line has none.
+    slot_load: list[np.ndarray]
 
     def column(self, name: str) -> np.ndarray:
-        """The training lines' scalar `name`, float64 [N]; NaN where a line lacks it."""
+        """The scalar `name` of the training lines, float64 [N]; NaN where it is missing."""
         return self.train.get(name, np.full_like(self.train["step"], np.nan))
 
     def steady(self, name: str) -> np.ndarray:
-        """`column(name)` with NaN in the lines whose time includes a compilation, unless there are
-        no others.
+        """`column(name)` with NaN in the lines whose time includes compilation, unless there are no
+        others.
         """
         return np.where(self.after_compile | ~self.after_compile.any(), self.column(name), np.nan)
 
     def drop_share(self) -> float:
-        """Dropped share of all logged (token, choice) assignments; NaN where none was logged."""
+        """Dropped fraction of all logged (token, choice) assignments; NaN if none was logged."""
         dropped, kept = finite(self.column("dropped")).sum(), finite(self.column("kept")).sum()
         return float(dropped / (kept + dropped)) if kept + dropped else math.nan
 
 
 def read_history(path: Path) -> History:
-    """Reads a metrics.jsonl into columns. Raises UserError where it is missing, damaged, or has no
+    """Reads a metrics.jsonl into columns. Raises UserError if it is missing, damaged, or has no
     training line.
     """
     train: list[dict[str, Any]] = []
@@ -63,18 +61,18 @@ def read_history(path: Path) -> History:
     events: list[dict[str, Any]] = []
     traffic = None
     after_compile: list[bool] = []
-    fresh = True
+    compiles = True  # whether the time of the next training line includes compilation
     for record in iter_metrics(path):
         if record.get("event") == "traffic":
-            traffic = record  # a matrix a layer: only the newest is kept
+            traffic = record  # one matrix per layer: only the newest is kept
         elif "event" in record:
             events.append(record)
-            fresh = fresh or record["event"] == "resumed"
+            compiles = compiles or record["event"] == "resumed"
         elif "val_loss" in record:
             validation.append(record)
         else:
-            # Python's integers take ten times the room of an array's: a long run with many experts
-            # has millions.
+            # Python's integers take ten times the memory of an array's, and a long run with many
+            # experts has millions.
             record["layers"] = [
                 {
                     name: np.asarray(value, np.float32) if name in COUNTS else value
@@ -87,8 +85,8 @@ def read_history(path: Path) -> History:
                     load_max_over_mean(layer["device_load"]) if "device_load" in layer else None
                 )
             train.append(record)
-            after_compile.append(not fresh)
-            fresh = False
+            after_compile.append(not compiles)
+            compiles = False
     if not train:
         raise UserError(
             f"{path} has no training line yet: let the run reach its first train.log_every steps."
@@ -109,33 +107,34 @@ def read_history(path: Path) -> History:
 
 
 def decisions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The placement decisions among a run's events, oldest first.
+    """The placement decisions among the events of a run, oldest first.
 
-    Each has `realised`, the event that tells what came of it, or None, and `predicted_gain`:
-    measured as the realised gain is where there is one.
+    Each also has `realised`, the event with its measured effect, or None, and `predicted_gain`.
     """
     realised = {
         event["of_step"]: event for event in events if event["event"] == "placement_realised"
     }
-    found = []
-    for event in events:
-        if event["event"] == "placement":
-            after = realised.get(event["step"])
-            gain = after["predicted_gain"] if after else event["predicted"]["gain"]
-            found.append(event | {"realised": after, "predicted_gain": gain})
-    return found
+    return [
+        event
+        | {
+            "realised": realised.get(event["step"]),
+            "predicted_gain": event["predicted"]["gain"],
+        }
+        for event in events
+        if event["event"] == "placement"
+    ]
 
 
 def measured_link_rows(traffic: dict[str, Any]) -> np.ndarray:
-    """Rows a step from source rank to destination rank, float64 [R, R], all MoE layers of a traffic
-    event together.
+    """Rows per step from source rank to destination rank, float64 [R, R], of all MoE layers of a
+    traffic event together.
     """
     return np.sum([layer["sent"] for layer in traffic["layers"]], axis=0) / max(traffic["steps"], 1)
 
 
 def describe_links(rows_RR: np.ndarray) -> str:
-    """The busiest link between two ranks, against the mean link, and the share of rows that travel
-    at all.
+    """The busiest link between two ranks, compared with the mean, and the fraction of rows that
+    leave their device.
     """
     ranks = len(rows_RR)
     links = np.where(np.eye(ranks, dtype=bool), 0, rows_RR)
@@ -150,7 +149,7 @@ def describe_links(rows_RR: np.ndarray) -> str:
 
 
 def finite(values: np.ndarray) -> np.ndarray:
-    """The finite ones of `values`, float64 [n]."""
+    """The finite values, float64 [n]."""
     return values[np.isfinite(values)]
 
 
@@ -170,10 +169,10 @@ def median(values: np.ndarray) -> float:
 
 
 def running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Mean of each row of `values` [N, ...] and the rows before it, and over how many rows: a
-    fiftieth of N.
+    """Running mean of `values` [N, ...] over a window of N / 50 rows that ends at each row; returns
+    it and the window.
 
-    Values that are not finite are left out of the mean; where all are, it is NaN.
+    Values that are not finite are left out; if a window has no finite value, its mean is NaN.
     """
     window = max(1, len(values) // 50)
     valid = np.isfinite(values)
@@ -188,10 +187,10 @@ def running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
 def relative_load(
     step: np.ndarray, load_NLE: np.ndarray, max_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Load over its layer's mean (1 is even), in at most `max_bins` spans of steps.
+    """Load divided by the mean of its layer (1 is even), in at most `max_bins` spans of steps.
 
-    Takes `step` [N] and counts `load_NLE`. Returns the spans' edges [B + 1], in steps, and the
-    ratio [B, L, E]; a layer that got no token has ratio 0.
+    Takes `step` [N] and counts `load_NLE`. Returns the edges of the spans [B + 1], in steps, and
+    the ratio [B, L, E]; a layer without tokens has ratio 0.
     """
     starts = np.unique(
         np.linspace(0, len(step), min(len(step), max_bins), endpoint=False).astype(int)
@@ -218,7 +217,7 @@ def _layer_indices(train: list[dict[str, Any]], path: Path) -> list[int]:
         if [layer["layer"] for layer in record["layers"]] != indices:
             raise UserError(
                 f"{path} lists other MoE layers at step {record['step']} than at step "
-                f"{train[0]['step']}: keep one run a file."
+                f"{train[0]['step']}: keep one run per file."
             )
     return indices
 

@@ -1,11 +1,12 @@
-"""Today's placement beside a proposed one: what each would do with the measured traffic, as tables,
-JSON and a picture.
+"""Today's placement and a proposed one: what each does with the measured traffic, as tables, JSON
+and a picture.
 
-    found = compare(today, proposed, measured, topology)
-    print_comparison(found); comparison_figure(found).savefig("plan.png")
+    comparison = compare("plan", today, proposed, measured, topology, tensor=1, notes=[])
+    print_comparison(comparison)
+    comparison_figure(comparison).savefig("plan.png")
 
-Rows are (token, choice) pairs a step, over the whole mesh. All is arithmetic on measured traffic:
-what is predicted holds as far as the traffic stays as it was.
+Rows are (token, choice) pairs per step, over the whole mesh. Everything is computed from measured
+traffic: the prediction is right if the traffic stays as it was.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.placement.topology import Topology, one_host
 from moe_jax.tracking.traffic import MeasuredTraffic
 
-MOST_DEVICES = 32  # lines of the table of devices
-MOST_LAYERS = 16  # lines of the table of layers
-MOST_COLUMNS = 8  # of the traffic matrix; more devices are shown in the picture
+MOST_DEVICES = 32  # lines in the table of devices
+MOST_LAYERS = 16  # lines in the table of layers
+MOST_COLUMNS = 8  # of the traffic matrix; for more devices there is the picture
 
 
 class Outcome(NamedTuple):
@@ -44,7 +45,7 @@ class Comparison(NamedTuple):
     today: Outcome
     proposed: Outcome
     moves_L: np.ndarray  # experts that must be sent to a device that does not hold them
-    slots: tuple[int, int]  # a device
+    slots: tuple[int, int]  # per device, today and proposed
     notes: list[str]
 
 
@@ -57,25 +58,25 @@ def compare(
     tensor: int,
     notes: list[str],
 ) -> Comparison:
-    """What both tables, for equally many devices, do with the traffic. Without a topology all
-    devices are on one host.
+    """What both tables, for the same number of devices, do with the traffic. Without a topology
+    all devices are on one host.
     """
     ranks, traffic_LRE = proposed.ranks, measured.traffic_LRE
-    if traffic_LRE.shape[1] != ranks:  # of other sources, or unknown ones: all alike
+    if traffic_LRE.shape[1] != ranks:  # other or unknown sources: taken as equal
         traffic_LRE = np.repeat(traffic_LRE.sum(1, keepdims=True) / ranks, ranks, axis=1)
         notes = [
             *notes,
-            f"The traffic is not that of {ranks} devices: each is taken to send an equal part "
-            f"of it.",
+            f"The traffic is not that of {ranks} devices: each is assumed to send an equal "
+            f"part of it.",
         ]
     host_R = one_host(ranks) if topology is None else topology.host_of_rank(ranks, tensor)
     weight = 1.0 if topology is None else topology.between_weight
     outcomes = []
     for table in (today, proposed):
-        found = planned_traffic(table, traffic_LRE, host_R)
-        link_L = link_rows(found.sent_LRR, host_R, weight)
+        traffic = planned_traffic(table, traffic_LRE, host_R)
+        link_L = link_rows(traffic.sent_LRR, host_R, weight)
         outcomes.append(
-            Outcome(found.load_LR, found.sent_LRR.sum(0), link_L, cost(found, host_R, weight))
+            Outcome(traffic.load_LR, traffic.sent_LRR.sum(0), link_L, cost(traffic, host_R, weight))
         )
     slots = today.num_slots // ranks, proposed.num_slots // ranks
     return Comparison(
@@ -90,11 +91,9 @@ def compare(
     )
 
 
-def figures(found: Comparison) -> dict[str, tuple[float, float]]:
-    """The figures that sum it up, today and proposed; of layers the sum, or the mean where it is a
-    ratio.
-    """
-    both = (found.today, found.proposed)
+def figures(comparison: Comparison) -> dict[str, tuple[float, float]]:
+    """The figures of the summary, today and proposed: sums over layers, or means of ratios."""
+    both = (comparison.today, comparison.proposed)
 
     def each(take: Any) -> tuple[float, float]:
         return float(take(both[0])), float(take(both[1]))
@@ -113,14 +112,18 @@ def figures(found: Comparison) -> dict[str, tuple[float, float]]:
 
 
 def gain(pair: tuple[float, float]) -> float:
-    """By which part the second is lower than the first; 0 where there was nothing."""
+    """By which fraction the second is lower than the first; 0 if the first is 0."""
     return 1 - pair[1] / pair[0] if pair[0] else 0.0
 
 
-def comparison_json(found: Comparison) -> dict[str, Any]:
-    """All figures, by layer and device too."""
-    sums = {name: {"today": pair[0], "proposed": pair[1]} for name, pair in figures(found).items()}
-    gains = {name: gain(pair) for name, pair in figures(found).items() if name.endswith("_rows")}
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """All figures, also by layer and device."""
+    sums = {
+        name: {"today": pair[0], "proposed": pair[1]} for name, pair in figures(comparison).items()
+    }
+    gains = {
+        name: gain(pair) for name, pair in figures(comparison).items() if name.endswith("_rows")
+    }
     parts = {
         name: {
             "device_load": one.load_LR.sum(0).tolist(),
@@ -133,7 +136,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
                     "cost_rows": total,
                 }
                 for layer, ratio, link, total in zip(
-                    found.layers,
+                    comparison.layers,
                     max_over_mean(one.load_LR).tolist(),
                     one.link_L.tolist(),
                     one.cost_L.tolist(),
@@ -141,24 +144,24 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
                 )
             ],
         }
-        for name, one in (("today", found.today), ("proposed", found.proposed))
+        for name, one in (("today", comparison.today), ("proposed", comparison.proposed))
     }
-    slots = dict(zip(("today", "proposed"), found.slots, strict=True))
+    slots = dict(zip(("today", "proposed"), comparison.slots, strict=True))
     head = {
-        "title": found.title,
-        "moves": int(found.moves_L.sum()),
+        "title": comparison.title,
+        "moves": int(comparison.moves_L.sum()),
         "slots_per_device": slots,
         "predicted_gain": gains,
     }
     return head | {
-        "host_of_device": found.host_R.tolist(),
+        "host_of_device": comparison.host_R.tolist(),
         "figures": sums,
         **parts,
-        "notes": found.notes,
+        "notes": comparison.notes,
     }
 
 
-# What is shown.
+# What is printed.
 
 COMPARISON_LABELS = {
     "max_over_mean": "device load, max / mean, mean of layers",
@@ -169,49 +172,53 @@ COMPARISON_LABELS = {
 }
 
 
-def print_comparison(found: Comparison) -> None:
+def print_comparison(comparison: Comparison) -> None:
     """Prints tables of at most 80 columns, without frames or colours in a pipe."""
     show = _Printer()
-    show.line(found.title)
+    show.line(comparison.title)
     slots = (
-        f"{found.slots[0]:,}"
-        if found.slots[0] == found.slots[1]
-        else f"{found.slots[0]:,} today, {found.slots[1]:,} proposed"
+        f"{comparison.slots[0]:,}"
+        if comparison.slots[0] == comparison.slots[1]
+        else f"{comparison.slots[0]:,} today, {comparison.slots[1]:,} proposed"
     )
     show.line(
-        f"rows are (token, choice) pairs a step; {slots} slots a device in each of "
-        f"{len(found.layers):,} MoE layers"
+        f"rows are (token, choice) pairs per step; {slots} slots per device in each of "
+        f"{len(comparison.layers):,} MoE layers"
     )
     rows = [
         (COMPARISON_LABELS[name], *(f"{value:,.2f}" for value in pair), f"{-gain(pair):+.1%}")
-        for name, pair in figures(found).items()
+        for name, pair in figures(comparison).items()
     ]
     show.table(("", "today", "proposed", "change"), rows)
     show.table(
         ("device", "host", "today", "x mean", "proposed", "x mean"),
-        _device_rows(found),
-        _left_out(len(found.host_R), MOST_DEVICES),
+        _device_rows(comparison),
+        _left_out(len(comparison.host_R), MOST_DEVICES),
     )
     order_L = np.sort(
-        np.argsort(-(found.today.cost_L - found.proposed.cost_L), kind="stable")[:MOST_LAYERS]
+        np.argsort(-(comparison.today.cost_L - comparison.proposed.cost_L), kind="stable")[
+            :MOST_LAYERS
+        ]
     )
-    both = [(max_over_mean(one.load_LR), one.link_L) for one in (found.today, found.proposed)]
+    both = [
+        (max_over_mean(one.load_LR), one.link_L) for one in (comparison.today, comparison.proposed)
+    ]
     layers = [
         (
-            str(found.layers[i]),
+            str(comparison.layers[i]),
             *(f"{ratio[i]:.2f}" for ratio, _ in both),
             *(f"{link[i]:,.0f}" for _, link in both),
-            f"{found.moves_L[i]}",
+            f"{comparison.moves_L[i]}",
         )
         for i in order_L
     ]
     left = (
-        f"the {MOST_LAYERS} of {len(found.layers)} layers that gain most"
-        if len(found.layers) > MOST_LAYERS
+        f"the {MOST_LAYERS} of {len(comparison.layers)} layers that gain most"
+        if len(comparison.layers) > MOST_LAYERS
         else ""
     )
     show.table(("layer", "max/mean", "proposed", "link rows", "proposed", "moves"), layers, left)
-    for name, one in (("today", found.today), ("proposed", found.proposed)):
+    for name, one in (("today", comparison.today), ("proposed", comparison.proposed)):
         if len(one.sent_RR) <= MOST_COLUMNS:
             matrix = [
                 (str(source), *(f"{value:,.0f}" for value in row))
@@ -222,7 +229,7 @@ def print_comparison(found: Comparison) -> None:
                 matrix,
                 f"rows between devices, {name}, all layers",
             )
-    sums, moved = figures(found), int(found.moves_L.sum())
+    sums, moved = figures(comparison), int(comparison.moves_L.sum())
     changes = [f"{-gain(sums[name]):+.1%}" for name in ("busiest_device_rows", "busiest_link_rows")]
     show.line("")
     show.line(
@@ -230,13 +237,13 @@ def print_comparison(found: Comparison) -> None:
         f"busiest device {changes[0]}, "
         f"on the busiest link {changes[1]}."
     )
-    for note in found.notes:
+    for note in comparison.notes:
         show.line(note)
 
 
-def _device_rows(found: Comparison) -> list[tuple[str, ...]]:
-    """A line a device, the busiest today where there are many."""
-    loads = [one.load_LR.sum(0) for one in (found.today, found.proposed)]
+def _device_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """One line per device; if there are many, those that are busiest today."""
+    loads = [one.load_LR.sum(0) for one in (comparison.today, comparison.proposed)]
     means = [max(float(load.mean()), 1e-30) for load in loads]
     shown = np.sort(np.argsort(-loads[0], kind="stable")[:MOST_DEVICES])
     parts = [
@@ -244,7 +251,7 @@ def _device_rows(found: Comparison) -> list[tuple[str, ...]]:
         for load, mean in zip(loads, means, strict=True)
     ]
     return [
-        (str(r), str(found.host_R[r]), *old, *new)
+        (str(r), str(comparison.host_R[r]), *old, *new)
         for r, old, new in zip(shown, *parts, strict=True)
     ]
 
@@ -272,7 +279,7 @@ class _Printer:
         *,
         words: bool = False,
     ) -> None:
-        """A table below its caption; columns hold numbers, or `words`, which begin at the left."""
+        """A table below its caption; columns hold numbers, or `words`, which are aligned left."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table
@@ -291,21 +298,21 @@ class _Printer:
 
 
 def print_table(table: Placement, layers: list[int], only: int | None) -> None:
-    """Which experts each device holds in each layer, or in the layer `only` alone; layers that are
-    alike are told once.
+    """Which experts each device holds in each layer, or only in the layer `only`; equal layers are
+    printed once.
     """
     from moe_jax.utils.units import ranges
 
-    alike: dict[bytes, list[int]] = {}
+    equal: dict[bytes, list[int]] = {}
     for index, number in enumerate(layers):
         if only in (None, number):
-            alike.setdefault(table.physical_to_logical[index].tobytes(), []).append(index)
+            equal.setdefault(table.physical_to_logical[index].tobytes(), []).append(index)
     show = _Printer()
     show.line(
         f"{table.num_experts:,} experts in {table.num_slots // table.ranks:,} slots on each of "
         f"{table.ranks:,} devices"
     )
-    for same in alike.values():
+    for same in equal.values():
         held_RS, copies_E = table.by_rank[same[0]], table.replica_count()[same[0]]
         rows = [(str(rank), ranges(slots[slots != EMPTY])) for rank, slots in enumerate(held_RS)]
         doubled = np.flatnonzero(copies_E > 1)
@@ -325,8 +332,8 @@ def print_table(table: Placement, layers: list[int], only: int | None) -> None:
 
 
 def print_difference(old: Placement, new: Placement, layers: list[int]) -> None:
-    """What moves where between two tables for the same model and as many devices, by layer, and how
-    many in all.
+    """What moves where between two tables for the same model and number of devices, by layer, and
+    how many experts move in total.
     """
     show, total, rows = _Printer(), 0, []
     for index, number in enumerate(layers):

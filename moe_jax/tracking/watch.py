@@ -1,8 +1,8 @@
 """A live view of a run in the terminal: `moe-jax watch RUN_DIR` follows its metrics.jsonl as it
 grows.
 
-It reads files alone, so it can be begun and left at any time, on any machine that sees them; the
-run does not notice.
+It only reads files, so it can be started and stopped at any time, on any machine that sees them,
+and does not disturb the run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moe_jax.tracking.watch_frame import draw
 
 
 def watch(run_dir: Path, *, once: bool = False, interval: float = 2.0) -> None:
-    """Shows a run until it ends or Ctrl-C; with `once`, or where stdout is no terminal, prints one
+    """Shows a run until it ends or Ctrl-C; with `once`, or if stdout is not a terminal, prints one
     frame.
 
-    Looks for new lines every `interval` seconds. Raises UserError where the directory is missing or
-    a file in it damaged.
+    Looks for new lines every `interval` seconds. Raises UserError if the directory is missing or a
+    file in it is damaged.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} does not exist: give the --run-dir of a `moe-jax train`.")
@@ -44,4 +44,4 @@ def watch(run_dir: Path, *, once: bool = False, interval: float = 2.0) -> None:
                         time.sleep(interval)
                         run.read()
         except KeyboardInterrupt:
-            console.print("Left; the run goes on.")
+            console.print("Stopped watching; the run continues.")

@@ -1,6 +1,4 @@
-"""One frame of `moe-jax watch`: lines of text that fit the terminal, drawn from what has been read
-of a run.
-"""
+"""One frame of `moe-jax watch`: lines of text that fit the terminal."""
 
 from __future__ import annotations
 
@@ -20,20 +18,16 @@ if TYPE_CHECKING:
     from moe_jax.tracking.follow import FollowedRun
 
 RAMP, ASCII_RAMP = "▁▂▃▄▅▆▇█", ".:-=+*%#"
-COLUMNS = (
-    ("violation", 11),
-    ("dead", 6),
-    ("busiest dev", 13),
-    ("dropped", 9),
-)  # right of the load, and their widths
-REPEAT = 3  # characters at most for an expert
-TALL = 34  # lines from which more decisions and alerts are shown
+# Right of the load: titles and widths.
+COLUMNS = (("violation", 11), ("dead", 6), ("busiest dev", 13), ("dropped", 9))
+REPEAT = 3  # maximum number of characters per expert
+TALL = 34  # a terminal with so many lines shows more decisions and alerts
 
 
 def draw(run: FollowedRun, size: ConsoleDimensions, ascii_only: bool) -> Group:
-    """The whole frame: no line wider than the terminal, and two lines fewer than it is high."""
+    """The whole frame: no line is wider than the terminal, and it has two lines less."""
     if run.training is None:
-        missing = "its first training line" if run.steps else "a run to begin there"
+        missing = "its first training line" if run.steps else "a run to start there"
         return Group(Text(f"Waiting for {missing}: {run.run_dir}"))
     ramp = ASCII_RAMP if ascii_only else RAMP
     top = [
@@ -59,8 +53,8 @@ def draw(run: FollowedRun, size: ConsoleDimensions, ascii_only: bool) -> Group:
 
 
 def sparkline(values: list[float], width: int, ramp: str = RAMP) -> str:
-    """`values` as at most `width` characters, each the mean of its share of them, from the least to
-    the largest.
+    """`values` as at most `width` characters, each for the mean of its part of them, scaled from
+    the smallest to the largest mean.
     """
     if not values or width < 1:
         return ""
@@ -75,11 +69,11 @@ def sparkline(values: list[float], width: int, ramp: str = RAMP) -> str:
 
 
 def load_bars(load: list[int], width: int, ramp: str = RAMP) -> str:
-    """Load by expert as at most `width` characters over the layer's largest; x marks an expert
+    """Load by expert as at most `width` characters, relative to the largest; x marks an expert
     without a token.
 
-    Few experts get up to REPEAT characters each. More experts than characters share them: the
-    largest of each is shown.
+    If there are few experts, each gets up to REPEAT characters. If there are more experts than
+    characters, each character shows the largest of several.
     """
     counts = np.asarray(load, np.float64)
     shares = np.array(
@@ -148,7 +142,7 @@ def _layer_table(
     ramp: str,
     passed: set[tuple[str, int | None]],
 ) -> list[Text]:
-    """A header and a line a layer; where there are more than `room`, the least even ones."""
+    """A header and one line per layer; if there are more than `room`, the least even layers."""
     shown = layers
     if len(layers) > room:
         shown = sorted(
@@ -201,7 +195,7 @@ def _device_ratio(layer: dict[str, Any]) -> float | None:
 
 
 def _below(run: FollowedRun, alerts: list[dict[str, Any]], most: int) -> list[Text]:
-    """Links, the newest decisions, the alerts under way, and a word on how things stand."""
+    """Links, the newest decisions, the current alerts, and the state of the run."""
     lines = []
     if run.traffic:
         lines.append(
@@ -218,7 +212,7 @@ def _below(run: FollowedRun, alerts: list[dict[str, Any]], most: int) -> list[Te
     ]
     others, over = max(len(now) - most, 0), len(alerts) - len(now)
     if others or over or not now:
-        counts = f"{others} more under way" if others else "none under way" if not now else ""
+        counts = f"{others} more active" if others else "none active" if not now else ""
         lines.append(
             Text(
                 "alerts  " + ", ".join(filter(None, (counts, f"{over} over" if over else ""))),
@@ -226,20 +220,20 @@ def _below(run: FollowedRun, alerts: list[dict[str, Any]], most: int) -> list[Te
             )
         )
     if run.over:
-        how = "ended" if run.step >= (run.steps or 0) else "stopped (go on with --resume)"
+        how = "ended" if run.step >= (run.steps or 0) else "stopped (continue with --resume)"
         lines.append(
             Text(f"The run has {how}; report: {run.run_dir / 'report.html'}", style="bold")
         )
     elif run.quiet is not None:
         lines.append(
             Text(
-                f"No new line for {duration(run.quiet)}: a long step, or the run was killed (go "
-                f"on with --resume).",
+                f"No new line for {duration(run.quiet)}: a long step, or the run was killed "
+                f"(continue with --resume).",
                 style="yellow",
             )
         )
     else:
-        lines.append(Text("Ctrl-C leaves; the run goes on.", style="dim"))
+        lines.append(Text("Ctrl-C stops watching; the run continues.", style="dim"))
     return lines
 
 
@@ -257,5 +251,5 @@ def _decision(decision: dict[str, Any]) -> Text:
 
 
 def _figure(value: Any, form: str) -> str:
-    """A number as text; - where the line has none, or one that is not finite."""
+    """A number as text; - if the line has none, or one that is not finite."""
     return format(value, form) if is_number(value) and math.isfinite(value) else "-"

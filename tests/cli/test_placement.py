@@ -143,7 +143,7 @@ def test_load_without_sources_needs_ranks(here, capsys):
     assert "give --ranks" in capsys.readouterr().err
     assert call("plan", "load.json", "--ranks", 4, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert "each is taken to send an equal part" in " ".join(found["notes"])
+    assert "each is assumed to send an equal part" in " ".join(found["notes"])
     assert len(found["host_of_device"]) == 4
 
 

@@ -42,7 +42,7 @@ def training(step: int, **changes: object) -> dict:
 
 
 def decision(step: int, *, accepted: bool = True) -> dict:
-    predicted = {"gain": 0.24, "device_load_before": [80, 20], "device_load_after": [60, 40]}
+    predicted = {"gain": 0.25, "device_load_before": [80, 20], "device_load_after": [60, 40]}
     return {
         "event": "placement",
         "step": step,

@@ -287,7 +287,7 @@ def test_report_of_a_run_with_placement(tmp_path: Path) -> None:
         "3",
         "refused",
         refused,
-        "24.0%",
+        "25.0%",
         "not measured",
         "3",
         "3.0 MiB",

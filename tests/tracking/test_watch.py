@@ -151,7 +151,7 @@ def test_a_resumed_run_is_read_anew_and_its_config_too(tmp_path: Path) -> None:
 def test_a_quiet_run_is_told_from_one_that_stopped(tmp_path: Path) -> None:
     run_dir = begin(tmp_path / "r", [monitored_run.training(1), monitored_run.training(2)])
     run = read(run_dir)
-    assert run.quiet is None and "Ctrl-C leaves" in frame(run)[-1]
+    assert run.quiet is None and "Ctrl-C stops watching" in frame(run)[-1]
     (run_dir / "report.html").write_text("")  # drawn by hand, while the run goes on
     assert not run.over
     past = time.time() - 100
@@ -159,14 +159,14 @@ def test_a_quiet_run_is_told_from_one_that_stopped(tmp_path: Path) -> None:
     os.utime(run_dir / "report.html", (past - 1, past - 1))
     assert not run.over and frame(run)[-1].startswith("No new line for 1 min 40 s")
     os.utime(run_dir / "report.html", (past + 1, past + 1))
-    assert run.over and frame(run)[-1].startswith("The run has stopped (go on with --resume)")
+    assert run.over and frame(run)[-1].startswith("The run has stopped (continue with --resume)")
 
 
 def test_a_run_that_has_not_begun_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch(tmp_path)
-    assert "Waiting for a run to begin there" in capsys.readouterr().out
+    assert "Waiting for a run to start there" in capsys.readouterr().out
     begin(tmp_path, [])
     watch(tmp_path, once=True)
     assert "Waiting for its first training line" in capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_ctrl_c_leaves(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(watching.time, "sleep", interrupt)
     watch(begin(tmp_path, [monitored_run.training(1)]))
-    assert "Left; the run goes on." in capsys.readouterr().out
+    assert "Stopped watching; the run continues." in capsys.readouterr().out
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
-"""The report's figures about devices: their load over time, what each placement decision did to it,
-links and replicas.
+"""The report's figures about devices: load over time, the effect of each placement decision, links
+and replicas.
 
-In the manner of `figures.py`. Rank r is the r-th device along the expert axis.
+In the style of `training.py` beside it. Rank r is the r-th device along the expert axis.
 """
 
 from __future__ import annotations
@@ -29,45 +29,36 @@ from moe_jax.tracking.figures.style import (
 )
 from moe_jax.tracking.history import History, decisions, describe_links, finite, measured_link_rows
 
-NEWEST = 4  # decisions whose loads are drawn
-MAX_NUMBERED = 8  # ranks up to which the link figure writes its numbers
-MAX_REPLICATED = 16  # experts whose replicas are drawn, the busiest
-LABEL = {
-    "facecolor": "white",
-    "edgecolor": "none",
-    "alpha": 0.75,
-    "pad": 1.5,
-}  # behind numbers on a dark ground
-SHADES = (
-    "#9ecae1",
-    "#fdd0a2",
-    "#a1d99b",
-    "#dadaeb",
-    "#fcbba1",
-    "#d9d9d9",
-)  # of replicas; dark text reads well on each
+NEWEST = 4  # so many decisions are drawn with their loads
+MAX_NUMBERED = 8  # with more ranks the link figure has no numbers
+MAX_REPLICATED = 16  # of so many experts, the busiest, replicas are drawn
+LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5}  # behind numbers
+# Of replicas; dark text is legible on each.
+SHADES = ("#9ecae1", "#fdd0a2", "#a1d99b", "#dadaeb", "#fcbba1", "#d9d9d9")
 
 
 def placement_figures(history: History, table: Placement | None) -> dict[str, Figure]:
-    """The figures that `history` has data for, by file name without its ending; `table` is the
-    newest checkpoint's.
+    """The figures for which `history` has data, by file name without its ending; `table` is that of
+    the newest checkpoint.
     """
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     if finite(history.device_load_NL).size:
-        found["device_load"] = device_load(history)
+        figures["device_load"] = device_load(history)
     done = [decision for decision in decisions(history.events) if decision["accepted"]]
     if done:
-        found["placement_effect"] = placement_effect(done)
+        figures["placement_effect"] = placement_effect(done)
     if history.traffic:
-        found["link_traffic"] = link_traffic(history.traffic)
+        figures["link_traffic"] = link_traffic(history.traffic)
     step = None if table is None else _step_of(history, table)
     if table is not None and step is not None:
-        found["replica_use"] = replica_use(history, table, step)
-    return found
+        figures["replica_use"] = replica_use(history, table, step)
+    return figures
 
 
 def device_load(history: History) -> Figure:
-    """The busiest device's load over the mean, a line a MoE layer, with the placement decisions."""
+    """Load of the busiest device divided by the mean, one line per MoE layer, with the placement
+    decisions.
+    """
     figure, (ax,) = step_figure(history, "device load, max / mean")
     ends, latest = layer_lines(ax, history, history.device_load_NL)
     seen = history.device_load_NL[np.isfinite(history.device_load_NL).all(1)]
@@ -101,8 +92,8 @@ def device_load(history: History) -> Figure:
 
 
 def placement_effect(done: list[dict[str, Any]]) -> Figure:
-    """Load by rank before each of the newest accepted decisions, as predicted and as measured after
-    it.
+    """Load by rank before each of the newest accepted decisions, and after it as predicted and as
+    measured.
     """
     shown = done[-NEWEST:]
     across = min(len(shown), 2)
@@ -135,7 +126,7 @@ def placement_effect(done: list[dict[str, Any]]) -> Figure:
 
 
 def _effect_panel(ax: Axes, decision: dict[str, Any]) -> None:
-    """One decision's loads over their mean, by rank."""
+    """The loads of one decision divided by their mean, by rank."""
     predicted, realised = decision["predicted"], decision["realised"]
     edges = np.arange(len(predicted["device_load_before"]) + 1) - 0.5
     ax.stairs(
@@ -180,8 +171,8 @@ def _over_mean(load: list[float]) -> np.ndarray:
 
 
 def link_traffic(traffic: dict[str, Any]) -> Figure:
-    """Rows that went from each rank to each other, a step, all MoE layers together; the diagonal
-    stays on its device.
+    """Rows from each rank to each other rank, per step, of all MoE layers together; rows on the
+    diagonal stay on their device.
     """
     rows_RR = measured_link_rows(traffic)
     ranks = len(rows_RR)
@@ -192,9 +183,8 @@ def link_traffic(traffic: dict[str, Any]) -> Figure:
     norm, ticks = load_scale(rows_RR[~own] / mean)
     edges = np.arange(ranks + 1) - 0.5
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#dddddd", under="black")
-    shown_RR = np.where(
-        rows_RR > 0, np.maximum(rows_RR / mean, min(ticks)), 1e-9
-    )  # a link without rows is below the scale
+    # A link without rows is below the scale.
+    shown_RR = np.where(rows_RR > 0, np.maximum(rows_RR / mean, min(ticks)), 1e-9)
     ax.pcolormesh(edges, edges, np.ma.masked_array(shown_RR, own), cmap=colours, norm=norm)
     if ranks <= MAX_NUMBERED:
         for source, destination in np.ndindex(ranks, ranks):
@@ -227,8 +217,8 @@ def link_traffic(traffic: dict[str, Any]) -> Figure:
 
 
 def replica_use(history: History, table: Placement, step: int) -> Figure:
-    """How the choices of the busiest replicated experts were shared among their replicas, by
-    device, in the training line `step`.
+    """How the choices of the busiest replicated experts were divided among their replicas, by
+    device, in the training line of `step`.
     """
     load_LP = history.slot_load[int(np.flatnonzero(history.column("step") == step)[0])]
     per_rank = table.num_slots // table.ranks
@@ -280,8 +270,8 @@ def replica_use(history: History, table: Placement, step: int) -> Figure:
 
 
 def _step_of(history: History, table: Placement) -> int | None:
-    """The newest training line whose choices by slot add up to those by expert under `table`; None
-    without one or without replicas.
+    """The step of the newest training line whose choices by slot add up to those by expert under
+    `table`; None if there is none, or no replicas.
     """
     if not np.any(table.replica_count() > 1):
         return None

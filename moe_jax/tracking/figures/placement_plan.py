@@ -1,5 +1,5 @@
 """The picture of `moe-jax placement plan`: load by device, and rows between devices, today and as
-proposed; in the manner of figures.py.
+proposed; in the style of `training.py` beside it.
 """
 
 from __future__ import annotations
@@ -15,46 +15,47 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from moe_jax.tracking.figures.style import BLUE, GREY, ORANGE, WIDTH
 from moe_jax.tracking.placement_report import Comparison, figures
 
-FEW = 64  # devices up to which bars stand apart
+FEW = 64  # up to so many devices there are separate bars
 
 
-def comparison_figure(found: Comparison) -> Figure:
-    """Bars of each device's rows a step, and two heat maps of the rows from device to device, of
-    all MoE layers together.
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Bars of the rows per step of each device, and two heat maps of the rows from device to
+    device, of all MoE layers together.
     """
     figure = Figure(figsize=(WIDTH, 7.4), dpi=120, layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(0.8, 1))[:, 0]
-    _bars(above.subplots(), found)
+    _bars(above.subplots(), comparison)
     maps = below.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"]
     between = [
-        one.sent_RR * (1 - np.eye(len(one.sent_RR))) for one in (found.today, found.proposed)
+        one.sent_RR * (1 - np.eye(len(one.sent_RR)))
+        for one in (comparison.today, comparison.proposed)
     ]
     norm = Normalize(0, max(max(rows.max(initial=0.0) for rows in between), 1e-9))
     for ax, rows, own, name in zip(
-        maps, between, (found.today, found.proposed), ("today", "proposed"), strict=True
+        maps, between, (comparison.today, comparison.proposed), ("today", "proposed"), strict=True
     ):
-        _heat_map(ax, rows, found.host_R, norm)
+        _heat_map(ax, rows, comparison.host_R, norm)
         kept = float(np.trace(own.sent_RR) / max(own.sent_RR.sum(), 1e-30))
         ax.set_title(
             f"{name}: {kept:.0%} of the rows stay on their device", fontsize=10, loc="left"
         )
     bar = below.colorbar(ScalarMappable(norm, colours), ax=maps, pad=0.02, fraction=0.05, aspect=25)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    bar.set_label("rows a step (grey: within a device)", fontsize=9)
-    sums = figures(found)
+    bar.set_label("rows per step (grey: within a device)", fontsize=9)
+    sums = figures(comparison)
     load, link = sums["max_over_mean"], sums["busiest_link_rows"]
     title = (
         f"Busiest device {load[0]:.2f} to {load[1]:.2f} times the mean, busiest link "
-        f"{link[0]:,.0f} to {link[1]:,.0f} rows a step"
+        f"{link[0]:,.0f} to {link[1]:,.0f} rows per step"
     )
-    figure.suptitle(f"{found.title}\n{title}", fontsize=12, x=0.01, ha="left")
+    figure.suptitle(f"{comparison.title}\n{title}", fontsize=12, x=0.01, ha="left")
     return figure
 
 
-def _bars(ax: Axes, found: Comparison) -> None:
-    """Rows a step of each device, today and proposed; lines where there are many devices."""
-    loads = [one.load_LR.sum(0) for one in (found.today, found.proposed)]
+def _bars(ax: Axes, comparison: Comparison) -> None:
+    """Rows per step of each device, today and proposed; lines where there are many devices."""
+    loads = [one.load_LR.sum(0) for one in (comparison.today, comparison.proposed)]
     ranks = np.arange(len(loads[0]))
     for load, colour, name, shift in zip(
         loads, (ORANGE, BLUE), ("today", "proposed"), (-0.2, 0.2), strict=True
@@ -67,7 +68,7 @@ def _bars(ax: Axes, found: Comparison) -> None:
     ax.set_xlim(-0.6, len(ranks) - 0.4)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("device", fontsize=10)
-    ax.set_ylabel("rows a step, all layers", fontsize=10)
+    ax.set_ylabel("rows per step, all layers", fontsize=10)
     ax.grid(axis="y", color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What all pictures of a run share: colours, axes of steps, lines of layers."""
+"""What all pictures of a run share: colours, axes over steps, one line per layer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ WIDTH = 9.0  # inches, of every figure
 
 MAX_PANELS = 12  # of the load heatmap
 
-MAX_NAMED_LAYERS = 8  # with more, a colour bar takes the place of names
+MAX_NAMED_LAYERS = 8  # for more layers there is a colour bar instead of names
 
-MAX_BINS = 300  # spans of steps across a panel of the heatmap
+MAX_BINS = 300  # spans of steps in a panel of the heatmap
 
-End = tuple[str, float, object]  # a line's name, the height at which it ends, its colour
+End = tuple[str, float, object]  # name of a line, the height at which it ends, colour
 
 
 def step_figure(history: History, *labels: str) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel above the other for each y label, over the run's steps."""
+    """A figure with one panel per y label, one above the other, over the steps of the run."""
     figure = Figure(
         figsize=(WIDTH, 3.6 if len(labels) == 1 else 5.0), dpi=120, layout="constrained"
     )
@@ -40,13 +40,14 @@ def step_figure(history: History, *labels: str) -> tuple[Figure, list[Axes]]:
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
-        ax.xaxis.set_major_locator(_step_ticks(history, 10))
+        ax.xaxis.set_major_locator(step_ticks(history, 10))
         ax.set_xlim((step[0], step[-1]) if len(step) > 1 else (step[0] - 1, step[0] + 1))
     axes[-1].set_xlabel("step", fontsize=10)
     return figure, axes
 
 
-def _step_ticks(history: History, most: int) -> FixedLocator | MaxNLocator:
+def step_ticks(history: History, most: int) -> FixedLocator | MaxNLocator:
+    """At most `most` ticks on the axis of steps."""
     step = history.column("step")
     return (
         MaxNLocator(nbins=most, steps=[1, 2, 5, 10], integer=True)
@@ -55,8 +56,8 @@ def _step_ticks(history: History, most: int) -> FixedLocator | MaxNLocator:
     )
 
 
-def _line(ax: Axes, step: np.ndarray, values: np.ndarray, colour: object) -> None:
-    """A line over the steps; with few points they are marked, so that a single one can be seen."""
+def draw_line(ax: Axes, step: np.ndarray, values: np.ndarray, colour: object) -> None:
+    """A line over the steps; few points are marked, so that a single one can be seen."""
     marker = "o" if np.isfinite(values).sum() <= 30 else None
     ax.plot(
         step,
@@ -70,16 +71,16 @@ def _line(ax: Axes, step: np.ndarray, values: np.ndarray, colour: object) -> Non
     )
 
 
-def _smooth_line(ax: Axes, history: History, values: np.ndarray, colour: str, name: str) -> End:
-    """Draws the running mean of `values` over the faint values; `name` is a format for its last
-    value.
+def smooth_line(ax: Axes, history: History, values: np.ndarray, colour: str, name: str) -> End:
+    """Draws `values` faintly and their running mean strongly; `name` is a format for the last
+    mean.
     """
     step, (smooth, window) = history.column("step"), running_mean(values)
     if window > 1:
         ax.plot(step, values, color=colour, alpha=0.35, linewidth=0.8)
-    # Each mean stands in the middle of its steps: at their end, a falling line would run above its
+    # Each mean is drawn in the middle of its steps: at their end, a falling line would be above its
     # values.
-    _line(ax, running_mean(step)[0], smooth, colour)
+    draw_line(ax, running_mean(step)[0], smooth, colour)
     return (
         name.format(last(smooth)) + (f"\n(mean of {window})" if window > 1 else ""),
         last(smooth),
@@ -88,8 +89,8 @@ def _smooth_line(ax: Axes, history: History, values: np.ndarray, colour: str, na
 
 
 def layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[list[End], list[float]]:
-    """A line of running means for each MoE layer, dark to bright with depth; returns names for few
-    layers, and last values.
+    """One line of running means per MoE layer, brighter with depth; returns the names, if there are
+    few layers, and the last values.
     """
     step, (smooth_NL, window) = running_mean(history.column("step"))[0], running_mean(values_NL)
     if window > 1:
@@ -99,7 +100,7 @@ def layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[list
     # The brightest fifth of the scale is too pale to read on white.
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, 256)))
     for index, layer in enumerate(history.layers):
-        _line(ax, step, smooth_NL[:, index], colours(norm(layer)))
+        draw_line(ax, step, smooth_NL[:, index], colours(norm(layer)))
     latest = [last(smooth_NL[:, index]) for index in range(len(history.layers))]
     if few:
         return [
@@ -115,13 +116,13 @@ def layer_lines(ax: Axes, history: History, values_NL: np.ndarray) -> tuple[list
 
 
 def name_ends(ax: Axes, ends: list[End]) -> None:
-    """Writes each line's name right of the panel at the height where it ends, moved apart where
-    they would overlap.
+    """Writes the name of each line to the right of the panel, at the height where the line ends;
+    names that would overlap are moved apart.
     """
     ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
     if not ends:
         return
-    ax.get_ylim()  # settles the limits that the heights depend on
+    ax.get_ylim()  # fixes the limits on which the heights depend
     true = [
         float(
             ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], height)))[1]
@@ -154,8 +155,8 @@ def name_ends(ax: Axes, ends: list[End]) -> None:
         ax.annotate(name, (1, height), (1.02, label_height), arrowprops=line, **at, **text)
 
 
-def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
-    """A logarithmic axis where positive values span more than a factor of ten."""
+def log_if_wide(ax: Axes, values: np.ndarray) -> None:
+    """A logarithmic axis if the values are positive and span more than a factor of ten."""
     values = finite(values)
     if values.size and values.min() > 0 and values.max() > 10 * values.min():
         ax.set_yscale("log")
@@ -165,7 +166,7 @@ def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
 
 
 def load_scale(ratio_BLE: np.ndarray) -> tuple[LogNorm, list[float]]:
-    """A logarithmic colour scale with 1 in its middle that holds 99% of the ratios, and its
+    """A logarithmic colour scale with 1 in its middle that covers 99% of the ratios, and its
     ticks.
     """
     positive = ratio_BLE[ratio_BLE > 0]

@@ -1,9 +1,9 @@
-"""The figures of a run's report, drawn with matplotlib from its history. `report.py` imports this
-only when it draws.
+"""The figures of a run's report, drawn with matplotlib from its history. `tracking/report.py`
+imports this only when it draws.
 
-Made without pyplot, so nothing global is touched. One size and manner for all: thin grid, colours
-that colour-blind readers can tell apart, names at the ends of the lines, a title that says what is
-seen.
+Drawn without pyplot, so nothing global changes. All have the same size and style: a thin grid,
+colours that colour-blind readers can distinguish, names at the ends of the lines, and a title that
+says what the figure shows.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from moe_jax.tracking.figures.style import (
     MAX_PANELS,
     ORANGE,
     WIDTH,
-    _line,
-    _log_if_wide,
-    _smooth_line,
-    _step_ticks,
+    draw_line,
     layer_lines,
     load_scale,
+    log_if_wide,
     name_ends,
+    smooth_line,
     step_figure,
+    step_ticks,
 )
 from moe_jax.tracking.history import (
     History,
@@ -52,8 +52,8 @@ from moe_jax.tracking.history import (
 
 
 def all_figures(history: History) -> dict[str, Figure]:
-    """The figures that `history` has data for, by file name without its ending, in the report's
-    order.
+    """The figures for which `history` has data, by file name without its ending, in the order of
+    the report.
     """
     draw: dict[str, Callable[[History], Figure]] = {"loss": loss}
     if history.layers:
@@ -68,12 +68,10 @@ def all_figures(history: History) -> dict[str, Figure]:
 
 
 def loss(history: History) -> Figure:
-    """Training cross-entropy, each line faint and a running mean strong, with the validation
-    losses.
-    """
+    """Training cross-entropy, faint with a strong running mean, and the validation losses."""
     ce = history.column("ce_loss")
     figure, (ax,) = step_figure(history, "cross-entropy (nats/token)")
-    ends = [_smooth_line(ax, history, ce, BLUE, "training {:.3f}")]
+    ends = [smooth_line(ax, history, ce, BLUE, "training {:.3f}")]
     title = (
         f"Training loss from {first(ce):.2f} to {last(running_mean(ce)[0]):.2f}"
         if len(ce) > 1
@@ -94,14 +92,14 @@ def loss(history: History) -> Figure:
         ends.append((f"validation {last(val_loss):.3f}", last(val_loss), ORANGE))
         title += f", validation loss to {last(val_loss):.2f}"
     ax.set_title(title, loc="left", fontsize=12)
-    _log_if_wide(ax, ce)
+    log_if_wide(ax, ce)
     name_ends(ax, ends)
     return figure
 
 
 def expert_load(history: History) -> Figure:
-    """A heatmap a MoE layer: expert over step, coloured by its load over the layer's mean (1 is
-    even).
+    """One heatmap per MoE layer: expert over step, coloured by load divided by the layer's mean (1
+    is even).
     """
     count = len(history.layers)
     shown = np.linspace(0, count - 1, min(count, MAX_PANELS)).round().astype(int)
@@ -119,7 +117,7 @@ def expert_load(history: History) -> Figure:
         ax.pcolormesh(edges, np.arange(len(image_EB) + 1) - 0.5, image_EB, cmap=colours, norm=norm)
         ax.set_title(f"layer {history.layers[layer]}", fontsize=9, loc="left")
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        ax.xaxis.set_major_locator(_step_ticks(history, 5))
+        ax.xaxis.set_major_locator(step_ticks(history, 5))
         ax.tick_params(labelsize=8, labelbottom=index + across >= len(shown))
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("expert", fontsize=10)
@@ -142,11 +140,11 @@ def expert_load(history: History) -> Figure:
 
 
 def load_imbalance(history: History) -> Figure:
-    """The fullest expert's excess over the mean, a line a MoE layer."""
+    """The excess of the busiest expert over the mean, one line per MoE layer."""
     figure, (ax,) = step_figure(history, "max load / mean load - 1")
     ends, latest = layer_lines(ax, history, history.max_violation_NL)
     title = (
-        f"A layer's fullest expert ended {np.mean(latest):.0%} above the mean, on average "
+        f"A layer's busiest expert ended {np.mean(latest):.0%} above the mean, on average "
         f"over layers"
     )
     ax.set_title(title, loc="left", fontsize=12)
@@ -156,7 +154,7 @@ def load_imbalance(history: History) -> Figure:
 
 
 def router_entropy(history: History) -> Figure:
-    """Router entropy, a line a MoE layer, and its maximum ln E, dashed."""
+    """Router entropy, one line per MoE layer, and its maximum ln E, dashed."""
     experts = history.load_NLE.shape[2]
     figure, (ax,) = step_figure(history, "router entropy (nats)")
     ends, latest = layer_lines(ax, history, history.router_entropy_NL)
@@ -172,11 +170,11 @@ def router_entropy(history: History) -> Figure:
 
 
 def drop_rate(history: History) -> Figure:
-    """Share of the (token, choice) assignments that found no room."""
+    """Fraction of the (token, choice) assignments that were dropped."""
     kept, dropped = history.column("kept"), history.column("dropped")
     share, total = dropped / np.maximum(kept + dropped, 1), history.drop_share()
     figure, (ax,) = step_figure(history, "dropped (% of assignments)")
-    end = _smooth_line(ax, history, share, BLUE, "{:.2%}")
+    end = smooth_line(ax, history, share, BLUE, "{:.2%}")
     title = (
         f"{total:.2%} of the expert assignments were dropped over the run"
         if total
@@ -184,14 +182,14 @@ def drop_rate(history: History) -> Figure:
     )
     ax.set_title(title, loc="left", fontsize=12)
     top = max(1.05 * float(finite(share).max(initial=0.0)), 0.01)
-    ax.set_ylim(-0.03 * top, top)  # a line of zeros stays clear of the frame
+    ax.set_ylim(-0.03 * top, top)  # keeps a line of zeros off the frame
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     name_ends(ax, [end])
     return figure
 
 
 def throughput(history: History) -> Figure:
-    """Tokens/s and model FLOPs utilisation with their medians, without the lines that include a
+    """Tokens/s and model FLOPs utilisation with their medians, without the lines that include
     compilation.
     """
     figure, axes = step_figure(history, "tokens/s", "MFU (% of matmul rate)")
@@ -206,7 +204,7 @@ def throughput(history: History) -> Figure:
         if not seen.size:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, color=GREY, ha="center")
             continue
-        _line(ax, history.column("step"), values, colour)
+        draw_line(ax, history.column("step"), values, colour)
         margin = 0.08 * np.ptp(seen) or 0.05 * abs(middle) or 1.0
         ax.set_ylim(max(0.0, seen.min() - margin), seen.max() + margin)
         ax.axhline(middle, color=GREY, linestyle="--", linewidth=1)
@@ -224,10 +222,10 @@ def gradient(history: History) -> Figure:
     """Global gradient norm before clipping, and the learning rate."""
     norm, rate = history.column("grad_norm"), history.column("lr")
     figure, axes = step_figure(history, "gradient norm", "learning rate")
-    ends = [_smooth_line(axes[0], history, norm, BLUE, "{:.3g}")]
-    _log_if_wide(axes[0], norm)
+    ends = [smooth_line(axes[0], history, norm, BLUE, "{:.3g}")]
+    log_if_wide(axes[0], norm)
     name_ends(axes[0], ends)
-    _line(axes[1], history.column("step"), rate, ORANGE)
+    draw_line(axes[1], history.column("step"), rate, ORANGE)
     axes[1].set_ylim(bottom=0)
     name_ends(axes[1], [(f"{last(rate):.2g}", last(rate), ORANGE)])
     title = (
