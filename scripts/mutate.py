@@ -44,7 +44,9 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "placement": Room(("moe_jax/placement/*.py",), ("tests/placement",)),
+    "placement": Room(
+        ("moe_jax/placement/*.py",), ("tests/placement", "tests/cli/test_placement.py")
+    ),
     "ops": Room(("moe_jax/ops/**/*.py",), ("tests/ops",)),
     "moe": Room(("moe_jax/moe/*.py",), ("tests/moe",)),
     "packing": Room(

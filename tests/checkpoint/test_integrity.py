@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint.integrity import checksum_texts, seal_directory
+from moe_jax.checkpoint.integrity import (
+    checksum_texts,
+    read_manifest,
+    seal_directory,
+    verify_directory,
+)
 
 
 def checksum_of(array: jax.Array) -> str:
@@ -99,3 +104,9 @@ def test_a_sealed_directory_has_reached_the_disk(
     everything = [tmp_path / "sealed", *(tmp_path / "sealed").rglob("*")]
     assert len(everything) == 8  # with the manifest and its seal
     assert {path.stat().st_ino for path in everything} == flushed
+
+    def fail(handle: int) -> None:
+        raise OSError("reading writes nothing")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    verify_directory(tmp_path / "sealed", read_manifest(tmp_path / "sealed"))

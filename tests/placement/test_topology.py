@@ -89,6 +89,10 @@ def test_the_example_file_reads():
     [
         (("hosts: 2", "hosts: 3"), "hosts=3 x devices_per_host=4 = 12 devices, but the mesh has 8"),
         (("hosts: 2", "host: 2"), "there is no key 'host'; did you mean hosts"),
+        (
+            ("bandwidth_within:", "bandwidth:"),
+            "there is no key 'bandwidth'; did you mean bandwidth_within or bandwidth_between?",
+        ),
         (("hosts: 2", "hosts: two"), "hosts='two' must be a whole number"),
         (("hosts: 2", "hosts: 0"), "hosts=0: it must be a finite number above 0"),
         (("hosts: 2\n", ""), "leaves out hosts"),
