@@ -227,19 +227,18 @@ def _generate(
 
     opened = choice.open(check)
     from moe_jax.generation.sampling import Sampler
-    from moe_jax.inference.load import Session
     from moe_jax.profiling import machine
 
     loaded, figures = opened.model, GenerationStats()
     ids = tokens(loaded.tokenizer)
-    sampler = Sampler(options, loaded.tokenizer.num_ids)
+    sampler = Sampler([options], loaded.tokenizer.num_ids)
     limits: dict[str, Any] = {
         "max_tokens": max_tokens,
         "stop": stop,
         "slide": choice.is_run,
         "reply": system is not None,
     }
-    write_pieces(pieces(loaded, Reader(Session(loaded)), ids, sampler, figures=figures, **limits))
+    write_pieces(pieces(loaded, Reader(loaded.session()), ids, sampler, figures=figures, **limits))
     if sys.stdout.isatty():
         sys.stdout.write("\n")
     say(figures.sentence(loaded.context))
@@ -253,8 +252,8 @@ def _generate(
 
 def _say_experts(choice: ModelChoice, opened: Opened) -> None:
     """What --expert-cache-size came to."""
-    if choice.expert_cache is not None:
-        counts = opened.model.engine.counts  # type: ignore[union-attr]
+    counts = None if choice.expert_cache is None else opened.model.engine.expert_counts
+    if counts is not None:
         say(
             f"experts: {counts.hit_rate:.1%} found on the device, "
             f"{gibibytes(counts.bytes_per_token)} fetched a token"
@@ -406,17 +405,16 @@ def bench(
             ).perplexity
     opened = choice.open()
     from moe_jax.generation.bench import bench as run_bench
-    from moe_jax.inference.load import Session
 
     figures |= run_bench(
         opened.model,
-        Session(opened.model, batch),
+        opened.model.session(batch),
         prompt=prompt,
         generated=generated,
         repeats=repeats,
     )
     if expert_cache_size is not None:
-        figures |= opened.model.engine.figures()  # type: ignore[union-attr]
+        figures |= opened.model.engine.expert_figures()
     figures |= {
         "load_seconds": opened.seconds,
         "compile_seconds": figures["compile_seconds"] + opened.compile_seconds,

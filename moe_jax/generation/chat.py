@@ -60,15 +60,13 @@ class Conversation:
         """Raises UserError where the tokenizer has no chat template, or it refuses the system
         prompt.
         """
-        from moe_jax.inference.load import Session
-
         self.figures = GenerationStats()
         """Of the last reply."""
         self.messages = first_messages(system)
         check_template(loaded.tokenizer, system)
         self._loaded, self._system, self._max_tokens, self._stop = loaded, system, max_tokens, stop
-        self._reader = Reader(Session(loaded))
-        self._sampler = Sampler(options, loaded.tokenizer.num_ids)
+        self._reader = Reader(loaded.session())
+        self._sampler = Sampler([options], loaded.tokenizer.num_ids)
 
     def reset(self) -> None:
         """Forgets all but the system prompt."""

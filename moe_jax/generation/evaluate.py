@@ -66,7 +66,7 @@ def evaluate(
     if len(tokens) < 2:
         raise UserError(f"--text has {len(tokens)} tokens: give a text of at least two.")
     window = min(window, len(tokens) - 1)
-    nats, count, rows = 0.0, 0, loaded.engine.mesh.shape["data"]
+    nats, count, rows = 0.0, 0, loaded.engine.plan.mesh.shape["data"]
     columns = (
         TextColumn("evaluating"),
         MofNCompleteColumn(),
@@ -81,9 +81,7 @@ def evaluate(
     ):
         task = bar.add_task("", total=math.ceil((len(tokens) - 1) / window), found="")
         for begin in range(0, len(tokens) - 1, window):
-            some_nats, some = loaded.engine.score(
-                loaded.params, loaded.tables, *_window(tokens, begin, window, rows)
-            )
+            some_nats, some = loaded.engine.score(*_window(tokens, begin, window, rows))
             nats, count = nats + float(some_nats), count + int(some)
             if not math.isfinite(nats):
                 raise UserError(

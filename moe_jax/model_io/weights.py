@@ -25,9 +25,9 @@ from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference import packed_checkpoint, restore
-from moe_jax.inference.engine import Engine
 from moe_jax.model_io.describe import CONVERTED, RUN, Description
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.tracking.run_dir import read_run_config
@@ -68,10 +68,10 @@ def open_weights(
     return Weights(checkpoint.leaf, checkpoint.bias_LE())
 
 
-def _engine(described: Description, placement: Placement, dtype: str) -> Engine:
+def _engine(described: Description, placement: Placement, dtype: str) -> ServingPlan:
     """The plan of the parameters on the host alone."""
     host = make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
-    return Engine(
+    return ServingPlan(
         described.model,
         described.moe,
         host,
@@ -97,7 +97,7 @@ def _of_run(path: Path, described: Description, step: int | None, fallback: bool
     tree, bias_LE = restore.restore_model(checkpoints, engine, step=step, fallback=fallback)
     arrays = {
         name: np.asarray(value)
-        for name, value in zip(engine.plans, _flat(engine, tree), strict=True)
+        for name, value in zip(engine.weights, _flat(engine, tree), strict=True)
     }
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))
 
@@ -112,7 +112,7 @@ def _of_converted(path: Path, described: Description) -> Weights:
     engine = _engine(described, contiguous(layers, described.moe.num_experts, 1), described.dtype)
     tree, bias_LE = packed_checkpoint.restore_packed(path, engine)
     arrays = {}
-    for (name, leaf), value in zip(engine.plans.items(), _flat(engine, tree), strict=True):
+    for (name, leaf), value in zip(engine.weights.items(), _flat(engine, tree), strict=True):
         array = np.asarray(value if leaf.order is None else value.values)
         arrays[name] = (
             array
@@ -122,10 +122,10 @@ def _of_converted(path: Path, described: Description) -> Weights:
     return Weights(_by_expert(engine, arrays), np.asarray(bias_LE))
 
 
-def _flat(engine: Engine, tree: Any) -> list[Any]:
-    """The leaves of a tree in the order of `engine.plans`."""
+def _flat(engine: ServingPlan, tree: Any) -> list[Any]:
+    """The leaves of a tree in the order of `engine.weights`."""
     found = []
-    for path in engine.plans:
+    for path in engine.weights:
         node = tree
         for key in path.split("/"):
             node = node[int(key) if key.isdigit() else key]
@@ -133,7 +133,7 @@ def _flat(engine: Engine, tree: Any) -> list[Any]:
     return found
 
 
-def _by_expert(engine: Engine, arrays: dict[str, np.ndarray]) -> Read:
+def _by_expert(engine: ServingPlan, arrays: dict[str, np.ndarray]) -> Read:
     """Reads arrays whose experts lie in the engine's slots by expert."""
     slots_LE = engine.placement.first_slot()
     layers = expert_layers(engine.model, engine.moe)
