@@ -85,7 +85,7 @@ class RowOptions(NamedTuple):
 
     temperature: jax.Array  # f32 [B]
     top_k: jax.Array  # i32 [B]
-    top_p: jax.Array  # f32 [B]
+    tail: jax.Array  # f32 [B], 1 - top_p: f32 has more digits near 0 than near 1
     min_p: jax.Array  # f32 [B]
     penalty: jax.Array  # f32 [B]
     key: jax.Array  # [B]
@@ -171,7 +171,9 @@ def row_options(options: Sequence[SamplingOptions]) -> RowOptions:
     return RowOptions(
         temperature=jnp.array([min(row.temperature, largest) for row in options], jnp.float32),
         top_k=jnp.array([min(row.top_k or most, most) for row in options], jnp.int32),
-        top_p=jnp.array([1.0 if row.top_p is None else row.top_p for row in options], jnp.float32),
+        tail=jnp.array(
+            [1 - (1 if row.top_p is None else row.top_p) for row in options], jnp.float32
+        ),
         min_p=jnp.array([row.min_p or 0.0 for row in options], jnp.float32),
         penalty=jnp.array([min(row.repetition_penalty, largest) for row in options], jnp.float32),
         key=jax.random.wrap_key_data(jnp.array(keys, jnp.uint32), impl="threefry2x32"),
@@ -219,13 +221,12 @@ def chances(filters: Filters, logits_BV: jax.Array, options: RowOptions) -> jax.
     temperature_B1 = jnp.maximum(options.temperature, COLDEST)[:, None]
     chance_BV = jnp.exp((logits_BV - jnp.max(logits_BV, -1, keepdims=True)) / temperature_B1)
     if filters.top_k:
-        one = jnp.ones_like(chance_BV)
-        kept_BV = _leading(logits_BV, one, options.top_k.astype(jnp.float32)[:, None])
+        dropped_B1 = chance_BV.shape[1] - options.top_k.astype(jnp.float32)[:, None]
+        kept_BV = _without_tail(logits_BV, jnp.ones_like(chance_BV), dropped_B1)
         chance_BV = jnp.where(kept_BV, chance_BV, 0)
     if filters.top_p:
-        mass_B1 = options.top_p[:, None] * jnp.sum(chance_BV, axis=-1, keepdims=True)
-        kept_BV = _leading(chance_BV, chance_BV, mass_B1) | (options.top_p >= 1)[:, None]
-        chance_BV = jnp.where(kept_BV, chance_BV, 0)
+        tail_B1 = options.tail[:, None] * jnp.sum(chance_BV, axis=-1, keepdims=True)
+        chance_BV = jnp.where(_without_tail(chance_BV, chance_BV, tail_B1), chance_BV, 0)
     if filters.min_p:
         chance_BV = jnp.where(chance_BV >= options.min_p[:, None], chance_BV, 0)
     return chance_BV
@@ -237,29 +238,30 @@ def penalised(logits_BV: jax.Array, occurred_BV: jax.Array, penalty_B1: jax.Arra
     return jnp.where(occurred_BV, less_BV, logits_BV)
 
 
-def _leading(values_BV: jax.Array, weight_BV: jax.Array, goal_B1: jax.Array) -> jax.Array:
-    """Which tokens come before the goal is reached, bool [B, V]: those before which the weights of
-    all larger values, and of equal ones that come first, sum to less than the goal. The largest
-    always does.
+def _without_tail(values_BV: jax.Array, weight_BV: jax.Array, tail_B1: jax.Array) -> jax.Array:
+    """Which tokens are not in the tail of a row, bool [B, V]: with the least values, and of equal
+    ones the last, whose weights together are at most `tail_B1`. The largest value never is.
+
+    The sums are over the tail, because f32 adds many small numbers best by themselves.
     """
     order_BV = _ordered_bits(values_BV)
 
-    def above(bits_B1: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(order_BV > bits_B1, weight_BV, 0), axis=-1, keepdims=True)
+    def up_to(bits_B1: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(order_BV <= bits_B1, weight_BV, 0), axis=-1, keepdims=True)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B1, high_B1 = bounds
         middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # cannot overflow
-        enough_B1 = above(middle_B1) < goal_B1
-        return jnp.where(enough_B1, low_B1, middle_B1 + 1), jnp.where(enough_B1, middle_B1, high_B1)
+        beyond_B1 = up_to(middle_B1) > tail_B1
+        return jnp.where(beyond_B1, low_B1, middle_B1 + 1), jnp.where(beyond_B1, middle_B1, high_B1)
 
-    # The least value above which there is less than the goal.
+    # The least value up to which there is more than the tail.
     limits = np.iinfo(np.int32)
     bounds = jnp.full_like(order_BV[:, :1], limits.min), jnp.full_like(order_BV[:, :1], limits.max)
     _, edge_B1 = lax.fori_loop(0, 32, halve, bounds)
     equal_BV = jnp.where(order_BV == edge_B1, weight_BV, 0)
-    before_BV = above(edge_B1) + jnp.cumsum(equal_BV, axis=-1) - equal_BV
-    kept_BV = (order_BV > edge_B1) | ((order_BV == edge_B1) & (before_BV < goal_B1))
+    from_here_BV = up_to(edge_B1) - (jnp.cumsum(equal_BV, axis=-1) - equal_BV)
+    kept_BV = (order_BV > edge_B1) | ((order_BV == edge_B1) & (from_here_BV > tail_B1))
     first_B = _first(order_BV == jnp.max(order_BV, axis=-1, keepdims=True))
     return kept_BV | (jnp.arange(kept_BV.shape[1]) == first_B[:, None])
 

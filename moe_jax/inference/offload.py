@@ -13,8 +13,9 @@ rounds, and each choice's row is computed in one of them: the sums are those of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,33 +171,32 @@ class OffloadEngine:
 
     def prefill(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
         """As `Engine.prefill`."""
-        x_BSD, cache = self._through_layers("prefill", cache, new)
+        x_BSD, cache = self._through_layers(lambda parts: parts.prefill, cache, new)
         return self._ends.last_logits(self.weights.ends, x_BSD, new), cache
 
     def decode(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
         """As `Engine.decode`."""
-        x_BSD, cache = self._through_layers("decode", cache, new)
+        x_BSD, cache = self._through_layers(lambda parts: parts.decode, cache, new)
         return self._ends.last_logits(self.weights.ends, x_BSD, new), cache
 
     def score(self, tokens_BS: Any, targets_BS: Any, mask_BS: Any) -> tuple[float, float]:
         """As `Engine.score`."""
         new, targets_BS, mask_BS = score_arguments(self.plan, tokens_BS, targets_BS, mask_BS)
-        x_BSD, _ = self._through_layers("prefill", self.layout.new(*new.tokens.shape), new)
+        cache = self.layout.new(*new.tokens.shape)
+        x_BSD, _ = self._through_layers(lambda parts: parts.prefill, cache, new)
         nats, count = self._ends.total_nats(self.weights.ends, x_BSD, targets_BS, mask_BS)
         return float(nats), float(count)
 
     def _through_layers(
-        self, part: Literal["prefill", "decode"], cache: Cache, new: NewTokens
+        self, part_of: Callable[[LayerParts], Any], cache: Cache, new: NewTokens
     ) -> tuple[jax.Array, Cache]:
-        """New tokens through all layers, by this part of each."""
-        x_BSD, cache = (
-            self._ends.embed(self.weights.ends, new.tokens),
-            [list(stack) for stack in cache],
-        )
+        """New tokens through all layers, by one part of each."""
+        x_BSD = self._ends.embed(self.weights.ends, new.tokens)
+        cache = [list(stack) for stack in cache]
         usage = self._decoding if new.tokens.shape[1] == 1 else self._reading
         usage.tokens += int(np.sum(new.length))
         for layer, weights in zip(self._layers, self.weights.layers, strict=True):
-            run = getattr(layer.parts, part)
+            run = part_of(layer.parts)
             layer_cache = cache[layer.stack][layer.block]
             if layer.parts.experts is None:
                 x_BSD, layer_cache = run(weights, x_BSD, new, layer_cache, layer.repeat)

@@ -290,7 +290,7 @@ def test_only_tokens_leave_the_devices(
     sampler = Sampler([SamplingOptions(temperature=0.9, top_p=0.9), SamplingOptions(0.0)])
     whole = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or whole(tree))
-    tokens = sampler.draw(session.feed([list(text[:4]) for text in data.texts]))
+    tokens = sampler.draw(session.feed([text[:4].tolist() for text in data.texts]))
     for _ in range(3):
         with jax.transfer_guard_device_to_host("disallow"):  # but for `device_get`; not on a CPU
             logits_BV = session.feed([[int(token)] for token in tokens])

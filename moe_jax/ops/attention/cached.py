@@ -90,7 +90,7 @@ def cached_attention(
     first = 0 if window is None else jnp.maximum(jnp.min(position_BS) - window + 1, 0) // block
     blocks = jnp.minimum(jnp.max(position_BS), places - 1) // block + 1
     # Flat, and normalised all along: for one token XLA:CPU computes a reshape or division after the
-    # loop anew for each output of the next product.
+    # loop again for each output of the next product.
     out = vary(jnp.zeros(math.prod(q.shape[:3]) * width, jnp.float32), vma(q))
     *_, out = lax.fori_loop(first, blocks, step, (top, total, out))
     out = out.reshape(batch, groups, heads // groups, length, width)
