@@ -187,11 +187,11 @@ def _on_every_device(sharding: Any) -> Any:
 
 @functools.cache
 def draw_program(sharding: Any) -> Any:
-    """The compiled `draw`, its results with this sharding."""
-    return jax.jit(draw, static_argnums=(0, 1), out_shardings=sharding)
+    """The compiled `draw_tokens`, its results with this sharding."""
+    return jax.jit(draw_tokens, static_argnums=(0, 1), out_shardings=sharding)
 
 
-def draw(
+def draw_tokens(
     filters: Filters,
     num_ids: int | None,
     logits_BV: jax.Array,

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference.kv_cache import CacheLayout, places_for
-from moe_jax.inference.memory import bytes_per_device
+from moe_jax.inference.memory import weight_bytes_per_device
 from moe_jax.inference.offload import check_size
 from moe_jax.model_io.describe import CONVERTED, PARAMETER_KINDS, Description, by_kind
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
@@ -161,7 +161,7 @@ def _device_bytes(plan: ServingPlan, path: str, expert_cache: int | None) -> int
     """Bytes of a parameter that each device of the mesh holds, of experts only `expert_cache` per
     layer if given.
     """
-    size, slots = bytes_per_device(plan, path), plan.placement.num_slots
+    size, slots = weight_bytes_per_device(plan, path), plan.placement.num_slots
     if expert_cache is None or not ParameterPath.parse(path).is_expert:
         return size
     return size // slots * min(expert_cache, slots)

@@ -25,14 +25,14 @@ def device_bytes(plan: ServingPlan, expert_cache: int | None = None) -> dict[jax
     held = dict.fromkeys(plan.mesh.devices.flat, 0)
     share = 1.0 if expert_cache is None else min(1.0, expert_cache / plan.placement.num_slots)
     for path in plan.weights:
-        size = bytes_per_device(plan, path)
+        size = weight_bytes_per_device(plan, path)
         size = round(size * share) if ParameterPath.parse(path).is_expert else size
         for device in held:
             held[device] += size
     return held
 
 
-def bytes_per_device(plan: ServingPlan, path: str) -> int:
+def weight_bytes_per_device(plan: ServingPlan, path: str) -> int:
     """Bytes of a parameter that each device of the mesh holds."""
     weight = plan.weights[path]
     specs = jax.tree.leaves(weight.held_spec(), is_leaf=lambda x: isinstance(x, P))

@@ -307,7 +307,7 @@ def test_the_program_gives_tokens_and_keeps_its_state() -> None:
     filters = Filters(draws=True, top_k=True, top_p=True, min_p=True, penalty=False)
     arguments = (sampling.row_options(rows), sampling.RowState(jnp.zeros(3, jnp.int32), None))
     results = jax.eval_shape(
-        lambda logits_BV: sampling.draw(filters, None, logits_BV, *arguments),
+        lambda logits_BV: sampling.draw_tokens(filters, None, logits_BV, *arguments),
         jax.ShapeDtypeStruct((3, 1234), jnp.float32),
     )
     assert [leaf.shape for leaf in jax.tree.leaves(results)] == [(3,), (3,), (3,)]
