@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moe_jax.training.custom import batch_from_tokens, loss_and_gradients
     from moe_jax.training.migration import Migration
     from moe_jax.training.step import TrainProgram
-    from moe_jax.training.trainer import Result
+    from moe_jax.training.trainer import TrainingResult
 
 __version__ = "0.1.0"
 
@@ -165,7 +165,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     fallback: bool = False,
-) -> Result:
+) -> TrainingResult:
     """Trains a model into `run_dir` and says what came of it; `read_run` reads its history.
 
     Args:

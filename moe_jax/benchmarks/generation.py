@@ -13,18 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.generation.bench import bench
-from moe_jax.inference.engine import Engine
-from moe_jax.inference.session import LoadedModel, Session
+from moe_jax.inference.engine import ResidentEngine
+from moe_jax.inference.read_weights import serving_tables
+from moe_jax.inference.session import LoadedModel
 from moe_jax.models.layer_pattern import count_moe_layers
-from moe_jax.moe.tables import make_tables
+from moe_jax.models.paths import nested
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import contiguous
@@ -52,19 +52,19 @@ DEFAULTS: dict[
 COMPARED = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
-def random_params(engine: Engine) -> Any:
+def random_params(plan: ServingPlan) -> Any:
     """Weights drawn on the devices that hold them, one parameter after another."""
     found = {}
-    for number, (path, leaf) in enumerate(engine.plans.items()):
+    for number, (path, leaf) in enumerate(plan.weights.items()):
         key = jax.random.fold_in(jax.random.key(0), number)
 
         def draw(key, leaf=leaf):
             return leaf.pack(0.02 * jax.random.normal(key, leaf.ordered, jnp.float32))
 
         found[path] = jax.block_until_ready(
-            jax.jit(draw, out_shardings=named(engine.mesh, leaf.held_spec()))(key)
+            jax.jit(draw, out_shardings=named(plan.mesh, leaf.held_spec()))(key)
         )
-    return engine.tree(found)
+    return nested(found)
 
 
 def load_random(args: argparse.Namespace, mesh: MeshConfig) -> LoadedModel:
@@ -90,12 +90,9 @@ def load_random(args: argparse.Namespace, mesh: MeshConfig) -> LoadedModel:
         "dtype": args.dtype,
         "quantization": args.quantize or "float",
     }
-    engine = Engine(model, moe, make_mesh(mesh), placement, **options)
-    tables = jax.device_put(make_tables(placement)[0], NamedSharding(engine.mesh, P()))
+    plan = ServingPlan(model, moe, make_mesh(mesh), placement, **options)
     return LoadedModel(
-        engine,
-        random_params(engine),
-        tables,
+        ResidentEngine(plan, random_params(plan), serving_tables(plan, None)),
         load_tokenizer("bytes"),
         args.prompt + args.generated,
         (),
@@ -110,7 +107,7 @@ def benchmark_generation(args: argparse.Namespace, mesh: MeshConfig) -> dict[str
     for name, value in DEFAULTS[not default_platform().simulated].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     loaded = load_random(args, mesh)
-    session = Session(loaded, args.batch)
+    session = loaded.session(args.batch)
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     for turn in range(args.turns if args.against else 1):

@@ -119,7 +119,7 @@ def _generate(
             loaded,
             Reader(loaded.session()),
             tokens(loaded.tokenizer),
-            Sampler(sampling, loaded.tokenizer.num_ids),
+            Sampler([sampling], loaded.tokenizer.num_ids),
             max_tokens=max_tokens,
             stop=stop,
             slide=choice.is_run,
@@ -137,8 +137,9 @@ def _generate(
 
 def _say_experts(choice: ModelChoice, opened: Opened) -> None:
     """How often --expert-cache-size had an expert on the device."""
-    if choice.options.expert_cache_size is not None:
-        counts = opened.model.engine.counts  # type: ignore[union-attr]
+    asked = choice.options.expert_cache_size is not None
+    counts = opened.model.engine.expert_counts if asked else None
+    if counts is not None:
         say(
             f"experts: {counts.hit_rate:.1%} found on the device, "
             f"{gibibytes(counts.bytes_per_token)} fetched per token"
@@ -260,7 +261,7 @@ def bench(
         repeats=repeats,
     )
     if options.expert_cache_size is not None:
-        results |= opened.model.engine.figures()  # type: ignore[union-attr]
+        results |= opened.model.engine.expert_figures()
     results |= {
         "load_seconds": opened.seconds,
         "compile_seconds": results["compile_seconds"] + opened.compile_seconds,

@@ -1,7 +1,7 @@
 """Speed of a model: prefill and decoding apart, each against what it is worth, without the time
 that compiling takes.
 
-figures = bench(loaded, Session(loaded, batch=1), prompt=512, generated=128)
+    figures = bench(loaded, loaded.session(batch=1), prompt=512, generated=128)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.generation.sampling import Sampler, SamplingOptions
 from moe_jax.profiling import machine
 from moe_jax.profiling.clock import compile_clock
 from moe_jax.profiling.machine import read_bandwidth
@@ -32,8 +33,8 @@ def bench(
 ) -> dict[str, Any]:
     """Median speeds over `repeats` after a warm-up, for a session's rows of random tokens.
 
-    Returns: `prefill_*` of `prompt` tokens a row; `decode_*` of `generated` steps after them, a
-    token a row each, always the likeliest; `first_token_seconds`, the prefill and the choice of a
+    Returns: `prefill_*` of `prompt` tokens per row; `decode_*` of `generated` steps after them, one
+    token per row each, always the likeliest; `first_token_seconds`, the prefill and the choice of a
     token; bytes that a step has to read, the rate at which this machine reads, and the share of
     that rate that decoding reached; `compile_seconds`; `peak_bytes`.
 
@@ -46,29 +47,28 @@ def bench(
             f"context is {loaded.context}: lower them."
         )
     compiled = compile_clock().seconds
-    batch, devices = len(session.lengths), loaded.engine.mesh.size
+    batch, plan = len(session.lengths), loaded.engine.plan
     rows = (
         np.random.default_rng(0)
         .integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt))
         .tolist()
     )
-    _decode(
-        session, _prefill(session, rows), generated
-    )  # the warm-up: the cache grows to its size, then both compile for it
-    _decode(session, _prefill(session, rows), 1)
+    greedy = Sampler([SamplingOptions(temperature=0.0)] * batch)
+    # The warm-up: the cache grows to its size, then both compile for it.
+    _decode(session, greedy, greedy.draw(_prefill(session, rows)), generated)
+    _decode(session, greedy, greedy.draw(_prefill(session, rows)), 1)
     prefills, first_tokens, steps, rates = [], [], [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        logits_BV = _prefill(session, rows)
+        logits_BV = jax.block_until_ready(_prefill(session, rows))
         prefills.append(time.perf_counter() - start)
-        np.argmax(logits_BV, axis=-1)
+        token_B = greedy.draw(logits_BV)
         first_tokens.append(time.perf_counter() - start)
-        steps += _decode(session, logits_BV, generated)
-        rates.append(
-            read_bandwidth(devices)
-        )  # in turns with the steps: on a shared machine it changes by the minute
+        steps += _decode(session, greedy, token_B, generated)
+        # In turns with the steps: on a shared machine it changes by the minute.
+        rates.append(read_bandwidth(plan.mesh.size))
     prefill, step = statistics.median(prefills), statistics.median(steps)
-    needed, rate = loaded.engine.decode_bytes(batch), statistics.median(rates)
+    needed, rate = plan.decode_bytes(batch), statistics.median(rates)
     return {
         "model": loaded.name,
         "prompt_tokens": prompt,
@@ -87,22 +87,22 @@ def bench(
         "compile_seconds": compile_clock().seconds - compiled,
         "peak_bytes": machine.peak_bytes(),
         "platform": jax.default_backend(),
-        "devices": devices,
+        "devices": plan.mesh.size,
     }
 
 
-def _prefill(session: Session, rows: list[list[int]]) -> np.ndarray:
+def _prefill(session: Session, rows: list[list[int]]) -> jax.Array:
     """Reads the rows from their beginning: f32 logits [B, V]."""
     for row in range(len(rows)):
         session.rewind(row, 0)
     return session.feed(rows)
 
 
-def _decode(session: Session, logits_BV: np.ndarray, count: int) -> list[float]:
-    """Seconds of each of `count` greedy steps."""
+def _decode(session: Session, greedy: Sampler, token_B: np.ndarray, count: int) -> list[float]:
+    """Seconds of each of `count` greedy steps after `token_B`."""
     seconds = []
     for _ in range(count):
         start = time.perf_counter()
-        logits_BV = session.feed([[int(token)] for token in np.argmax(logits_BV, axis=-1)])
+        token_B = greedy.draw(session.feed([[int(token)] for token in token_B]))
         seconds.append(time.perf_counter() - start)
     return seconds

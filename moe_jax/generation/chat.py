@@ -66,7 +66,7 @@ class Conversation:
         check_template(loaded.tokenizer, system)
         self._loaded, self._system, self._max_tokens, self._stop = loaded, system, max_tokens, stop
         self._reader = Reader(loaded.session())
-        self._sampler = Sampler(options, loaded.tokenizer.num_ids)
+        self._sampler = Sampler([options], loaded.tokenizer.num_ids)
 
     def reset(self) -> None:
         """Forgets all but the system prompt."""

@@ -94,14 +94,12 @@ def _score(loaded: LoadedModel, tokens: np.ndarray, window: int) -> tuple[float,
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    rows = loaded.engine.mesh.shape["data"]
+    rows = loaded.engine.plan.mesh.shape["data"]
     nats, count = 0.0, 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=math.ceil((len(tokens) - 1) / window), so_far="")
         for begin in range(0, len(tokens) - 1, window):
-            window_nats, predicted = loaded.engine.score(
-                loaded.params, loaded.tables, *_window(tokens, begin, window, rows)
-            )
+            window_nats, predicted = loaded.engine.score(*_window(tokens, begin, window, rows))
             nats, count = nats + float(window_nats), count + int(predicted)
             if not math.isfinite(nats):
                 raise UserError(

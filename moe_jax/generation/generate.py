@@ -1,7 +1,8 @@
 """Text from a model, token by token, over the key-value cache of a `Session`.
 
 loaded = open_model("path/to/folder")
-reader, sampler = Reader(Session(loaded)), Sampler(SamplingOptions(), loaded.tokenizer.num_ids)
+reader = Reader(loaded.session())
+sampler = Sampler([SamplingOptions()], loaded.tokenizer.num_ids)
 prompt = loaded.tokenizer.encode_prompt("def ")
 for piece in generate(loaded, reader, prompt, sampler, max_tokens=50):
     print(piece, end="")
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+import jax
 
 from moe_jax.errors import UserError
 from moe_jax.generation.sampling import Sampler, SamplingOptions
@@ -23,21 +24,21 @@ from moe_jax.model_io.source import require_run
 from moe_jax.profiling.clock import Stopwatch
 
 if TYPE_CHECKING:
-    from moe_jax.inference.load import LoadedModel, Session
+    from moe_jax.inference.session import LoadedModel, Session
 
 
 class Reader:
-    """One row of a session and the tokens in it: a text that begins as the last one did is not read
-    anew.
+    """One row of a session and the tokens in it: of a text that begins as the last one did, only
+    the rest is read.
     """
 
     def __init__(self, session: Session):
         self.tokens: list[int] = []
         self._session = session
 
-    def read(self, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
-        """(f32 logits [V] after all of `tokens`, how many of them the cache held); `tokens` are not
-        empty.
+    def read(self, tokens: Sequence[int]) -> tuple[jax.Array, int]:
+        """(f32 logits [1, V] after all of `tokens`, how many of them the cache held); `tokens` are
+        not empty.
         """
         # One token is read in any case: only reading gives logits.
         longest = min(len(self.tokens), len(tokens) - 1)
@@ -45,15 +46,15 @@ class Reader:
         if kept < len(self.tokens):
             self._session.rewind(0, kept)
             self.tokens = self.tokens[:kept]
-        logits_V = self._session.feed([list(tokens[kept:])])[0]
+        logits_BV = self._session.feed([list(tokens[kept:])])
         self.tokens = list(tokens)
-        return logits_V, kept
+        return logits_BV, kept
 
-    def append(self, token: int) -> np.ndarray:
-        """F32 logits [V] after one more token."""
-        logits_V = self._session.feed([[token]])[0]
+    def append(self, token: int) -> jax.Array:
+        """F32 logits [1, V] after one more token."""
+        logits_BV = self._session.feed([[token]])
         self.tokens.append(token)
-        return logits_V
+        return logits_BV
 
 
 def generate(
@@ -68,14 +69,14 @@ def generate(
     slide: bool = False,
     reply: bool = False,
 ) -> Iterator[str]:
-    """Pieces of the text that follows `prompt`, one a token and sometimes empty, until the model or
-    one of the limits ends it.
+    """Pieces of the text that follows `prompt`, one per token and sometimes empty, until the model
+    or one of the limits ends it.
 
     Args:
       stop: Strings that end the text and are not part of it.
       figures: Is filled in.
-      slide: Where the context is full, go on after reading its last half anew; of a longer prompt
-        the end is read.
+      slide: Where the context is full, read its last half again and go on; of a longer prompt the
+        end is read.
       reply: The text stands alone, as a chat's reply does, and does not go on from the prompt's
         last word.
 
@@ -92,8 +93,8 @@ def generate(
     prompt = prompt[-loaded.context :]
     with Stopwatch() as watch:
         sampler.begin(prompt)
-        logits_V, figures.reused_tokens = reader.read(prompt)
-        token = sampler.draw(logits_V)
+        logits_BV, figures.reused_tokens = reader.read(prompt)
+        token = int(sampler.draw(logits_BV)[0])
     figures.prompt_tokens, figures.prompt_seconds, figures.compile_seconds = (
         len(prompt),
         watch.seconds,
@@ -108,7 +109,7 @@ def generate(
             figures.ended = ended
             break
         with Stopwatch() as watch:
-            token = sampler.draw(_next_logits(reader, token, loaded.context))
+            token = int(sampler.draw(_next_logits(reader, token, loaded.context))[0])
         figures.steps += 1
         figures.step_seconds += watch.seconds
         figures.compile_seconds += watch.compiling
@@ -136,8 +137,8 @@ def _limit(
     return "context" if full else None
 
 
-def _next_logits(reader: Reader, token: int, context: int) -> np.ndarray:
-    """F32 logits [V] after one more token, from the last half of the context where it is full."""
+def _next_logits(reader: Reader, token: int, context: int) -> jax.Array:
+    """F32 logits [1, V] after one more token, of the last half of the context where it is full."""
     if len(reader.tokens) < context:
         return reader.append(token)
     return reader.read([*reader.tokens, token][-max(1, context // 2) :])[0]
@@ -159,24 +160,21 @@ def generate_run(
     was trained.
 
     A run's context is its `train.seq_len`, which is no limit of the text: where it is full, its
-    last half is read anew, and of a longer prompt only the last `train.seq_len` tokens are read.
+    last half is read again, and of a longer prompt only the last `train.seq_len` tokens are read.
     """
     if not prompt:
         raise UserError(EMPTY_PROMPT)  # before anything is read
     require_run(run_dir)
-    from moe_jax.inference.load import Session, open_model
+    from moe_jax.inference.load import open_model
 
     loaded = open_model(run_dir, step=step, fallback=fallback)
-    sampler = Sampler(
-        SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-        loaded.tokenizer.num_ids,
-    )
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     # Without a start token: training saw none.
     return generate(
         loaded,
-        Reader(Session(loaded)),
+        Reader(loaded.session()),
         loaded.tokenizer.encode(prompt),
-        sampler,
+        Sampler([options], loaded.tokenizer.num_ids),
         max_tokens=max_tokens,
         slide=True,
     )

@@ -7,7 +7,7 @@ model.generate("def fibonacci(n):", max_tokens=50, temperature=0)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +101,7 @@ class TextModel:
         if isinstance(prompt, str) or (
             len(prompt) and np.ndim(prompt[0]) == 0 and not isinstance(prompt[0], str)
         ):
-            return self.logits([prompt])[0]  # type: ignore[list-item]
+            return self.logits(cast(Any, [prompt]))[0]
         rows = [self.encode(one) for one in prompt]  # type: ignore[arg-type]
         if not rows or not all(rows):
             raise UserError("logits: a prompt is empty: give at least one token.")
@@ -132,20 +132,20 @@ class TextModel:
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        sampler = Sampler(options, self._loaded.tokenizer.num_ids)
+        sampler = Sampler([options], self._loaded.tokenizer.num_ids)
         limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "slide": self._of_run}
         return generate_pieces(self._loaded, self._reader, tokens, sampler, reply=reply, **limits)
 
 
 def _all_logits(loaded: LoadedModel, rows: list[list[int]]) -> list[np.ndarray]:
     """F32 logits [S, V] at every position of each row."""
-    engine, tables = loaded.engine, loaded.tables
-    engine.check_tokens(max(map(max, rows)))
-    data = engine.mesh.shape["data"]
+    plan = loaded.engine.plan
+    plan.check_tokens(max(map(max, rows)))
+    data = plan.mesh.shape["data"]
     batch, width = -(-len(rows) // data) * data, prompt_width(max(map(len, rows)))
     tokens_BS, length_B = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
     for number, row in enumerate(rows):
         tokens_BS[number, : len(row)], length_B[number] = row, len(row)
     new = NewTokens(*map(jnp.asarray, (tokens_BS, np.zeros(batch, np.int32), length_B)))
-    logits_BSV = np.asarray(engine.all_logits(loaded.params, tables, new))
+    logits_BSV = np.asarray(loaded.engine.all_logits(new))
     return [logits_BSV[number, : len(row)] for number, row in enumerate(rows)]

@@ -10,7 +10,7 @@ ENDINGS = {"context": "the context of {context} tokens is full", "interrupted": 
 
 @dataclass
 class GenerationStats:
-    """What a generation took, filled in as it goes on. Seconds are without compiling."""
+    """What a generation took, filled in while it runs. Seconds are without compiling."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -25,13 +25,13 @@ class GenerationStats:
     step_seconds: float = 0.0
     compile_seconds: float = 0.0
     ended: Literal["end", "stop", "tokens", "context", "interrupted"] = "interrupted"
-    """By the model, at a stop string, at `max_tokens`, at the context's end, or by whoever stopped
-    listening.
+    """By the model, at a stop string, at `max_tokens`, at the context's end, or because the caller
+    stopped listening.
     """
 
     @property
     def prompt_rate(self) -> float:
-        """Prompt tokens read a second; 0 if none was."""
+        """Prompt tokens read per second; 0 if none was."""
         return (
             (self.prompt_tokens - self.reused_tokens) / self.prompt_seconds
             if self.prompt_seconds
@@ -40,7 +40,7 @@ class GenerationStats:
 
     @property
     def rate(self) -> float:
-        """Tokens generated a second; 0 if there was no step."""
+        """Tokens generated per second; 0 if there was no step."""
         return self.steps / self.step_seconds if self.steps else 0.0
 
     def sentence(self, context: int) -> str:

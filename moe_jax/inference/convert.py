@@ -1,6 +1,4 @@
-"""A model saved as it is held for inference (converted.py), from any form that it can be opened
-in.
-"""
+"""Any model that can be opened, saved as it is held for inference (packed_checkpoint.py)."""
 
 from __future__ import annotations
 
@@ -8,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference import packed_checkpoint
-from moe_jax.inference.engine import Engine
-from moe_jax.inference.load import find_folder, open_model
+from moe_jax.inference.load import Preconditions, find_folder, find_model
 from moe_jax.inference.memory import device_bytes
+from moe_jax.inference.packed_checkpoint import write_packed
+from moe_jax.inference.read_weights import serving_tables
+from moe_jax.model_io.packed_header import PACKED_FORMAT, PackedHeader
 from moe_jax.model_io.source import HUB_NAME, PackedSource, find
+from moe_jax.ops.quantized import Kind
 from moe_jax.utils.files import refuse_existing
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
@@ -46,18 +47,35 @@ def convert(
             f"{path} is converted already: name the folder or the run that it was made from."
         )
     described = source.describe()
-    loaded = open_model(
-        path, dtype=dtype, quantize=quantize, group=group, step=step, fallback=fallback
+    stored = find_model(
+        path,
+        MeshConfig(),
+        dtype=dtype,
+        quantize=quantize,
+        group=group,
+        step=step,
+        fallback=fallback,
     )
-    assert isinstance(loaded.engine, Engine)  # experts were not asked to stay on the host
-    size = gibibytes(sum(device_bytes(loaded.engine).values()))
+    Preconditions().require(stored)
+    plan = stored.plan
+    kind: Kind = quantize or "float"
+    params, bias_LE = stored.read(False)
+    size = gibibytes(sum(device_bytes(plan).values()))
     say(f"Writing {size} to {out}.")
-    packed_checkpoint.write_packed(
-        out, loaded, described.tokenizer, group, quantize or "float", described.hf_config
+    header = PackedHeader(
+        format=PACKED_FORMAT,
+        name=stored.name,
+        model=plan.model,
+        moe=plan.moe,
+        vocab_size=plan.vocab_size,
+        context=stored.context,
+        eos_ids=stored.eos_ids,
+        dtype=plan.dtype.name,
+        quantization=kind,
+        group=group,
+        tokenizer="bytes" if described.tokenizer == "bytes" else "files",
     )
-    kept = (
-        loaded.engine.dtype.name
-        if quantize is None
-        else f"{quantize} and {loaded.engine.dtype.name}"
-    )
-    return f"{out}: {size} of weights in {kept}, from {path}."
+    bias = serving_tables(plan, bias_LE).bias_E
+    write_packed(out, plan, params, bias, header, described.tokenizer, described.hf_config)
+    held = plan.dtype.name if quantize is None else f"{quantize} and {plan.dtype.name}"
+    return f"{out}: {size} of weights in {held}, from {path}."

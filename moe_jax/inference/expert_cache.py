@@ -57,8 +57,8 @@ class ExpertCache:
         return table
 
 
-class Counts(NamedTuple):
-    """How often experts were asked for, once a layer and step however many tokens chose them, and
+class ExpertCounts(NamedTuple):
+    """How often experts were asked for, once per layer and step however many tokens chose them, and
     were on the device or not.
     """
 
@@ -75,5 +75,5 @@ class Counts(NamedTuple):
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes fetched in all layers, a token."""
+        """Bytes fetched per token, over all layers."""
         return int(self.bytes_L.sum()) / max(1, self.tokens)

@@ -5,7 +5,8 @@ found = inspect(find(Path("Qwen3-30B-A3B")).describe(), mesh=MeshConfig(expert=2
 found.held_bytes                                           # of weights, on each device
 print_inspection(found)
 
-The plan is the engine's own, made for an abstract mesh, so a laptop can look at a mesh of any size.
+The plan is the one that an engine has, made for an abstract mesh, so a laptop can look at a mesh of
+any size.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from jax.sharding import AbstractMesh, AxisType
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference.engine import Engine
+from moe_jax.inference.kv_cache import CacheLayout, places_for
+from moe_jax.inference.memory import weight_bytes_per_device
 from moe_jax.inference.offload import check_size
-from moe_jax.inference.session import room
 from moe_jax.model_io.describe import Description
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.models.parameters import PARAMETER_KINDS, by_kind
+from moe_jax.models.paths import ParameterPath
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.collectives import AXES
-from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import EMPTY, Placement, contiguous
-from moe_jax.profiling.memory import per_device
 from moe_jax.utils.units import gibibytes, ranges
 
 
@@ -93,7 +94,7 @@ def inspect(
     kind: Any = quantize or described.quantization
     layers = count_moe_layers(model, moe)
 
-    def plan(axes: MeshConfig) -> Engine:
+    def plan_on(axes: MeshConfig) -> ServingPlan:
         abstract = AbstractMesh(
             (axes.data, axes.expert, axes.tensor), AXES, axis_types=(AxisType.Auto,) * 3
         )
@@ -103,45 +104,45 @@ def inspect(
             "quantization": kind,
             "group": group,
         }
-        return Engine(model, moe, abstract, placement, vocab_size=described.vocab_size, **types)
-
-    single, engine = plan(MeshConfig()), plan(mesh)
-    parameters = {path: math.prod(leaf.shape) for path, leaf in single.plans.items()}
-
-    def used(path):
-        return (
-            parameters[path] // moe.num_experts * moe.top_k
-            if "/experts/" in path
-            else parameters[path]
+        return ServingPlan(
+            model, moe, abstract, placement, vocab_size=described.vocab_size, **types
         )
 
+    single, plan = plan_on(MeshConfig()), plan_on(mesh)
+    parameters = {path: math.prod(weight.shape) for path, weight in single.weights.items()}
+
+    def used(path: str) -> int:
+        if ParameterPath.parse(path).is_expert:
+            return parameters[path] // moe.num_experts * moe.top_k
+        return parameters[path]
+
     if expert_cache is not None:
-        check_size(engine, expert_cache)
-    held = by_kind(engine.plans, lambda path: _device_bytes(engine, path, expert_cache))
+        check_size(plan, expert_cache)
+    held = by_kind(plan.weights, lambda path: _device_bytes(plan, path, expert_cache))
     context = context or described.context
     rows = -(-batch // mesh.data) * mesh.data
-    cache = _cache_bytes(engine, rows, room(context, context), whole=False)
+    cache = _cache_bytes(plan, rows, places_for(context, context), whole=False)
     total = sum(held.values()) + cache
     return Inspection(
         name=described.name,
         source=described.source,
-        dtype=engine.dtype.name,
+        dtype=plan.dtype.name,
         quantization=kind,
         mesh={"data": mesh.data, "expert": mesh.expert, "tensor": mesh.tensor},
         parameters=by_kind(parameters, parameters.__getitem__),
         active=by_kind(parameters, used),
         file_bytes=described.file_bytes,
-        whole_bytes=by_kind(single.plans, lambda path: bytes_of(single.plans[path])),
+        whole_bytes=by_kind(single.weights, lambda path: bytes_of(single.weights[path])),
         held_bytes=held,
-        experts=_experts(engine.placement, mesh) if layers else [],
-        cache_bytes_per_token=_cache_bytes(engine, 1, 1, whole=True),
+        experts=_experts(plan.placement, mesh) if layers else [],
+        cache_bytes_per_token=_cache_bytes(plan, 1, 1, whole=True),
         context=context,
         batch=batch,
         cache_bytes=cache,
         total_bytes=total,
         memory=memory,
         fits=None if memory is None else total <= memory,
-        notes=(*described.notes, *_notes(engine, described, context, expert_cache)),
+        notes=(*described.notes, *_notes(plan, described, context, expert_cache)),
     )
 
 
@@ -157,26 +158,22 @@ def _refuse_other_types(described: Description, dtype: str | None, quantize: str
             )
 
 
-def _device_bytes(engine: Engine, path: str, expert_cache: int | None) -> int:
-    """Bytes of a leaf that each device of the engine's mesh holds, of experts only `expert_cache` a
+def _device_bytes(plan: ServingPlan, path: str, expert_cache: int | None) -> int:
+    """Bytes of a parameter that each device of the mesh holds, of experts only `expert_cache` per
     layer if given.
     """
-    leaf = engine.plans[path]
-    size = per_device(leaf.abstract(), named(engine.mesh, leaf.held_spec()))
-    slots = engine.placement.num_slots
-    return (
-        size
-        if expert_cache is None or "/experts/" not in path
-        else size // slots * min(expert_cache, slots)
-    )
+    size, slots = weight_bytes_per_device(plan, path), plan.placement.num_slots
+    if expert_cache is None or not ParameterPath.parse(path).is_expert:
+        return size
+    return size // slots * min(expert_cache, slots)
 
 
-def _cache_bytes(engine: Engine, batch: int, length: int, *, whole: bool) -> int:
+def _cache_bytes(plan: ServingPlan, batch: int, length: int, *, whole: bool) -> int:
     """Bytes of a cache, whole or what each device holds of it."""
-    arrays, shardings = engine.abstract_cache(batch, length)
-    if not whole:
-        return per_device(arrays, shardings)
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays))
+    return sum(
+        math.prod(a.shape if whole else a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(CacheLayout(plan).abstract(batch, length))
+    )
 
 
 def _experts(placement: Placement, mesh: MeshConfig) -> list[HeldExperts]:
@@ -196,33 +193,33 @@ def _experts(placement: Placement, mesh: MeshConfig) -> list[HeldExperts]:
 
 
 def _notes(
-    engine: Engine, described: Description, context: int, expert_cache: int | None
+    plan: ServingPlan, described: Description, context: int, expert_cache: int | None
 ) -> list[str]:
     """What the figures do not say by themselves."""
-    found = []
+    notes = []
     if expert_cache is not None:
-        host = sum(bytes_of(leaf) for path, leaf in engine.plans.items() if "/experts/" in path)
-        kept, experts = min(expert_cache, engine.moe.num_experts), engine.moe.num_experts
-        found.append(
+        host, experts = plan.expert_bytes(), plan.moe.num_experts
+        kept = min(expert_cache, experts)
+        notes.append(
             f"The device keeps {kept} of the {experts} experts of a layer, and the host's memory "
             f"all of them: {gibibytes(host)}."
         )
-    windows = [kind.window for kind in layer_kinds(engine.model, engine.moe) if kind.window]
+    windows = [kind.window for kind in layer_kinds(plan.model, plan.moe) if kind.window]
     if windows:
-        found.append(
-            f"{len(windows)} of {engine.model.num_layers} layers look back on {windows[0]:,} "
+        notes.append(
+            f"{len(windows)} of {plan.model.num_layers} layers look back on {windows[0]:,} "
             f"tokens at most; the cache keeps all tokens "
             "for them too."
         )
     if context > described.context:
-        found.append(f"The model was made for {described.context:,} tokens.")
-    empty = engine.placement.empty_slots
+        notes.append(f"The model was made for {described.context:,} tokens.")
+    empty = plan.placement.empty_slots
     if empty:
-        found.append(
+        notes.append(
             f"{empty} slots a layer stay empty, as the expert axis does not divide "
-            f"{engine.moe.num_experts} experts."
+            f"{plan.moe.num_experts} experts."
         )
-    return found
+    return notes
 
 
 # What is shown.

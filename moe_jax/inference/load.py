@@ -1,24 +1,22 @@
 """Opening a model to run: a Hugging Face folder, a run directory, a converted folder, or a name on
 the hub.
 
-Each process reads the parts that its devices hold and nothing else, a tensor at a time, into memory
-that JAX then uses as it is: the peak is the model's share plus one tensor.
+    loaded = open_model("path/to/folder", mesh=MeshConfig(expert=4), dtype="bfloat16")
+    logits_BV = loaded.session().feed([[1, 5, 9]])
+
+A folder is first found and planned (`StoredModel`), then checked (`Preconditions`), and only then
+are its weights read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from moe_jax import hf
 from moe_jax.checkpoint import expert_layout
@@ -27,32 +25,25 @@ from moe_jax.config.schema import MeshConfig
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference import packed_checkpoint, restore
-from moe_jax.inference.engine import Engine
+from moe_jax.inference.engine import Engine, ResidentEngine
 from moe_jax.inference.memory import check_weight_memory
 from moe_jax.inference.offload import check_size, offload
+from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.inference.session import LoadedModel, Session
 from moe_jax.model_io import packed_header
 from moe_jax.model_io.describe import read_kept_config
 from moe_jax.model_io.source import PackedSource, RunSource, find
-from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
-from moe_jax.models.weight_layout import WeightPlan, bytes_of
-from moe_jax.moe.tables import make_tables
-from moe_jax.ops import quantized
+from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.parallel.sharding import named
-from moe_jax.placement.table import EMPTY, contiguous
+from moe_jax.placement.table import contiguous
 from moe_jax.runtime.platform import default_platform
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
-from moe_jax.utils.progress import byte_progress
 
 __all__ = ["LoadedModel", "Session", "open_model"]
 
-ReadPart = Callable[[str, tuple[Any, ...]], np.ndarray]
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 HUB_COPIES = ("*/*",)  # folders with the same weights in other forms
-ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
-QUANTIZED_AT_ONCE = 1 << 16  # weights: quantising takes a few times their memory
-_quantize = jax.jit(quantized.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
 
 
 def open_model(
@@ -80,58 +71,101 @@ def open_model(
       memory: bytes that a device may use for weights; by default what the platform reports.
       step, fallback: which checkpoint of a run, as in `Checkpoints.restore_latest`.
       context: tokens that a sequence may have, if not as many as the model was made for.
-      expert_cache: experts a layer that the device keeps, the others in host memory (offload.py);
+      expert_cache: experts per layer that the device keeps, the others in host memory (offload.py);
         by default it holds all.
       check: called with the tokenizer and the context before weights are read; it may refuse.
     """
-    path, mesh = Path(path), mesh or MeshConfig()
-    devices = make_mesh(mesh, jax.devices()[: mesh.size])
-    options = {"quantization": quantize or "float", "group": group}
-    before = Before(memory, context, check, expert_cache)
-    source = find(find_folder(path))
-    if isinstance(source, PackedSource):
-        loaded = _open_converted(path, devices, dtype, quantize, before)
-    elif isinstance(source, RunSource):
-        loaded = _open_run(path, devices, _dtype(dtype), options, before, step, fallback)
-    else:
-        loaded = _open_hf(source.path, devices, _dtype(dtype), options, before)
-    if expert_cache is not None:
-        assert isinstance(loaded.engine, Engine)
-        engine, params = offload(loaded.engine, loaded.params, expert_cache)
-        loaded = dataclasses.replace(loaded, engine=engine, params=params)
-    return loaded if context is None else dataclasses.replace(loaded, context=context)
+    stored = find_model(
+        Path(path),
+        mesh or MeshConfig(),
+        dtype=dtype,
+        quantize=quantize,
+        group=group,
+        step=step,
+        fallback=fallback,
+    )
+    Preconditions(memory, context, check, expert_cache).require(stored)
+    params, bias_LE = stored.read(expert_cache is not None)
+    tables = serving_tables(stored.plan, bias_LE)
+    engine: Engine = (
+        ResidentEngine(stored.plan, params, tables)
+        if expert_cache is None
+        else offload(stored.plan, params, tables, expert_cache)
+    )
+    return LoadedModel(
+        engine, stored.tokenizer, context or stored.context, stored.eos_ids, stored.name
+    )
 
 
-class Before(NamedTuple):
-    """What is looked at before weights are read."""
+class StoredModel(NamedTuple):
+    """A model in a folder: what it is, how its weights will lie on a mesh, and how to read them."""
 
-    memory: int | None
-    context: int | None
-    check: Callable[[Tokenizer, int], None] | None
+    plan: ServingPlan
+    tokenizer: Tokenizer
+    context: int  # tokens that it was made for
+    eos_ids: tuple[int, ...]
+    name: str
+    read: Callable[[bool], tuple[Any, Any]]
+    """(weights, selection bias [L, E] or None); with True on one device, experts stay on the
+    host.
+    """
+    reads_masters: bool = False  # weights pass through the devices in f32
+
+
+class Preconditions(NamedTuple):
+    """What must hold before weights are read."""
+
+    memory: int | None = None
+    context: int | None = None
+    check: Callable[[Tokenizer, int], None] | None = None
     expert_cache: int | None = None
 
-    def look(
-        self, engine: Engine, tokenizer: Tokenizer, context: int, *, packs: bool = False
-    ) -> None:
-        """Raises UserError where the weights do not fit, the experts' cache cannot be, or `check`
-        refuses.
+    def require(self, stored: StoredModel) -> None:
+        """Raises UserError where the weights do not fit, the experts' cache is impossible, or
+        `check` refuses.
         """
         if self.expert_cache is not None:
-            check_size(engine, self.expert_cache)
-        check_weight_memory(engine, self.memory, packs=packs, expert_cache=self.expert_cache)
+            check_size(stored.plan, self.expert_cache)
+        check_weight_memory(
+            stored.plan, self.memory, packs=stored.reads_masters, expert_cache=self.expert_cache
+        )
         if self.check is not None:
-            self.check(tokenizer, self.context or context)
+            self.check(stored.tokenizer, self.context or stored.context)
 
 
-def _dtype(asked: str | None) -> str:
-    return asked or default_platform().dtype
+def find_model(
+    path: Path,
+    mesh: MeshConfig,
+    *,
+    dtype: str | None,
+    quantize: str | None,
+    group: int,
+    step: int | None,
+    fallback: bool,
+) -> StoredModel:
+    """The model of a folder, or of a name on the hub, planned for a mesh; arguments as those of
+    `open_model`.
+    """
+    devices = make_mesh(mesh, jax.devices()[: mesh.size])
+    source = find(find_folder(path))
+    if isinstance(source, PackedSource):
+        return _find_converted(source.path, devices, dtype, quantize)
+    held: dict[str, Any] = {
+        "dtype": dtype or default_platform().dtype,
+        "quantization": quantize or "float",
+        "group": group,
+    }
+    if isinstance(source, RunSource):
+        return _find_run(source.path, devices, held, step, fallback)
+    return _find_hf(source.path, devices, held)
 
 
 def find_folder(path: Path) -> Path:
     """The path where it exists, else the folder with the hub's model of that name, downloaded."""
-    if path.exists():
-        return path
-    name = str(path)
+    return path if path.exists() else _download(str(path))
+
+
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -149,176 +183,23 @@ def find_folder(path: Path) -> Path:
         ) from error
 
 
-# Hugging Face folders
-
-
-def _open_hf(
-    folder: Path, mesh: Mesh, dtype: str, options: dict[str, Any], before: Before
-) -> LoadedModel:
+def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any]) -> StoredModel:
     checkpoint = hf.open_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder), field="--model")
-    moe = checkpoint.moe
-    placement = contiguous(
-        count_moe_layers(checkpoint.model, moe), moe.num_experts, mesh.shape["expert"]
-    )
-    engine = Engine(
-        checkpoint.model,
-        moe,
-        mesh,
-        placement,
-        vocab_size=checkpoint.vocab_size,
-        dtype=dtype,
-        **options,
-    )
-    before.look(engine, tokenizer, checkpoint.context)
-    params = read_params(engine, checkpoint.leaf, experts_on_host=before.expert_cache is not None)
-    return LoadedModel(
-        engine,
-        params,
-        tables_of(engine, checkpoint.bias_LE()),
-        tokenizer,
-        checkpoint.context,
-        checkpoint.eos_ids,
-        folder.name,
-    )
+    model, moe = checkpoint.model, checkpoint.moe
+    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, mesh.shape["expert"])
+    plan = ServingPlan(model, moe, mesh, placement, vocab_size=checkpoint.vocab_size, **held)
+
+    def read(experts_on_host: bool) -> tuple[Any, Any]:
+        params = read_params(plan, checkpoint.leaf, experts_on_host=experts_on_host)
+        return params, checkpoint.bias_LE()
+
+    return StoredModel(plan, tokenizer, checkpoint.context, checkpoint.eos_ids, folder.name, read)
 
 
-def tables_of(engine: Engine, bias_LE: Any) -> Any:
-    """The engine's routing tables with a model's selection bias, on every device."""
-    tables = make_tables(engine.placement)[0]
-    if bias_LE is not None:
-        tables = tables._replace(bias_E=jnp.asarray(bias_LE, jnp.float32))
-    return jax.device_put(tables, NamedSharding(engine.mesh, P()))
-
-
-def read_params(engine: Engine, read: ReadPart, *, experts_on_host: bool = False) -> Any:
-    """The engine's weights from `read(path, index)`, which gives parts of training parameters in
-    logical expert order.
-
-    `index` has a slice for each dim, or an array of expert ids (-1 for none, which reads as zeros).
-    On one device experts can be left where they were read to, as numpy arrays, for `offload`.
-    """
-    sizes = {path: bytes_of(leaf) for path, leaf in engine.plans.items()}
-    found: dict[str, Any] = {}
-    with byte_progress("loading", sum(sizes.values())) as done:
-        for path, leaf in engine.plans.items():
-            if experts_on_host and "/experts/" in path:
-                order = leaf.order or tuple(range(len(leaf.shape)))
-                found[path] = _read_part(
-                    engine, leaf, order, tuple(slice(None) for _ in order), read
-                )
-            else:
-                found[path] = _read_leaf(engine, leaf, read)
-            done(sizes[path])
-    return engine.tree(found)
-
-
-def _read_leaf(engine: Engine, leaf: WeightPlan, read: ReadPart) -> Any:
-    """One parameter, each distinct part read once and put on the devices that hold it."""
-    order = leaf.order or tuple(range(len(leaf.shape)))
-    held = NamedSharding(
-        engine.mesh, P(*(leaf.spec[dim] if dim < len(leaf.spec) else None for dim in order))
-    )
-    parts: dict[Any, Any] = {}
-    placed: list[list[jax.Array]] = []
-    for device, index in held.addressable_devices_indices_map(leaf.ordered).items():
-        assert index is not None
-        key = tuple((part.start, part.stop) for part in index)
-        if key not in parts:
-            parts[key] = _read_part(engine, leaf, order, index, read)
-        placed.append([jax.device_put(array, device) for array in jax.tree.leaves(parts[key])])
-    shapes, structure = jax.tree.flatten(leaf.abstract())
-    shardings = jax.tree.leaves(named(engine.mesh, leaf.held_spec()))
-    arrays = [
-        jax.make_array_from_single_device_arrays(shape.shape, sharding, list(shards))
-        for shape, sharding, shards in zip(
-            shapes, shardings, zip(*placed, strict=True), strict=True
-        )
-    ]
-    return jax.tree.unflatten(structure, arrays)
-
-
-def _read_part(
-    engine: Engine,
-    leaf: WeightPlan,
-    order: tuple[int, ...],
-    index: tuple[slice, ...],
-    read: ReadPart,
-) -> Any:
-    """What one device holds of a parameter, in numpy; `index` cuts its dims in the order held."""
-    bounds = [range(*part.indices(size)) for part, size in zip(index, leaf.ordered, strict=True)]
-    small = leaf._replace(shape=tuple(len(bounds[order.index(dim)]) for dim in range(len(order))))
-    out = jax.tree.map(lambda a: _aligned(a.shape, a.dtype), small.abstract())
-    stacked, bank = leaf.path.startswith("stacks/"), "/experts/" in leaf.path
-    apart = (
-        stacked + bank + leaf.path.endswith("gate_up")
-    )  # leading dims along which a checkpoint has a tensor for each entry
-    for place in itertools.product(*(range(len(bounds[dim])) for dim in range(apart))):
-        at = [bounds[dim][number] for dim, number in enumerate(place)]
-        cut: list[Any] = [slice(bound.start, bound.stop) for bound in bounds]
-        cut[: len(at)] = [slice(number, number + 1) for number in at]
-        if bank:
-            cut[1] = np.array([_expert_in(engine, leaf.path, *at[:2])])
-        piece = _pack_piece(leaf, order, cut, read)
-        jax.tree.map(
-            lambda to, value, place=place: to.__setitem__(place, value.reshape(to[place].shape)),
-            out,
-            piece,
-        )
-    return out
-
-
-def _pack_piece(leaf: WeightPlan, order: tuple[int, ...], cut: list[Any], read: ReadPart) -> Any:
-    """A piece of a parameter as it is held, in numpy."""
-    whole = list(cut)
-    if leaf.kind == "int8":  # an output's scale is of all its inputs, those on other devices too
-        whole[-leaf.inputs :] = [slice(0, size) for size in leaf.ordered[-leaf.inputs :]]
-    values = read(leaf.path, tuple(whole[order.index(dim)] for dim in range(len(order)))).transpose(
-        order
-    )
-    if leaf.kind == "float":
-        return jax.tree.unflatten(jax.tree.structure(leaf.abstract()), [values])
-    rows = values.reshape(math.prod(values.shape[: -leaf.inputs]), -1)
-    step = max(1, QUANTIZED_AT_ONCE // rows.shape[1])
-    blocks = [
-        _quantize(jnp.asarray(rows[at : at + step]), leaf.kind, leaf.group)
-        for at in range(0, len(rows), step)
-    ]
-    packed = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
-    if leaf.kind == "int8":
-        apart = packed.values.reshape(values.shape)[(..., *cut[-leaf.inputs :])]
-        packed = dataclasses.replace(packed, values=apart)
-    return packed
-
-
-def _expert_in(engine: Engine, path: str, repeat: int, slot: int) -> int:
-    """The expert in a slot of a stacked layer, -1 for none."""
-    _, stack, _, block, *_ = path.split("/")
-    layer = expert_layers(engine.model, engine.moe)[int(stack), int(block)][repeat]
-    expert = int(engine.placement.physical_to_logical[layer, slot])
-    return -1 if expert == EMPTY else expert
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Uninitialised memory that a CPU array can take over."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-# Run directories and converted folders
-
-
-def _open_run(
-    path: Path,
-    mesh: Mesh,
-    dtype: str,
-    options: dict[str, Any],
-    before: Before,
-    step: int | None,
-    fallback: bool,
-) -> LoadedModel:
+def _find_run(
+    path: Path, mesh: Mesh, held: dict[str, Any], step: int | None, fallback: bool
+) -> StoredModel:
     """A run's checkpoint on any mesh, whatever mesh it was trained on. Choices are dropless, else a
     token could depend on padding.
     """
@@ -331,28 +212,19 @@ def _open_run(
     moe = dataclasses.replace(config.moe, dropless=True)
     placement = restore.serving_placement(saved, mesh.shape["expert"])
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    engine = Engine(
-        config.model, moe, mesh, placement, vocab_size=vocab_size, dtype=dtype, **options
-    )
-    before.look(engine, tokenizer, config.train.seq_len, packs=True)
-    params, bias_LE = restore.restore_model(checkpoints, engine, step=step, fallback=fallback)
+    plan = ServingPlan(config.model, moe, mesh, placement, vocab_size=vocab_size, **held)
+
+    def read(experts_on_host: bool) -> tuple[Any, Any]:
+        params, bias_LE = restore.restore_model(checkpoints, plan, step=step, fallback=fallback)
+        return plan.pack(params, consume=True), bias_LE
+
     kept = read_kept_config(path)
     ends = (tokenizer.eos_id, *(hf.eos_ids(path / "tokenizer", kept) if kept else ()))
-    tables, context = tables_of(engine, bias_LE), config.train.seq_len
-    return LoadedModel(
-        engine,
-        engine.pack(params, consume=True),
-        tables,
-        tokenizer,
-        context,
-        tuple(dict.fromkeys(ends)),
-        path.name,
-    )
+    eos_ids, context = tuple(dict.fromkeys(ends)), config.train.seq_len
+    return StoredModel(plan, tokenizer, context, eos_ids, path.name, read, reads_masters=True)
 
 
-def _open_converted(
-    path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, before: Before
-) -> LoadedModel:
+def _find_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None) -> StoredModel:
     header = packed_header.read_packed_header(path)
     for option, asked, has in (
         ("--dtype", dtype, header.dtype),
@@ -363,28 +235,17 @@ def _open_converted(
                 f"{option} {asked} but {path} was converted to {has}: leave the option out, or "
                 f"convert the model again."
             )
-    placement = contiguous(
-        count_moe_layers(header.model, header.moe), header.moe.num_experts, mesh.shape["expert"]
-    )
-    types: dict[str, Any] = {
+    model, moe = header.model, header.moe
+    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, mesh.shape["expert"])
+    held: dict[str, Any] = {
         "dtype": header.dtype,
         "quantization": header.quantization,
         "group": header.group,
     }
-    engine = Engine(
-        header.model, header.moe, mesh, placement, vocab_size=header.vocab_size, **types
-    )
+    plan = ServingPlan(model, moe, mesh, placement, vocab_size=header.vocab_size, **held)
     tokenizer = load_tokenizer(packed_header.packed_tokenizer(path, header), field="--model")
-    before.look(engine, tokenizer, header.context)
-    params, bias_LE = packed_checkpoint.restore_packed(
-        path, engine, experts_on_host=before.expert_cache is not None
-    )
-    return LoadedModel(
-        engine,
-        params,
-        tables_of(engine, bias_LE),
-        tokenizer,
-        header.context,
-        header.eos_ids,
-        header.name,
-    )
+
+    def read(experts_on_host: bool) -> tuple[Any, Any]:
+        return packed_checkpoint.restore_packed(path, plan, experts_on_host=experts_on_host)
+
+    return StoredModel(plan, tokenizer, header.context, header.eos_ids, header.name, read)

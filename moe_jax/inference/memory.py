@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from moe_jax.errors import UserError
-from moe_jax.inference.engine import Engine
 from moe_jax.models.paths import ParameterPath
-from moe_jax.models.weight_layout import bytes_of
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.sharding import named
 from moe_jax.profiling.memory import per_device
 from moe_jax.runtime.platform import platform_of
@@ -20,39 +19,42 @@ from moe_jax.runtime.platform import platform_of
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
 
 
-def device_bytes(engine: Engine, expert_cache: int | None = None) -> dict[jax.Device, int]:
-    """Bytes of weights that each device of the mesh holds, where it keeps `expert_cache` experts a
-    layer if not all of its own.
+def device_bytes(plan: ServingPlan, expert_cache: int | None = None) -> dict[jax.Device, int]:
+    """Bytes of weights that each device of the mesh holds, with `expert_cache` experts per layer if
+    not all of its own.
     """
-    held = dict.fromkeys(engine.mesh.devices.flat, 0)
-    share = 1.0 if expert_cache is None else min(1.0, expert_cache / engine.placement.num_slots)
-    for path, plan in engine.plans.items():
-        arrays = jax.tree.leaves(plan.abstract())
-        shardings = jax.tree.leaves(named(engine.mesh, plan.held_spec()))
-        for array, sharding in zip(arrays, shardings, strict=True):
-            size = per_device(array, sharding)
-            size = round(size * share) if ParameterPath.parse(path).is_expert else size
-            for device in held:
-                held[device] += size
+    held = dict.fromkeys(plan.mesh.devices.flat, 0)
+    share = 1.0 if expert_cache is None else min(1.0, expert_cache / plan.placement.num_slots)
+    for path in plan.weights:
+        size = weight_bytes_per_device(plan, path)
+        size = round(size * share) if ParameterPath.parse(path).is_expert else size
+        for device in held:
+            held[device] += size
     return held
 
 
+def weight_bytes_per_device(plan: ServingPlan, path: str) -> int:
+    """Bytes of a parameter that each device of the mesh holds."""
+    weight = plan.weights[path]
+    return per_device(weight.abstract(), named(plan.mesh, weight.held_spec()))
+
+
 def check_weight_memory(
-    engine: Engine, memory: int | None, *, packs: bool = False, expert_cache: int | None = None
+    plan: ServingPlan, memory: int | None, *, packs: bool = False, expert_cache: int | None = None
 ) -> None:
-    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes a
+    """Refuses a model whose weights do not fit, before any of them is read: in `memory` bytes per
     device, or in what there is.
 
     With `packs` they are read as f32 masters first, which may be more. With an `expert_cache` the
-    device holds that many experts a layer and the host all of them. The cache of keys is not
+    device holds that many experts per layer and the host all of them. The cache of keys is not
     counted: it grows with the text.
     """
-    held = device_bytes(engine, expert_cache)
+    held = device_bytes(plan, expert_cache)
     if packs:
-        plans = engine.plans.values()
+        weights = plan.weights.values()
         masters = per_device(
-            [jax.ShapeDtypeStruct(plan.shape, jnp.float32) for plan in plans],
-            [NamedSharding(engine.mesh, plan.spec) for plan in plans],
+            [jax.ShapeDtypeStruct(weight.shape, jnp.float32) for weight in weights],
+            [NamedSharding(plan.mesh, weight.spec) for weight in weights],
         )
         held = {device: max(size, masters) for device, size in held.items()}
     needed = max(held.values())
@@ -68,9 +70,7 @@ def check_weight_memory(
             free = _free_memory()
             needed = sum(held.values())
             if expert_cache is not None:
-                needed += sum(
-                    bytes_of(leaf) for path, leaf in engine.plans.items() if "/experts/" in path
-                )
+                needed += plan.expert_bytes()
     if free is not None and needed > free:
         where = "in all" if needed > max(held.values()) else "on each device"
         raise UserError(

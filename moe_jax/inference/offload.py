@@ -1,20 +1,20 @@
 """Inference on a device that cannot hold all experts: they stay in host memory, and the device
 keeps those used last.
 
+    engine = offload(plan, params, tables, size=16)   # where a `ResidentEngine` would be
+    engine.expert_counts.hit_rate
+
 A layer runs in parts. Attention and the router run first; the numbers of the chosen experts come to
 the host; those that the device lacks are copied over the least recently used (expert_cache.py);
 then the experts run, each choice with the slot of its expert as data, so that nothing compiles
-anew. Where more experts are chosen than there are slots, as in a prompt, the slots are filled in
+again. Where more experts are chosen than there are slots, as in a prompt, the slots are filled in
 rounds, and each choice's row is computed in one of them: the sums are those of the whole model.
-
-# in the place of the engine and its parameters in a `LoadedModel`
-offloaded, params = offload(engine, params, size=16)
-offloaded.counts.hit_rate
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -26,26 +26,39 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
-from moe_jax.inference.engine import Cache, Engine
-from moe_jax.inference.expert_cache import Counts, ExpertCache
+from moe_jax.inference.engine import compile_on, score_arguments
+from moe_jax.inference.expert_cache import ExpertCache, ExpertCounts
+from moe_jax.inference.kv_cache import Cache, CacheLayout
+from moe_jax.inference.output import all_logits, last_logits, total_nats
 from moe_jax.models.batch import NewTokens
 from moe_jax.models.embedding import embed
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds, stack_layers
+from moe_jax.models.paths import nested
+from moe_jax.models.serving_plan import ServingPlan
+from moe_jax.models.transformer import Block
 from moe_jax.moe.router import Routing
 from moe_jax.moe.tables import LayerTables
 from moe_jax.runtime.platform import platform_of
 
 
-class Parts(NamedTuple):
-    """The compiled parts of layers of one kind; a layer without experts has `extend` alone. Those
-    in dicts are by `fresh`.
-    """
+class ExpertParts(NamedTuple):
+    """The compiled parts of a layer behind its router, of layers of one kind."""
 
-    extend: dict[bool, Any]
-    attend: dict[bool, Any]
     whole: Any  # all experts' part, where one round is enough for any choice
     add: Any  # one of several rounds
-    join: Any  # and what follows them
+    join: Any  # what follows the rounds
+
+
+class LayerParts(NamedTuple):
+    """The compiled parts of layers of one kind.
+
+    Without experts, `prefill` and `decode` are the whole layer; with them, what is up to the
+    router's choice.
+    """
+
+    prefill: Any
+    decode: Any
+    experts: ExpertParts | None
 
 
 class Layer(NamedTuple):
@@ -54,58 +67,84 @@ class Layer(NamedTuple):
     stack: int
     block: int
     repeat: Any  # i32 []
-    number: int | None  # among layers with experts
-    parts: Parts
+    number: int  # among layers with experts, for those that have them
+    parts: LayerParts
+
+
+class Ends(NamedTuple):
+    """The compiled parts of the model before and after its layers."""
+
+    embed: Any
+    last_logits: Any
+    all_logits: Any
+    total_nats: Any
+
+
+class OffloadedWeights(NamedTuple):
+    """A model's weights by layer, and its experts apart."""
+
+    ends: Any  # what is of no layer, on the device
+    layers: list[Any]  # without their experts, on the device
+    experts: list[list[Any]]  # [MoE layer][expert] in host memory, in logical order
+
+
+@dataclass
+class Usage:
+    """What was asked of the experts' cache in one kind of pass."""
+
+    tokens: int
+    hits_L: np.ndarray
+    misses_L: np.ndarray
+
+    @classmethod
+    def none(cls, layers: int) -> Usage:
+        """Before the first pass."""
+        return cls(0, np.zeros(layers, np.int64), np.zeros(layers, np.int64))
 
 
 class OffloadEngine:
-    """What a `Session` and `evaluate` use of an `Engine`. Its slots outlive a sequence, and all
-    sequences share them.
+    """An `Engine` whose experts are in host memory. Its slots outlive a sequence, and all sequences
+    share them.
     """
 
-    def __init__(self, engine: Engine, experts: list[list[Any]], size: int, host_memory: str):
-        """`experts[layer][expert]` are weights in host memory, in logical order; `size` slots a
-        layer begin empty.
-        """
-        self.engine, self.size, self.host_memory = engine, size, host_memory
-        self.model, self.moe, self.mesh, self.placement = (
-            engine.model,
-            engine.moe,
-            engine.mesh,
-            engine.placement,
-        )
-        self.vocab_size, self.dtype = engine.vocab_size, engine.dtype
-        # What has nothing to do with experts is the engine's own.
-        self.new_cache, self.grow_cache = engine.new_cache, engine.grow_cache
-        self.check_tokens, self.decode_bytes = engine.check_tokens, engine.decode_bytes
-        self._experts, self._on_device = experts, NamedSharding(engine.mesh, P())
+    def __init__(
+        self,
+        plan: ServingPlan,
+        weights: OffloadedWeights,
+        tables: LayerTables,
+        size: int,
+        host_memory: str,
+    ):
+        """`size` slots per layer begin empty; `host_memory` says where the experts are."""
+        self.plan, self.tables, self.weights = plan, tables, weights
+        self.layout, self.size, self.host_memory = CacheLayout(plan), size, host_memory
+        self._on_device = NamedSharding(plan.mesh, P())
 
-        def empty(a):
+        def empty(a: Any) -> jax.Array:
             return jnp.zeros((size, *a.shape), a.dtype, device=self._on_device)
 
-        self._banks = [jax.tree.map(empty, layer[0]) for layer in experts]
-        self._slots = [ExpertCache(engine.moe.num_experts, size) for _ in experts]
-        self._asked = np.zeros(
-            (2, len(experts), 2), np.int64
-        )  # reading or decoding, layer, hits or misses
-        self._tokens = [0, 0]
-        self._compile_parts()
+        self._banks = [jax.tree.map(empty, layer[0]) for layer in weights.experts]
+        self._slots = [ExpertCache(plan.moe.num_experts, size) for _ in weights.experts]
+        self._reading = Usage.none(len(weights.experts))
+        self._decoding = Usage.none(len(weights.experts))
+        self._layers, self._ends = _compile_model(plan)
+        self._put = compile_on(plan.mesh, _put, P(), P(), donated=(0,))
 
     # Figures
 
     @property
-    def counts(self) -> Counts:
+    def expert_counts(self) -> ExpertCounts:
         """Of all tokens since the model was opened."""
-        return self._count(slice(None))
+        return self._count(self._reading, self._decoding)
 
     @property
-    def decode_counts(self) -> Counts:
+    def decode_counts(self) -> ExpertCounts:
         """Of those that came one by one."""
-        return self._count(slice(1, 2))
+        return self._count(self._decoding)
 
-    def figures(self) -> dict[str, Any]:
+    def expert_figures(self) -> dict[str, Any]:
         """Both, as `moe-jax bench` shows them."""
-        every, decoding = self.counts, self.decode_counts
+        every, decoding = self.expert_counts, self.decode_counts
         return {
             "expert_cache_size": self.size,
             "expert_memory": self.host_memory,
@@ -119,214 +158,208 @@ class OffloadEngine:
             "decode_expert_bytes_per_token": round(decoding.bytes_per_token),
         }
 
-    def _count(self, which: slice) -> Counts:
-        hits_L, misses_L = self._asked[which].sum(0).T
-        one = sum(array.nbytes for array in jax.tree.leaves(self._experts[0][0]))
-        return Counts(sum(self._tokens[which]), hits_L, misses_L, misses_L * one)
+    def _count(self, *usages: Usage) -> ExpertCounts:
+        one = sum(array.nbytes for array in jax.tree.leaves(self.weights.experts[0][0]))
+        misses_L = np.sum([usage.misses_L for usage in usages], axis=0)
+        return ExpertCounts(
+            sum(usage.tokens for usage in usages),
+            np.sum([usage.hits_L for usage in usages], axis=0),
+            misses_L,
+            misses_L * one,
+        )
 
-    # What `Session` and `evaluate` call
+    # What `Engine` asks for
 
-    def extend(
-        self,
-        params: Any,
-        tables: LayerTables,
-        cache: Cache,
-        turn: NewTokens,
-        *,
-        fresh: bool = False,
-    ) -> tuple[jax.Array, Cache]:
-        """As `Engine.extend`."""
-        x_BSD, cache = self._run(params, tables, cache, turn, fresh)
-        return self._last_logits(params["ends"], x_BSD, turn), cache
+    def prefill(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
+        """As `Engine.prefill`."""
+        x_BSD, cache = self._through_layers(lambda parts: parts.prefill, cache, new)
+        return self._ends.last_logits(self.weights.ends, x_BSD, new), cache
 
-    def score(
-        self, params: Any, tables: LayerTables, tokens_BS: Any, targets_BS: Any, mask_BS: Any
-    ) -> tuple[float, float]:
+    def decode(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
+        """As `Engine.decode`."""
+        x_BSD, cache = self._through_layers(lambda parts: parts.decode, cache, new)
+        return self._ends.last_logits(self.weights.ends, x_BSD, new), cache
+
+    def all_logits(self, new: NewTokens) -> jax.Array:
+        """As `Engine.all_logits`."""
+        cache = self.layout.new(*new.tokens.shape)
+        x_BSD, _ = self._through_layers(lambda parts: parts.prefill, cache, new)
+        return self._ends.all_logits(self.weights.ends, x_BSD)
+
+    def score(self, tokens_BS: Any, targets_BS: Any, mask_BS: Any) -> tuple[float, float]:
         """As `Engine.score`."""
-        self.check_tokens(int(max(np.max(tokens_BS, initial=0), np.max(targets_BS, initial=0))))
-        rows, length = np.shape(tokens_BS)
-        turn = NewTokens(
-            jnp.asarray(tokens_BS, jnp.int32),
-            jnp.zeros(rows, jnp.int32),
-            jnp.full(rows, length, jnp.int32),
-        )
-        x_BSD, _ = self._run(params, tables, self.new_cache(rows, length), turn, True)
-        nats, count = self._nats(
-            params["ends"], x_BSD, np.asarray(targets_BS, np.int32), np.asarray(mask_BS, np.float32)
-        )
+        new, targets_BS, mask_BS = score_arguments(self.plan, tokens_BS, targets_BS, mask_BS)
+        cache = self.layout.new(*new.tokens.shape)
+        x_BSD, _ = self._through_layers(lambda parts: parts.prefill, cache, new)
+        nats, count = self._ends.total_nats(self.weights.ends, x_BSD, targets_BS, mask_BS)
         return float(nats), float(count)
 
-    def _run(
-        self, params: Any, tables: LayerTables, cache: Cache, turn: NewTokens, fresh: bool
+    def _through_layers(
+        self, part_of: Callable[[LayerParts], Any], cache: Cache, new: NewTokens
     ) -> tuple[jax.Array, Cache]:
-        """New tokens through all layers."""
-        x_BSD, cache = self._embed(params["ends"], turn.tokens), [list(stack) for stack in cache]
-        decoding = int(turn.tokens.shape[1] == 1)
-        self._tokens[decoding] += int(np.sum(turn.length))
-        for layer, block in zip(self._layers, params["layers"], strict=True):
-            stored = cache[layer.stack][layer.block]
-            if layer.number is None:
-                x_BSD, stored = layer.parts.extend[fresh](block, x_BSD, turn, stored, layer.repeat)
+        """New tokens through all layers, by one part of each."""
+        x_BSD = self._ends.embed(self.weights.ends, new.tokens)
+        cache = [list(stack) for stack in cache]
+        usage = self._decoding if new.tokens.shape[1] == 1 else self._reading
+        usage.tokens += int(np.sum(new.length))
+        for layer, weights in zip(self._layers, self.weights.layers, strict=True):
+            run = part_of(layer.parts)
+            layer_cache = cache[layer.stack][layer.block]
+            if layer.parts.experts is None:
+                x_BSD, layer_cache = run(weights, x_BSD, new, layer_cache, layer.repeat)
             else:
-                args = (block, self._banks[layer.number], tables.bias_E, np.int32(layer.number))
-                x_BSD, h_TD, routing, stored = layer.parts.attend[fresh](
-                    *args, x_BSD, turn, stored, layer.repeat
+                bank, number = self._banks[layer.number], np.int32(layer.number)
+                x_BSD, h_TD, routing, layer_cache = run(
+                    weights, bank, self.tables.bias_E, number, x_BSD, new, layer_cache, layer.repeat
                 )
                 x_BSD = self._run_experts(
-                    layer.parts, layer.number, decoding, block, x_BSD, h_TD, routing
+                    layer.parts.experts, layer.number, usage, weights, x_BSD, h_TD, routing
                 )
-            cache[layer.stack][layer.block] = stored
+            cache[layer.stack][layer.block] = layer_cache
         return x_BSD, cache
 
     def _run_experts(
         self,
-        parts: Parts,
+        parts: ExpertParts,
         layer: int,
-        decoding: int,
-        block: Any,
+        usage: Usage,
+        weights: Any,
         x_BSD: Any,
         h_TD: Any,
         routing: Routing,
     ) -> jax.Array:
-        """The residual stream behind a layer's experts."""
+        """The residual stream after a layer's experts."""
         expert_TK = np.asarray(routing.expert_TK)  # waits for the device
-        wanted = np.unique(expert_TK)
-        rounds = self._slots[layer].rounds(wanted[wanted < self.moe.num_experts])
+        wanted, num_experts = np.unique(expert_TK), self.plan.moe.num_experts
+        rounds = self._slots[layer].rounds(wanted[wanted < num_experts])
         # By shape, not by how many were chosen: each shape then compiles the first time that it
         # occurs, and never after.
-        if min(expert_TK.size, self.moe.num_experts) <= self.size:
-            slot_TK = self._bring(layer, decoding, rounds[0])[expert_TK]
-            return parts.whole(block, self._banks[layer], x_BSD, h_TD, routing.weight_TK, slot_TK)
+        if min(expert_TK.size, num_experts) <= self.size:
+            slot_TK = self._bring(layer, usage, rounds[0])[expert_TK]
+            return parts.whole(weights, self._banks[layer], x_BSD, h_TD, routing.weight_TK, slot_TK)
         row_MD = jnp.zeros((expert_TK.size, h_TD.shape[-1]), h_TD.dtype, device=self._on_device)
         for group in rounds:
-            slot_TK = self._bring(layer, decoding, group)[expert_TK]
-            row_MD = parts.add(block, self._banks[layer], h_TD, slot_TK, row_MD)
-        return parts.join(block, self._banks[layer], x_BSD, h_TD, routing.weight_TK, row_MD)
+            slot_TK = self._bring(layer, usage, group)[expert_TK]
+            row_MD = parts.add(weights, self._banks[layer], h_TD, slot_TK, row_MD)
+        return parts.join(weights, self._banks[layer], x_BSD, h_TD, routing.weight_TK, row_MD)
 
-    def _bring(self, layer: int, decoding: int, experts: np.ndarray) -> np.ndarray:
+    def _bring(self, layer: int, usage: Usage, experts: np.ndarray) -> np.ndarray:
         """Has the device hold these experts of a layer; the slot of each expert, as
         `ExpertCache.table` gives it.
         """
         slots = self._slots[layer]
         missing = slots.admit(experts)
         for expert, slot in missing:
-            weights = jax.device_put(self._experts[layer][expert], self._on_device)
-            self._banks[layer] = self._put(self._banks[layer], weights, np.int32(slot))
-        self._asked[decoding, layer] += (len(experts) - len(missing), len(missing))
+            one = jax.device_put(self.weights.experts[layer][expert], self._on_device)
+            self._banks[layer] = self._put(self._banks[layer], one, np.int32(slot))
+        usage.hits_L[layer] += len(experts) - len(missing)
+        usage.misses_L[layer] += len(missing)
         return slots.table(experts)
 
-    # Compiled functions
 
-    def _compile_parts(self) -> None:
-        abstract = self.engine.tree(
-            {path: leaf.abstract() for path, leaf in self.engine.plans.items()}
-        )
-        transformer = nnx.merge(self.engine.graph, abstract)
-        self._layers: list[Layer] = []
-        for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(self.model, self.moe))):
-            parts = [
-                self._compile_block(nnx.split(block)[0]) for block in transformer.stacks[i].blocks
-            ]
-            for repeat in range(repeats):
-                for j, kind in enumerate(kinds):
-                    number = (
-                        sum(layer.number is not None for layer in self._layers)
-                        if kind.moe
-                        else None
-                    )
-                    self._layers.append(Layer(i, j, np.int32(repeat), number, parts[j]))
-        transformer.stacks = nnx.List([])
-        ends = nnx.split(transformer)[0]
+# Compiled functions. Each runs on the one device as `ResidentEngine`'s do: the mesh's axes have
+# names, and nothing tracks which values vary.
 
-        def normed(params: Any, x_BSD: jax.Array) -> tuple[Any, jax.Array]:
-            merged = nnx.merge(ends, params)
-            return merged, merged.final_norm(x_BSD)
 
-        self._embed = self._jit(
-            lambda params, tokens_BS: embed(
-                nnx.merge(ends, params).embedding, tokens_BS, self.dtype
-            )
-        )
-        self._last_logits = self._jit(
-            lambda params, x_BSD, turn: self.engine.last_logits(*normed(params, x_BSD), turn)
-        )
-        self._nats = self._jit(
-            lambda params, x_BSD, targets, mask: self.engine.nats(
-                *normed(params, x_BSD), targets, mask
-            )
-        )
-        self._put = self._jit(_put, donated=(0,))
+def _compile_model(plan: ServingPlan) -> tuple[list[Layer], Ends]:
+    """The parts of all layers, and those before and after them."""
+    abstract = nested({path: weight.abstract() for path, weight in plan.weights.items()})
+    transformer = nnx.merge(plan.graph, abstract)
+    layers: list[Layer] = []
+    moe_layers = 0
+    for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(plan.model, plan.moe))):
+        graphs = [nnx.split(block)[0] for block in transformer.stacks[i].blocks]
+        parts = [
+            _compile_moe_layer(plan, graph) if kind.moe else _compile_dense_layer(plan, graph)
+            for kind, graph in zip(kinds, graphs, strict=True)
+        ]
+        for repeat in range(repeats):
+            for j, kind in enumerate(kinds):
+                layers.append(Layer(i, j, np.int32(repeat), moe_layers, parts[j]))
+                moe_layers += kind.moe
+    transformer.stacks = nnx.List([])
+    return layers, _compile_ends(plan, nnx.split(transformer)[0])
 
-    def _compile_block(self, graph: Any) -> Parts:
-        """The parts of layers with this graph; each takes a layer's parameters, and its bank where
-        they lack the experts.
-        """
 
-        def merged(block: Any, bank: Any) -> Any:
-            return nnx.merge(graph, block | {"mlp": block["mlp"] | {"experts": bank}})
+def _compile_ends(plan: ServingPlan, graph: Any) -> Ends:
+    def embedded(params: Any, tokens_BS: Any) -> jax.Array:
+        return embed(nnx.merge(graph, params).embedding, tokens_BS, plan.dtype)
 
-        def extend(
-            block: Any, x_BSD: Any, turn: NewTokens, cache: Any, repeat: Any, *, fresh: bool
-        ) -> Any:
-            return nnx.merge(graph, block).extend(
-                x_BSD, turn, None, cache, repeat, repeats=1, fresh=fresh
-            )
+    def logits(params: Any, x_BSD: Any, new: NewTokens) -> jax.Array:
+        merged = nnx.merge(graph, params)
+        return last_logits(merged, merged.final_norm(x_BSD), new)
 
-        def attend(
-            block: Any,
+    def every(params: Any, x_BSD: Any) -> jax.Array:
+        merged = nnx.merge(graph, params)
+        return all_logits(merged, merged.final_norm(x_BSD))
+
+    def nats(params: Any, x_BSD: Any, targets_BS: Any, mask_BS: Any) -> Any:
+        merged = nnx.merge(graph, params)
+        return total_nats(merged, merged.final_norm(x_BSD), targets_BS, mask_BS)
+
+    programs = (embedded, logits, every, nats)
+    return Ends(*(compile_on(plan.mesh, local, P(), P()) for local in programs))
+
+
+def _compile_dense_layer(plan: ServingPlan, graph: Any) -> LayerParts:
+    """Each part takes a layer's parameters, the residual stream, new tokens, the cache of the
+    layer's stack, and its number there.
+    """
+
+    def through(run: Any) -> Any:
+        def local(params: Any, x_BSD: Any, new: NewTokens, cache: Any, repeat: Any) -> Any:
+            return run(nnx.merge(graph, params), x_BSD, new, None, cache, repeat, repeats=1)
+
+        return compile_on(plan.mesh, local, P(), P(), donated=(3,))
+
+    return LayerParts(through(Block.prefill), through(Block.decode), None)
+
+
+def _compile_moe_layer(plan: ServingPlan, graph: Any) -> LayerParts:
+    """Each part takes a layer's parameters without its experts, and the bank that holds some of
+    these.
+    """
+
+    def merged(params: Any, bank: Any) -> Any:
+        return nnx.merge(graph, params | {"mlp": params["mlp"] | {"experts": bank}})
+
+    def up_to_router(attend: Any) -> Any:
+        def local(
+            params: Any,
             bank: Any,
             bias_LE: Any,
             number: Any,
             x_BSD: Any,
-            turn: NewTokens,
+            new: NewTokens,
             cache: Any,
             repeat: Any,
-            *,
-            fresh: bool,
         ) -> Any:
-            layer = merged(block, bank)
-            x_BSD, h_BSD, cache = layer.attend(x_BSD, turn, cache, repeat, fresh=fresh)
-            routing = layer.mlp.router.choose(h_BSD, turn.valid, bias_LE[number])
+            block = merged(params, bank)
+            x_BSD, h_BSD, cache = attend(block, x_BSD, new, cache, repeat)
+            routing = block.mlp.router.choose(h_BSD, new.valid, bias_LE[number])
             return x_BSD, h_BSD.reshape(-1, h_BSD.shape[-1]), routing, cache
 
-        def add(block: Any, bank: Any, h_TD: Any, slot_TK: Any, row_MD: Any) -> Any:
-            return row_MD + merged(block, bank).mlp.choice_rows(h_TD, slot_TK)
+        return compile_on(plan.mesh, local, P(), P(), donated=(6,))
 
-        def join(block: Any, bank: Any, x_BSD: Any, h_TD: Any, weight_TK: Any, row_MD: Any) -> Any:
-            return x_BSD + merged(block, bank).mlp.join_choices(h_TD, row_MD, weight_TK).reshape(
-                x_BSD.shape
-            )
+    def add(params: Any, bank: Any, h_TD: Any, slot_TK: Any, row_MD: Any) -> Any:
+        return row_MD + merged(params, bank).mlp.choice_rows(h_TD, slot_TK)
 
-        def whole(
-            block: Any, bank: Any, x_BSD: Any, h_TD: Any, weight_TK: Any, slot_TK: Any
-        ) -> Any:
-            row_MD = merged(block, bank).mlp.choice_rows(h_TD, slot_TK)
-            return join(block, bank, x_BSD, h_TD, weight_TK, row_MD)
+    def join(params: Any, bank: Any, x_BSD: Any, h_TD: Any, weight_TK: Any, row_MD: Any) -> Any:
+        y_TD = merged(params, bank).mlp.join_choices(h_TD, row_MD, weight_TK)
+        return x_BSD + y_TD.reshape(x_BSD.shape)
 
-        return Parts(
-            extend={
-                fresh: self._jit(partial(extend, fresh=fresh), donated=(3,))
-                for fresh in (False, True)
-            },
-            attend={
-                fresh: self._jit(partial(attend, fresh=fresh), donated=(6,))
-                for fresh in (False, True)
-            },
-            whole=self._jit(whole),
-            add=self._jit(add, donated=(4,)),
-            join=self._jit(join),
-        )
+    def whole(params: Any, bank: Any, x_BSD: Any, h_TD: Any, weight_TK: Any, slot_TK: Any) -> Any:
+        row_MD = merged(params, bank).mlp.choice_rows(h_TD, slot_TK)
+        return join(params, bank, x_BSD, h_TD, weight_TK, row_MD)
 
-    def _jit(self, local: Any, donated: tuple[int, ...] = ()) -> Any:
-        """A function of the one device, compiled as `Engine` compiles: the mesh's axes have names,
-        and nothing tracks who varies.
-        """
-        alone = jax.shard_map(
-            local, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=self.mesh.size > 1
-        )
-        return jax.jit(
-            alone, donate_argnums=donated if platform_of(self.mesh.devices.flat[0]).donates else ()
-        )
+    experts = ExpertParts(
+        whole=compile_on(plan.mesh, whole, P(), P()),
+        add=compile_on(plan.mesh, add, P(), P(), donated=(4,)),
+        join=compile_on(plan.mesh, join, P(), P()),
+    )
+    return LayerParts(
+        up_to_router(Block.prefill_attention), up_to_router(Block.decode_attention), experts
+    )
 
 
 def _put(bank: Any, weights: Any, slot: jax.Array) -> Any:
@@ -336,14 +369,14 @@ def _put(bank: Any, weights: Any, slot: jax.Array) -> Any:
     )
 
 
-def check_size(engine: Engine, size: int) -> None:
-    """Raises UserError where `size` experts a layer cannot be what the engine's device keeps."""
-    option, top_k = f"--expert-cache-size {size}", engine.moe.top_k
-    if not count_moe_layers(engine.model, engine.moe):
+def check_size(plan: ServingPlan, size: int) -> None:
+    """Raises UserError where the plan's device cannot keep `size` experts per layer."""
+    option, top_k = f"--expert-cache-size {size}", plan.moe.top_k
+    if not count_moe_layers(plan.model, plan.moe):
         raise UserError(f"{option} is for models with experts and this one has none: leave it out.")
-    if engine.mesh.size > 1:
+    if plan.mesh.size > 1:
         raise UserError(
-            f"{option} is for one device and --mesh has {engine.mesh.size}: leave one of them out."
+            f"{option} is for one device and --mesh has {plan.mesh.size}: leave one of them out."
         )
     if size < top_k:
         raise UserError(
@@ -360,15 +393,14 @@ def host_memory(device: jax.Device) -> str:
     return "pinned_host" if platform_of(device).reads_host and "pinned_host" in kinds else "numpy"
 
 
-def offload(engine: Engine, params: Any, size: int) -> tuple[OffloadEngine, Any]:
-    """An engine that keeps `size` experts a layer on its device, and the parameters that it takes;
-    those given are used up.
+def offload(plan: ServingPlan, params: Any, tables: LayerTables, size: int) -> OffloadEngine:
+    """An engine that keeps `size` experts per layer on its device; `params` are used up.
 
     Experts' weights may be numpy arrays, or arrays of any device, which are read back.
     """
-    memory = host_memory(engine.mesh.devices.flat[0])
-    sharding = None if memory == "numpy" else NamedSharding(engine.mesh, P(), memory_kind=memory)
-    slots_LE = engine.placement.first_slot()
+    memory = host_memory(plan.mesh.devices.flat[0])
+    sharding = None if memory == "numpy" else NamedSharding(plan.mesh, P(), memory_kind=memory)
+    slots_LE = plan.placement.first_slot()
     layers: list[Any] = []
     experts: list[list[Any]] = []
 
@@ -376,7 +408,7 @@ def offload(engine: Engine, params: Any, size: int) -> tuple[OffloadEngine, Any]
         weights = jax.tree.map(lambda a: a[repeat, slot], bank)
         return weights if sharding is None else jax.device_put(weights, sharding)
 
-    for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(engine.model, engine.moe))):
+    for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(plan.model, plan.moe))):
         blocks = [params["stacks"][i]["blocks"][j] for j in range(len(kinds))]
         banks = [
             jax.tree.map(np.asarray, block["mlp"].pop("experts"))
@@ -389,8 +421,8 @@ def offload(engine: Engine, params: Any, size: int) -> tuple[OffloadEngine, Any]
             for bank in banks:
                 experts.append([one(bank, repeat, slot) for slot in slots_LE[len(experts)]])
     ends = {name: value for name, value in params.items() if name != "stacks"}
-    size = min(size, engine.moe.num_experts)
-    return OffloadEngine(engine, experts, size, memory), {"ends": ends, "layers": layers}
+    weights = OffloadedWeights(ends, layers, experts)
+    return OffloadEngine(plan, weights, tables, min(size, plan.moe.num_experts), memory)
 
 
 def _unstack(block: Any, repeats: int) -> list[Any]:

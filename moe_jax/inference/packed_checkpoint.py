@@ -1,8 +1,8 @@
 """A model saved as it is held for inference: our own sharded form, which a restart reads without
 permuting or quantising.
 
-OUT/moe_jax.json describes the model; OUT/weights is one sealed checkpoint (checkpoint.py), experts
-in logical order; OUT/tokenizer holds the tokenizer's files. It restores on any mesh.
+OUT/moe_jax.json describes the model; OUT/weights is one sealed checkpoint (checkpoint/), experts in
+logical order; OUT/tokenizer holds the tokenizer's files. It restores on any mesh.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from moe_jax.checkpoint import expert_layout
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.inference.engine import Engine
-from moe_jax.inference.session import LoadedModel
-from moe_jax.model_io.packed_header import KEPT_CONFIG, PACKED_FORMAT, PACKED_HEADER, PackedHeader
+from moe_jax.model_io.packed_header import KEPT_CONFIG, PACKED_HEADER, PackedHeader
 from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.paths import ParameterPath, nested
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.weight_layout import WeightPlan
-from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import contiguous
 from moe_jax.runtime.platform import host_device
@@ -38,49 +37,32 @@ from moe_jax.utils.units import gibibytes
 
 def write_packed(
     out: Path,
-    loaded: LoadedModel,
+    plan: ServingPlan,
+    params: Any,
+    bias_LE: jax.Array,
+    header: PackedHeader,
     tokenizer: str,
-    group: int,
-    quantization: Kind,
     hf_config: dict[str, Any] | None = None,
 ) -> None:
-    """Saves a loaded model; `tokenizer` is "bytes" or a path, `hf_config` the config.json that an
-    export should have.
+    """Saves weights as they are held; `tokenizer` is "bytes" or a path, `hf_config` the config.json
+    that an export should have.
 
     Nothing is left of a write that fails. Raises UserError where OUT exists, or its disk has no
     room.
     """
-    engine = loaded.engine
-    layers, experts = count_moe_layers(engine.model, engine.moe), engine.moe.num_experts
-    if not np.array_equal(
-        engine.placement.physical_to_logical, contiguous(layers, experts, 1).physical_to_logical
-    ):
+    layers, experts = count_moe_layers(plan.model, plan.moe), plan.moe.num_experts
+    logical = contiguous(layers, experts, 1).physical_to_logical
+    if not np.array_equal(plan.placement.physical_to_logical, logical):
         raise ValueError("experts must lie in logical order: open the model on one device")
     with new_folder(out) as part:
-        _check_room(out, part, loaded.params)
-        state = {"params": loaded.params, "bias": loaded.tables.bias_E}
-        Checkpoints(part / "weights", 1, 0).save(
-            0, state, {"placement": engine.placement.to_json()}, wait=True
-        )
+        _check_room(out, part, params)
+        state, meta = {"params": params, "bias": bias_LE}, {"placement": plan.placement.to_json()}
+        Checkpoints(part / "weights", 1, 0).save(0, state, meta, wait=True)
         if tokenizer != "bytes":
             copy_tokenizer(tokenizer, part / "tokenizer")
         if hf_config is not None:
-            (part / KEPT_CONFIG).write_text(
-                json.dumps(hf_config, indent=2) + "\n", encoding="utf-8"
-            )
-        header = PackedHeader(
-            PACKED_FORMAT,
-            loaded.name,
-            engine.model,
-            engine.moe,
-            engine.vocab_size,
-            loaded.context,
-            loaded.eos_ids,
-            engine.dtype.name,
-            quantization,
-            group,
-            "bytes" if tokenizer == "bytes" else "files",
-        )
+            text = json.dumps(hf_config, indent=2) + "\n"
+            (part / KEPT_CONFIG).write_text(text, encoding="utf-8")
         values = header._asdict() | {
             "model": dataclasses.asdict(header.model),
             "moe": dataclasses.asdict(header.moe),
@@ -102,30 +84,30 @@ def _check_room(out: Path, part: Path, params: Any) -> None:
 
 
 def restore_packed(
-    path: Path, engine: Engine, *, experts_on_host: bool = False
+    path: Path, plan: ServingPlan, *, experts_on_host: bool = False
 ) -> tuple[Any, jax.Array]:
-    """Weights in the engine's slots, and the selection bias [L, E]. Raises CorruptCheckpoint where
+    """Weights in the plan's slots, and the selection bias [L, E]. Raises CorruptCheckpoint where
     bytes are damaged.
 
     On one device experts can be left in the host's memory, for `offload`.
     """
 
     def target(name: str, leaf: WeightPlan) -> Any:
-        shapes, shardings = leaf.abstract(), named(engine.mesh, leaf.held_spec())
-        if experts_on_host and "/experts/" in name:
+        shapes, shardings = leaf.abstract(), named(plan.mesh, leaf.held_spec())
+        if experts_on_host and ParameterPath.parse(name).is_expert:
             host = SingleDeviceSharding(host_device())
             shardings = jax.tree.map(lambda _: host, shapes)
         return jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
         )
 
-    params = engine.tree({name: target(name, leaf) for name, leaf in engine.plans.items()})
-    layers, experts = count_moe_layers(engine.model, engine.moe), engine.moe.num_experts
+    params = nested({name: target(name, leaf) for name, leaf in plan.weights.items()})
+    layers, experts = count_moe_layers(plan.model, plan.moe), plan.moe.num_experts
     bias = jax.ShapeDtypeStruct(
-        (layers, experts), jnp.float32, sharding=NamedSharding(engine.mesh, P())
+        (layers, experts), jnp.float32, sharding=NamedSharding(plan.mesh, P())
     )
     adapt = expert_layout.adapter(
-        engine.model, engine.moe, contiguous(layers, experts, 1), engine.placement
+        plan.model, plan.moe, contiguous(layers, experts, 1), plan.placement
     )
     state = Checkpoints(path / "weights", 1, 0).restore(0, {"params": params, "bias": bias}, adapt)
     return state["params"], state["bias"]

@@ -1,9 +1,12 @@
-"""The dense parts of a layer: norm, attention in two kinds, feed-forward. They run inside the
-model's `shard_map`.
+"""Attention in two kinds: grouped-query and latent. Both run inside the model's `shard_map`.
 
-Attention has two entries: calling it reads whole packed sequences, as training does; `extend` reads
-new tokens of sequences whose earlier keys and values are in a cache. The cache of a stack of layers
+Attention has three entries. Calling it reads whole packed sequences, as training does. `prefill`
+reads the first tokens of sequences and writes their keys and values to a cache. `decode` reads new
+tokens of sequences whose earlier keys and values are in the cache. The cache of a stack of layers
 is one array that all of them share and update in place; place m holds position m.
+
+Writing to the cache is done here and not in `inference/kv_cache.py`, which owns everything else of
+it: the model writes in the middle of a layer, and models do not import inference.
 """
 
 from __future__ import annotations
@@ -82,33 +85,35 @@ class Attention(nnx.Module):
             )
         )
 
-    def extend(
-        self,
-        x_BSD: Float[Array, "B S D"],
-        turn: NewTokens,
-        cache: LayerCache,
-        layer: jax.Array,
-        *,
-        fresh: bool,
+    def prefill(
+        self, x_BSD: Float[Array, "B S D"], new: NewTokens, cache: LayerCache, layer: jax.Array
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """`fresh` promises that the cache holds nothing for these rows, so that only the new tokens
-        need be read.
-        """
+        """The first tokens of all rows, which look at each other alone."""
         assert cache.values is not None
-        q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, turn.positions, _longest(turn))
+        q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, new.positions, _longest(new))
         cache = LayerCache(
-            _store(cache.keys, jnp.moveaxis(k_BSGQ, 1, 3), 4, layer, turn, fresh),
-            _store(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), 3, layer, turn, fresh),
+            _write_first(cache.keys, _places_last(k_BSGQ), layer),
+            _write_first(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), layer),
         )
-        if fresh:
-            segments_BS = turn.valid.astype(jnp.int32)
-            out_BSHQ = attention(
-                q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, impl=self.config.attention, **self._options()
-            )
-        else:
-            out_BSHQ = cached_attention(
-                q_BSHQ, cache.keys, cache.values, layer, turn.positions, **self._options()
-            )
+        segments_BS = new.valid.astype(jnp.int32)
+        out_BSHQ = attention(
+            q_BSHQ, k_BSGQ, v_BSGQ, segments_BS, impl=self.config.attention, **self._options()
+        )
+        return self._out(out_BSHQ), cache
+
+    def decode(
+        self, x_BSD: Float[Array, "B S D"], new: NewTokens, cache: LayerCache, layer: jax.Array
+    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """New tokens of rows whose earlier keys and values the cache holds."""
+        assert cache.values is not None
+        q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, new.positions, _longest(new))
+        cache = LayerCache(
+            _write_behind(cache.keys, _places_last(k_BSGQ), 4, layer, new),
+            _write_behind(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), 3, layer, new),
+        )
+        out_BSHQ = cached_attention(
+            q_BSHQ, cache.keys, cache.values, layer, new.positions, **self._options()
+        )
         return self._out(out_BSHQ), cache
 
     def _options(self) -> dict[str, Any]:
@@ -117,38 +122,32 @@ class Attention(nnx.Module):
 
     def _heads(
         self, x_BSD: jax.Array, positions_BS: jax.Array, length: int | jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """Queries, keys and values, normalised and rotated."""
-        config, found = self.config, []
-        for name in ("query", "key", "value"):
-            head = project(x_BSD, gather(getattr(self, name), x_BSD.dtype))
-            head = (
-                head + gather(getattr(self, f"{name}_bias"), x_BSD.dtype)
-                if config.qkv_bias
-                else head
-            )
-            head = (
-                getattr(self, f"{name}_norm")(head) if config.qk_norm and name != "value" else head
-            )
-            found.append(
-                head
-                if config.clip_qkv is None
-                else jnp.clip(head, -config.clip_qkv, config.clip_qkv)
-            )
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, normalised, clipped and rotated."""
+        config, dtype = self.config, x_BSD.dtype
+        q_BSHQ = project(x_BSD, gather(self.query, dtype))
+        k_BSGQ = project(x_BSD, gather(self.key, dtype))
+        v_BSGQ = project(x_BSD, gather(self.value, dtype))
+        if config.qkv_bias:
+            q_BSHQ = _add(q_BSHQ, self.query_bias)
+            k_BSGQ = _add(k_BSGQ, self.key_bias)
+            v_BSGQ = _add(v_BSGQ, self.value_bias)
+        if config.qk_norm:
+            q_BSHQ, k_BSGQ = self.query_norm(q_BSHQ), self.key_norm(k_BSGQ)
+        if config.clip_qkv is not None:
+            limit = config.clip_qkv
+            q_BSHQ, k_BSGQ, v_BSGQ = (jnp.clip(x, -limit, limit) for x in (q_BSHQ, k_BSGQ, v_BSGQ))
         frequency, scale = frequencies(config.rope, config.head_width, length)
-        q_BSHQ, k_BSGQ = (rotate(x, positions_BS, frequency, scale) for x in found[:2])
-        return q_BSHQ, k_BSGQ, found[2]
+        q_BSHQ, k_BSGQ = (rotate(x, positions_BS, frequency, scale) for x in (q_BSHQ, k_BSGQ))
+        return q_BSHQ, k_BSGQ, v_BSGQ
 
     def _out(self, out_BSHQ: jax.Array) -> jax.Array:
-        y_BSD = psum(
-            join(out_BSHQ, gather(self.out, out_BSHQ.dtype), 2), axes_of(self.out, "heads")
-        )
-        return y_BSD + gather(self.out_bias, y_BSD.dtype) if self.config.out_bias else y_BSD
+        return _project_out(out_BSHQ, self.out, self.out_bias if self.config.out_bias else None)
 
 
 class LatentAttention(nnx.Module):
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads come from one
-    vector a token.
+    vector per token.
 
     Only that vector and one rotated key are cached. Over a cache it is grouped-query attention with
     one group: the keys' projection moves to the queries and the values' to the output.
@@ -190,24 +189,22 @@ class LatentAttention(nnx.Module):
         q_BSHQ, c_BS1C = self._latents(x_BSD, batch.positions, x_BSD.shape[1])
         return self._out(self._expanded(q_BSHQ, c_BS1C, batch.segments))
 
-    def extend(
-        self,
-        x_BSD: Float[Array, "B S D"],
-        turn: NewTokens,
-        cache: LayerCache,
-        layer: jax.Array,
-        *,
-        fresh: bool,
+    def prefill(
+        self, x_BSD: Float[Array, "B S D"], new: NewTokens, cache: LayerCache, layer: jax.Array
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As `Attention.extend`; the cache holds the normalised latent and the rotated key,
+        """As `Attention.prefill`; the cache holds the normalised latent and the rotated key,
         [repeats, B, 1, kv_rank + rope_width, M].
         """
-        q_BSHQ, c_BS1C = self._latents(x_BSD, turn.positions, _longest(turn))
-        cache = LayerCache(
-            _store(cache.keys, jnp.moveaxis(c_BS1C, 1, 3), 4, layer, turn, fresh), None
-        )
-        if fresh:
-            return self._out(self._expanded(q_BSHQ, c_BS1C, turn.valid.astype(jnp.int32))), cache
+        q_BSHQ, c_BS1C = self._latents(x_BSD, new.positions, _longest(new))
+        cache = LayerCache(_write_first(cache.keys, _places_last(c_BS1C), layer), None)
+        return self._out(self._expanded(q_BSHQ, c_BS1C, new.valid.astype(jnp.int32))), cache
+
+    def decode(
+        self, x_BSD: Float[Array, "B S D"], new: NewTokens, cache: LayerCache, layer: jax.Array
+    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """As `Attention.decode`, over the cache that `prefill` describes."""
+        q_BSHQ, c_BS1C = self._latents(x_BSD, new.positions, _longest(new))
+        cache = LayerCache(_write_behind(cache.keys, _places_last(c_BS1C), 4, layer, new), None)
         head, rank = self.config.head_width, self.config.latent.kv_rank
         up_CHN = gather(self.kv_up, x_BSD.dtype)
         q_BSHC = jnp.einsum("bshn,chn->bshc", q_BSHQ[..., :head], up_CHN[..., :head])
@@ -217,7 +214,7 @@ class LatentAttention(nnx.Module):
             "window": self.window,
             "scale": self._scale(),
         }
-        out_BSHC = cached_attention(q_BSHC, cache.keys, None, layer, turn.positions, **options)
+        out_BSHC = cached_attention(q_BSHC, cache.keys, None, layer, new.positions, **options)
         return self._out(jnp.einsum("bshc,chu->bshu", out_BSHC, up_CHN[..., head:])), cache
 
     def _scale(self) -> float:
@@ -233,11 +230,13 @@ class LatentAttention(nnx.Module):
         if config.latent.q_rank is None:
             q_BSHQ = project(x_BSD, gather(self.query, dtype))
         else:
-            low = project(x_BSD, gather(self.query_down, dtype))
-            low = low + gather(self.query_down_bias, dtype) if config.qkv_bias else low
-            q_BSHQ = project(self.query_norm(low), gather(self.query_up, dtype))
+            low_BSX = project(x_BSD, gather(self.query_down, dtype))
+            if config.qkv_bias:
+                low_BSX = _add(low_BSX, self.query_down_bias)
+            q_BSHQ = project(self.query_norm(low_BSX), gather(self.query_up, dtype))
         c_BSC = project(x_BSD, gather(self.kv_down, dtype))
-        c_BSC = c_BSC + gather(self.kv_down_bias, dtype) if config.qkv_bias else c_BSC
+        if config.qkv_bias:
+            c_BSC = _add(c_BSC, self.kv_down_bias)
         frequency, scale = frequencies(config.rope, config.latent.rope_width, length)
         head, rank = config.head_width, config.latent.kv_rank
         turned = rotate(q_BSHQ[..., head:], positions_BS, frequency, scale)
@@ -262,38 +261,54 @@ class LatentAttention(nnx.Module):
         return attention(q_BSHQ, keys, both_BSHN[..., head:], segments_BS, **options)
 
     def _out(self, out_BSHU: jax.Array) -> jax.Array:
-        y_BSD = psum(
-            join(out_BSHU, gather(self.out, out_BSHU.dtype), 2), axes_of(self.out, "heads")
-        )
-        return y_BSD + gather(self.out_bias, y_BSD.dtype) if self.config.out_bias else y_BSD
+        return _project_out(out_BSHU, self.out, self.out_bias if self.config.out_bias else None)
 
 
-def _longest(turn: NewTokens) -> jax.Array:
-    """Positions in use by the longest row."""
-    return jnp.max(turn.start + turn.length)
+def _add(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """`x` with a bias, in x's dtype."""
+    return x + gather(bias, x.dtype)
 
 
-def _store(
-    cache: jax.Array, new: jax.Array, dim: int, layer: jax.Array, turn: NewTokens, fresh: bool
-) -> jax.Array:
-    """The cache [repeats, B, ...] with new entries [B, ...] of a layer in the places, which are dim
-    `dim`, from each row's start on.
+def _project_out(out_BSHU: jax.Array, out: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    """Heads' outputs [B, S, H, U] through the output projection: [B, S, D], the same on all devices
+    that hold heads.
     """
-    new, zero = new.astype(cache.dtype), jnp.int32(0)
+    y_BSD = psum(join(out_BSHU, gather(out, out_BSHU.dtype), 2), axes_of(out, "heads"))
+    return y_BSD if bias is None else _add(y_BSD, bias)
 
-    def at(row, start):
-        return (
-            layer,
-            row,
-            *(start if d == dim else zero for d in range(2, cache.ndim)),
-        )
 
-    if fresh:
-        return lax.dynamic_update_slice(cache, new[None], at(zero, zero))
+def _longest(new: NewTokens) -> jax.Array:
+    """Positions in use by the longest row."""
+    return jnp.max(new.start + new.length)
 
-    def store(row: jax.Array, cache: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice(
-            cache, lax.dynamic_slice_in_dim(new, row, 1)[None], at(row, turn.start[row])
-        )
 
-    return lax.fori_loop(0, new.shape[0], store, cache) if new.shape[0] > 1 else store(zero, cache)
+def _places_last(k_BSGQ: jax.Array) -> jax.Array:
+    """Keys in the cache's order of dims, [B, G, Q, S]."""
+    return jnp.moveaxis(k_BSGQ, 1, 3)
+
+
+def _write_first(cache: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
+    """The cache [repeats, B, ...] with new entries [B, ...] of a layer in the first places of each
+    row.
+    """
+    zero = jnp.int32(0)
+    start = (layer, *(zero for _ in range(1, cache.ndim)))
+    return lax.dynamic_update_slice(cache, new.astype(cache.dtype)[None], start)
+
+
+def _write_behind(
+    cache: jax.Array, entries: jax.Array, dim: int, layer: jax.Array, new: NewTokens
+) -> jax.Array:
+    """The cache [repeats, B, ...] with entries [B, ...] of a layer in the places from each row's
+    start on; `dim` is the cache's dim of places.
+    """
+    entries, zero = entries.astype(cache.dtype), jnp.int32(0)
+
+    def write(row: jax.Array, cache: jax.Array) -> jax.Array:
+        start = (new.start[row] if d == dim else zero for d in range(2, cache.ndim))
+        one_row = lax.dynamic_slice_in_dim(entries, row, 1)
+        return lax.dynamic_update_slice(cache, one_row[None], (layer, row, *start))
+
+    if entries.shape[0] == 1:
+        return write(zero, cache)
+    return lax.fori_loop(0, entries.shape[0], write, cache)

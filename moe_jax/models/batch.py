@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.utils.annotations import Array, Float, Int
 
@@ -29,6 +30,16 @@ class NewTokens(NamedTuple):
     tokens: Int[Array, "B S"]
     start: Int[Array, " B"]  # tokens of the row that the cache holds
     length: Int[Array, " B"]  # new tokens
+
+    @classmethod
+    def whole_rows(cls, tokens_BS: Any) -> NewTokens:
+        """Rows without padding that begin with these tokens."""
+        rows, length = np.shape(tokens_BS)
+        return cls(
+            jnp.asarray(tokens_BS, jnp.int32),
+            jnp.zeros(rows, jnp.int32),
+            jnp.full(rows, length, jnp.int32),
+        )
 
     @property
     def positions(self) -> jax.Array:

@@ -14,6 +14,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx, traverse_util
 
 _LAYER = re.compile(r"(?:^|/)stacks/(\d+)/blocks/(\d+)/(.+)$")
 # Matrices whose first dim (after the slots' in an expert's) is their output, the model's width; the
@@ -92,3 +93,13 @@ class ParameterPath(NamedTuple):
 def path_of(keys: tuple[Any, ...]) -> ParameterPath:
     """The path of a leaf from the keys that `jax.tree.leaves_with_path` gives."""
     return ParameterPath.parse(jax.tree_util.keystr(keys, simple=True, separator="/"))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree of parameters by the text of their paths."""
+    return {path_of(keys).text: leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def nested(values: dict[str, Any]) -> Any:
+    """The tree of parameters, nested dicts as the model takes them, from values by path."""
+    return nnx.restore_int_paths(traverse_util.unflatten_dict(values, sep="/"))

@@ -64,43 +64,65 @@ class Block(nnx.Module):
         y_BSD, stats = self.mlp(h_BSD, batch.segments > 0, tables, full, keys_B)
         return x_BSD + y_BSD, stats
 
-    def extend(
+    def prefill(
         self,
         x_BSD: jax.Array,
-        turn: NewTokens,
+        new: NewTokens,
         tables: LayerTables | None,
         cache: LayerCache,
         repeat: jax.Array,
-        *,
         repeats: int,
-        fresh: bool,
     ) -> tuple[jax.Array, LayerCache]:
-        """New tokens through the layer. The cache and the experts' weights are those of all
-        repeats, of which this is one.
+        """The first tokens of all rows through the layer. The cache and the experts' weights are
+        those of all repeats, of which this is one.
         """
-        x_BSD, h_BSD, cache = self.attend(x_BSD, turn, cache, repeat, fresh=fresh)
-        if isinstance(self.mlp, FeedForward):
-            return x_BSD + self.mlp(h_BSD), cache
-        assert tables is not None
-        return x_BSD + self.mlp.serve(h_BSD, turn.valid, tables, repeat, repeats), cache
+        x_BSD, h_BSD, cache = self.prefill_attention(x_BSD, new, cache, repeat)
+        return x_BSD + self._serve(h_BSD, new, tables, repeat, repeats), cache
 
-    def attend(
+    def decode(
         self,
         x_BSD: jax.Array,
-        turn: NewTokens,
+        new: NewTokens,
+        tables: LayerTables | None,
         cache: LayerCache,
         repeat: jax.Array,
-        *,
-        fresh: bool,
+        repeats: int,
+    ) -> tuple[jax.Array, LayerCache]:
+        """As `prefill`, for new tokens of rows whose earlier tokens are in the cache."""
+        x_BSD, h_BSD, cache = self.decode_attention(x_BSD, new, cache, repeat)
+        return x_BSD + self._serve(h_BSD, new, tables, repeat, repeats), cache
+
+    def prefill_attention(
+        self, x_BSD: jax.Array, new: NewTokens, cache: LayerCache, repeat: jax.Array
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """`extend` up to the feed-forward part: the residual stream, that part's input, and the
+        """`prefill` up to the feed-forward part: the residual stream, that part's input, and the
         cache.
         """
-        y_BSD, cache = self.attention.extend(
-            self.attention_norm(x_BSD), turn, cache, repeat, fresh=fresh
-        )
+        y_BSD, cache = self.attention.prefill(self.attention_norm(x_BSD), new, cache, repeat)
         x_BSD = x_BSD + y_BSD
         return x_BSD, self.mlp_norm(x_BSD), cache
+
+    def decode_attention(
+        self, x_BSD: jax.Array, new: NewTokens, cache: LayerCache, repeat: jax.Array
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """`decode` up to the feed-forward part, as `prefill_attention`."""
+        y_BSD, cache = self.attention.decode(self.attention_norm(x_BSD), new, cache, repeat)
+        x_BSD = x_BSD + y_BSD
+        return x_BSD, self.mlp_norm(x_BSD), cache
+
+    def _serve(
+        self,
+        h_BSD: jax.Array,
+        new: NewTokens,
+        tables: LayerTables | None,
+        repeat: jax.Array,
+        repeats: int,
+    ) -> jax.Array:
+        """The feed-forward part's output."""
+        if isinstance(self.mlp, FeedForward):
+            return self.mlp(h_BSD)
+        assert tables is not None
+        return self.mlp.serve(h_BSD, new.valid, tables, repeat, repeats)
 
 
 class LayerPattern(nnx.Module):
@@ -178,60 +200,67 @@ class Transformer(nnx.Module):
         """The output head's parameter: the embedding where both are one."""
         return self.embedding if self.config.tied_embeddings else self.head
 
-    def extend(
-        self, turn: NewTokens, tables: LayerTables, cache: list[Any], *, fresh: bool
+    def prefill(
+        self, new: NewTokens, tables: LayerTables, cache: list[Any]
     ) -> tuple[Float[Array, "B S D"], list[Any]]:
-        """Normalised hidden states of new tokens, and the cache with their keys and values.
+        """Normalised hidden states of the first tokens of all rows, and the cache with their keys
+        and values; no row of the given cache holds tokens.
 
-        The cache holds for each stack a list with the `LayerCache` of each block of its pattern.
-        Its arrays travel through the scan whole and are updated in place, and so is the experts'
-        bank read: cutting a layer's part out would copy it.
+        The cache has for each stack a list with the `LayerCache` of each block of its pattern.
         """
-        x_BSD = embed(self.embedding, turn.tokens, jnp.dtype(self.config.compute_dtype))
-        after, done = [], 0
-        for stack, stored in zip(self.stacks, cache, strict=True):
+        return self._through_layers(Block.prefill, new, tables, cache)
+
+    def decode(
+        self, new: NewTokens, tables: LayerTables, cache: list[Any]
+    ) -> tuple[Float[Array, "B S D"], list[Any]]:
+        """As `prefill`, for new tokens of rows whose earlier tokens are in the cache."""
+        return self._through_layers(Block.decode, new, tables, cache)
+
+    def _through_layers(
+        self, through_block: Any, new: NewTokens, tables: LayerTables, cache: list[Any]
+    ) -> tuple[jax.Array, list[Any]]:
+        """New tokens through all layers, by `Block.prefill` or `Block.decode`.
+
+        The cache's arrays travel through the scan whole and are updated in place, and the experts'
+        bank is read in place too: cutting a layer's part out would copy it.
+        """
+        x_BSD = embed(self.embedding, new.tokens, jnp.dtype(self.config.compute_dtype))
+        cache_after, done = [], 0
+        for stack, stack_cache in zip(self.stacks, cache, strict=True):
             moes = sum(kind.moe for kind in stack.kinds)
             split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
             graph, banks, state = split
             repeats = jax.tree.leaves(state)[0].shape[0]
             layer_tables = _for_patterns(tables, done, repeats, moes)
-            run = partial(
-                _extend_pattern,
-                graph,
-                jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks),
-                repeats,
-                turn,
-                fresh,
-            )
-            (x_BSD, stored), _ = lax.scan(
-                run, (x_BSD, stored), (state, layer_tables, jnp.arange(repeats))
+            banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks)
+            run = partial(_serve_pattern, through_block, graph, banks, repeats, new)
+            (x_BSD, stack_cache), _ = lax.scan(
+                run, (x_BSD, stack_cache), (state, layer_tables, jnp.arange(repeats))
             )
             done += repeats * moes
-            after.append(stored)
-        return self.final_norm(x_BSD), after
+            cache_after.append(stack_cache)
+        return self.final_norm(x_BSD), cache_after
 
 
-def _extend_pattern(
+def _serve_pattern(
+    through_block: Any,
     graph: nnx.GraphDef,
     banks: Any,
     repeats: int,
-    turn: NewTokens,
-    fresh: bool,
+    new: NewTokens,
     carry: Any,
     inputs: Any,
 ) -> tuple[Any, None]:
     """The scan's body: one repeat of a pattern over new tokens."""
     (x_BSD, cache), (state, tables, repeat) = carry, inputs
-    unit = nnx.merge(graph, banks, state)
-    at, after = 0, []
-    for block, kind, stored in zip(unit.blocks, unit.kinds, cache, strict=True):
+    pattern = nnx.merge(graph, banks, state)
+    at, cache_after = 0, []
+    for block, kind, layer_cache in zip(pattern.blocks, pattern.kinds, cache, strict=True):
         table = jax.tree.map(lambda a, at=at: a[at], tables) if kind.moe else None
-        x_BSD, stored = block.extend(
-            x_BSD, turn, table, stored, repeat, repeats=repeats, fresh=fresh
-        )
-        after.append(stored)
+        x_BSD, layer_cache = through_block(block, x_BSD, new, table, layer_cache, repeat, repeats)
+        cache_after.append(layer_cache)
         at += kind.moe
-    return (x_BSD, after), None
+    return (x_BSD, cache_after), None
 
 
 def _for_patterns(per_layer: Any, start: int, repeats: int, moes: int) -> Any:

@@ -9,7 +9,6 @@ import json
 import math
 import signal
 import sys
-import types
 
 import pytest
 
@@ -151,10 +150,8 @@ def test_chat_through_a_pipe(monkeypatch, capsys, tmp_path, model):
 def test_eval_and_bench(capsys, tmp_path, model):
     """Figures as JSON and as lines; both quantised and not where a text is there to compare on."""
     scores = iter([2.0, 1.0, 1.0, 1.0])
-    model.engine = types.SimpleNamespace(
-        score=lambda params, tables, tokens, targets, mask: (next(scores) * mask.sum(), mask.sum()),
-        decode_bytes=lambda batch: 10**6,
-        mesh=types.SimpleNamespace(size=1, shape={"data": 1}),
+    model.engine = fake_model.fake_engine(
+        lambda tokens, targets, mask: (next(scores) * mask.sum(), mask.sum())
     )
     (tmp_path / "text").write_text("some text")
     text = ("--text", tmp_path / "text")

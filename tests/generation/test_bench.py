@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from moe_jax.errors import UserError
 from moe_jax.generation import bench
 from moe_jax.profiling.clock import COMPILING, CompileClock, Stopwatch
 from moe_jax.profiling.machine import read_bandwidth
-from tests.support.fake_model import Loaded, Session, install
+from tests.support.fake_model import Loaded, fake_engine
 
 
 def test_compiling_does_not_count_as_speed() -> None:
@@ -36,26 +35,22 @@ def test_compiling_does_not_count_as_speed() -> None:
 
 
 def test_spans_within_spans_count_once() -> None:
-    clock = CompileClock()
+    clock, note = CompileClock(), jax.monitoring.record_event_duration_secs
     time.sleep(0.05)
     before = time.perf_counter()
-    clock._note("/jax/another", 9.0)
-    clock._note(COMPILING + "inner", 0.01)
+    note("/jax/another", 9.0)
+    note(COMPILING + "inner", 0.01)
     time.sleep(0.02)
-    clock._note(COMPILING + "second_inner", 0.01)
-    clock._note(COMPILING + "outer", time.perf_counter() - before + 0.03)
+    note(COMPILING + "second_inner", 0.01)
+    note(COMPILING + "outer", time.perf_counter() - before + 0.03)
     assert clock.seconds == pytest.approx(time.perf_counter() - before + 0.03, abs=0.01)
 
 
 def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = types.SimpleNamespace(
-        decode_bytes=lambda batch: batch * 1000,
-        mesh=types.SimpleNamespace(size=1, shape={"data": 1}),
-    )
+    engine = fake_engine(decode_bytes=lambda batch: batch * 1000)
     loaded = Loaded(lambda tokens: 65, engine=engine)
-    install(monkeypatch, loaded)
     monkeypatch.setattr(bench, "read_bandwidth", lambda devices: 1e6 * devices)
-    found = bench.bench(loaded, Session(loaded, 2), prompt=12, generated=5, repeats=3)
+    found = bench.bench(loaded, loaded.session(2), prompt=12, generated=5, repeats=3)
     assert [len(feed) for feed in loaded.feeds[::2]] == [12, 1, 1, 1, 1, 1, 12, 1] + [
         12,
         1,
@@ -77,7 +72,7 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match="-p 199 and -g 2 make 201 tokens and the model's context is 200"
     ):
-        bench.bench(loaded, Session(loaded), prompt=199, generated=2)
+        bench.bench(loaded, loaded.session(), prompt=199, generated=2)
 
 
 def test_read_bandwidth_is_plausible() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.generation.evaluate import evaluate, read_text
-from tests.support.fake_model import Loaded
+from tests.support.fake_model import Loaded, fake_engine
 
 TEXT = "caf\u00e9 and so on"  # 14 characters, 15 bytes
 
@@ -29,16 +28,12 @@ def loaded(scored: list) -> Loaded:
     """A model to which a token of id n costs n thousandths of a nat."""
 
     def score(
-        params: object, tables: object, tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray
+        tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         scored.append((tokens, targets, mask))
         return np.float32((targets * mask).sum() / 1000), np.float32(mask.sum())
 
-    return Loaded(
-        lambda tokens: 0,
-        context=64,
-        engine=types.SimpleNamespace(score=score, mesh=types.SimpleNamespace(shape={"data": 1})),
-    )
+    return Loaded(lambda tokens: 0, context=64, engine=fake_engine(score))
 
 
 @pytest.mark.parametrize("window", [None, 64, 14, 5, 1])

@@ -14,7 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.generation.generate import Reader, generate
 from moe_jax.generation.sampling import Sampler, SamplingOptions
 from moe_jax.generation.stats import GenerationStats
-from tests.support.fake_model import END, Loaded, Session, script
+from tests.support.fake_model import END, Loaded, script
 
 GREEDY_OPTIONS = SamplingOptions(temperature=0.0)
 
@@ -26,8 +26,8 @@ def say(
     options: SamplingOptions = GREEDY_OPTIONS,
     **more: Any,
 ) -> str:
-    reader = Reader(Session(loaded))
-    sampler = Sampler(options, loaded.tokenizer.num_ids)
+    reader = Reader(loaded.session())
+    sampler = Sampler([options], loaded.tokenizer.num_ids)
     return "".join(generate(loaded, reader, list(prompt), sampler, max_tokens=max_tokens, **more))
 
 
@@ -87,9 +87,9 @@ def test_an_interrupted_text_says_so() -> None:
     loaded = saying(b"abc")
     pieces = generate(
         loaded,
-        Reader(Session(loaded)),
+        Reader(loaded.session()),
         [1, 2],
-        Sampler(GREEDY_OPTIONS),
+        Sampler([GREEDY_OPTIONS]),
         max_tokens=9,
         figures=figures,
     )
@@ -133,7 +133,7 @@ def test_a_full_context_ends_the_text_or_slides() -> None:
 
 def test_a_reader_reads_what_it_does_not_hold() -> None:
     loaded = Loaded(lambda tokens: tokens[-1])
-    reader = Reader(Session(loaded))
+    reader = Reader(loaded.session())
     for tokens, kept, fed in (
         (b"abcd", 0, b"abcd"),
         (b"abcdef", 4, b"ef"),

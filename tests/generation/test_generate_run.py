@@ -57,7 +57,7 @@ def test_a_run_says_the_same_wherever_it_was_trained(
 def logits(run_dir: Path, tokens: bytes) -> np.ndarray:
     """After all of `tokens`, read at once."""
     loaded = load.open_model(run_dir)
-    return load.Session(loaded).feed([list(tokens)])[0]
+    return loaded.session().logits([list(tokens)])[0]
 
 
 def test_a_runs_context_is_no_limit_of_its_text(base: Path) -> None:
@@ -72,10 +72,10 @@ def test_a_runs_context_is_no_limit_of_its_text(base: Path) -> None:
 
 
 def test_reading_token_by_token_is_reading_at_once(base: Path) -> None:
-    session = load.Session(load.open_model(base))
+    session = load.open_model(base).session()
     tokens = b"the gate and the load"
-    last = session.feed([list(tokens[:4])])
+    last = session.logits([list(tokens[:4])])
     for token in tokens[4:]:
-        last = session.feed([[token]])
+        last = session.logits([[token]])
     np.testing.assert_allclose(last[0], logits(base, tokens), rtol=1e-4, atol=1e-5)
     assert last.shape == (1, 264) and last.dtype == np.float32 and np.isfinite(last).all()

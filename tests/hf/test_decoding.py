@@ -13,10 +13,11 @@ import pytest
 
 from moe_jax import hf
 from moe_jax.config.schema import MeshConfig
-from moe_jax.inference.engine import Engine
-from moe_jax.inference.load import read_params, tables_of
+from moe_jax.inference.engine import ResidentEngine
+from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.models.batch import NewTokens
 from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from tests.support import hf_cases as cases
@@ -35,12 +36,11 @@ class Reader:
             count_moe_layers(checkpoint.model, checkpoint.moe), checkpoint.moe.num_experts, 1
         )
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        self.engine = Engine(
+        plan = ServingPlan(
             checkpoint.model, checkpoint.moe, mesh, placement, vocab_size=checkpoint.vocab_size
         )
-        self.params, self.tables = (
-            read_params(self.engine, checkpoint.leaf),
-            tables_of(self.engine, checkpoint.bias_LE()),
+        self.engine = ResidentEngine(
+            plan, read_params(plan, checkpoint.leaf), serving_tables(plan, checkpoint.bias_LE())
         )
 
     def prefill(self, rows: list[np.ndarray]) -> tuple[np.ndarray, Any]:
@@ -48,12 +48,10 @@ class Reader:
         tokens = np.zeros((len(rows), BUCKET), np.int32)
         for number, row in enumerate(rows):
             tokens[number, : len(row)] = row
-        turn = NewTokens(
+        new = NewTokens(
             tokens, np.zeros(len(rows), np.int32), np.array([len(row) for row in rows], np.int32)
         )
-        logits, cache = self.engine.extend(
-            self.params, self.tables, self.engine.new_cache(len(rows), ROOM), turn, fresh=True
-        )
+        logits, cache = self.engine.prefill(self.engine.layout.new(len(rows), ROOM), new)
         return np.asarray(logits), cache
 
     def decode(self, cache: Any, tokens_B: np.ndarray, start: int) -> tuple[np.ndarray, Any]:
@@ -61,12 +59,12 @@ class Reader:
         long.
         """
         rows = len(tokens_B)
-        turn = NewTokens(
+        new = NewTokens(
             tokens_B[:, None].astype(np.int32),
             np.full(rows, start, np.int32),
             np.ones(rows, np.int32),
         )
-        logits, cache = self.engine.extend(self.params, self.tables, cache, turn)
+        logits, cache = self.engine.decode(cache, new)
         return np.asarray(logits), cache
 
 
@@ -95,7 +93,7 @@ def test_prefill_of_all_beginnings(case: tuple[Reader, dict[str, np.ndarray]]) -
     reader, wanted = case
     rows, length = wanted["tokens"].shape
     assert_same(reader.prefill(list(wanted["tokens"]))[0], wanted["last"])
-    if reader.engine.model.rope.scaling != "dynamic":
+    if reader.engine.plan.model.rope.scaling != "dynamic":
         for ends in np.arange(1, length + 1).reshape(-1, rows):
             assert_same(
                 reader.prefill([wanted["tokens"][0, :end] for end in ends])[0],

@@ -1,4 +1,4 @@
-"""The engine on one device and on many against the training program on one: see serving.py."""
+"""The engine on one device and on many against the training program on one: see small_models.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference.engine import Engine
+from moe_jax.inference.engine import ResidentEngine
 from moe_jax.inference.session import LoadedModel
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.models.paths import nested
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.moe import slots
 from moe_jax.moe.tables import make_tables
 from moe_jax.ops.quantized import PackedWeight, dequantize
@@ -30,12 +32,11 @@ from tests.support.small_models import (
     assert_same,
     case,
     load,
-    make_engine,
-    tree,
-    turn,
+    make_plan,
+    new_tokens,
 )
 
-ROOM, WIDTH = 16, 8
+PLACES, WIDTH = 16, 8
 
 
 def write(case: Case, loaded: LoadedModel) -> np.ndarray:
@@ -43,14 +44,12 @@ def write(case: Case, loaded: LoadedModel) -> np.ndarray:
     time from the cache.
     """
     rows = [list(text[:count]) for text, count in zip(case.texts, PROMPTS, strict=True)]
-    cache = loaded.engine.new_cache(2, ROOM)
-    logits, cache = loaded.engine.extend(
-        loaded.params, loaded.tables, cache, turn(rows, [0, 0], WIDTH), fresh=True
-    )
+    engine = loaded.engine
+    logits, cache = engine.prefill(engine.layout.new(2, PLACES), new_tokens(rows, [0, 0], WIDTH))
     found, start = [logits], np.array(PROMPTS)
     for _ in range(LENGTH - max(PROMPTS)):
-        step = turn(list(np.take_along_axis(case.texts, start[:, None], axis=1)), start, 1)
-        logits, cache = loaded.engine.extend(loaded.params, loaded.tables, cache, step)
+        tokens = np.take_along_axis(case.texts, start[:, None], axis=1)
+        logits, cache = engine.decode(cache, new_tokens(list(tokens), start, 1))
         found.append(logits)
         start = start + 1
     return np.stack(found, axis=1)
@@ -129,12 +128,11 @@ def test_experts_anywhere(which: str) -> None:
 
 def test_logits_everywhere_and_the_score(square: LoadedModel) -> None:
     data = case("experts")
-    args = (square.params, square.tables)
-    logits = np.asarray(square.engine.all_logits(*args, turn(list(data.texts), [0, 0], LENGTH)))
-    assert_same(logits, data.logits)
+    new = new_tokens(list(data.texts), [0, 0], LENGTH)
+    assert_same(np.asarray(square.engine.all_logits(new)), data.logits)
     targets, mask = np.roll(data.texts, -1, axis=1), np.ones_like(data.texts, np.float32)
     mask[:, -1], mask[0, 2:5] = 0, 0
-    nats, count = square.engine.score(*args, data.texts, targets, mask)
+    nats, count = square.engine.score(data.texts, targets, mask)
     likelihood = np.take_along_axis(
         np.asarray(jax.nn.log_softmax(data.logits.astype(np.float64))), targets[..., None], axis=-1
     )
@@ -146,35 +144,27 @@ def test_the_rest_of_a_prompt_in_a_larger_cache_and_again(single: LoadedModel) -
     """Several tokens behind others, as many as each row likes; then a row goes back and takes
     another way.
     """
-    data = case("experts")
+    data, engine = case("experts"), single.engine
     a, b = (list(text) for text in data.texts)
-    cache = single.engine.new_cache(2, 8)
-    args = (single.params, single.tables)
-    _, cache = single.engine.extend(*args, cache, turn([a[:5], b[:3]], [0, 0], WIDTH), fresh=True)
-    cache = single.engine.grow_cache(cache, ROOM)
-    logits, cache = single.engine.extend(*args, cache, turn([a[5:6], b[3:9]], [5, 3], 6))
+    _, cache = engine.prefill(engine.layout.new(2, 8), new_tokens([a[:5], b[:3]], [0, 0], WIDTH))
+    cache = engine.layout.grow(cache, PLACES)
+    logits, cache = engine.decode(cache, new_tokens([a[5:6], b[3:9]], [5, 3], 6))
     assert_same(logits, np.stack([data.logits[0, 5], data.logits[1, 8]]))
     other = [(a[2] + 1) % VOCAB, 7, 9]
-    _, cache = single.engine.extend(*args, cache, turn([other, b[9:]], [2, 9], 6))
-    logits, _ = single.engine.extend(*args, cache, turn([a[2:6], b[4:8]], [2, 4], 6))
+    _, cache = engine.decode(cache, new_tokens([other, b[9:]], [2, 9], 6))
+    logits, _ = engine.decode(cache, new_tokens([a[2:6], b[4:8]], [2, 4], 6))
     assert_same(logits, np.stack([data.logits[0, 5], data.logits[1, 7]]))
 
 
 def test_rows_do_not_see_each_other(single: LoadedModel) -> None:
     """Bitwise, in both programs: only the shapes that are compiled count, not who else is there."""
-    data = case("experts")
+    data, engine = case("experts"), single.engine
 
     def outcome(other: list[int]) -> list[np.ndarray]:
-        args = (single.params, single.tables)
-        logits, cache = single.engine.extend(
-            *args,
-            single.engine.new_cache(2, ROOM),
-            turn([data.texts[0][:5], other], [0, 0], WIDTH),
-            fresh=True,
-        )
-        after, _ = single.engine.extend(
-            *args, cache, turn([data.texts[0][5:6], other[:1]], [5, len(other)], 1)
-        )
+        prompts = new_tokens([data.texts[0][:5], other], [0, 0], WIDTH)
+        logits, cache = engine.prefill(engine.layout.new(2, PLACES), prompts)
+        step = new_tokens([data.texts[0][5:6], other[:1]], [5, len(other)], 1)
+        after, _ = engine.decode(cache, step)
         return [np.asarray(logits[0]), np.asarray(after[0])]
 
     for found, again in zip(outcome([1, 2, 3]), outcome([9, 8, 7, 6, 5, 4, 3]), strict=True):
@@ -192,12 +182,14 @@ def test_weights_read_in_parts_are_those_of_training_packed(
     data = case("latent")
     loaded = load(data, mesh, quantization=kind, group=4)
     engine = loaded.engine
-    layout = engine.placement.physical_to_logical
+    layout = engine.plan.placement.physical_to_logical
     whole = slots.lay_out(
-        jax.tree.map(jnp.asarray, tree(data.leaves)), expert_layers(data.model, data.moe), layout
+        jax.tree.map(jnp.asarray, nested(data.leaves)), expert_layers(data.model, data.moe), layout
     )
     for (path, found), packed in zip(
-        jax.tree.leaves_with_path(loaded.params), jax.tree.leaves(engine.pack(whole)), strict=True
+        jax.tree.leaves_with_path(engine.params),
+        jax.tree.leaves(engine.plan.pack(whole)),
+        strict=True,
     ):
         assert found.dtype == packed.dtype and found.sharding.is_equivalent_to(
             packed.sharding, found.ndim
@@ -212,7 +204,7 @@ def test_quantised_weights_compute_as_what_they_stand_for(name: str, kind: str) 
     """One device's with the weights dequantised before, and four devices' as one's."""
     data = case(name)
     small = load(data, {}, quantization=kind, group=4)
-    assert sum(a.nbytes for a in jax.tree.leaves(small.params)) < 0.6 * sum(
+    assert sum(a.nbytes for a in jax.tree.leaves(small.engine.params)) < 0.6 * sum(
         leaf.nbytes for leaf in data.leaves.values()
     )
 
@@ -226,8 +218,10 @@ def test_quantised_weights_compute_as_what_they_stand_for(name: str, kind: str) 
             is_leaf=is_matrix,
         )
 
-    plain = jax.jit(floats)(small.params)
-    stood_for = write(data, dataclasses.replace(small, engine=make_engine(data, {}), params=plain))
+    plain = ResidentEngine(
+        make_plan(data, {}), jax.jit(floats)(small.engine.params), small.engine.tables
+    )
+    stood_for = write(data, dataclasses.replace(small, engine=plain))
     assert_same(write(data, small), stood_for)
     assert_same(
         write(data, load(data, {"expert": 2, "tensor": 2}, quantization=kind, group=4)), stood_for
@@ -240,24 +234,24 @@ def test_meshes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(
         UserError, match="tensor=8 does not divide the model's 4 key and value heads"
     ):
-        make_engine(case("experts"), {"tensor": 8})
+        make_plan(case("experts"), {"tensor": 8})
     with pytest.raises(UserError, match="tensor=8 does not divide the model's 4 query heads"):
-        make_engine(case("biases"), {"tensor": 8})
+        make_plan(case("biases"), {"tensor": 8})
     odd = case("experts")._replace(moe=dataclasses.replace(case("experts").moe, hidden=15))
     with pytest.raises(
         UserError, match="tensor=2 does not divide the model's 15 expert hidden width"
     ):
-        make_engine(odd, {"tensor": 2})
+        make_plan(odd, {"tensor": 2})
 
 
 def test_int4_groups_must_divide_what_each_device_has_of_the_inputs() -> None:
     """4 heads of 8: 32 inputs of `out`, 8 on each of four devices."""
-    make_engine(case("dense"), {"tensor": 2}, quantization="int4", group=16)
+    make_plan(case("dense"), {"tensor": 2}, quantization="int4", group=16)
     with pytest.raises(
         UserError,
         match=r"groups of 16, .*attention/out's inputs \(32, of which each device has 8\)",
     ):
-        make_engine(case("dense"), {"tensor": 4}, quantization="int4", group=16)
+        make_plan(case("dense"), {"tensor": 4}, quantization="int4", group=16)
 
 
 # What the compiled programs hold
@@ -265,8 +259,8 @@ def test_int4_groups_must_divide_what_each_device_has_of_the_inputs() -> None:
 LAYERS = 22
 
 
-def deep(mesh: dict[str, int], *, experts: bool = False) -> Engine:
-    """TinyLlama's shape but for its widths, or the same with experts in every layer."""
+def deep(mesh: dict[str, int], *, experts: bool = False) -> ResidentEngine:
+    """TinyLlama with other widths and no weights, or the same with experts in every layer."""
     model = ModelConfig(
         num_layers=LAYERS,
         width=64,
@@ -286,29 +280,16 @@ def deep(mesh: dict[str, int], *, experts: bool = False) -> Engine:
     )
     config = MeshConfig(**mesh)
     placement = contiguous(count_moe_layers(model, moe), 4, config.expert)
-    return Engine(
-        model, moe, make_mesh(config, jax.devices()[: config.size]), placement, vocab_size=VOCAB
-    )
+    mesh_of_some = make_mesh(config, jax.devices()[: config.size])
+    plan = ServingPlan(model, moe, mesh_of_some, placement, vocab_size=VOCAB)
+    return ResidentEngine(plan, plan.abstract_params(), make_tables(placement)[0])
 
 
-def lowered(engine: Engine, program: str) -> jax.stages.Lowered:
-    """A program of the engine before any weight is there: a decode step, a prefill, or logits
-    everywhere.
-    """
-    shapes = engine.tree({path: leaf.abstract() for path, leaf in engine.plans.items()})
-
-    def place(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    params = jax.tree.map(place, shapes, engine.param_shardings)
-    tables = make_tables(engine.placement)[0]
+def lowered(engine: ResidentEngine, program: str) -> jax.stages.Lowered:
+    """A decoding step, or logits everywhere."""
     if program == "logits":
-        return engine.all_logits.lower(params, tables, turn([[1]] * 2, [0, 0], 8))
-    cache = jax.eval_shape(lambda: engine.new_cache(2, ROOM))
-    decoding = program == "decode"
-    return engine._compile(fresh=not decoding).lower(
-        params, tables, cache, turn([[1]] * 2, [0, 0], 1 if decoding else 8)
-    )
+        return engine.lower_all_logits(2, 8)
+    return engine.lower_decode(2, PLACES)
 
 
 def moved(program: jax.stages.Lowered) -> dict[str, int]:
@@ -340,7 +321,7 @@ def test_one_device_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     engine = deep({}, experts=True)
     step = lowered(engine, "decode")
-    text, cache = step.as_text(), jax.tree.leaves(jax.eval_shape(lambda: engine.new_cache(2, ROOM)))
+    text, cache = step.as_text(), jax.tree.leaves(engine.layout.abstract(2, PLACES))
     assert not [
         name
         for name in ("all_reduce", "all_gather", "all_to_all", "collective_permute", "callback")

@@ -17,9 +17,9 @@ from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference import convert
 from moe_jax.inference.inspect import Inspection, inspect
+from moe_jax.inference.kv_cache import KVCache
 from moe_jax.inference.load import open_model
 from moe_jax.inference.memory import device_bytes
-from moe_jax.inference.session import Session, room
 from moe_jax.model_io.source import find
 from moe_jax.models.parameters import PARAMETER_KINDS, by_kind, kind_of
 from moe_jax.utils.units import ranges
@@ -162,17 +162,16 @@ def test_figures_are_those_of_the_loaded_model(
         find(folder).describe(), mesh=mesh, context=200, batch=3, **{"dtype": "float32", **options}
     )
     loaded = open_model(folder, mesh=mesh, **{"dtype": "float32", **options})
-    assert set(device_bytes(loaded.engine).values()) == {total(found.held_bytes)}
+    assert set(device_bytes(loaded.engine.plan).values()) == {total(found.held_bytes)}
     first = jax.devices()[0]
     held = sum(
         shard.data.nbytes
-        for leaf in jax.tree.leaves(loaded.params)
+        for leaf in jax.tree.leaves(loaded.engine.params)
         for shard in leaf.addressable_shards
         if shard.device == first
     )
     assert held == total(found.held_bytes)
-    session = Session(loaded, batch=3)  # what a session of three rows asks the engine for
-    kept = loaded.engine.new_cache(session._rows, room(200, 200))
+    kept = KVCache(loaded.engine.layout, batch=3, context=200).reserve(200)
     cache = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves(kept)
@@ -191,7 +190,7 @@ def test_figures_are_those_of_the_loaded_model(
     if case == "gpt_oss-plain":
         assert any("look back on" in note for note in found.notes)
     if case == "deepseek_v3-plain":
-        latent = loaded.engine.model.latent
+        latent = loaded.engine.plan.model.latent
         assert found.cache_bytes_per_token == 3 * (latent.kv_rank + latent.rope_width) * 2
 
 
@@ -207,7 +206,7 @@ def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path)
     )
     found = inspect(find(tmp_path / "out").describe())
     assert found.quantization == "int8" and total(found.held_bytes) == sum(
-        device_bytes(open_model(tmp_path / "out").engine).values()
+        device_bytes(open_model(tmp_path / "out").engine.plan).values()
     )
     with pytest.raises(UserError, match=r"--dtype bfloat16 but .* was converted to float32"):
         inspect(find(tmp_path / "out").describe(), dtype="bfloat16")

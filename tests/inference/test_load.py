@@ -17,13 +17,14 @@ from moe_jax import hf
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference import load, memory
-from moe_jax.inference.engine import Engine
+from moe_jax.inference import memory, read_weights
 from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.paths import by_path, nested
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from tests.support.command import run_module
-from tests.support.small_models import VOCAB, draw, tree
+from tests.support.small_models import VOCAB, draw
 
 MODEL = ModelConfig(
     num_layers=3, width=32, num_heads=4, num_kv_heads=4, hidden=48, tied_embeddings=False
@@ -45,10 +46,10 @@ def folder(
     return out, leaves
 
 
-def make_engine(mesh: dict[str, int], **options) -> Engine:
+def make_plan(mesh: dict[str, int], **options) -> ServingPlan:
     config = MeshConfig(**mesh)
     placement = contiguous(count_moe_layers(MODEL, MOE), MOE.num_experts, config.expert)
-    return Engine(
+    return ServingPlan(
         MODEL,
         MOE,
         make_mesh(config, jax.devices()[: config.size]),
@@ -66,20 +67,17 @@ def test_weights_are_those_of_the_file(
     nearest.
     """
     path, leaves = folder
-    engine = make_engine({"expert": 2, "tensor": 2}, dtype=dtype)
-    found = load.read_params(engine, hf.open_checkpoint(path).leaf)
-    for plan in engine.plans.values():
-        value = found
-        for key in plan.path.split("/"):
-            value = value[int(key) if key.isdigit() else key]
-        (array,) = jax.tree.leaves(value)
-        wanted = (
-            leaves[plan.path] if plan.order is None else leaves[plan.path].transpose(plan.order)
-        )
-        assert array.dtype == plan.dtype, plan.path
+    plan = make_plan({"expert": 2, "tensor": 2}, dtype=dtype)
+    found = by_path(read_weights.read_params(plan, hf.open_checkpoint(path).leaf))
+    for weight in plan.weights.values():
+        array = found[weight.path if weight.order is None else f"{weight.path}/values"]
+        wanted = leaves[weight.path]
+        wanted = wanted if weight.order is None else wanted.transpose(weight.order)
+        assert array.dtype == weight.dtype, weight.path
         np.testing.assert_array_equal(
-            np.asarray(array), wanted.reshape(array.shape).astype(array.dtype), err_msg=plan.path
+            np.asarray(array), wanted.reshape(array.shape).astype(array.dtype), err_msg=weight.path
         )
+    assert len(found) == len(plan.weights)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -89,7 +87,7 @@ def test_each_byte_is_read_once_and_no_other(
     """By a process with all devices: what several hold alike is read for one of them."""
     path, leaves = folder
     checkpoint = hf.open_checkpoint(path)
-    load.read_params(make_engine(mesh), checkpoint.leaf)
+    read_weights.read_params(make_plan(mesh), checkpoint.leaf)
     assert checkpoint.bytes_read == sum(leaf.nbytes for leaf in leaves.values())
 
 
@@ -101,10 +99,10 @@ def test_a_process_reads_what_its_devices_hold(
     file.
     """
     path, leaves = folder
-    engine = make_engine(mesh)
+    plan = make_plan(mesh)
     itemsize = next(iter(leaves.values())).dtype.itemsize
     whole = jax.sharding.NamedSharding.addressable_devices_indices_map
-    for device, held in memory.device_bytes(engine).items():
+    for device, held in memory.device_bytes(plan).items():
 
         def own(sharding, shape, device=device):
             return {device: whole(sharding, shape)[device]}
@@ -114,7 +112,7 @@ def test_a_process_reads_what_its_devices_hold(
             jax, "make_array_from_single_device_arrays", lambda shape, sharding, arrays: arrays[0]
         )
         checkpoint = hf.open_checkpoint(path)
-        parts = load.read_params(engine, checkpoint.leaf)
+        parts = read_weights.read_params(plan, checkpoint.leaf)
         monkeypatch.undo()
         assert sum(part.nbytes for part in jax.tree.leaves(parts)) == held
         assert checkpoint.bytes_read <= 1.02 * held * itemsize / 4
@@ -125,37 +123,37 @@ def test_a_process_reads_what_its_devices_hold(
 def test_devices_hold_what_was_planned(
     folder: tuple[Path, dict[str, np.ndarray]], mesh: dict[str, int], quantization: str
 ) -> None:
-    engine = make_engine(mesh, quantization=quantization, group=4)
-    found = jax.tree.leaves(load.read_params(engine, hf.open_checkpoint(folder[0]).leaf))
-    held = dict.fromkeys(engine.mesh.devices.flat, 0)
+    plan = make_plan(mesh, quantization=quantization, group=4)
+    found = jax.tree.leaves(read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf))
+    held = dict.fromkeys(plan.mesh.devices.flat, 0)
     for array in found:
         for shard in array.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    assert held == memory.device_bytes(engine)
+    assert held == memory.device_bytes(plan)
 
 
 def test_packing_training_weights_gives_what_is_read(
     folder: tuple[Path, dict[str, np.ndarray]],
 ) -> None:
-    engine = make_engine({"expert": 2}, quantization="int8")
-    read = load.read_params(engine, hf.open_checkpoint(folder[0]).leaf)
-    packed = engine.pack(
-        jax.tree.map(lambda a: jax.numpy.asarray(a.astype(np.float32)), tree(folder[1]))
+    plan = make_plan({"expert": 2}, quantization="int8")
+    read = read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf)
+    packed = plan.pack(
+        jax.tree.map(lambda a: jax.numpy.asarray(a.astype(np.float32)), nested(folder[1]))
     )
     for found, wanted in zip(jax.tree.leaves(read), jax.tree.leaves(packed), strict=True):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
-    engine = make_engine({"expert": 2})
-    needed = max(memory.device_bytes(engine).values())
-    memory.check_weight_memory(engine, needed)
+    plan = make_plan({"expert": 2})
+    needed = max(memory.device_bytes(plan).values())
+    memory.check_weight_memory(plan, needed)
     with pytest.raises(
         UserError,
         match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16 or "
         r"a --mesh",
     ):
-        memory.check_weight_memory(engine, needed - 1)
+        memory.check_weight_memory(plan, needed - 1)
 
 
 # Memory
@@ -178,13 +176,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moe = MoEConfig(first_dense=LARGE.num_layers)
     family, config = hf.config_of(LARGE, moe, LARGE_VOCAB, 64)
     out = tmp_path_factory.mktemp("large") / "checkpoint"
-    shapes = {path: leaf.shape for path, leaf in make_large_engine(moe).plans.items()}
+    shapes = {path: leaf.shape for path, leaf in make_large_plan(moe).plans.items()}
     hf.export(out, family, config, lambda path: np.full(shapes[path], 0.5, np.float32))
     return out
 
 
-def make_large_engine(moe: MoEConfig) -> Engine:
-    return Engine(
+def make_large_plan(moe: MoEConfig) -> ServingPlan:
+    return ServingPlan(
         LARGE,
         moe,
         make_mesh(MeshConfig(), jax.devices()[:1]),

@@ -1,4 +1,4 @@
-"""Experts on the host against the engine that holds them all: see serving.py."""
+"""Experts on the host against the engine that holds them all: see small_models.py."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference import memory
 from moe_jax.inference import offload as module
-from moe_jax.inference.expert_cache import Counts, ExpertCache
-from moe_jax.inference.load import read_params, tables_of
+from moe_jax.inference.expert_cache import ExpertCache, ExpertCounts
 from moe_jax.inference.offload import OffloadEngine, offload
+from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.inference.session import LoadedModel, Session
-from moe_jax.models.weight_layout import bytes_of
+from moe_jax.profiling.clock import compile_clock
 from tests.support.command import call
 from tests.support.hf_folder import make_folder
-from tests.support.small_models import Case, assert_same, case, load, make_engine
+from tests.support.small_models import Case, assert_same, case, load, make_plan
 
 # Who is in which slot
 
@@ -74,32 +74,25 @@ class Outcome(NamedTuple):
     logits: np.ndarray
     loaded: LoadedModel
     engine: OffloadEngine
-    counts: Counts
+    counts: ExpertCounts
 
 
 def write(data: Case, loaded: LoadedModel) -> np.ndarray:
     a, b = (list(map(int, text)) for text in data.texts)
     session = Session(loaded, batch=2)
-    found = [session.feed([a[:5], b[:3]])]
+    found = [session.logits([a[:5], b[:3]])]
     return np.stack(
         found
-        + [session.feed([a[5 + step : 6 + step], b[3 + step : 4 + step]]) for step in range(3)],
+        + [session.logits([a[5 + step : 6 + step], b[3 + step : 4 + step]]) for step in range(3)],
         axis=1,
     )
 
 
 def load_offloaded(data: Case, size: int, **options: Any) -> LoadedModel:
-    engine = make_engine(data, {}, **options)
-    offloaded, params = offload(engine, read_params(engine, data.read, experts_on_host=True), size)
-    return LoadedModel(
-        offloaded,
-        params,
-        tables_of(engine, data.bias_LE),
-        load_tokenizer("bytes"),
-        64,
-        (),
-        "offloaded",
-    )
+    plan = make_plan(data, {}, **options)
+    params = read_params(plan, data.read, experts_on_host=True)
+    engine = offload(plan, params, serving_tables(plan, data.bias_LE), size)
+    return LoadedModel(engine, load_tokenizer("bytes"), 64, (), "offloaded")
 
 
 @functools.cache
@@ -107,7 +100,7 @@ def outcome(name: str, size: int, kind: str) -> Outcome:
     loaded = load_offloaded(case(name), size, quantization=kind)
     assert isinstance(loaded.engine, OffloadEngine)
     logits = write(case(name), loaded)
-    return Outcome(logits, loaded, loaded.engine, loaded.engine.counts)
+    return Outcome(logits, loaded, loaded.engine, loaded.engine.expert_counts)
 
 
 @functools.cache
@@ -145,37 +138,21 @@ def test_what_is_asked_for_is_a_hit_or_a_miss(name: str, size: int, kind: str) -
     engine = (found := outcome(name, size, kind)).engine
     counts = found.counts
     assert counts.tokens == 5 + 3 + 6 and engine.decode_counts.tokens == 6
-    # An expert's bytes by the plan that `inspect` and `check_memory` use.
-    planned = sum(
-        bytes_of(leaf) for path, leaf in engine.engine.plans.items() if "/experts/" in path
-    )
-    one = planned // (len(counts.hits_L) * engine.moe.num_experts)
+    # An expert's bytes by the plan that `inspect` and `check_weight_memory` use.
+    one = engine.plan.expert_bytes() // (len(counts.hits_L) * engine.plan.moe.num_experts)
     np.testing.assert_array_equal(counts.bytes_L, counts.misses_L * one)
     # Once more: nothing is compiled, and as many experts are asked for; those that all fit are
     # there.
-    sizes = compiled(engine)
+    compiling = compile_clock().seconds
     write(case(name), found.loaded)
-    again = engine.counts
-    assert compiled(engine) == sizes
+    again = engine.expert_counts
+    assert compile_clock().seconds == compiling
     np.testing.assert_array_equal(
         again.hits_L + again.misses_L, 2 * (counts.hits_L + counts.misses_L)
     )
-    if size >= engine.moe.num_experts:
+    if size >= engine.plan.moe.num_experts:
         np.testing.assert_array_equal(again.misses_L, counts.misses_L)
-        assert counts.misses_L.max() <= engine.moe.num_experts == engine.size
-
-
-def compiled(engine: OffloadEngine) -> list[int]:
-    """Programs of each compiled function."""
-    functions = [
-        part
-        for layer in engine._layers
-        for part in (*layer.parts.extend.values(), *layer.parts.attend.values(), *layer.parts[2:])
-    ]
-    return [
-        function._cache_size()
-        for function in (*functions, engine._embed, engine._last_logits, engine._put)
-    ]
+        assert counts.misses_L.max() <= engine.plan.moe.num_experts == engine.size
 
 
 def test_the_same_experts_are_asked_for_whatever_the_size() -> None:
@@ -190,10 +167,7 @@ def test_the_score() -> None:
     data, (_, normal) = case("experts"), whole("experts", "float")
     loaded = outcome("experts", 4, "float").loaded
     targets, mask = np.roll(data.texts, -1, axis=1), np.ones_like(data.texts, np.float32)
-    found, wanted = (
-        some.engine.score(some.params, some.tables, data.texts, targets, mask)
-        for some in (loaded, normal)
-    )
+    found, wanted = (some.engine.score(data.texts, targets, mask) for some in (loaded, normal))
     assert found[1] == wanted[1] == mask.sum()
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
 
@@ -203,7 +177,7 @@ def test_memory_that_the_device_reads_by_itself(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "host_memory", lambda device: "pinned_host")
     loaded = load_offloaded(case("biases"), 3)
     assert isinstance(loaded.engine, OffloadEngine)
-    weights = jax.tree.leaves(loaded.engine._experts)
+    weights = jax.tree.leaves(loaded.engine.weights.experts)
     assert {array.sharding.memory_kind for array in weights} == {"pinned_host"}
     assert_same(write(case("biases"), loaded), whole("biases", "float")[0])
 
@@ -212,7 +186,7 @@ def test_memory_that_the_device_reads_by_itself(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sizes_that_cannot_be() -> None:
-    module.check_size(make_engine(case("experts"), {}), 2)
+    module.check_size(make_plan(case("experts"), {}), 2)
     for name, mesh, size, words in (
         (
             "experts",
@@ -225,18 +199,17 @@ def test_sizes_that_cannot_be() -> None:
         ("dense", {}, 4, "--expert-cache-size 4 is for models with experts and this one has none"),
     ):
         with pytest.raises(UserError, match=words):
-            module.check_size(make_engine(case(name), mesh), size)
+            module.check_size(make_plan(case(name), mesh), size)
 
 
 def test_only_what_the_device_holds_need_fit_there() -> None:
-    engine = make_engine(case("experts"), {})
-    (needed,) = memory.device_bytes(engine, 2).values()
-    (everything,) = memory.device_bytes(engine).values()
-    experts = sum(bytes_of(leaf) for path, leaf in engine.plans.items() if "/experts/" in path)
-    assert everything - needed == experts * 4 // 6
-    memory.check_weight_memory(engine, needed, expert_cache=2)
+    plan = make_plan(case("experts"), {})
+    (needed,) = memory.device_bytes(plan, 2).values()
+    (everything,) = memory.device_bytes(plan).values()
+    assert everything - needed == plan.expert_bytes() * 4 // 6
+    memory.check_weight_memory(plan, needed, expert_cache=2)
     with pytest.raises(UserError, match="The weights take"):
-        memory.check_weight_memory(engine, needed)
+        memory.check_weight_memory(plan, needed)
 
 
 def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_a_run_becomes_a_folder_of_the_family_that_it_fits(
     before, after = open_model(run), open_model(out)
     ids = after.tokenizer.encode("caf\u00e9 expert")
     assert ids == before.tokenizer.encode("caf\u00e9 expert") and after.eos_ids == before.eos_ids
-    np.testing.assert_array_equal(Session(before).feed([ids]), Session(after).feed([ids]))
+    np.testing.assert_array_equal(Session(before).logits([ids]), Session(after).logits([ids]))
     assert call("export", run, tmp_path / "half", "--dtype", "bfloat16", "--step", "3") == 0
     assert {
         str(array.dtype) for array in load_file(tmp_path / "half" / "model.safetensors").values()
@@ -83,7 +83,7 @@ def test_empty_and_redundant_slots_are_left_behind(folder: Path, tmp_path: Path)
     )
     before, after = open_model(run), open_model(tmp_path / "out")
     for one, other in zip(
-        jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True
+        jax.tree.leaves(before.engine.params), jax.tree.leaves(after.engine.params), strict=True
     ):
         np.testing.assert_array_equal(one, other)
 

@@ -5,6 +5,7 @@ seen.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,14 +56,22 @@ class Loaded:
     )
     eos_ids: tuple[int, ...] = (END,)
     name: str = "fake"
-    params: Any = None
-    tables: Any = None
     engine: Any = None
     feeds: list[list[int]] = dataclasses.field(default_factory=list)
     """What was fed, in order."""
 
     def session(self, batch: int = 1) -> Session:
         return Session(self, batch)
+
+
+def fake_engine(
+    score: Callable[..., tuple[Any, Any]] | None = None,
+    decode_bytes: Callable[[int], int] = lambda batch: 10**6,
+) -> Any:
+    """What evaluation and benchmarks ask of an engine on one device that holds all experts."""
+    mesh = types.SimpleNamespace(size=1, shape={"data": 1})
+    plan = types.SimpleNamespace(mesh=mesh, decode_bytes=decode_bytes)
+    return types.SimpleNamespace(plan=plan, score=score, expert_counts=None)
 
 
 class Session:

@@ -17,8 +17,8 @@ import jax
 
 from moe_jax import hf
 from moe_jax.config.schema import MeshConfig
-from moe_jax.inference import load, memory
-from moe_jax.inference.engine import Engine
+from moe_jax.inference import memory, read_weights
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 
@@ -34,7 +34,7 @@ def run() -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     checkpoint = hf.open_checkpoint(Path(folder))
     config = MeshConfig(tensor=int(tensor))
-    engine = Engine(
+    plan = ServingPlan(
         checkpoint.model,
         checkpoint.moe,
         make_mesh(config, jax.devices()[: config.size]),
@@ -45,8 +45,8 @@ def run() -> None:
     jax.block_until_ready(jax.jit(lambda: jax.numpy.ones(3) + 1)())
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status("VmRSS")
-    jax.block_until_ready(load.read_params(engine, checkpoint.leaf))
-    held = sum(memory.device_bytes(engine).values())
+    jax.block_until_ready(read_weights.read_params(plan, checkpoint.leaf))
+    held = sum(memory.device_bytes(plan).values())
     print(json.dumps({"peak": status("VmHWM") - before, "held": held}))
 
 

@@ -17,11 +17,13 @@ from flax import nnx
 from moe_jax.config.model import LatentConfig, ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig, OptimizerConfig
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.inference.engine import Engine
-from moe_jax.inference.load import read_params, tables_of
+from moe_jax.inference.engine import ResidentEngine
+from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.inference.session import LoadedModel
 from moe_jax.models.batch import NewTokens
 from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.paths import nested
+from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.transformer import Transformer
 from moe_jax.moe.tables import make_tables
 from moe_jax.parallel.mesh import make_mesh
@@ -104,7 +106,7 @@ class Case(NamedTuple):
     logits: np.ndarray  # f32 [2, LENGTH, V], after each token
 
     def read(self, path: str, index: tuple[Any, ...]) -> np.ndarray:
-        """What `loading.read_params` asks of a checkpoint."""
+        """What `read_params` asks of a checkpoint."""
         whole = self.leaves[path]
         if len(index) > 1 and isinstance(index[1], np.ndarray):
             picked = np.where(
@@ -159,15 +161,6 @@ def draw(
     return found
 
 
-def tree(leaves: dict[str, Any]) -> Any:
-    """Nested dicts from values by path."""
-    root: dict[Any, Any] = {}
-    for path, value in leaves.items():
-        *folders, name = (int(key) if key.isdigit() else key for key in path.split("/"))
-        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, root)[name] = value
-    return root
-
-
 def greedy_texts(
     model: ModelConfig, moe: MoEConfig, leaves: dict[str, np.ndarray], bias_LE: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +171,7 @@ def greedy_texts(
         model, moe, OptimizerConfig(), mesh, placement, vocab_size=VOCAB, steps=1
     )
     tables = make_tables(placement)[0]._replace(bias_E=jnp.asarray(bias_LE))
-    params = jax.tree.map(jnp.asarray, tree(leaves))
+    params = jax.tree.map(jnp.asarray, nested(leaves))
     texts = np.random.default_rng(1).integers(0, VOCAB, (2, LENGTH)).astype(np.int32)
     last_B = np.tile(
         np.arange(LENGTH, dtype=np.int32), 2
@@ -207,13 +200,13 @@ def greedy_texts(
     return texts, logits()
 
 
-def make_engine(
+def make_plan(
     case: Case, mesh: dict[str, int], *, placement: Placement | None = None, **options: Any
-) -> Engine:
+) -> ServingPlan:
     layers = count_moe_layers(case.model, case.moe)
     placement = placement or contiguous(layers, case.moe.num_experts, mesh.get("expert", 1))
     config = MeshConfig(**mesh)
-    return Engine(
+    return ServingPlan(
         case.model,
         case.moe,
         make_mesh(config, jax.devices()[: config.size]),
@@ -225,14 +218,12 @@ def make_engine(
 
 def load(case: Case, mesh: dict[str, int], context: int = 64, **options: Any) -> LoadedModel:
     """The case as `open_model` would give it."""
-    engine = make_engine(case, mesh, **options)
-    params, tables = read_params(engine, case.read), tables_of(engine, case.bias_LE)
-    return LoadedModel(
-        engine, params, tables, load_tokenizer("bytes"), context, (VOCAB - 1,), "case"
-    )
+    plan = make_plan(case, mesh, **options)
+    engine = ResidentEngine(plan, read_params(plan, case.read), serving_tables(plan, case.bias_LE))
+    return LoadedModel(engine, load_tokenizer("bytes"), context, (VOCAB - 1,), "case")
 
 
-def turn(rows: list[Any], start: Any, width: int) -> NewTokens:
+def new_tokens(rows: list[Any], start: Any, width: int) -> NewTokens:
     """New tokens of each row after `start` earlier ones, padded to `width`."""
     tokens = np.zeros((len(rows), width), np.int32)
     for number, row in enumerate(rows):
@@ -243,7 +234,7 @@ def turn(rows: list[Any], start: Any, width: int) -> NewTokens:
 
 
 def assert_same(found: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Equal but for a share of the largest entry, and the same tokens are likeliest."""
+    """Equal up to a share of the largest entry, and the same tokens are likeliest."""
     found = np.asarray(found)
     assert found.shape == wanted.shape and found.dtype == np.float32
     assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()

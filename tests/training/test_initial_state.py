@@ -68,9 +68,7 @@ def first_loss(origin: Path, config: Config, corpus_from: str) -> float:
     loaded = open_model(origin)
     # Documents that begin within a row stand alone in training; the engine reads a row as one text.
     assert (batch["segments"] == 1).all()
-    nats, count = loaded.engine.score(
-        loaded.params, loaded.tables, batch["tokens"], batch["targets"], batch["mask"]
-    )
+    nats, count = loaded.engine.score(batch["tokens"], batch["targets"], batch["mask"])
     return nats / count
 
 
@@ -118,8 +116,8 @@ def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> 
     assert hf.read_config(tmp_path / "out").config["model_type"] == case.split("-")[0]
     assert hf.read_config(tmp_path / "out").context == checkpoint.context
     for one, other in zip(
-        jax.tree.leaves((loaded.params, loaded.tables)),
-        jax.tree.leaves((exported.params, exported.tables)),
+        jax.tree.leaves((loaded.engine.params, loaded.engine.tables)),
+        jax.tree.leaves((exported.engine.params, exported.engine.tables)),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)

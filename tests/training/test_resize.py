@@ -181,7 +181,7 @@ def assert_same(one: RunArrays, other: RunArrays) -> None:
 
 def logits_of(folder: Path) -> np.ndarray:
     """After two texts, [2, V]."""
-    return Session(open_model(folder), 2).feed([PROMPT, PROMPT[::-1]])
+    return Session(open_model(folder), 2).logits([PROMPT, PROMPT[::-1]])
 
 
 def digests(folder: Path) -> dict[Path, str]:

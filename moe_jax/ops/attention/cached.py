@@ -50,13 +50,9 @@ def cached_attention(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
-        k = lax.dynamic_slice(keys, (layer, 0, 0, 0, i * block), (1, *keys.shape[1:4], block))[
-            0
-        ].astype(q.dtype)
+        k = _places(keys, layer, 4, i * block, block).astype(q.dtype)
         if rest:
-            v = lax.dynamic_slice(
-                rest[0], (layer, 0, 0, i * block, 0), (1, batch, groups, block, width)
-            )[0].astype(q.dtype)
+            v = _places(rest[0], layer, 3, i * block, block).astype(q.dtype)
         else:
             v = jnp.swapaxes(k[:, :, :width], 2, 3)
         scores = jnp.einsum("bgrd,bgdm->bgrm", q, k, preferred_element_type=jnp.float32) * scale
@@ -83,15 +79,22 @@ def cached_attention(
     none = vary(jnp.zeros(q.shape[:3], jnp.float32), vma(q))
     top, total = none + MASKED, none
     if sinks_H is not None:  # as if the sink's key had been read before
-        top, total = (
-            none + jnp.repeat(sinks_H.astype(jnp.float32).reshape(groups, -1), length, axis=1),
-            none + 1,
-        )
+        sinks = jnp.repeat(sinks_H.astype(jnp.float32).reshape(groups, -1), length, axis=1)
+        top, total = none + sinks, none + 1
     first = 0 if window is None else jnp.maximum(jnp.min(position_BS) - window + 1, 0) // block
     blocks = jnp.minimum(jnp.max(position_BS), places - 1) // block + 1
     # Flat, and normalised all along: for one token XLA:CPU computes a reshape or division after the
-    # loop anew for each output of the next product.
+    # loop again for each output of the next product.
     out = vary(jnp.zeros(math.prod(q.shape[:3]) * width, jnp.float32), vma(q))
     *_, out = lax.fori_loop(first, blocks, step, (top, total, out))
     out = out.reshape(batch, groups, heads // groups, length, width)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(q_BSHQ.dtype)
+
+
+def _places(
+    cache: jax.Array, layer: jax.Array | int, dim: int, start: jax.Array, size: int
+) -> jax.Array:
+    """`size` places of one layer of a cache [R, B, ...] whose dim `dim` counts places."""
+    at = (layer, *(start if d == dim else 0 for d in range(1, cache.ndim)))
+    shape = (1, *(size if d == dim else cache.shape[d] for d in range(1, cache.ndim)))
+    return lax.dynamic_slice(cache, at, shape)[0]

@@ -1,0 +1,167 @@
+"""A model's weights and tables on the devices, from a checkpoint that gives parts of them.
+
+Each process reads the parts that its devices hold and nothing else, a tensor at a time, into memory
+that JAX then uses as it is: the peak is the model's share plus one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.models.layer_pattern import expert_layers
+from moe_jax.models.paths import ParameterPath, nested
+from moe_jax.models.serving_plan import ServingPlan
+from moe_jax.models.weight_layout import WeightPlan, bytes_of
+from moe_jax.moe.tables import LayerTables, make_tables
+from moe_jax.ops import quantized
+from moe_jax.parallel.sharding import named
+from moe_jax.placement.table import EMPTY
+from moe_jax.utils.progress import byte_progress
+
+ReadPart = Callable[[str, tuple[Any, ...]], np.ndarray]
+ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
+QUANTIZED_AT_ONCE = 1 << 16  # weights: quantising takes a few times their memory
+_quantize = jax.jit(quantized.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
+
+
+def serving_tables(plan: ServingPlan, bias_LE: Any) -> LayerTables:
+    """The plan's routing tables with a model's selection bias, on every device."""
+    tables = make_tables(plan.placement)[0]
+    if bias_LE is not None:
+        tables = tables._replace(bias_E=jnp.asarray(bias_LE, jnp.float32))
+    return jax.device_put(tables, NamedSharding(plan.mesh, P()))
+
+
+def read_params(plan: ServingPlan, read: ReadPart, *, experts_on_host: bool = False) -> Any:
+    """The plan's weights from `read(path, index)`, which gives parts of training parameters in
+    logical expert order.
+
+    `index` has a slice for each dim, or an array of expert ids (-1 for none, which reads as zeros).
+    On one device experts can be left where they were read to, as numpy arrays, for `offload`.
+    """
+    sizes = {path: bytes_of(weight) for path, weight in plan.weights.items()}
+    params: dict[str, Any] = {}
+    with byte_progress("loading", sum(sizes.values())) as done:
+        for path, weight in plan.weights.items():
+            if experts_on_host and ParameterPath.parse(path).is_expert:
+                whole = tuple(slice(None) for _ in weight.shape)
+                params[path] = _read_part(plan, weight, whole, read)
+            else:
+                params[path] = _read_weight(plan, weight, read)
+            done(sizes[path])
+    return nested(params)
+
+
+def _order(weight: WeightPlan) -> tuple[int, ...]:
+    """The training dims in the order in which they are held."""
+    return weight.order or tuple(range(len(weight.shape)))
+
+
+def _read_weight(plan: ServingPlan, weight: WeightPlan, read: ReadPart) -> Any:
+    """One parameter, each distinct part read once and put on the devices that hold it."""
+    entries = [weight.spec[dim] if dim < len(weight.spec) else None for dim in _order(weight)]
+    held = NamedSharding(plan.mesh, P(*entries))
+    parts: dict[Any, Any] = {}
+    placed: list[list[jax.Array]] = []
+    for device, index in held.addressable_devices_indices_map(weight.ordered).items():
+        assert index is not None
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            parts[key] = _read_part(plan, weight, index, read)
+        placed.append([jax.device_put(array, device) for array in jax.tree.leaves(parts[key])])
+    shapes, structure = jax.tree.flatten(weight.abstract())
+    shardings = jax.tree.leaves(named(plan.mesh, weight.held_spec()))
+    arrays = [
+        jax.make_array_from_single_device_arrays(shape.shape, sharding, list(shards))
+        for shape, sharding, shards in zip(
+            shapes, shardings, zip(*placed, strict=True), strict=True
+        )
+    ]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _read_part(
+    plan: ServingPlan, weight: WeightPlan, index: tuple[slice, ...], read: ReadPart
+) -> Any:
+    """What one device holds of a parameter, in numpy; `index` cuts its dims in the order held."""
+    order, path = _order(weight), ParameterPath.parse(weight.path)
+    bounds = [range(*part.indices(size)) for part, size in zip(index, weight.ordered, strict=True)]
+    part_shape = tuple(len(bounds[order.index(dim)]) for dim in range(len(order)))
+    out = jax.tree.map(
+        lambda a: _aligned(a.shape, a.dtype), weight._replace(shape=part_shape).abstract()
+    )
+    tensor_dims = _tensor_dims(path)
+    for place in itertools.product(*(range(len(bounds[dim])) for dim in range(len(tensor_dims)))):
+        at = [bounds[dim][number] for dim, number in enumerate(place)]
+        cut: list[Any] = [slice(bound.start, bound.stop) for bound in bounds]
+        cut[: len(at)] = [slice(number, number + 1) for number in at]
+        if path.is_expert:
+            repeat, slot = at[tensor_dims.index("layer")], at[tensor_dims.index("slot")]
+            cut[tensor_dims.index("slot")] = np.array([_expert_in(plan, path, repeat, slot)])
+        piece = _pack_piece(weight, cut, read)
+        jax.tree.map(
+            lambda to, value, place=place: to.__setitem__(place, value.reshape(to[place].shape)),
+            out,
+            piece,
+        )
+    return out
+
+
+def _tensor_dims(path: ParameterPath) -> list[str]:
+    """The leading dims of a parameter, in the order held, along which a checkpoint has a tensor for
+    each entry.
+    """
+    dims = {
+        "layer": path.stack is not None,
+        "slot": path.is_expert,
+        "gate_up": path.name.endswith("gate_up"),
+    }
+    return [name for name, there in dims.items() if there]
+
+
+def _pack_piece(weight: WeightPlan, cut: list[Any], read: ReadPart) -> Any:
+    """A piece of a parameter as it is held, in numpy."""
+    order, whole = _order(weight), list(cut)
+    if weight.kind == "int8":  # an output's scale is of all its inputs, those on other devices too
+        whole[-weight.inputs :] = [slice(0, size) for size in weight.ordered[-weight.inputs :]]
+    values = read(
+        weight.path, tuple(whole[order.index(dim)] for dim in range(len(order)))
+    ).transpose(order)
+    if weight.kind == "float":
+        return jax.tree.unflatten(jax.tree.structure(weight.abstract()), [values])
+    rows = values.reshape(math.prod(values.shape[: -weight.inputs]), -1)
+    step = max(1, QUANTIZED_AT_ONCE // rows.shape[1])
+    blocks = [
+        _quantize(jnp.asarray(rows[at : at + step]), weight.kind, weight.group)
+        for at in range(0, len(rows), step)
+    ]
+    packed = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
+    if weight.kind == "int8":
+        apart = packed.values.reshape(values.shape)[(..., *cut[-weight.inputs :])]
+        packed = dataclasses.replace(packed, values=apart)
+    return packed
+
+
+def _expert_in(plan: ServingPlan, path: ParameterPath, repeat: int, slot: int) -> int:
+    """The expert in a slot of a stacked layer, -1 for none."""
+    layer = expert_layers(plan.model, plan.moe)[path.layer_block][repeat]
+    expert = int(plan.placement.physical_to_logical[layer, slot])
+    return -1 if expert == EMPTY else expert
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uninitialised memory that a CPU array can take over."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
