@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from moe_jax.tracking.metrics import read_metrics
     from moe_jax.tracking.traffic import read_measured
     from moe_jax.training.custom import batch_from_tokens, loss_and_gradients
-    from moe_jax.training.migration import Migration
+    from moe_jax.training.placement.migration import Migration
     from moe_jax.training.step import TrainProgram
     from moe_jax.training.trainer import TrainingResult
 

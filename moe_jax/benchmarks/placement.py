@@ -25,7 +25,7 @@ from moe_jax.moe.dispatch import pool_capacity
 from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.table import Placement, count_slots
-from moe_jax.training.migration import Migration
+from moe_jax.training.placement.migration import Migration
 from moe_jax.training.step import TrainProgram
 
 

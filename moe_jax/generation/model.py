@@ -92,17 +92,15 @@ class TextModel:
         tokens = chat_ids(self._loaded.tokenizer, messages)
         return "".join(self._pieces(tokens, reply=True, **options))
 
-    def logits(self, prompt: Prompt | list[str] | list[list[int]]) -> Any:
-        """F32 logits [S, V] after each token of a prompt; a list of such arrays for a list of
-        prompts, which the model reads together.
+    def logits(self, prompt: Any) -> Any:
+        """F32 logits [S, V] after each token of a prompt, a text or token ids; a list of such
+        arrays for a list of prompts, which the model reads together.
 
         Raises UserError for an empty prompt, or one that the model cannot read.
         """
-        if isinstance(prompt, str) or (
-            len(prompt) and np.ndim(prompt[0]) == 0 and not isinstance(prompt[0], str)
-        ):
-            return self.logits(cast(Any, [prompt]))[0]
-        rows = [self.encode(one) for one in prompt]  # type: ignore[arg-type]
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], (int, np.integer))):
+            return self.logits([prompt])[0]
+        rows = [self.encode(one) for one in prompt]
         if not rows or not all(rows):
             raise UserError("logits: a prompt is empty: give at least one token.")
         longest = max(map(len, rows))

@@ -158,7 +158,7 @@ class MoELayer(nnx.Module):
         # Compiled, so that a call outside jit works with the mesh of its arguments too.
         y_BSD, stats = jax.jit(sharded)(*args)
         if explicit:
-            y_BSD = jax.sharding.reshard(y_BSD, jax.typeof(x_BSD).sharding)
+            y_BSD = jax.sharding.reshard(y_BSD, _sharding_of(x_BSD))
         return y_BSD, stats
 
     def _inside(
@@ -230,7 +230,13 @@ class MoELayer(nnx.Module):
 def _mesh_of(x: jax.Array) -> AbstractMesh:
     """The mesh that a computation on `x` is for: the one in use, else that of the array."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if not mesh.empty else jax.typeof(x).sharding.mesh
+    return mesh if not mesh.empty else _sharding_of(x).mesh
+
+
+def _sharding_of(x: jax.Array) -> Any:
+    """How the type of `x` is sharded, traced or not."""
+    kind: Any = jax.typeof(x)
+    return kind.sharding
 
 
 def _size(mesh: AbstractMesh, axes: AxisNames) -> int:
@@ -239,7 +245,7 @@ def _size(mesh: AbstractMesh, axes: AxisNames) -> int:
 
 def _take_rows(x: jax.Array, rows: np.ndarray) -> jax.Array:
     """Rows of `x`, sharded as it is."""
-    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    explicit = AxisType.Explicit in _sharding_of(x).mesh.axis_types
     taken = x.at[rows].get(out_sharding=x.sharding if explicit else None)
     return jax.device_put(taken, x.sharding)
 
