@@ -45,7 +45,7 @@ _HOMES = {
     "History": "moe_jax.tracking.history",
     "LayerStats": "moe_jax.moe.stats",
     "MeshConfig": "moe_jax.config.schema",
-    "Migration": "moe_jax.training.migration",
+    "Migration": "moe_jax.training.placement.migration",
     "MoEConfig": "moe_jax.config.model",
     "MoELayer": "moe_jax.moe.standalone",
     "ModelConfig": "moe_jax.config.model",

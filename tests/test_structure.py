@@ -125,7 +125,7 @@ WHOLE_CONFIG = (
     *(
         "moe_jax.training.trainer",
         "moe_jax.training.initial_state",
-        "moe_jax.training.initial_placement",
+        "moe_jax.training.placement.initial",
     ),
     *("moe_jax.training.resize.resize", "moe_jax.training.resize.host_state"),
 )

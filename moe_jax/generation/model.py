@@ -7,7 +7,7 @@ model.generate("def fibonacci(n):", max_tokens=50, temperature=0)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import jax.numpy as jnp
 import numpy as np

@@ -12,10 +12,10 @@ import numpy as np
 from moe_jax.moe.stats import LayerStats, RoutingCounts
 from moe_jax.placement.cost import max_over_mean
 from moe_jax.tracking.metrics import dead_experts, max_violation
-from moe_jax.training.migration import Moved
-from moe_jax.training.placement_decision import Decision, Estimate
+from moe_jax.training.placement.decision import Decision, Estimate
+from moe_jax.training.placement.migration import Moved
+from moe_jax.training.placement.traffic_window import TrafficWindow
 from moe_jax.training.state import StepStats
-from moe_jax.training.traffic_window import TrafficWindow
 
 
 def training_record(

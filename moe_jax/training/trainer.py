@@ -50,11 +50,12 @@ from moe_jax.tracking.history import History, read_history
 from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.tracking.report import write_report
 from moe_jax.tracking.traffic import write_traffic
-from moe_jax.training import initial_placement, initial_state, restore
+from moe_jax.training import initial_state, restore
 from moe_jax.training.pending_steps import FetchedSteps, PendingSteps, StepClock
+from moe_jax.training.placement import initial
+from moe_jax.training.placement.replanner import Replanner
 from moe_jax.training.progress import RunProgress
 from moe_jax.training.records import LinkTraffic, placement_sentence, training_record
-from moe_jax.training.replanner import Replanner
 from moe_jax.training.state import StepStats, TrainState
 from moe_jax.training.step import TrainProgram
 
@@ -125,19 +126,19 @@ def train(
         directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
     )
     saved = restore.find_saved(checkpoints, fallback) if resume else None
-    topology = initial_placement.mesh_topology(config, mesh)
+    topology = initial.mesh_topology(config, mesh)
     program = TrainProgram(
         config.model,
         config.moe,
         config.optimizer,
         mesh,
-        initial_placement.first_placement(config, topology, saved),
+        initial.first_placement(config, topology, saved),
         vocab_size=vocab_size,
         steps=config.train.steps,
         accumulation=config.train.accumulation,
         hosts=len(np.unique(topology.host_of_rank(config.mesh.expert, config.mesh.tensor))),
     )
-    initial_placement.check_state_memory(topology, program)
+    initial.check_state_memory(topology, program)
     replanner = Replanner(config.placement, topology, program)
     trainer = Trainer(
         config=config,

@@ -24,9 +24,9 @@ from moe_jax.placement.schedule import MigrationPlan, plan_migration
 from moe_jax.placement.table import Placement
 from moe_jax.placement.topology import Topology
 from moe_jax.runtime.platform import platform_of
-from moe_jax.training.migration import MigrationCosts
+from moe_jax.training.placement.migration import MigrationCosts
+from moe_jax.training.placement.traffic_window import TrafficWindow
 from moe_jax.training.step import TrainProgram
-from moe_jax.training.traffic_window import TrafficWindow
 
 
 class Estimate(NamedTuple):

@@ -18,9 +18,9 @@ from moe_jax.placement.table import Placement, contiguous, count_slots, round_ro
 from moe_jax.placement.topology import Topology
 from moe_jax.profiling.memory import per_device
 from moe_jax.runtime.platform import platform_of
+from moe_jax.training.placement.traffic_window import TrafficWindow
 from moe_jax.training.restore import SavedRun
 from moe_jax.training.step import TrainProgram
-from moe_jax.training.traffic_window import TrafficWindow
 
 
 def mesh_topology(config: Config, mesh: Mesh) -> Topology:

@@ -17,12 +17,12 @@ from moe_jax.config.schema import PlacementConfig
 from moe_jax.moe.stats import RoutingCounts
 from moe_jax.placement.table import Placement
 from moe_jax.placement.topology import Topology
-from moe_jax.training.migration import Migration
-from moe_jax.training.placement_decision import Prices, decide
+from moe_jax.training.placement.decision import Prices, decide
+from moe_jax.training.placement.migration import Migration
+from moe_jax.training.placement.traffic_window import TrafficWindow
 from moe_jax.training.records import placement_event, realised_event
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
-from moe_jax.training.traffic_window import TrafficWindow
 
 
 class Replanner:

@@ -12,7 +12,7 @@ from moe_jax.models.paths import path_of
 from moe_jax.placement.schedule import moves_between
 from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.profiling import hlo
-from moe_jax.training.migration import Migration
+from moe_jax.training.placement.migration import Migration
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 from tests.support.tiny_programs import EXPERTS, make_batch, make_program

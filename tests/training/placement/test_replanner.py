@@ -18,9 +18,9 @@ from moe_jax.moe.stats import RoutingCounts
 from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.placement.topology import Topology
-from moe_jax.training.initial_placement import processes_per_row
-from moe_jax.training.placement_decision import decide
-from moe_jax.training.replanner import Replanner
+from moe_jax.training.placement.decision import decide
+from moe_jax.training.placement.initial import processes_per_row
+from moe_jax.training.placement.replanner import Replanner
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 from tests.support.tiny_programs import EXPERTS, make_batch, make_program

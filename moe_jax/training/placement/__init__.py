@@ -1,0 +1,1 @@
+"""Where experts live while a run trains: first table, measured traffic, decision, move."""
