@@ -1,5 +1,4 @@
-"""Parameters and gradients of experts, which live in slots: laying out, summing over replicas, the
-norm.
+"""Parameters of experts, which live in slots.
 
 In a tree of parameters the experts of block j of stack i are arrays [repeats, P, ...];
 `expert_layers` says which MoE layers, and so which rows of a table [L, P], its repeats are.
@@ -7,7 +6,6 @@ In a tree of parameters the experts of block j of stack i are arrays [repeats, P
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +16,6 @@ import numpy as np
 from moe_jax.placement.table import EMPTY
 
 Layers = dict[tuple[int, int], list[int]]
-EXPERT_PATH = re.compile(
-    r"stacks/(\d+)/blocks/(\d+)/mlp/experts/"
-)  # in the path of an expert's array, parameter or moment
 
 
 def expert_banks(tree: Any, layers: Layers) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:

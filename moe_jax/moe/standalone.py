@@ -246,7 +246,8 @@ def _size(mesh: AbstractMesh, axes: AxisNames) -> int:
 def _take_rows(x: jax.Array, rows: np.ndarray) -> jax.Array:
     """Rows of `x`, sharded as it is."""
     explicit = AxisType.Explicit in _sharding_of(x).mesh.axis_types
-    taken = x.at[rows].get(out_sharding=x.sharding if explicit else None)
+    sharding: Any = x.sharding if explicit else None
+    taken = x.at[rows].get(out_sharding=sharding)
     return jax.device_put(taken, x.sharding)
 
 

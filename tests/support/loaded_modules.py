@@ -1,31 +1,61 @@
-"""What commands load: python -m tests.support.loaded_modules '[["--help"], ["train", "--help"]]'
+"""What a command imports, in a process of its own.
 
-Runs each command line of the JSON list in this process; prints its exit code and which of the
-heavy packages are loaded after it, as JSON.
+    python -m tests.support.loaded_modules generate|train|help
+
+Runs the command as far as the fakes go and prints the names of all loaded modules as JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import importlib
 import json
 import sys
+from pathlib import Path
 
 from moe_jax.cli import main
+from tests.support import ROOT
 
-HEAVY = ("jax", "matplotlib")
+COMMANDS = {
+    "generate": ["generate", "--model", "tests", "--prompt", "U:x\nA:", "--greedy"],
+    "train": ["train", str(ROOT / "configs" / "tiny.yaml")],
+    "help": ["generate", "--help"],
+}
 
 
-def run() -> None:
-    results = []
-    for arguments in json.loads(sys.argv[1]):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                main.main(arguments)
-        except SystemExit as ended:
-            results.append([ended.code, [name for name in HEAVY if name in sys.modules]])
-    print(json.dumps(results))
+def replace_model() -> None:
+    """A whole text by a model that shouts; what opening a real model imports is imported too."""
+    importlib.import_module("moe_jax.inference.load")
+    from moe_jax.cli import inference
+    from moe_jax.cli.model_options import Opened
+    from tests.support import fake_model
+
+    def load(choice: object, check: object = None) -> Opened:
+        return Opened(fake_model.Loaded(fake_model.shout), 1, 0)  # type: ignore[arg-type]
+
+    inference.load_model = load
+
+
+def replace_training() -> None:
+    """A training that ends before its first step."""
+    from moe_jax.training import trainer
+
+    def train(*arguments: object, **options: object) -> trainer.TrainingResult:
+        return trainer.TrainingResult(Path(), 0, False, None, False)
+
+    trainer.train = train
+
+
+def run(name: str) -> None:
+    if name == "generate":
+        replace_model()
+    elif name == "train":
+        replace_training()
+    try:
+        main.main(COMMANDS[name])
+    except SystemExit as end:
+        assert end.code == 0, end.code
+    print("\n" + json.dumps(sorted(sys.modules)))
 
 
 if __name__ == "__main__":
-    run()
+    run(sys.argv[1])

@@ -20,6 +20,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_jax.checkpoint import integrity
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.errors import CorruptCheckpoint
+from functools import partial
+from typing import Any
+
+
+def scaled(values: np.ndarray, factor: int, index: Any) -> np.ndarray:
+    """A part of the values times a factor."""
+    return values[index] * factor
 
 
 def main(rank: int, port: int, directory: Path) -> None:
@@ -32,7 +39,7 @@ def main(rank: int, port: int, directory: Path) -> None:
     checkpoints = Checkpoints(directory, keep_last=2, keep_best=0)
     for step in (1, 2):
         array = jax.make_array_from_callback(
-            values.shape, sharding, lambda index, step=step: values[index] * step
+            values.shape, sharding, partial(scaled, values, step)
         )
         checkpoints.save(step, {"w": array}, {"step": step}, wait=True)
     damaged = sorted(path for path in (directory / "step_00000002" / "state").rglob("d/*"))[0]
@@ -42,8 +49,14 @@ def main(rank: int, port: int, directory: Path) -> None:
         damaged.write_bytes(content)
     multihost_utils.sync_global_devices("damaged")
 
-    verified, verify = [], integrity.verify_directory
-    integrity.verify_directory = lambda *args: verified.append(args[0]) or verify(*args)
+    verified: list[Path] = []
+    verify = integrity.verify_directory
+
+    def noting(path: Path, manifest: Any) -> None:
+        verified.append(path)
+        verify(path, manifest)
+
+    integrity.verify_directory = noting
     target = {"w": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=sharding)}
     told = ""
     try:
