@@ -73,7 +73,8 @@ class Session:
         """
         counts = [len(row) for row in tokens]
         self._check(tokens, counts)
-        logits_BV, done = None, 0
+        logits_BV: jax.Array | None = None
+        done = 0
         while done < max(counts):
             chunk = FIRST_CHUNK if not any(self.lengths) else 1 if max(counts) == 1 else NEXT_CHUNK
             parts = [row[done : done + chunk] for row in tokens]
