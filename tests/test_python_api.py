@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ def test_the_examples_run_as_the_page_has_them(place, monkeypatch):
     assert len(blocks) >= 8
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks):
-        exec(compile(block, f"{PAGE.name}, example {number}", "exec"), names)
+        example = place / f"example_{number}.py"
+        example.write_text(block, encoding="utf-8")
+        names |= runpy.run_path(str(example), init_globals=names)
     assert names["text"] == names["model"].generate("def add(a, b):", max_tokens=8, temperature=0)
     assert len(names["two_texts"]) == 2
     assert names["after"] == pytest.approx(names["losses"][-1], abs=0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_jax.placement.schedule import NOTHING, Call, moves_between, schedule
+from moe_jax.placement.schedule import NOTHING, Call, moves_between, plan_migration
 from moe_jax.placement.table import EMPTY, Placement
 
 
@@ -51,7 +51,7 @@ def test_a_schedule_brings_every_expert_to_its_slot(seed: int) -> None:
     old, new = (random_table(draw, layers, experts, ranks, slots) for _ in range(2))
     budget = share * int(draw.integers(1, 3))
     held, turns = old.physical_to_logical.reshape(layers, ranks, share), 0
-    calls = schedule(old, new, budget)
+    calls = plan_migration(old, new, budget).calls
     for call in calls:
         assert call.send_layer_RG.shape == call.send_slot_RG.shape == (ranks, budget)
         assert call.row_RI.shape == call.layer_RI.shape == (ranks, ranks * budget)
@@ -78,7 +78,7 @@ def test_one_call_by_hand() -> None:
     old = table([0, 1, 2, 3], [3, 2, 1, 0], experts=4, ranks=2)
     new = table([1, 0, 2, 3], [3, 2, 1, 0], experts=4, ranks=2)
     assert moves_between(old, new).tolist() == [[0, 1, 0], [0, 0, 1]]
-    (call,) = schedule(old, new, 2)
+    (call,) = plan_migration(old, new, 2).calls
     assert call.send_layer_RG.tolist() == [[0, 0], [NOTHING, NOTHING]]
     assert call.send_slot_RG.tolist() == [[1, 0], [NOTHING, NOTHING]]
     assert int(call.turns) == 2 and call.shift_I.tolist() == [0, 0, 0, 0]
@@ -91,10 +91,10 @@ def test_turns_are_those_of_the_busiest_sender_per_shift() -> None:
     """Rank 0 sends two experts one rank further while rank 1 sends one: two turns, not three."""
     old = table([0, 1, 2, 3, 4, 5], experts=6, ranks=3)
     new = table([4, 5, 0, 1, 2, 3], experts=6, ranks=3)
-    (call,) = schedule(old, new, 2)
+    (call,) = plan_migration(old, new, 2).calls
     assert int(call.turns) == 2 and call.shift_I[:2].tolist() == [1, 1]
     mixed = table([2, 1, 0, 4, 3, 5], experts=6, ranks=3)
-    (call,) = schedule(old, mixed, 2)
+    (call,) = plan_migration(old, mixed, 2).calls
     # Shift 1: 0 > 1 and 1 > 2; shift 2: 1 > 0 and 2 > 1.
     assert call.shift_I[: int(call.turns)].tolist() == [1, 2]
 
@@ -102,7 +102,7 @@ def test_turns_are_those_of_the_busiest_sender_per_shift() -> None:
 def test_an_expert_that_goes_to_two_slots_is_copied_aside_once() -> None:
     old = table([0, 1, 2, EMPTY, 3, EMPTY], experts=4, ranks=3)
     new = table([0, 1, 2, 0, 3, 0], experts=4, ranks=3)
-    (call,) = schedule(old, new, 2)
+    (call,) = plan_migration(old, new, 2).calls
     assert call.send_slot_RG.tolist() == [[0, NOTHING], [NOTHING] * 2, [NOTHING] * 2]
     assert call.shift_I[: int(call.turns)].tolist() == [1, 2]
 
@@ -110,20 +110,20 @@ def test_an_expert_that_goes_to_two_slots_is_copied_aside_once() -> None:
 def test_layers_share_a_call_until_the_budget_is_used() -> None:
     old = table(*[[0, 1, 2, 3]] * 5, experts=4, ranks=2)
     new = table(*[[2, 3, 0, 1]] * 5, experts=4, ranks=2)
-    assert [int(call.turns) for call in schedule(old, new, 2)] == [2] * 5
-    assert [int(call.turns) for call in schedule(old, new, 4)] == [4, 4, 2]
-    assert [int(call.turns) for call in schedule(old, new, 5)] == [4, 4, 2]
-    assert [int(call.turns) for call in schedule(old, new, 10)] == [10]
+    assert [int(call.turns) for call in plan_migration(old, new, 2).calls] == [2] * 5
+    assert [int(call.turns) for call in plan_migration(old, new, 4).calls] == [4, 4, 2]
+    assert [int(call.turns) for call in plan_migration(old, new, 5).calls] == [4, 4, 2]
+    assert [int(call.turns) for call in plan_migration(old, new, 10).calls] == [10]
     # Of layers that do not change nothing is sent.
-    assert schedule(old, old, 2) == []
+    assert plan_migration(old, old, 2).calls == []
     last = table(*[[0, 1, 2, 3]] * 4, [0, 3, 2, 1], experts=4, ranks=2)
-    (call,) = schedule(old, last, 2)
+    (call,) = plan_migration(old, last, 2).calls
     assert set(call.layer_RI[call.layer_RI != NOTHING].tolist()) == {4} and int(call.turns) == 1
 
 
 def test_a_budget_that_cannot_hold_a_layer_is_refused() -> None:
     old = table([0, 1, 2, 3], experts=4, ranks=2)
     with pytest.raises(AssertionError):
-        schedule(old, old, 1)
+        plan_migration(old, old, 1)
     with pytest.raises(AssertionError):
-        schedule(old, table([0, 1, 2, 3], experts=4, ranks=4), 2)
+        plan_migration(old, table([0, 1, 2, 3], experts=4, ranks=4), 2)

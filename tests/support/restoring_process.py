@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,8 +22,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_jax.checkpoint import integrity
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.errors import CorruptCheckpoint
-from functools import partial
-from typing import Any
 
 
 def scaled(values: np.ndarray, factor: int, index: Any) -> np.ndarray:
@@ -38,9 +38,7 @@ def main(rank: int, port: int, directory: Path) -> None:
     values = np.random.default_rng(0).standard_normal((8, 4), np.float32)
     checkpoints = Checkpoints(directory, keep_last=2, keep_best=0)
     for step in (1, 2):
-        array = jax.make_array_from_callback(
-            values.shape, sharding, partial(scaled, values, step)
-        )
+        array = jax.make_array_from_callback(values.shape, sharding, partial(scaled, values, step))
         checkpoints.save(step, {"w": array}, {"step": step}, wait=True)
     damaged = sorted(path for path in (directory / "step_00000002" / "state").rglob("d/*"))[0]
     if rank == 0:
@@ -56,7 +54,8 @@ def main(rank: int, port: int, directory: Path) -> None:
         verified.append(path)
         verify(path, manifest)
 
-    integrity.verify_directory = noting
+    module: Any = integrity
+    module.verify_directory = noting
     target = {"w": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=sharding)}
     told = ""
     try:
