@@ -32,8 +32,10 @@ from typing import NamedTuple, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("moe_jax", "tests", "configs", "scripts", "docs", "pyproject.toml")
 # Imported once, before the processes that run the tests are forked.
-WARM = ("jax", "jax.numpy", "flax.nnx", "optax", "scipy.optimize", "hypothesis", "jaxtyping")
-WARM += ("beartype", "orbax.checkpoint", "pydantic", "yaml", "typer", "tokenizers", "pytest")
+WARM = (
+    *("jax", "jax.numpy", "flax.nnx", "optax", "scipy.optimize", "hypothesis", "jaxtyping"),
+    *("beartype", "orbax.checkpoint", "pydantic", "yaml", "typer", "tokenizers", "pytest"),
+)
 
 
 class Room(NamedTuple):
@@ -93,8 +95,10 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
-PAIRS = ("min max", "minimum maximum", "argmin argmax", "amin amax", "any all", "floor ceil")
-PAIRS += ("zeros ones", "zeros_like ones_like", "cumsum cumprod", "pmin pmax", "append extend")
+PAIRS = (
+    *("min max", "minimum maximum", "argmin argmax", "amin amax", "any all", "floor ceil"),
+    *("zeros ones", "zeros_like ones_like", "cumsum cumprod", "pmin pmax", "append extend"),
+)
 NAMES = {left: right for pair in PAIRS for left, right in (pair.split(), reversed(pair.split()))}
 
 
@@ -103,13 +107,13 @@ class Place(NamedTuple):
 
     parent: ast.AST
     field: str
-    index: int | None
+    position: int | None
 
     def put(self, node: ast.AST) -> None:
-        if self.index is None:
+        if self.position is None:
             setattr(self.parent, self.field, node)
         else:
-            getattr(self.parent, self.field)[self.index] = node
+            getattr(self.parent, self.field)[self.position] = node
 
 
 class Mutant(NamedTuple):
@@ -324,8 +328,8 @@ def try_room(copy: Copy, room: str, args: argparse.Namespace) -> Result:
             survived.append(mutant)
         left = (time.monotonic() - began) / number * (len(chosen) - number)
         word = "SURVIVED" if ended == "passed" else "killed"
-        where, left = f"{mutant.path}:{mutant.line}", f"{left / 60:.0f} min left"
-        say(f"[{number}/{len(chosen)}] {word:8} {where}  {mutant.change}  ({left})")
+        where = f"[{number}/{len(chosen)}] {word:8} {mutant.path}:{mutant.line}"
+        say(f"{where}  {mutant.change}  ({left / 60:.0f} min left)")
     return Result(room, len(every), len(chosen), survived, timed_out)
 
 
