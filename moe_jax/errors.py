@@ -6,7 +6,9 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the field, the value and the remedy."""
+    """Something the user can correct: one sentence that names the field, the value and the
+    remedy.
+    """
 
 
 class CorruptCheckpoint(UserError):

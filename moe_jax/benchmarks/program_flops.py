@@ -40,9 +40,9 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
 
     pools: those of a layer are R*C rows of D values of the compute type. They travel there and
     back, forward and backward, so 4 times (6 with rematerialisation, which sends the forward pools
-    again); 4 bytes a row beside them carry slots, once (twice). Nothing travels where a device has
-    all experts, or gathers tokens. With `dropless` this is the first round alone. lookup: T rows of
-    D values swap tokens for widths, and back in the backward pass.
+    again); 4 bytes per row beside them carry slots, once (twice). Nothing travels where a device
+    has all experts, or gathers tokens. With `dropless` this is the first round alone. lookup: T
+    rows of D values swap tokens for widths, and back in the backward pass.
 
     all_gather, reduce_scatter: each FSDP-sharded parameter is gathered once, in the type it is
     computed in, and its gradient scattered once, which is the size of the parameter less its
@@ -129,7 +129,7 @@ def program_flops(
         elif dot.unknown == 1 and tile:
             groups = (
                 dot.runs * devices
-            )  # as many as len(sizes), but for layers that are not stacked together
+            )  # as many as len(sizes), except for layers that are not stacked together
             experts_flops += dot.flops / tile * groups * float(sizes.mean())
             all_flops += dot.flops * groups * float(np.mean(-(-sizes // tile)))
     return ProgramFlops(int(counted), round(experts_flops), round(all_flops - experts_flops))

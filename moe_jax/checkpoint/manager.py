@@ -370,7 +370,7 @@ class Checkpoints:
                 skipped.append(str(error.__cause__))
         raise CorruptCheckpoint(
             f"no checkpoint in {self.directory} is whole ({'; '.join(skipped)}): restore the "
-            f"files from a copy or train anew."
+            f"files from a copy or train again."
         )
 
     # Paths
@@ -406,7 +406,7 @@ class Checkpoints:
             remedy = (
                 f"--fallback takes step {earlier[-1]} instead"
                 if earlier
-                else "restore it from a copy or train anew"
+                else "restore it from a copy or train again"
             )
             raise CorruptCheckpoint(f"{error}: {remedy}.") from error
 

@@ -52,7 +52,7 @@ def _answer(conversation: Conversation, text: str, context: int) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     stats = conversation.figures
-    say(stats.sentence(context) + ("; /reset begins anew" if stats.ended == "context" else ""))
+    say(stats.sentence(context) + ("; /reset starts again" if stats.ended == "context" else ""))
 
 
 def _until(interrupts: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:

@@ -211,7 +211,7 @@ def _yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(
-            f"{source}{line}: broken YAML: {error.problem or error.context}; mend it."
+            f"{source}{line}: broken YAML: {error.problem or error.context}; correct it."
         ) from error
     except yaml.reader.ReaderError as error:
         raise UserError(
@@ -223,7 +223,7 @@ def _yaml(text: str, source: str) -> Any:
             f"{source}: broken YAML: brackets nested too deep; a configuration has three levels."
         ) from error
     except ValueError as error:
-        raise UserError(f"{source}: broken YAML: {error}; mend it.") from error
+        raise UserError(f"{source}: broken YAML: {error}; correct it.") from error
 
 
 def _base_layer(path: Path, base: Any) -> dict[str, Any]:

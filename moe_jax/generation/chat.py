@@ -86,7 +86,7 @@ class Conversation:
         if len(ids) >= self._loaded.context:
             raise UserError(
                 f"The conversation has {len(ids)} tokens with this message and the model's "
-                f"context is {self._loaded.context}: /reset begins anew."
+                f"context is {self._loaded.context}: /reset starts again."
             )
         self.figures = GenerationStats()
         said: list[str] = []

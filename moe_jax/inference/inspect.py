@@ -1,9 +1,9 @@
 """What a model would take on a mesh, from config.json and safetensors headers alone: no device, no
 weights.
 
-found = inspect(find(Path("Qwen3-30B-A3B")).describe(), mesh=MeshConfig(expert=2), quantize="int4")
-found.held_bytes                                           # of weights, on each device
-print_inspection(found)
+inspection = inspect(find(Path("Qwen3-30B-A3B")).describe(), mesh=MeshConfig(expert=2), quantize="int4")
+inspection.held_bytes                                  # of weights, on each device
+print_inspection(inspection)
 
 The plan is the one that an engine has, made for an abstract mesh, so a laptop can look at a mesh of
 any size.
@@ -46,7 +46,7 @@ class HeldExperts(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """A model on a mesh. What is "a device" is the same for each device of the mesh."""
+    """A model on a mesh. What is "per device" is the same for each device of the mesh."""
 
     name: str
     source: str
@@ -216,7 +216,7 @@ def _notes(
     empty = plan.placement.empty_slots
     if empty:
         notes.append(
-            f"{empty} slots a layer stay empty, as the expert axis does not divide "
+            f"{empty} slots per layer stay empty, as the expert axis does not divide "
             f"{plan.moe.num_experts} experts."
         )
     return notes
@@ -225,19 +225,19 @@ def _notes(
 # What is shown.
 
 
-def to_json(found: Inspection) -> str:
+def to_json(inspection: Inspection) -> str:
     """Everything, with the sums over kinds beside the kinds."""
-    values = found._asdict() | {"experts": [entry._asdict() for entry in found.experts]}
+    values = inspection._asdict() | {"experts": [entry._asdict() for entry in inspection.experts]}
     sums = {
         f"{name}_total": sum(values[name].values())
         for name in ("parameters", "active", "whole_bytes", "held_bytes")
     }
-    if found.file_bytes is not None:
-        sums["file_bytes_total"] = sum(found.file_bytes.values())
+    if inspection.file_bytes is not None:
+        sums["file_bytes_total"] = sum(inspection.file_bytes.values())
     return json.dumps(values | sums, indent=2)
 
 
-def print_inspection(found: Inspection) -> None:
+def print_inspection(inspection: Inspection) -> None:
     """Prints tables of at most 80 columns, without frames or colours in a pipe."""
     from rich import box
     from rich.console import Console
@@ -247,30 +247,32 @@ def print_inspection(found: Inspection) -> None:
     console = Console(highlight=False)
     frame = box.ROUNDED if console.is_terminal else None
     held = (
-        found.dtype if found.quantization == "float" else f"{found.quantization} and {found.dtype}"
+        inspection.dtype
+        if inspection.quantization == "float"
+        else f"{inspection.quantization} and {inspection.dtype}"
     )
-    devices = math.prod(found.mesh.values())
-    axes = ",".join(f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
-    console.print(escape(f"{found.name}: {found.source}"))
+    devices = math.prod(inspection.mesh.values())
+    axes = ",".join(f"{axis}={size}" for axis, size in inspection.mesh.items() if size > 1)
+    console.print(escape(f"{inspection.name}: {inspection.source}"))
     console.print(
         f"in {held} on " + (f"{devices:,} devices ({axes})" if devices > 1 else "one device")
     )
     table = Table(
         "",
-        *(("parameters", "active", "in the file", "held whole", "a device")),
+        *(("parameters", "active", "in the file", "held whole", "per device")),
         box=frame,
         pad_edge=False,
     )
     for column in table.columns[1:]:
         column.justify = "right"
     columns = (
-        found.parameters,
-        found.active,
-        found.file_bytes,
-        found.whole_bytes,
-        found.held_bytes,
+        inspection.parameters,
+        inspection.active,
+        inspection.file_bytes,
+        inspection.whole_bytes,
+        inspection.held_bytes,
     )
-    for kind in (kind for kind in PARAMETER_KINDS if kind in found.parameters):
+    for kind in (kind for kind in PARAMETER_KINDS if kind in inspection.parameters):
         table.add_row(kind, *_row([None if column is None else column[kind] for column in columns]))
     table.add_row(
         "all",
@@ -278,27 +280,30 @@ def print_inspection(found: Inspection) -> None:
         style="bold",
     )
     console.print(table)
-    if found.experts:
+    if inspection.experts:
         experts = Table(
             "devices", "experts of every MoE layer", "empty slots", box=frame, pad_edge=False
         )
-        for entry in found.experts:
+        for entry in inspection.experts:
             experts.add_row(entry.devices, entry.experts, str(entry.empty_slots))
         console.print(experts)
-    whole, device = sum(found.whole_bytes.values()), sum(found.held_bytes.values())
-    console.print(f"weights         {_both(whole)} whole, {_both(device)} a device")
-    console.print(f"KV cache        {found.cache_bytes_per_token:,} bytes a token")
+    whole, device = sum(inspection.whole_bytes.values()), sum(inspection.held_bytes.values())
+    console.print(f"weights         {_both(whole)} whole, {_both(device)} per device")
+    console.print(f"KV cache        {inspection.cache_bytes_per_token:,} bytes per token")
     console.print(
-        f"                {_both(found.cache_bytes)} a device for {found.batch:,} x "
-        f"{found.context:,} tokens"
+        f"                {_both(inspection.cache_bytes)} per device for {inspection.batch:,} x "
+        f"{inspection.context:,} tokens"
     )
-    console.print(f"total           {_both(found.total_bytes)} a device, activations besides")
-    if found.memory is not None:
-        verdict = "[green]It fits[/]" if found.fits else "[red]It does not fit[/]"
+    console.print(
+        f"total           {_both(inspection.total_bytes)} per device, activations not counted"
+    )
+    if inspection.memory is not None:
+        verdict = "[green]It fits[/]" if inspection.fits else "[red]It does not fit[/]"
         console.print(
-            f"{verdict}: {gibibytes(found.total_bytes)} of {gibibytes(found.memory)} a device."
+            f"{verdict}: {gibibytes(inspection.total_bytes)} of {gibibytes(inspection.memory)} "
+            f"per device."
         )
-    for note in found.notes:
+    for note in inspection.notes:
         console.print(escape(note))
 
 

@@ -19,7 +19,7 @@ class PackedWeight:
     matrices.
 
     Kinds: `float` values are the weights; `int8` values times a scale an output, [..., outputs];
-    `int4` two values a byte, [..., outputs, inputs / 2], each less 8, times a scale a group of
+    `int4` two values per byte, [..., outputs, inputs / 2], each less 8, times a scale per group of
     inputs, [..., outputs, inputs / group]. The first half of a group is in the low halves of its
     bytes and the second half in the high ones.
     """

@@ -17,7 +17,7 @@ from moe_jax.runtime.platform import default_platform
 
 
 def read_bandwidth(devices: int = 1, size: int = 2**28, repeats: int = 5) -> float:
-    """Bytes a second that a sum over an array of `size` bytes reads on `devices` devices; the
+    """Bytes per second that a sum over an array of `size` bytes reads on `devices` devices; the
     median of `repeats`.
 
     The array is larger than a CPU's caches. One device of the default back end is measured.

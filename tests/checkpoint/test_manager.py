@@ -176,7 +176,7 @@ def test_fallback_takes_the_newest_good_step_and_says_what_it_skipped(tmp_path: 
     (step_path(tmp_path, 1) / "manifest.json").unlink()
     with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* is whole"):
         checkpoints.restore_latest(target, fallback=True)
-    with pytest.raises(CorruptCheckpoint, match="train anew"):
+    with pytest.raises(CorruptCheckpoint, match="train again"):
         checkpoints.restore_latest(target, step=1)
 
 

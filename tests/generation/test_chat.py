@@ -84,7 +84,7 @@ def test_a_full_context_says_reset(loaded: Loaded) -> None:
     conversation = Conversation(loaded, GREEDY)
     assert "".join(conversation.reply("x" * 12)) == "X" * 12
     before = list(conversation.messages)
-    with pytest.raises(UserError, match=r"has 44 tokens .* context is 30: /reset begins anew"):
+    with pytest.raises(UserError, match=r"has 44 tokens .* context is 30: /reset starts again"):
         "".join(conversation.reply("and so on"))
     assert conversation.messages == before
     conversation.reset()
@@ -152,7 +152,7 @@ def test_a_full_context_does_not_end_the_chat(
     talk(loaded, monkeypatch, f"{'x' * 40}\nhi\n{'y' * 14}\n/reset\n{'y' * 8}\n")
     out, err = capsys.readouterr()
     assert out == "HI\n" + "Y" * 2 + "\n" + "Y" * 8 + "\n"
-    assert err.count("/reset begins anew") == 2 and "the context of 30 tokens is full" in err
+    assert err.count("/reset starts again") == 2 and "the context of 30 tokens is full" in err
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_chat(

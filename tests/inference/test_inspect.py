@@ -186,7 +186,7 @@ def test_figures_are_those_of_the_loaded_model(
             ("4-5", 0),
             ("none", 2),
         ]
-        assert any("2 slots a layer stay empty" in note for note in found.notes)
+        assert any("2 slots per layer stay empty" in note for note in found.notes)
     if case == "gpt_oss-plain":
         assert any("look back on" in note for note in found.notes)
     if case == "deepseek_v3-plain":

@@ -1,4 +1,4 @@
-"""Records of a run with placement: 2 MoE layers, 4 experts in 3 slots a device on 2 ranks (so 2
+"""Records of a run with placement: 2 MoE layers, 4 experts in 3 slots per device on 2 ranks (so 2
 replicas a layer), data 2.
 """
 
@@ -77,7 +77,7 @@ def realised(step: int, of_step: int) -> dict:
 
 
 def traffic(step: int) -> dict:
-    """Over both layers, 10 steps: 30 rows a step from 0 to 1, 10 from 1 to 0, 60 at home."""
+    """Over both layers, 10 steps: 30 rows per step from 0 to 1, 10 from 1 to 0, 60 at home."""
     sent = [[150, 150], [50, 150]]
     return {
         "event": "traffic",

@@ -164,7 +164,7 @@ class Decision:
         if self.config.strategy == "topology_aware":
             had, would = before.busiest + before.link, after.busiest + after.link
             return (
-                f"the busiest devices and links had {had:,.0f} rows a step and would have "
+                f"the busiest devices and links had {had:,.0f} rows per step and would have "
                 f"{would:,.0f}"
             )
         return (
