@@ -1,7 +1,8 @@
 """What a model would take on a mesh, from config.json and safetensors headers alone: no device, no
 weights.
 
-inspection = inspect(find(Path("Qwen3-30B-A3B")).describe(), mesh=MeshConfig(expert=2), quantize="int4")
+source = find(Path("Qwen3-30B-A3B"))
+inspection = inspect(source.describe(), mesh=MeshConfig(expert=2), quantize="int4")
 inspection.held_bytes                                  # of weights, on each device
 print_inspection(inspection)
 
