@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE ?= 20
+PROCESSES ?= 2
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
@@ -22,10 +23,10 @@ demo: $(VENV)/.installed ## Train configs/tiny.yaml on 8 simulated devices into 
 	$(BIN)/moe-jax train configs/tiny.yaml --run-dir "$$run"
 
 test: $(VENV)/.installed-dev ## Run the tests, without the slow ones, whose subject the others cover
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-dev ## Run all tests but test-live, and show which took longest
-	@$(BIN)/python -m pytest --durations=15 --ignore=tests/hf/test_live.py
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --durations=15 --ignore=tests/hf/test_live.py
 
 test-live: $(VENV)/.installed-torch ## Compare with transformers itself, for which torch is installed
 	@$(BIN)/python -m pytest tests/hf/test_live.py

@@ -44,7 +44,7 @@ from moe_jax.utils.units import gibibytes
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.generation.evaluate import Evaluation
-    from moe_jax.generation.sampling import SamplingOptions
+    from moe_jax.generation.sampling_options import SamplingOptions
 
 STDOUT = Path("standard output")
 

@@ -28,7 +28,7 @@ from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_STOP
 
 if TYPE_CHECKING:
-    from moe_jax.generation.sampling import SamplingOptions
+    from moe_jax.generation.sampling_options import SamplingOptions
 
 
 def option(*names: str, help: str, **rest: Any) -> Any:
@@ -203,7 +203,7 @@ class SamplingFlags:
 
     def sampling(self) -> SamplingOptions:
         """What the sampler is to do. Raises UserError for a value out of its range."""
-        from moe_jax.generation.sampling import SamplingOptions
+        from moe_jax.generation.sampling_options import SamplingOptions
 
         return SamplingOptions(
             temperature=0.0 if self.greedy else self.temperature,

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.generation.sampling import Sampler, SamplingOptions
+from moe_jax.generation.sampling import Sampler
+from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.profiling import machine
 from moe_jax.profiling.clock import compile_clock
 from moe_jax.profiling.machine import read_bandwidth

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from moe_jax.errors import UserError
 from moe_jax.generation.generate import Reader, generate
-from moe_jax.generation.sampling import Sampler, SamplingOptions
+from moe_jax.generation.sampling import Sampler
+from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.generation.stats import GenerationStats
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import jax
 
 from moe_jax.errors import UserError
-from moe_jax.generation.sampling import Sampler, SamplingOptions
+from moe_jax.generation.sampling import Sampler
+from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.generation.stats import GenerationStats
 from moe_jax.generation.streaming import EMPTY_PROMPT, TextStream
 from moe_jax.model_io.source import require_run

@@ -17,7 +17,8 @@ from moe_jax.generation.chat import chat_ids
 from moe_jax.generation.evaluate import Evaluation, evaluate
 from moe_jax.generation.generate import Reader
 from moe_jax.generation.generate import generate as generate_pieces
-from moe_jax.generation.sampling import Sampler, SamplingOptions
+from moe_jax.generation.sampling import Sampler
+from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.inference.session import Session, prompt_width
 from moe_jax.models.batch import NewTokens
 

@@ -49,3 +49,7 @@ SLOW = {"jax", "numpy", "scipy", "yaml", "rich", "matplotlib", "tokenizers"}
 def test_help_imports_nothing_that_takes_long() -> None:
     modules = loaded_by("help")
     assert "moe_jax.cli.inference" in modules and modules & SLOW == set()
+
+
+def test_the_compile_cache_is_set_up_before_jax_is_imported() -> None:
+    assert "jax" not in loaded_by("cache")

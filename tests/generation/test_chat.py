@@ -16,7 +16,7 @@ from moe_jax.cli.chat import run_chat
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.generation.chat import Conversation
-from moe_jax.generation.sampling import SamplingOptions
+from moe_jax.generation.sampling_options import SamplingOptions
 from tests.support.fake_model import Loaded, install, shout
 from tests.support.imports import replace_import
 from tests.support.tokenizers import save_folder

@@ -12,7 +12,8 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.generation.generate import Reader, generate
-from moe_jax.generation.sampling import Sampler, SamplingOptions
+from moe_jax.generation.sampling import Sampler
+from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.generation.stats import GenerationStats
 from tests.support.fake_model import END, Loaded, script
 

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.generation import sampling
-from moe_jax.generation.sampling import Filters, Sampler, SamplingOptions
+from moe_jax.generation.sampling import Filters, Sampler
+from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.parallel.mesh import make_mesh
 from tests.support.small_models import VOCAB, case, load
 

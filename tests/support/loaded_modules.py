@@ -1,6 +1,6 @@
 """What a command imports, in a process of its own.
 
-    python -m tests.support.loaded_modules generate|train|help
+    python -m tests.support.loaded_modules generate|train|help|cache
 
 Runs the command as far as the fakes go and prints the names of all loaded modules as JSON.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ["generate", "--model", "tests", "--prompt", "U:x\nA:", "--greedy"],
     "train": ["train", str(ROOT / "configs" / "tiny.yaml")],
     "help": ["generate", "--help"],
+    "cache": ["generate", "--model", "tests", "--prompt", "x", "--top-p", "0.5"],
 }
 
 
@@ -45,11 +46,23 @@ def replace_training() -> None:
     trainer.train = train
 
 
+def stop_at_cache() -> None:
+    """The compile cache has settings that must come before JAX: nothing is done after them."""
+    from moe_jax.cli import inference
+
+    def stop() -> None:
+        raise SystemExit(0)
+
+    inference.use_compile_cache = stop
+
+
 def run(name: str) -> None:
     if name == "generate":
         replace_model()
     elif name == "train":
         replace_training()
+    elif name == "cache":
+        stop_at_cache()
     try:
         main.main(COMMANDS[name])
     except SystemExit as end:
