@@ -141,9 +141,9 @@ def train(
 
 def run_training(config: Config, directory: Path, **options: bool) -> TrainingResult:
     """Trains; see `moe_jax.training.trainer.train`."""
-    from moe_jax.training.trainer import train as run
+    from moe_jax.training import trainer
 
-    return run(config, directory, **options)
+    return trainer.train(config, directory, **options)
 
 
 def write_report(run_dir: Path) -> Path:

@@ -1,7 +1,7 @@
 """How a model's parameters are held for inference: which are packed, in which order of dims, and
 quantised how.
 
-A `WeightPlan` is the plan of one parameter; `Engine.plans` has one for each path such as
+A `WeightPlan` is the plan of one parameter; `ServingPlan.weights` has one for each path such as
 "stacks/0/blocks/0/attention/query".
 """
 

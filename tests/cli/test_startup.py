@@ -12,7 +12,7 @@ from tests.support.command import run_module
 
 def loaded_by(command: str) -> set[str]:
     """All modules in a new process after a command."""
-    done = run_module("loaded_modules", command)
+    done = run_module("command_modules", command)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 

@@ -36,9 +36,8 @@ def to_converted(
 
 def assert_same(a: LoadedModel, b: LoadedModel) -> None:
     """Weights and tables are bitwise alike, and lie alike."""
-    for x, y in zip(
-        jax.tree.leaves((a.params, a.tables)), jax.tree.leaves((b.params, b.tables)), strict=True
-    ):
+    held_a, held_b = ((model.engine.params, model.engine.tables) for model in (a, b))
+    for x, y in zip(jax.tree.leaves(held_a), jax.tree.leaves(held_b), strict=True):
         assert x.dtype == y.dtype and x.sharding == y.sharding
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
     assert (a.context, a.eos_ids, a.name) == (b.context, b.eos_ids, b.name)

@@ -176,7 +176,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moe = MoEConfig(first_dense=LARGE.num_layers)
     family, config = hf.config_of(LARGE, moe, LARGE_VOCAB, 64)
     out = tmp_path_factory.mktemp("large") / "checkpoint"
-    shapes = {path: leaf.shape for path, leaf in make_large_plan(moe).plans.items()}
+    shapes = {path: leaf.shape for path, leaf in make_large_plan(moe).weights.items()}
     hf.export(out, family, config, lambda path: np.full(shapes[path], 0.5, np.float32))
     return out
 

@@ -41,9 +41,9 @@ def test_a_table_for_another_model_or_mesh_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(FORM))
     assert read_table(path, layers=2, num_experts=4, ranks=2).to_json() == FORM
     for wanted, words in (
-        ({"layers": 3}, "2 layers, and 3 are wanted"),
-        ({"num_experts": 5}, "4 experts, and 5 are wanted"),
-        ({"ranks": 4}, "2 devices, and 4 are wanted"),
+        ({"layers": 3}, "2 layers, but 3 are needed"),
+        ({"num_experts": 5}, "4 experts, but 5 are needed"),
+        ({"ranks": 4}, "2 devices, but 4 are needed"),
     ):
         with pytest.raises(UserError, match=words):
             read_table(path, **wanted)

@@ -34,10 +34,12 @@ def render(messages: list[dict[str, str]]) -> list[int]:
 
 
 def shout(tokens: Sequence[int]) -> int:
-    """The next token of a reply that is the last question in capitals."""
+    """The next token of a reply that is the last question in capitals, and the end after as
+    many, whatever was drawn.
+    """
     lines = bytes(tokens).split(b"\n")
     question, said = lines[-2].removeprefix(b"U:"), lines[-1].removeprefix(b"A:")
-    return [*question.upper(), END][len(said)]
+    return [*question.upper(), END][min(len(said), len(question))]
 
 
 def script(tokens: Sequence[int], prompt: int) -> Callable[[Sequence[int]], int]:

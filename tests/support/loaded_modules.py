@@ -1,74 +1,31 @@
-"""What a command imports, in a process of its own.
+"""What commands load: python -m tests.support.loaded_modules '[["--help"], ["train", "--help"]]'
 
-    python -m tests.support.loaded_modules generate|train|help|cache
-
-Runs the command as far as the fakes go and prints the names of all loaded modules as JSON.
+Runs each command line of the JSON list in this process; prints its exit code and which of the
+heavy packages are loaded after it, as JSON.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import io
 import json
 import sys
-from pathlib import Path
 
 from moe_jax.cli import main
-from tests.support import ROOT
 
-COMMANDS = {
-    "generate": ["generate", "--model", "tests", "--prompt", "U:x\nA:", "--greedy"],
-    "train": ["train", str(ROOT / "configs" / "tiny.yaml")],
-    "help": ["generate", "--help"],
-    "cache": ["generate", "--model", "tests", "--prompt", "x", "--top-p", "0.5"],
-}
+HEAVY = ("jax", "matplotlib")
 
 
-def replace_model() -> None:
-    """A whole text by a model that shouts; what opening a real model imports is imported too."""
-    importlib.import_module("moe_jax.inference.load")
-    from moe_jax.cli import inference
-    from moe_jax.cli.model_options import Opened
-    from tests.support import fake_model
-
-    def load(choice: object, check: object = None) -> Opened:
-        return Opened(fake_model.Loaded(fake_model.shout), 1, 0)  # type: ignore[arg-type]
-
-    inference.load_model = load
-
-
-def replace_training() -> None:
-    """A training that ends before its first step."""
-    from moe_jax.training import trainer
-
-    def train(*arguments: object, **options: object) -> trainer.TrainingResult:
-        return trainer.TrainingResult(Path(), 0, False, None, False)
-
-    trainer.train = train
-
-
-def stop_at_cache() -> None:
-    """The compile cache has settings that must come before JAX: nothing is done after them."""
-    from moe_jax.cli import inference
-
-    def stop() -> None:
-        raise SystemExit(0)
-
-    inference.use_compile_cache = stop
-
-
-def run(name: str) -> None:
-    if name == "generate":
-        replace_model()
-    elif name == "train":
-        replace_training()
-    elif name == "cache":
-        stop_at_cache()
-    try:
-        main.main(COMMANDS[name])
-    except SystemExit as end:
-        assert end.code == 0, end.code
-    print("\n" + json.dumps(sorted(sys.modules)))
+def run() -> None:
+    results = []
+    for arguments in json.loads(sys.argv[1]):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                main.main(arguments)
+        except SystemExit as ended:
+            results.append([ended.code, [name for name in HEAVY if name in sys.modules]])
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    run(sys.argv[1])
+    run()

@@ -120,11 +120,11 @@ def run(
         if not report:
             patch.setattr(training, "write_report", lambda run_dir: run_dir / "report.html")
         if command:
-            settings = [word for override in overrides for word in ("--set", override)]
+            words = ["train", str(config_file(folder)), "--run-dir", str(directory)]
+            words += [word for override in overrides for word in ("--set", override)]
+            words += [f"--{name}" for name, wanted in options.items() if wanted]
             with pytest.raises(SystemExit) as ended:
-                main.main(
-                    ["train", str(config_file(folder)), "--run-dir", str(directory), *settings]
-                )
+                main.main(words)
             assert ended.value.code == 0
         else:
             training.train(tiny(folder, *overrides), directory, **options)

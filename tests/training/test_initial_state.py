@@ -165,7 +165,7 @@ def test_the_weights_are_those_of_the_folder_on_any_mesh(
     )
     seen = {}
     monkeypatch.setattr(
-        "moe_jax.training.trainer._Job.run", lambda _, state, batches: seen.update(state=state)
+        "moe_jax.training.trainer.Trainer.run", lambda _, state, held_out: seen.update(state=state)
     )
     tune(tmp_path / "half", tmp_path / "run", "mesh.data=1", "mesh.tensor=2")
     shapes = checkpoint.shapes()

@@ -154,7 +154,7 @@ def test_resuming_a_finished_run_adds_nothing(
     whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = copy_until(whole, tmp_path / "copy", 8)
-    run(folder, copy, *STATEFUL, resume=True)
+    run(folder, copy, *STATEFUL, resume=True, command=True)
     assert lines(copy) == lines(whole)
     assert "Report:" in capsys.readouterr().out
 

@@ -1,0 +1,74 @@
+"""What a command imports, in a process of its own.
+
+    python -m tests.support.command_modules generate|train|help|cache
+
+Runs the command as far as the fakes go and prints the names of all loaded modules as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from moe_jax.cli import main
+from tests.support import ROOT
+
+COMMANDS = {
+    "generate": ["generate", "--model", "tests", "--prompt", "U:x\nA:", "--greedy"],
+    "train": ["train", str(ROOT / "configs" / "tiny.yaml")],
+    "help": ["generate", "--help"],
+    "cache": ["generate", "--model", "tests", "--prompt", "x", "--top-p", "0.5"],
+}
+
+
+def replace_model() -> None:
+    """A whole text by a model that shouts; what opening a real model imports is imported too."""
+    importlib.import_module("moe_jax.inference.load")
+    from moe_jax.cli import inference
+    from moe_jax.cli.model_options import Opened
+    from tests.support import fake_model
+
+    def load(choice: object, check: object = None) -> Opened:
+        return Opened(fake_model.Loaded(fake_model.shout), 1, 0)  # type: ignore[arg-type]
+
+    inference.load_model = load
+
+
+def replace_training() -> None:
+    """A training that ends before its first step."""
+    from moe_jax.training import trainer
+
+    def train(*arguments: object, **options: object) -> trainer.TrainingResult:
+        return trainer.TrainingResult(Path(), 0, False, None, False)
+
+    trainer.train = train
+
+
+def stop_at_cache() -> None:
+    """The compile cache has settings that must come before JAX: nothing is done after them."""
+    from moe_jax.cli import inference
+
+    def stop() -> None:
+        raise SystemExit(0)
+
+    inference.use_compile_cache = stop
+
+
+def run(name: str) -> None:
+    if name == "generate":
+        replace_model()
+    elif name == "train":
+        replace_training()
+    elif name == "cache":
+        stop_at_cache()
+    try:
+        main.main(COMMANDS[name])
+    except SystemExit as end:
+        assert end.code == 0, end.code
+    print("\n" + json.dumps(sorted(sys.modules)))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])
