@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
         restart_with_huge_pages()
-    exit_on_sigterm()
     quiet_checkpoints()
-    try:
-        app(args=arguments, prog_name="moe-jax")
-    except UserError as error:
-        print(f"moe-jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        _flush_stdout()
+    with exit_on_sigterm():
+        try:
+            app(args=arguments, prog_name="moe-jax")
+        except UserError as error:
+            print(f"moe-jax: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        finally:
+            _flush_stdout()
     raise SystemExit(0)
 
 

@@ -6,21 +6,26 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 
 @contextmanager
-def noted_signals(*numbers: signal.Signals) -> Iterator[list[int]]:
-    """A list that becomes true at the first of these signals. A second one has its usual effect."""
+def noted_signals(
+    *numbers: signal.Signals, at_once: Callable[[], None] = lambda: None
+) -> Iterator[list[int]]:
+    """A list that becomes true at the first of these signals, when `at_once` is called. A second
+    one has its usual effect.
+    """
     received: list[int] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, previous[number])
+        at_once()
 
     for number in previous:
         signal.signal(number, note)
@@ -31,11 +36,27 @@ def noted_signals(*numbers: signal.Signals) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def exit_on_sigterm() -> None:
-    """From now on SIGTERM ends the process with a sentence and exit code 143; training notes it
+def until_noted(noted: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:
+    """The pieces until a signal is noted, which is seen between two of them, so that no model's
+    cache is left half written.
+    """
+    for piece in pieces:
+        yield piece
+        if noted:
+            pieces.close()
+            return
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Within it SIGTERM ends the process with a sentence and exit code 143; training notes it
     instead and saves.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

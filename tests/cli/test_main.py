@@ -26,13 +26,6 @@ from tests.support.command import call, run_module
 TINY = str(ROOT / "configs" / "tiny.yaml")
 
 
-@pytest.fixture(autouse=True)
-def _own_sigterm():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def run_dir(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\n")

@@ -46,8 +46,10 @@ def ignore_signals() -> None:
     noted = trainer.noted_signals
 
     @contextlib.contextmanager
-    def unseen(*numbers: signal.Signals) -> Iterator[list[int]]:
-        with noted(*numbers):
+    def unseen(
+        *numbers: signal.Signals, at_once: Callable[[], None] = lambda: None
+    ) -> Iterator[list[int]]:
+        with noted(*numbers, at_once=at_once):
             yield []
 
     trainer.noted_signals = unseen
