@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 from moe_jax.cli.console import write_pieces
+from moe_jax.cli.reasoning import ReasoningWriter
 from moe_jax.errors import UserError
 from moe_jax.generation.chat import Conversation
-from moe_jax.runtime.signals import noted_signals
+from moe_jax.runtime.signals import noted_signals, until_noted
 from moe_jax.runtime.terminal import edit_typed_lines
 from moe_jax.utils.progress import say
 
@@ -20,11 +21,12 @@ HELP = """/reset   forget the conversation (not the system prompt)
 Ctrl-C stops a reply. Anything else is said to the model."""
 
 
-def run_chat(conversation: Conversation, context: int) -> None:
+def run_chat(conversation: Conversation, context: int, writer: ReasoningWriter) -> None:
     """Reads messages and commands until the end of stdin or /quit, and answers each. Only replies
     go to stdout.
     """
-    for line in _lines():
+    typed = sys.stdin.isatty() and sys.stdout.isatty()  # else the prompt would be among the replies
+    for line in _lines(typed):
         command = re.fullmatch(r"/[a-z]+", line)
         if line == "/quit":
             return
@@ -36,16 +38,22 @@ def run_chat(conversation: Conversation, context: int) -> None:
         elif command:
             say(f"{line} is no command: /help lists them.")
         elif line:
-            _answer(conversation, line, context)
+            try:
+                _answer(conversation, line, context, writer)
+            except KeyboardInterrupt:  # the second one
+                if not typed:
+                    raise
+                print()
+                say("The reply is broken off; what was said before is kept. /quit leaves.")
 
 
-def _answer(conversation: Conversation, text: str, context: int) -> None:
+def _answer(conversation: Conversation, text: str, context: int, writer: ReasoningWriter) -> None:
     """Streams one reply. A mistake, such as a full context, is one sentence, and the chat goes
     on.
     """
     try:
-        with noted_signals(signal.SIGINT) as interrupts:
-            write_pieces(_until(interrupts, conversation.reply(text)))
+        with noted_signals(signal.SIGINT, at_once=_say_stopping) as interrupts:
+            write_pieces(writer.around(until_noted(interrupts, conversation.reply(text))))
     except UserError as error:
         say(str(error))
         return
@@ -55,22 +63,14 @@ def _answer(conversation: Conversation, text: str, context: int) -> None:
     say(stats.sentence(context) + ("; /reset starts again" if stats.ended == "context" else ""))
 
 
-def _until(interrupts: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:
-    """The pieces until Ctrl-C, which is noticed between tokens, so that the model's cache is never
-    left half written.
-    """
-    for piece in pieces:
-        yield piece
-        if interrupts:
-            pieces.close()  # which keeps what was said
-            return
+def _say_stopping() -> None:
+    say("The reply stops after this token; Ctrl-C once more breaks it off.")
 
 
-def _lines() -> Iterator[str]:
+def _lines(typed: bool) -> Iterator[str]:
     """Lines of stdin without surrounding blanks: typed, with line editing and history, or from a
     pipe, without a prompt.
     """
-    typed = sys.stdin.isatty() and sys.stdout.isatty()  # else the prompt would be among the replies
     if typed:
         edit_typed_lines()
         say("/help lists the commands.")
@@ -92,4 +92,4 @@ def _lines() -> Iterator[str]:
             continue
         if not line and not typed:
             return
-        yield line.strip()
+        yield line.removeprefix("\ufeff").strip()

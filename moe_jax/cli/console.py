@@ -56,9 +56,9 @@ def write_pieces(pieces: Iterable[str]) -> str:
 
 
 def prompt_from_stdin() -> str:
-    """All of stdin. Raises UserError where it is not text."""
+    """All of stdin, without a byte order mark. Raises UserError where it is not text."""
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"--prompt - read bytes that are not text (byte {error.start}): give UTF-8."

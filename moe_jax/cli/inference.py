@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,7 @@ from moe_jax.cli.options import (
     AsJson,
     MaxTokens,
     Model,
+    ReplyFlags,
     SamplingFlags,
     System,
     Text,
@@ -34,10 +37,12 @@ from moe_jax.cli.options import (
     option,
     spread,
 )
+from moe_jax.cli.reasoning import ReasoningWriter
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_PROMPT
 from moe_jax.model_io.source import require_run
 from moe_jax.runtime.compile_cache import use_compile_cache
+from moe_jax.runtime.signals import noted_signals, until_noted
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
 
@@ -63,6 +68,7 @@ def generate(
     max_tokens: MaxTokens = 128,
     *,
     flags: SamplingFlags,
+    reply: ReplyFlags,
     options: ModelOptions,
 ) -> None:
     """Continue a text with a model, on stdout; speeds on stderr."""
@@ -71,8 +77,10 @@ def generate(
     if not text:
         raise UserError(EMPTY_PROMPT)
     sampling = flags.sampling()
+    reply.require_template(system_prompt is not None)
+    limits = {"max_tokens": max_tokens, "stop": flags.stop or []}
     with explained_disk_errors(STDOUT):
-        _generate(choice, text, sampling, system_prompt, max_tokens, flags.stop or [])
+        _generate(choice, text, sampling, system_prompt, reply, limits)
 
 
 def _one_place(run_dir: Path | None, model: Path | None) -> Path:
@@ -89,13 +97,13 @@ def _generate(
     prompt: str,
     sampling: SamplingOptions,
     system: str | None,
-    max_tokens: int,
-    stop: list[str],
+    reply: ReplyFlags,
+    limits: dict[str, Any],
 ) -> None:
-    """Streams the text to stdout, then speeds and memory to stderr."""
+    """Streams the text to stdout, then speeds and memory to stderr, also after Ctrl-C."""
 
     use_compile_cache()  # before what follows imports JAX
-    from moe_jax.generation.chat import chat_ids, first_messages
+    from moe_jax.generation.chat import chat_ids, first_messages, reply_pieces
     from moe_jax.generation.generate import Reader, check_length
     from moe_jax.generation.generate import generate as pieces
     from moe_jax.generation.sampling import Sampler
@@ -104,35 +112,37 @@ def _generate(
     def tokens(tokenizer: Tokenizer) -> list[int]:
         if system is not None:
             question = {"role": "user", "content": prompt}
-            return chat_ids(tokenizer, [*first_messages(system), question])
+            return chat_ids(tokenizer, [*first_messages(system), question], reply.template())
         # Training gives a run's model no start token.
         return tokenizer.encode(prompt) if choice.is_run else tokenizer.encode_prompt(prompt)
 
     def check(tokenizer: Tokenizer, context: int) -> None:
+        ids = tokens(tokenizer)
         if not choice.is_run:
-            check_length(tokens(tokenizer), context)
+            check_length(ids, context)
 
     opened = load_model(choice, check)
-    loaded, stats = opened.model, GenerationStats()
-    write_pieces(
-        pieces(
-            loaded,
-            Reader(loaded.session()),
-            tokens(loaded.tokenizer),
-            Sampler([sampling], loaded.tokenizer.num_ids),
-            max_tokens=max_tokens,
-            stop=stop,
-            slide=choice.is_run,
-            reply=system is not None,
-            figures=stats,
-        )
+    loaded, stats, writer = opened.model, GenerationStats(), ReasoningWriter(reply.show_reasoning)
+    speak = pieces if system is None else partial(reply_pieces, reasoning=writer)
+    text = speak(
+        loaded,
+        Reader(loaded.session()),
+        tokens(loaded.tokenizer),
+        Sampler([sampling], loaded.tokenizer.num_ids),
+        slide=choice.is_run,
+        figures=stats,
+        **limits,
     )
-    if sys.stdout.isatty():
+    with noted_signals(signal.SIGINT) as interrupts:
+        write_pieces(writer.around(until_noted(interrupts, text)))
+    if sys.stdout.isatty() or interrupts:
         sys.stdout.write("\n")
     say(stats.sentence(loaded.context))
     compiled = opened.compile_seconds + stats.compile_seconds
     say(f"loaded in {opened.seconds:,.1f} s, compiled in {compiled:,.1f} s; {peak_memory()}")
     _say_experts(choice, opened)
+    if interrupts:
+        raise typer.Exit(128 + signal.SIGINT)
 
 
 def _say_experts(choice: ModelChoice, opened: Opened) -> None:
@@ -153,6 +163,7 @@ def chat(
     max_tokens: MaxTokens = 1024,
     *,
     flags: SamplingFlags,
+    reply: ReplyFlags,
     options: ModelOptions,
 ) -> None:
     """Talk with a model: /help, /reset, /quit; Ctrl-C stops a reply."""
@@ -161,14 +172,23 @@ def chat(
     from moe_jax.cli.chat import run_chat
     from moe_jax.generation.chat import Conversation, check_template
 
-    opened = load_model(choice, lambda tokenizer, context: check_template(tokenizer, system_prompt))
+    template, writer = reply.template(), ReasoningWriter(reply.show_reasoning)
+    opened = load_model(
+        choice, lambda tokenizer, context: check_template(tokenizer, system_prompt, template)
+    )
     loaded = opened.model
     conversation = Conversation(
-        loaded, sampling, system=system_prompt, max_tokens=max_tokens, stop=flags.stop or []
+        loaded,
+        sampling,
+        system=system_prompt,
+        max_tokens=max_tokens,
+        stop=flags.stop or [],
+        template=template,
+        reasoning=writer,
     )
     say(f"{loaded.name}, loaded in {opened.seconds:,.1f} s, context {loaded.context:,} tokens")
     with explained_disk_errors(STDOUT):
-        run_chat(conversation, loaded.context)
+        run_chat(conversation, loaded.context, writer)
     say(peak_memory())
     _say_experts(choice, opened)
 

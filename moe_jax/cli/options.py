@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ import typer
 
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_STOP
+from moe_jax.generation.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     from moe_jax.generation.sampling_options import SamplingOptions
@@ -168,6 +170,26 @@ System = Annotated[
         help="What the model is told first, by its chat template.",
     ),
 ]
+Thinking = Annotated[
+    str | None,
+    option("--thinking", metavar="on|off", help="Whether the model reasons before it answers."),
+]
+TemplateKwargs = Annotated[
+    list[str] | None,
+    option(
+        "--template-kwargs",
+        metavar="KEY=VALUE",
+        help="A variable of the chat template; may be repeated.",
+    ),
+]
+ShowReasoning = Annotated[
+    bool | None,
+    typer.Option(
+        "--show-reasoning/--hide-reasoning",
+        show_default=False,
+        help="Reasoning on stderr.  [default: on a terminal]",
+    ),
+]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens to generate at most.")
 ]
@@ -213,3 +235,50 @@ class SamplingFlags:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplyFlags:
+    """What the chat template is told, and what is seen of a reply."""
+
+    thinking: Thinking = None
+    template_kwargs: TemplateKwargs = None
+    show_reasoning: ShowReasoning = None
+
+    def __post_init__(self) -> None:
+        if self.thinking not in (None, "on", "off"):
+            raise UserError(f"--thinking {self.thinking!r} is unknown: choose on or off.")
+        for text in self.template_kwargs or []:
+            name, equals, _ = text.partition("=")
+            if not equals or not name.isidentifier():
+                raise UserError(
+                    f"--template-kwargs {text!r} cannot be read: write it as enable_thinking=false."
+                )
+
+    def template(self) -> TemplateOptions:
+        """What the template is told; a value is read as JSON where it is JSON."""
+        pairs = (text.partition("=") for text in self.template_kwargs or [])
+        variables = {name: _json_or_text(value) for name, _, value in pairs}
+        return TemplateOptions(None if self.thinking is None else self.thinking == "on", variables)
+
+    def require_template(self, used: bool) -> None:
+        """Raises UserError for options of a chat template where none is used."""
+        shown = "--show-reasoning" if self.show_reasoning else "--hide-reasoning"
+        given = {
+            "--thinking": self.thinking,
+            "--template-kwargs": self.template_kwargs,
+            shown: self.show_reasoning,
+        }
+        names = [name for name, value in given.items() if value is not None]
+        if names and not used:
+            raise UserError(
+                f"{names[0]} is for replies by the chat template: give --system-prompt too, or "
+                f"use moe-jax chat."
+            )
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value.lower() if value in ("True", "False") else value)
+    except ValueError:
+        return value

@@ -9,7 +9,6 @@ sandbox.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.chat_template import ChatTemplate, load_template, without_surrogates
+from moe_jax.data.tokenizer_files import BYTES_EOS, is_bare
 from moe_jax.errors import UserError
 from moe_jax.runtime.quiet import quiet_transformers
 
 # The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides it.
 VOCAB_MULTIPLE = 8
 
-# Common end-of-document tokens in tokenizer.json files; the format has no field for it.
+# Common end-of-document tokens in tokenizer.json files; the format has no field for it. The bars of
+# DeepSeek's are U+FF5C, its low lines U+2581.
 _END_OF_DOCUMENT = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -34,7 +36,14 @@ _END_OF_DOCUMENT = (
     "[EOS]",
     "<|im_end|>",
     "[SEP]",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<seed:eos>",
+    "<EOS_TOKEN>",
 )
+
+
+# A text to see by what a tokenizer puts around one.
+_PROBE = "a"
 
 
 @dataclass(frozen=True)
@@ -56,17 +65,22 @@ class Tokenizer:
     """Text of the tokenizer's own ids; `decode` takes any id."""
     bos_id: int | None = None
     """Id that starts a text, if the tokenizer has one."""
-    special: Callable[[str], list[int]] | None = None
-    """Ids of a text with the start and end tokens that the tokenizer adds; None if it adds none."""
+    start_ids: tuple[int, ...] = ()
+    """Ids that the tokenizer puts in front of a text. What it appends is not kept: a prompt goes
+    on, and nobody goes on from an end token.
+    """
     special_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Ids of the tokens that `decode` leaves out, by their text."""
-    chat: Callable[[list[dict[str, str]]], list[int]] | None = None
-    """Ids of a conversation by the chat template, up to the start of the assistant's reply; None
-    without a template.
+    chat: ChatTemplate | None = None
+    """How a conversation is written; None without a template."""
 
-    A message has a `role` (system, user or assistant) and its `content`. Raises UserError for
-    messages that the template refuses.
-    """
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end what a model says: that of a document, and what the chat template ends a
+        turn with.
+        """
+        turn = None if self.chat is None else self.chat.end_id
+        return (self.eos_id,) if turn is None or turn == self.eos_id else (self.eos_id, turn)
 
     @property
     def vocab_size(self) -> int:
@@ -80,8 +94,10 @@ class Tokenizer:
         return [int(token) for token in self.encode_batch([text])[0]]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text for a model to continue: with the start token if the tokenizer adds one."""
-        return self.special(text) if self.special else self.encode(text)
+        """Ids of a text for a model to continue: after the start token if the tokenizer adds
+        one.
+        """
+        return [*self.start_ids, *self.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; end-of-document and padding ids give no text, bytes that are not UTF-8 give
@@ -110,18 +126,22 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
             f"{field}={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of "
             f"its folder."
         )
+    given = f"{field}={spec!r}"
+    if not path.is_dir():
+        return _file_tokenizer(given, path)
+    # A run keeps a tokenizer.json in a folder of its own, where it must be what it was before.
     return (
-        _folder_tokenizer(f"{field}={spec!r}", path)
-        if path.is_dir()
-        else _file_tokenizer(f"{field}={spec!r}", path)
+        _file_tokenizer(given, path / "tokenizer.json")
+        if is_bare(path)
+        else _folder_tokenizer(given, path)
     )
 
 
 def _bytes_tokenizer() -> Tokenizer:
     """A token is a byte; 256 ends a document. 257 ids, padded to 264."""
     return Tokenizer(
-        num_ids=257,
-        eos_id=256,
+        num_ids=BYTES_EOS + 1,
+        eos_id=BYTES_EOS,
         fingerprint="bytes",
         # A prompt may contain lone surrogates, for which UTF-8 has no bytes: they become "?".
         encode_batch=lambda texts: [
@@ -146,21 +166,21 @@ def _file_tokenizer(given: str, path: Path) -> Tokenizer:
     # A file may request truncation or padding, which would change the text.
     inner.no_truncation()
     inner.no_padding()
-    known = [
-        token
-        for token in (inner.token_to_id(name) for name in _END_OF_DOCUMENT)
-        if token is not None
-    ]
+    added = inner.get_added_tokens_decoder()
     return Tokenizer(
-        **_ids(inner.get_vocab(with_added_tokens=True), known[0] if known else None),
+        **_ids(inner.get_vocab(with_added_tokens=True)),
         fingerprint=inner.to_str(),
         encode_batch=lambda texts: [
             encoding.ids
             for encoding in inner.encode_batch_fast(
-                list(map(_clean, texts)), add_special_tokens=False
+                list(map(without_surrogates, texts)), add_special_tokens=False
             )
         ],
         decode_known=lambda ids: inner.decode(list(ids)),
+        start_ids=_before_text(
+            inner.encode(_PROBE).ids, inner.encode(_PROBE, add_special_tokens=False).ids
+        ),
+        special_ids={token.content: number for number, token in added.items() if token.special},
     )
 
 
@@ -192,9 +212,18 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
         # verbose=False: no warning about texts longer than the model that the tokenizer was made
         # for.
         return inner(
-            list(map(_clean, texts)), add_special_tokens=special, truncation=False, verbose=False
+            list(map(without_surrogates, texts)),
+            add_special_tokens=special,
+            truncation=False,
+            verbose=False,
         )["input_ids"]
 
+    special_ids = dict(zip(inner.all_special_tokens, inner.all_special_ids, strict=True))
+    special_ids |= {
+        token.content: number
+        for number, token in inner.added_tokens_decoder.items()
+        if token.special
+    }
     return Tokenizer(
         **_ids(vocabulary, inner.eos_token_id),
         fingerprint=inner.backend_tokenizer.to_str()
@@ -205,49 +234,34 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         ),
         bos_id=inner.bos_token_id,
-        special_ids=dict(zip(inner.all_special_tokens, inner.all_special_ids, strict=True)),
-        special=lambda text: encode_batch([text], special=True)[0],
-        chat=functools.partial(_render_chat, given, inner) if inner.chat_template else None,
+        start_ids=_before_text(*(encode_batch([_PROBE], special)[0] for special in (True, False))),
+        special_ids=special_ids,
+        chat=load_template(given, inner) if inner.chat_template else None,
     )
 
 
-def _render_chat(given: str, inner: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation by the chat template of the folder, rendered in the sandbox of
-    transformers.
+def _before_text(whole: Sequence[int], text: Sequence[int]) -> tuple[int, ...]:
+    """The ids that a tokenizer put in front of a text: `whole` has them, the text's own ids and
+    what it appended.
     """
-    try:
-        import jinja2  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{given}: its chat template needs the `jinja2` package: pip install 'jinja2>=3.1.6'."
-        ) from error
-    clean = [{key: _clean(value) for key, value in message.items()} for message in messages]
-    try:
-        ids = inner.apply_chat_template(
-            clean, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{given}: its chat template refuses these messages ({cause}): use other roles, or "
-            f"correct the template."
-        ) from error
-    return [int(token) for token in ids]
+    for start in range(len(whole) - len(text) + 1):
+        if list(whole[start : start + len(text)]) == list(text):
+            return tuple(whole[:start])
+    return ()
 
 
-def _ids(vocabulary: dict[str, int], eos_id: int | None) -> dict[str, Any]:
-    """`num_ids` and `eos_id`; ids need not be consecutive, so the largest one counts."""
+def _ids(vocabulary: dict[str, int], eos_id: int | None = None) -> dict[str, Any]:
+    """`num_ids` and `eos_id`: the one given, a common one, or an id more. Ids need not be
+    consecutive, so the largest one counts.
+    """
     size = max(vocabulary.values(), default=-1) + 1
+    known = (vocabulary[name] for name in _END_OF_DOCUMENT if name in vocabulary)
+    eos_id = next(known, None) if eos_id is None else eos_id
     return (
         {"num_ids": size + 1, "eos_id": size}
         if eos_id is None
         else {"num_ids": size, "eos_id": eos_id}
     )
-
-
-def _clean(text: str) -> str:
-    """The text with "?" for lone surrogates: `tokenizers` refuses what UTF-8 cannot hold."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _unreadable(given: str, error: Exception) -> UserError:

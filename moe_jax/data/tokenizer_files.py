@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_jax.data.tokenizer import load_tokenizer
-
 # What transformers or tokenizers may read; config.json can be the only file that names the class of
 # the tokenizer.
 PATTERNS = (
@@ -24,6 +22,20 @@ PATTERNS = (
 )
 _NEVER = (".py", ".bin", ".pt", ".pth", ".pkl")  # code and pickles are not passed on
 _END = "<|endoftext|>"
+BYTES_EOS = 256  # the byte tokenizer's end of a document
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer.json and nothing else that transformers would read with
+    it.
+    """
+    return [file.name for file in tokenizer_files(folder)] == ["tokenizer.json"]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in a folder that are passed on."""
+    files = {file for pattern in PATTERNS for file in folder.glob(pattern)}
+    return sorted(file for file in files if file.is_file() and file.suffix not in _NEVER)
 
 
 def copy_tokenizer(spec: str, target: Path) -> None:
@@ -33,9 +45,8 @@ def copy_tokenizer(spec: str, target: Path) -> None:
     if source.is_file():
         shutil.copyfile(source, target / "tokenizer.json")
         return
-    for file in sorted({file for pattern in PATTERNS for file in source.glob(pattern)}):
-        if file.is_file() and file.suffix not in _NEVER:
-            shutil.copyfile(file, target / file.name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def write_byte_tokenizer(target: Path) -> None:
@@ -44,9 +55,8 @@ def write_byte_tokenizer(target: Path) -> None:
     Ids and texts are those of `load_tokenizer("bytes")`, with one difference: the text
     <|endoftext|> becomes the end token, as with any tokenizer of transformers.
     """
-    tokenizer = load_tokenizer("bytes")
     vocabulary = {character: byte for byte, character in enumerate(_characters())}
-    end = {"id": tokenizer.eos_id, "content": _END, "special": True}
+    end = {"id": BYTES_EOS, "content": _END, "special": True}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     by_byte = {
         "type": "ByteLevel",

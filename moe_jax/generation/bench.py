@@ -49,11 +49,9 @@ def bench(
         )
     compiled = compile_clock().seconds
     batch, plan = len(session.lengths), loaded.engine.plan
-    rows = (
-        np.random.default_rng(0)
-        .integers(0, max(1, loaded.tokenizer.num_ids - 1), (batch, prompt))
-        .tolist()
-    )
+    # A tokenizer may have more ids than the model has rows, or fewer.
+    most = max(1, min(loaded.tokenizer.num_ids - 1, plan.vocab_size))
+    rows = np.random.default_rng(0).integers(0, most, (batch, prompt)).tolist()
     greedy = Sampler([SamplingOptions(temperature=0.0)] * batch)
     # The warm-up: the cache grows to its size, then both compile for it.
     _decode(session, greedy, greedy.draw(_prefill(session, rows)), generated)

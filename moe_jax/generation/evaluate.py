@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_jax.errors import UserError
 from moe_jax.profiling.clock import Stopwatch
+from moe_jax.utils.files import read_characters
 
 if TYPE_CHECKING:
     from moe_jax.inference.load import LoadedModel
@@ -65,6 +66,7 @@ def evaluate(
     )
     if len(tokens) < 2:
         raise UserError(f"--text has {len(tokens)} tokens: give a text of at least two.")
+    loaded.engine.plan.check_tokens(int(tokens.max()))
     window = min(window, len(tokens) - 1)
     with Stopwatch() as watch:
         nats, count = _score(loaded, tokens, window)
@@ -133,7 +135,7 @@ def _perplexity(nats_per_token: float) -> float:
 def read_text(path: Path) -> str:
     """The text of `--text`. Raises UserError if it cannot be read, is empty, or is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_characters(path)
     except UnicodeDecodeError as error:
         raise UserError(f"--text {path} is not UTF-8 (byte {error.start}): convert it.") from error
     except OSError as error:

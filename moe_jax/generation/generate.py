@@ -10,7 +10,7 @@ for piece in generate(loaded, reader, prompt, sampler, max_tokens=50):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -69,7 +69,8 @@ def generate(
     figures: GenerationStats | None = None,
     slide: bool = False,
     reply: bool = False,
-) -> Iterator[str]:
+    marks: Sequence[str] = (),
+) -> Generator[str, None, None]:
     """Pieces of the text that follows `prompt`, one per token and sometimes empty, until the model
     or one of the limits ends it.
 
@@ -80,6 +81,7 @@ def generate(
         end is read.
       reply: The text stands alone, as a chat's reply does, and does not go on from the prompt's
         last word.
+      marks: Special tokens that the text holds; it holds no others.
 
     Raises:
       UserError: the prompt is empty, or longer than the context (without `slide`), or a stop string
@@ -90,7 +92,7 @@ def generate(
         raise UserError(EMPTY_PROMPT)
     if not slide:
         check_length(prompt, loaded.context)
-    text = TextStream(loaded.tokenizer, stop, after=() if reply else prompt)
+    text = TextStream(loaded.tokenizer, stop, after=() if reply else prompt, marks=marks)
     prompt = prompt[-loaded.context :]
     with Stopwatch() as watch:
         sampler.begin(prompt)
@@ -147,7 +149,7 @@ def _next_logits(reader: Reader, token: int, context: int) -> jax.Array:
 
 def generate_run(
     run_dir: Path,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_tokens: int,
     temperature: float,
@@ -156,9 +158,9 @@ def generate_run(
     seed: int,
     step: int | None,
     fallback: bool,
-) -> Iterator[str]:
-    """Text of a run's model, of its newest checkpoint or that of `step`, on one device wherever it
-    was trained.
+) -> Generator[str, None, None]:
+    """Text of a run's model after a text or its tokens, of its newest checkpoint or that of `step`,
+    on one device wherever it was trained.
 
     A run's context is its `train.seq_len`, which is no limit of the text: where it is full, its
     last half is read again, and of a longer prompt only the last `train.seq_len` tokens are read.
@@ -174,7 +176,7 @@ def generate_run(
     return generate(
         loaded,
         Reader(loaded.session()),
-        loaded.tokenizer.encode(prompt),
+        loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
         Sampler([options], loaded.tokenizer.num_ids),
         max_tokens=max_tokens,
         slide=True,

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.generation.chat import chat_ids
+from moe_jax.generation.chat import chat_ids, reply_pieces
 from moe_jax.generation.evaluate import Evaluation, evaluate
 from moe_jax.generation.generate import Reader
 from moe_jax.generation.generate import generate as generate_pieces
 from moe_jax.generation.sampling import Sampler
 from moe_jax.generation.sampling_options import SamplingOptions
+from moe_jax.generation.template_options import TemplateOptions
 from moe_jax.inference.session import Session, prompt_width
 from moe_jax.models.batch import NewTokens
 
@@ -85,12 +86,24 @@ class TextModel:
         """The same text in pieces, as they come; some are empty."""
         return self._pieces(self.encode(prompt), reply=False, **options)
 
-    def chat(self, messages: list[dict[str, str]], **options: Any) -> str:
-        """The reply to a conversation of `{"role": ..., "content": ...}` messages.
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        thinking: bool | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer to a conversation of `{"role": ..., "content": ...}` messages, without what
+        the model thinks before it.
 
-        Raises UserError where the tokenizer has no chat template.
+        `thinking` turns that on or off, and `template_kwargs` are variables of the chat template.
+
+        Raises UserError where the tokenizer has no chat template, or the template does not use
+        what it is told.
         """
-        tokens = chat_ids(self._loaded.tokenizer, messages)
+        template = TemplateOptions(thinking, template_kwargs or {})
+        tokens = chat_ids(self._loaded.tokenizer, messages, template)
         return "".join(self._pieces(tokens, reply=True, **options))
 
     def logits(self, prompt: Any) -> Any:
@@ -133,7 +146,8 @@ class TextModel:
         options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         sampler = Sampler([options], self._loaded.tokenizer.num_ids)
         limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "slide": self._of_run}
-        return generate_pieces(self._loaded, self._reader, tokens, sampler, reply=reply, **limits)
+        speak = reply_pieces if reply else generate_pieces
+        return speak(self._loaded, self._reader, tokens, sampler, **limits)
 
 
 def _all_logits(loaded: LoadedModel, rows: list[list[int]]) -> list[np.ndarray]:

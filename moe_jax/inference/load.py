@@ -11,7 +11,7 @@ are its weights read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +194,15 @@ def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any]) -> StoredModel:
         params = read_params(plan, checkpoint.leaf, experts_on_host=experts_on_host)
         return params, checkpoint.bias_LE()
 
-    return StoredModel(plan, tokenizer, checkpoint.context, checkpoint.eos_ids, folder.name, read)
+    eos_ids = _end_ids(checkpoint.eos_ids, tokenizer)
+    return StoredModel(plan, tokenizer, checkpoint.context, eos_ids, folder.name, read)
+
+
+def _end_ids(stated: Iterable[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text: those that a folder's configs state and those of its tokenizer, for
+    many folders state only some.
+    """
+    return tuple(dict.fromkeys((*stated, *tokenizer.end_ids)))
 
 
 def _find_run(
@@ -219,8 +227,8 @@ def _find_run(
         return plan.pack(params, consume=True), bias_LE
 
     kept = read_kept_config(path)
-    ends = (tokenizer.eos_id, *(hf.eos_ids(path / "tokenizer", kept) if kept else ()))
-    eos_ids, context = tuple(dict.fromkeys(ends)), config.train.seq_len
+    stated = hf.eos_ids(path / "tokenizer", kept) if kept else ()
+    eos_ids, context = _end_ids(stated, tokenizer), config.train.seq_len
     return StoredModel(plan, tokenizer, context, eos_ids, path.name, read, reads_masters=True)
 
 
@@ -248,4 +256,5 @@ def _find_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
     def read(experts_on_host: bool) -> tuple[Any, Any]:
         return packed_checkpoint.restore_packed(path, plan, experts_on_host=experts_on_host)
 
-    return StoredModel(plan, tokenizer, header.context, header.eos_ids, header.name, read)
+    eos_ids = _end_ids(header.eos_ids, tokenizer)
+    return StoredModel(plan, tokenizer, header.context, eos_ids, header.name, read)

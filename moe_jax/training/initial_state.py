@@ -233,14 +233,22 @@ def keep(directory: Path, config: Config, origin: Origin) -> None:
 
 
 def vocabulary(config: Config, corpus: Corpus) -> int:
-    """The model's vocabulary: as configured, or the tokenizer's. Raises UserError where it does not
-    fit.
+    """The model's vocabulary: as configured, or the tokenizer's, which may have ids that no text
+    uses and the model has no row for. Raises UserError where the text or the mesh does not fit.
     """
     size = config.model.vocab_size or corpus.tokenizer.vocab_size
-    if size < corpus.tokenizer.num_ids:
+    largest = corpus.largest_id
+    if size <= largest:
+        what = "which ends a document" if largest == corpus.tokenizer.eos_id else "in data.source"
+        remedy = (
+            "raise it, or leave it out"
+            if config.init_from is None
+            else f"name the tokenizer of {config.init_from} in data.tokenizer, or take that token "
+            f"out of the text"
+        )
         raise UserError(
-            f"model.vocab_size={size} is less than the tokenizer's {corpus.tokenizer.num_ids}: "
-            f"raise it, or leave it out."
+            f"model.vocab_size={size} has no row for token {largest}, {what}, of "
+            f"data.tokenizer={config.data.tokenizer!r}: {remedy}."
         )
     if size % config.mesh.tensor:
         raise UserError(

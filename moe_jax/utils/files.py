@@ -39,6 +39,14 @@ def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     os.replace(part, path)
 
 
+def read_characters(path: Path) -> str:
+    """The characters of a text in UTF-8, line ends as they are, without a byte order mark.
+
+    Raises UnicodeDecodeError for another encoding, and OSError.
+    """
+    return path.read_bytes().decode("utf-8-sig")
+
+
 def refuse_existing(out: Path) -> None:
     """Raises UserError where there is something already, which is never overwritten unasked."""
     if out.exists():

@@ -12,16 +12,10 @@ import sys
 
 import pytest
 
+from moe_jax.cli.options import ReplyFlags
 from moe_jax.data.tokenizer import load_tokenizer
 from tests.support import fake_model
 from tests.support.command import call, run_module
-
-
-@pytest.fixture(autouse=True)
-def _own_sigterm():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -154,7 +148,65 @@ def test_eval_and_bench(capsys, tmp_path, model):
     assert capsys.readouterr().out.splitlines()[0].split() == ["perplexity", "2.7183"]
 
 
-def test_ctrl_c_during_generate_exits_130(capsys, tmp_path, model):
+def test_ctrl_c_ends_the_line_of_generate_and_its_rates_are_printed(capsys, tmp_path, model):
+    def interrupted(tokens):
+        if len(tokens) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return 65
+
+    model.speak = interrupted
+    assert call("generate", "--model", tmp_path, "--prompt", "x", "--greedy") == 130
+    out, err = capsys.readouterr()
+    assert out == "AAA\n" and "generated 3 tokens, " in err and "; interrupted\n" in err
+    assert "peak memory" in err
+
+
+def test_a_reply_by_the_template_and_what_it_is_told(monkeypatch, capsys, tmp_path, model):
+    thought = b"<think>hm</think>YES"
+    model.speak = lambda tokens: [*thought, 256][len(bytes(tokens).rpartition(b"B:")[2])]
+    told = ("--template-kwargs", "reply=B:", "--show-reasoning", "--thinking", "on")
+    arguments = ("--model", tmp_path, "--greedy", *told)
+    assert call("generate", "--prompt", "so?", "--system-prompt", "s", *arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == "YES" and err.startswith("hm\nprompt ")
+    assert bytes(model.feeds[0]) == b"S:s\nU:so?\nB:"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffso?\n"))
+    assert call("chat", *arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == "YES\n" and "\nhm\nprompt " in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--thinking", "off"], "--thinking is for replies by the chat template: give --system"),
+        (["--template-kwargs", "a=1"], "--template-kwargs is for replies"),
+        (["--hide-reasoning"], "--hide-reasoning is for replies"),
+        (["--thinking", "maybe"], "--thinking 'maybe' is unknown: choose on or off"),
+        (["--template-kwargs", "a"], "--template-kwargs 'a' cannot be read: write it as"),
+        (["--system-prompt", "s", "--template-kwargs", "b=1"], "does not use b: leave it out"),
+    ],
+)
+def test_what_no_template_can_be_told(arguments, words, capsys, tmp_path, model):
+    assert call("generate", "--model", tmp_path, "--prompt", "x", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1
+
+
+def test_variables_of_a_template_are_json_where_they_can_be():
+    texts = ["a=true", "b=False", "c=3", "d=high", "e=", "f=x=y", "g=[1]"]
+    assert ReplyFlags(template_kwargs=texts).template().variables == {
+        "a": True,
+        "b": False,
+        "c": 3,
+        "d": "high",
+        "e": "",
+        "f": "x=y",
+        "g": [1],
+    }
+
+
+def test_ctrl_c_while_a_token_is_computed_exits_130(capsys, tmp_path, model):
     def interrupted(tokens):
         raise KeyboardInterrupt
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.corpus import load_corpus
 from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
 from tests.support.imports import replace_import
-from tests.support.tokenizers import SAMPLE, save_folder, train_tokenizer
+from tests.support.tokenizers import SAMPLE, chat_folder, save_folder, train_tokenizer
 
 TORCHTITAN = ROOT.parent / "shared" / "data" / "tokenizers" / "torchtitan_test_tokenizer.json"
 
@@ -57,6 +58,53 @@ def test_end_of_document(tmp_path: Path) -> None:
     unnamed = load_tokenizer(str(train_tokenizer(tmp_path / "unnamed.json", [])))
     assert (unnamed.eos_id, unnamed.num_ids, unnamed.vocab_size) == (277, 278, 280)
     assert named.fingerprint != unnamed.fingerprint
+
+
+def test_a_file_is_the_same_tokenizer_alone_in_a_folder(tmp_path: Path) -> None:
+    """As a run keeps it: the same ids, the same end of a document, the same hash of the corpus."""
+    for name, special in (("named", ["</s>"]), ("unnamed", [])):
+        file = train_tokenizer(tmp_path / f"{name}.json", special)
+        copy_tokenizer(str(file), tmp_path / name)
+        first, after = load_tokenizer(str(file)), load_tokenizer(str(tmp_path / name))
+        assert after.fingerprint == first.fingerprint
+        assert (after.num_ids, after.eos_id) == (first.num_ids, first.eos_id)
+        assert (after.start_ids, after.special_ids) == (first.start_ids, first.special_ids)
+        assert after.encode_prompt("the dog") == first.encode_prompt("the dog")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<\uff5cend\u2581of\u2581sentence\uff5c>", "<seed:eos>", "<EOS_TOKEN>", "<|endoftext|>"],
+)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_end_of_a_document_that_nothing_names(name: str, kind: str, tmp_path: Path) -> None:
+    """A tokenizer.json has no field for it, and a tokenizer_config.json may leave it out."""
+    folder = chat_folder(tmp_path / "saved", "", ["<other>", name])
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json" if kind == "file" else folder))
+    assert (tokenizer.eos_id, tokenizer.special_ids[name]) == (2, 2)
+    assert tokenizer.end_ids == (2,) and tokenizer.num_ids == 277
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("post", "start"),
+    [("$A </s>", []), ("<bos> $A </s>", [0]), ("<bos> $A", [0]), ("$A", []), (None, [0])],
+)
+def test_what_is_appended_to_a_text_is_not_to_a_prompt(
+    post: str | None, start: list[int], kind: str, tmp_path: Path
+) -> None:
+    folder = chat_folder(tmp_path / "saved", "", ["</s>"], post)
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json" if kind == "file" else folder))
+    for text in ("the dog", "a", "</s>", "<bos></s>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.encode_prompt(text) == [*start, *ids]
+    assert tokenizer.encode("x</s>")[-1] == 1
+
+
+def test_special_tokens_that_the_settings_do_not_list(tmp_path: Path) -> None:
+    folder = chat_folder(tmp_path / "saved", "", ["<|im_end|>"])
+    for path in (folder, folder / "tokenizer.json"):
+        assert load_tokenizer(str(path)).special_ids == {"<bos>": 0, "<|im_end|>": 1}
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -101,11 +149,13 @@ def test_unreadable(tmp_path: Path) -> None:
         UserError, match=r"data\.tokenizer=.*tokenizer\.json' cannot be read as a tokenizer"
     ):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(
-        UserError, match=r"data\.tokenizer=.* cannot be read as a tokenizer"
-    ) as raised:
-        load_tokenizer(str(tmp_path))
-    assert "\n" not in str(raised.value)
+    for _ in range(2):  # alone in its folder, and beside its settings
+        with pytest.raises(
+            UserError, match=r"data\.tokenizer=.* cannot be read as a tokenizer"
+        ) as raised:
+            load_tokenizer(str(tmp_path))
+        assert "\n" not in str(raised.value)
+        (tmp_path / "tokenizer_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +164,8 @@ def test_unreadable(tmp_path: Path) -> None:
 def test_packages_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
 ) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text("{}")
     replace_import(monkeypatch, module)
     with pytest.raises(UserError, match=f"needs the `{module}` package: pip install {module}"):
         load_tokenizer(str(tmp_path / name))

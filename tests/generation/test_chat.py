@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.chat import run_chat
+from moe_jax.cli.reasoning import ReasoningWriter
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.generation.chat import Conversation
 from moe_jax.generation.sampling_options import SamplingOptions
-from tests.support.fake_model import Loaded, install, shout
+from moe_jax.generation.template_options import TemplateOptions
+from tests.support.fake_model import END, Loaded, install, shout
 from tests.support.imports import replace_import
 from tests.support.tokenizers import save_folder
 
@@ -117,11 +119,14 @@ def test_no_template_is_refused_at_once(loaded: Loaded) -> None:
 # The loop.
 
 
-def talk(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, text: str) -> Conversation:
+def talk(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, text: str, show: bool | None = None
+) -> Conversation:
     """A chat through a pipe."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    conversation = Conversation(loaded, GREEDY)
-    run_chat(conversation, loaded.context)
+    writer = ReasoningWriter(show)
+    conversation = Conversation(loaded, GREEDY, reasoning=writer)
+    run_chat(conversation, loaded.context, writer)
     return conversation
 
 
@@ -172,7 +177,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_second_ctrl_c_ends_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_pipe_a_second_ctrl_c_ends_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     def stuck(tokens: list[int]) -> int:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -201,8 +206,120 @@ def test_at_a_terminal_ctrl_c_clears_the_line_and_ctrl_d_leaves(
     monkeypatch.setattr("builtins.input", input_)
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run_chat(Conversation(loaded, GREEDY), loaded.context)
+    run_chat(Conversation(loaded, GREEDY), loaded.context, ReasoningWriter(None))
     assert capsys.readouterr().out == "HI\n\nYOU\n\n"
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Stdin and stdout of a person who types these lines, then Ctrl-D."""
+    typed = iter(lines)
+
+    def input_(prompt: str) -> str:
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", input_)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+
+def test_at_a_terminal_a_second_ctrl_c_does_not_lose_the_conversation(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stuck(tokens: list[int]) -> int:
+        if tokens[-3:] == list(b"A:L"):
+            signal.raise_signal(signal.SIGINT)
+            assert "The reply stops after this token" in capsys.readouterr().err
+            signal.raise_signal(signal.SIGINT)
+        return shout(tokens)
+
+    loaded.speak = stuck
+    at_a_terminal(monkeypatch, "one", "long", "two")
+    conversation = Conversation(loaded, GREEDY)
+    run_chat(conversation, loaded.context, ReasoningWriter(None))
+    out, err = capsys.readouterr()
+    assert out.endswith("\nTWO\n\n") and "what was said before is kept" in err
+    assert [message["content"] for message in conversation.messages] == [
+        *("one", "ONE"),
+        *("long", "L"),
+        *("two", "TWO"),
+    ]
+
+
+# What it thinks.
+
+
+def thinking(tokens: list[int]) -> int:
+    """Thinks, then shouts."""
+    thought = b"<think>hm</think>\n\n"
+    line = bytes(tokens).rpartition(b"\nA:")[2]
+    if thought.startswith(line) and line != thought:
+        return thought[len(line)]
+    return shout([token for token in bytes(tokens).replace(thought, b"")])
+
+
+def test_thoughts_are_not_part_of_the_reply(loaded: Loaded) -> None:
+    thoughts: list[str] = []
+    loaded.speak = thinking
+    conversation = Conversation(loaded, GREEDY, reasoning=thoughts.append)
+    assert "".join(conversation.reply("one")) == "ONE"
+    assert "".join(thoughts) == "hm"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "ONE"}
+    loaded.feeds.clear()
+    assert "".join(conversation.reply("two")) == "TWO"
+    # What it thought is not read again.
+    assert bytes(loaded.feeds[0]) == b"ONE\nU:two\nA:"
+
+
+def test_a_reply_without_an_answer_is_not_remembered(loaded: Loaded) -> None:
+    loaded.speak = thinking
+    conversation = Conversation(loaded, GREEDY, max_tokens=9)
+    assert "".join(conversation.reply("one")) == ""
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize(("show", "shown"), [(True, "hm\n"), (None, ""), (False, "")])
+def test_thoughts_are_shown_apart(
+    loaded: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    show: bool | None,
+    shown: str,
+) -> None:
+    loaded.speak = thinking
+    talk(loaded, monkeypatch, "one\n", show)
+    out, err = capsys.readouterr()
+    assert out == "ONE\n" and err.startswith(f"{shown}prompt ")
+
+
+def test_on_a_terminal_thoughts_are_dim(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded.speak = thinking
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    talk(loaded, monkeypatch, "one\n")
+    out, err = capsys.readouterr()
+    assert out == "ONE\n" and err.startswith("\033[2mh\033[0m\033[2mm\033[0m\n")
+
+
+def test_a_reply_that_ends_in_a_thought_says_so(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thought = b"<think>hm"
+    loaded.speak = lambda tokens: [*thought, END][len(bytes(tokens).rpartition(b"A:")[2])]
+    talk(loaded, monkeypatch, "one\n")
+    assert "ended before its answer: raise --max-tokens" in capsys.readouterr().err
+
+
+def test_options_reach_the_template(loaded: Loaded) -> None:
+    template = TemplateOptions(None, {"reply": "B:"})
+    conversation = Conversation(loaded, GREEDY, template=template)
+    loaded.speak = lambda tokens: END
+    "".join(conversation.reply("one"))
+    assert bytes(loaded.feeds[0]) == b"U:one\nB:"
+    with pytest.raises(UserError, match="--template-kwargs mood"):
+        Conversation(loaded, GREEDY, template=TemplateOptions(None, {"mood": 1}))
 
 
 # Templates of a folder.
@@ -224,7 +341,7 @@ def with_template(folder: Path, template: str) -> Path:
 def test_a_folders_template_is_rendered(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(with_template(tmp_path / "saved", PLAIN)))
     assert tokenizer.chat is not None
-    ids = tokenizer.chat(
+    ids = tokenizer.chat.prompt(
         [{"role": "system", "content": "be\ud800"}, {"role": "user", "content": "the dog"}]
     )
     assert ids == tokenizer.encode("[system]be?[user]the dog[reply]")
@@ -258,7 +375,7 @@ def test_a_template_that_fails_or_breaks_out_is_one_sentence(template: str, tmp_
     with pytest.raises(
         UserError, match=r"--model=.*its chat template refuses these messages \(.+\)"
     ) as error:
-        tokenizer.chat([{"role": "user", "content": "hi"}])
+        tokenizer.chat.prompt([{"role": "user", "content": "hi"}])
     assert "\n" not in str(error.value)
 
 
@@ -267,4 +384,4 @@ def test_templates_need_jinja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     replace_import(monkeypatch, "jinja2")
     assert tokenizer.chat is not None
     with pytest.raises(UserError, match="needs the `jinja2` package: pip install"):
-        tokenizer.chat([{"role": "user", "content": "hi"}])
+        tokenizer.chat.prompt([{"role": "user", "content": "hi"}])

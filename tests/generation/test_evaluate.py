@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_jax.config.schema import DataConfig
+from moe_jax.data.sources import read_documents
 from moe_jax.errors import UserError
 from moe_jax.generation.evaluate import evaluate, read_text
 from tests.support.fake_model import Loaded, fake_engine
@@ -54,13 +56,23 @@ def test_every_token_but_the_first_counts_once(
 
 
 def test_a_start_token_makes_every_byte_count(loaded: Loaded, scored: list) -> None:
-    loaded.tokenizer = dataclasses.replace(
-        loaded.tokenizer, special=lambda text: [256, *text.encode()]
-    )
+    loaded.tokenizer = dataclasses.replace(loaded.tokenizer, start_ids=(256,))
     found = evaluate(loaded, TEXT)
     assert (found.tokens, found.bytes) == (15, 15)
     assert scored[0][0][0, 0] == 256
     assert evaluate(loaded, TEXT, special=False).tokens == 14
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused(loaded: Loaded) -> None:
+    loaded.tokenizer = dataclasses.replace(loaded.tokenizer, start_ids=(300,))
+    with pytest.raises(UserError, match="has token 300 and the model a vocabulary of 264"):
+        evaluate(loaded, TEXT)
+
+
+def test_a_text_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\xef\xbb\xbf")
+    assert read_text(tmp_path / "a.txt") == "one\r\ntwo\n\ufeff"
+    assert list(read_documents(DataConfig(source=str(tmp_path)))) == ["one\r\ntwo\n\ufeff"]
 
 
 def test_a_loss_that_is_not_finite_is_refused(loaded: Loaded) -> None:

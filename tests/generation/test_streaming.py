@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import TextStream
+from tests.support.tokenizers import train_tokenizer
 
 BYTES = load_tokenizer("bytes")
 
@@ -71,6 +72,34 @@ def test_stop_strings_are_never_seen(text: str, stop: list[str], expected: list[
 
 def test_a_stop_string_within_one_token(words: Tokenizer) -> None:
     assert "".join(pieces(words.encode(" once upon a time"), words, stop=["po"])) == "once u"
+
+
+def test_stop_strings_may_hold_special_tokens(tmp_path: Path) -> None:
+    file = train_tokenizer(tmp_path / "tokenizer.json", ["<|im_end|>", "<|end|>"])
+    tokenizer = load_tokenizer(str(file))
+
+    def said(text: str, *stop: str) -> str:
+        return "".join(pieces(tokenizer.encode(text), tokenizer, stop=stop))
+
+    text = "the dog<|end|> sleeps<|im_end|>\nthe fox<|im_end|>\n\nend"
+    assert said(text, "<|im_end|>") == "the dog sleeps"
+    assert said(text, "<|im_end|>\n") == "the dog sleeps"
+    assert said(text, "<|im_end|>\n\n") == "the dog sleeps\nthe fox"
+    assert said(text, "fox<|im_end|>") == "the dog sleeps\nthe "
+    assert said(text, "<|im_end|>", "<|end|> ") == "the dog"
+    assert said(text, "never<|im_end|>") == said(text) == "the dog sleeps\nthe fox\n\nend"
+    # Of a special token only the whole is a mark: a stop string that is a part of it is text.
+    assert said(text, "end") == "the dog sleeps\nthe fox\n\n"
+
+
+def test_marks_are_in_the_text_and_other_special_tokens_are_not(tmp_path: Path) -> None:
+    file = train_tokenizer(tmp_path / "tokenizer.json", ["<a>", "<b>"])
+    tokenizer = load_tokenizer(str(file))
+    tokens = tokenizer.encode("<a> the<b> dog<a>")
+    assert "".join(pieces(tokens, tokenizer, marks=["<a>"])) == "<a> the dog<a>"
+    assert "".join(pieces(tokens, tokenizer, marks=["<a>"], stop=["dog<a>"])) == "<a> the "
+    ids = [tokenizer.encode("\u4e13")[0], *tokenizer.encode("<a>x")]  # half a character
+    assert "".join(pieces(ids, tokenizer, marks=["<a>"])) == "\N{REPLACEMENT CHARACTER}<a>x"
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -17,14 +17,16 @@ from moe_jax import hf
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference import memory, read_weights
+from moe_jax.inference import load, memory, read_weights
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import by_path, nested
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from tests.support.command import run_module
+from tests.support.hf_folder import make_folder
 from tests.support.small_models import VOCAB, draw
+from tests.support.tokenizers import CHATML
 
 MODEL = ModelConfig(
     num_layers=3, width=32, num_heads=4, num_kv_heads=4, hidden=48, tied_embeddings=False
@@ -204,3 +206,19 @@ def test_the_peak_of_memory_is_the_share_and_one_tensor(
     grown = json.loads(done.stdout)
     largest = LARGE_VOCAB * LARGE.width * 4
     assert grown["peak"] <= 1.15 * (grown["held"] + largest) + 64e6
+
+
+def test_a_text_ends_where_the_config_the_tokenizer_or_the_template_says(tmp_path: Path) -> None:
+    folder = make_folder("qwen3_moe-plain", tmp_path / "model", eos_token_id=5)
+
+    def ends() -> tuple[int, ...]:
+        options = {"dtype": None, "quantize": None, "group": 64, "step": None, "fallback": False}
+        return load.find_model(folder, MeshConfig(), **options).eos_ids
+
+    assert ends() == (5, 256)
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer = json.loads(file.read_text())
+    end = tokenizer["added_tokens"][0] | {"id": 257, "content": "<|im_end|>"}
+    file.write_text(json.dumps(tokenizer | {"added_tokens": [*tokenizer["added_tokens"], end]}))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": CHATML}))
+    assert ends() == (5, 256, 257)

@@ -6,31 +6,38 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_jax.data.chat_template import ChatTemplate, Messages
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference import load, session
+from moe_jax.models.serving_plan import ServingPlan
 
 VOCABULARY = 264
 END = 256
 
 
-def render(messages: list[dict[str, str]]) -> list[int]:
+def render(messages: Messages, opened: bool, variables: Mapping[str, Any]) -> str:
     """A chat template: `U:hello`, `A:` and so on, a line each. It knows no other roles."""
     letters = {"system": "S", "user": "U", "assistant": "A"}
     if any(message["role"] not in letters for message in messages):
         raise UserError("The chat template refuses these messages.")
-    return list(
-        "".join(
-            f"{letters[message['role']]}:{message['content']}\n" for message in messages
-        ).encode()
-        + b"A:"
-    )
+    lines = (f"{letters[message['role']]}:{message['content']}\n" for message in messages)
+    return "".join(lines) + variables.get("reply", "A:") * opened
+
+
+TEMPLATE = ChatTemplate(
+    given="--model='fake'",
+    source="{{ messages }} {{ reply }} {{ enable_thinking }}",
+    render=render,
+    encode=lambda text: (list(text.encode()), None),
+    tokens={},
+)
 
 
 def shout(tokens: Sequence[int]) -> int:
@@ -54,7 +61,7 @@ class Loaded:
     speak: Callable[[Sequence[int]], int]
     context: int = 200
     tokenizer: Tokenizer = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(load_tokenizer("bytes"), chat=render)
+        default_factory=lambda: dataclasses.replace(load_tokenizer("bytes"), chat=TEMPLATE)
     )
     eos_ids: tuple[int, ...] = (END,)
     name: str = "fake"
@@ -72,7 +79,8 @@ def fake_engine(
 ) -> Any:
     """What evaluation and benchmarks ask of an engine on one device that holds all experts."""
     mesh = types.SimpleNamespace(size=1, shape={"data": 1})
-    plan = types.SimpleNamespace(mesh=mesh, decode_bytes=decode_bytes)
+    plan: Any = types.SimpleNamespace(mesh=mesh, decode_bytes=decode_bytes, vocab_size=VOCABULARY)
+    plan.check_tokens = lambda largest: ServingPlan.check_tokens(plan, largest)
     return types.SimpleNamespace(plan=plan, score=score, expert_counts=None)
 
 

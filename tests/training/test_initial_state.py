@@ -16,8 +16,11 @@ import pytest
 
 from moe_jax import hf
 from moe_jax.config.load import config_from_text
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.schema import Config
-from moe_jax.data.corpus import load_corpus
+from moe_jax.data.corpus import Corpus, load_corpus
+from moe_jax.data.packing import Packed, pack_documents
+from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference.load import open_model
 from moe_jax.model_io.export import publish
@@ -236,3 +239,28 @@ def test_another_origin_cannot_be_resumed(tmp_path: Path, tune) -> None:
         tune(tmp_path / "other", run, resume=True)
     with pytest.raises(UserError, match="init_from=null but the run"):
         tune(origin, run, "init_from=null", resume=True)
+
+
+def test_what_counts_is_that_no_token_of_the_text_is_beyond_the_embedding() -> None:
+    """A tokenizer may have more ids than the model has rows: a padding token was added later."""
+    tokenizer = dataclasses.replace(load_tokenizer("bytes"), num_ids=265, eos_id=255)
+    packed = pack_documents([np.array([1, 200])], 2, tokenizer)
+
+    def vocabulary(size: int | None, origin: str | None = None, text: Packed = packed) -> int:
+        corpus = Corpus(tokenizer, "", text, packed, seed=0)
+        config = Config(model=ModelConfig(vocab_size=size), init_from=origin)
+        return initial_state.vocabulary(config, corpus)
+
+    assert vocabulary(256) == 256 and vocabulary(None) == 272
+    more = pack_documents([np.array([1, 260])], 2, tokenizer)
+    assert vocabulary(264, text=more) == 264
+    with pytest.raises(
+        UserError, match="vocab_size=255 has no row for token 255, which ends a doc"
+    ):
+        vocabulary(255)
+    with pytest.raises(UserError, match=r"has no row for token 260, in data\.source, .*: raise it"):
+        vocabulary(256, text=more)
+    with pytest.raises(
+        UserError, match=r"name the tokenizer of m in data\.tokenizer, or take that"
+    ):
+        vocabulary(256, "m", more)
