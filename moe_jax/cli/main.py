@@ -134,8 +134,8 @@ def train(
                 f"Stopped after step {result.step}; saved. Continue with the same command and "
                 f"--resume."
             )
-        elif tree.train.sample_prompt:
-            _print_sample(tree, place, result.sample_fits)
+        elif tree.train.sample_prompt != "":
+            _print_sample(tree, place, result)
         print(f"Report: {result.report}")
 
 
@@ -153,16 +153,18 @@ def write_report(run_dir: Path) -> Path:
     return write(run_dir)
 
 
-def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
+def _print_sample(config: Config, run_dir: Path, result: TrainingResult) -> None:
     """Text of the trained model, drawn on one device."""
-    if not fits:
+    if not result.sample_fits:
         print("No sample: the parameters are not brought onto one device; use moe-jax generate.")
         return
     from moe_jax.generation.generate import generate_run
 
+    chosen = config.train.sample_prompt
+    text, prompt = result.sample_prompt if chosen is None else (chosen, chosen)
     pieces = generate_run(
         run_dir,
-        config.train.sample_prompt,
+        prompt,
         max_tokens=config.train.sample_tokens,
         temperature=0.8,
         top_k=None,
@@ -171,7 +173,7 @@ def _print_sample(config: Config, run_dir: Path, fits: bool) -> None:
         step=None,
         fallback=False,
     )
-    print(f"Sample (temperature 0.8, top-p 0.95):\n{config.train.sample_prompt}{''.join(pieces)}\n")
+    print(f"Sample (temperature 0.8, top-p 0.95):\n{text}{''.join(pieces)}\n")
 
 
 def _default_run_dir(name: str) -> Path:

@@ -129,7 +129,14 @@ class DataConfig:
         help="`bytes`, or the path of a tokenizer.json or of a folder that transformers reads.",
     )
     text_field: str = setting(
-        default="text", help="Field or column with the text in JSONL, parquet and datasets."
+        default="text",
+        help="Field or column with the text in JSONL, parquet and datasets; a row without it may "
+        "have a conversation in `messages`, which the tokenizer's chat template renders.",
+    )
+    loss_on: Literal["assistant", "all"] = setting(
+        default="assistant",
+        help="Tokens of a conversation that count in the loss: the assistant's turns, or all. Of a "
+        "text all do.",
     )
     split: str = setting(default="train", help="Split to read with `hf:NAME`.")
     validation_fraction: float = setting(
@@ -193,8 +200,10 @@ class TrainConfig:
         help="The run stops after this many steps in a row whose loss or gradient is not finite.",
         ge=1,
     )
-    sample_prompt: str = setting(
-        default="def ", help="Prompt of the sample printed at the end; empty prints none."
+    sample_prompt: str | None = setting(
+        default=None,
+        help="Prompt of the sample printed at the end; null takes the beginning of a held-out "
+        "document, empty prints no sample.",
     )
     sample_tokens: int = setting(default=120, help="Tokens of that sample.", ge=1)
 

@@ -15,13 +15,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moe_jax.config.schema import DataConfig
-from moe_jax.data.packing import HostBatch, Packed, pack_documents, token_dtype
-from moe_jax.data.sources import read_documents
+from moe_jax.data.packing import HostBatch, Packed, counted_tokens, pack_documents, token_dtype
+from moe_jax.data.sources import ChatDocument, Document, read_documents
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
 
@@ -29,8 +29,17 @@ if TYPE_CHECKING:
     import grain
 
 
+# Tokens of a held-out text that a sample begins with.
+_SAMPLE_TOKENS = 24
 # Characters tokenized at a time: bounds the memory of a tokenizer's intermediate results.
 _CHUNK_CHARACTERS = 1 << 22
+
+
+class SamplePrompt(NamedTuple):
+    """What a sample of a trained model begins with."""
+
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,23 @@ class Corpus:
     train: Packed
     validation: Packed
     seed: int
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in the text; a tokenizer may have larger ones."""
+        return max(int(part.tokens.max()) for part in (self.train, self.validation))
+
+    def sample_prompt(self) -> SamplePrompt:
+        """A prompt like what was trained on: the first words of a held-out document, or of a
+        conversation all that is before the assistant's reply.
+        """
+        held = self.validation
+        size = int(held.starts[1]) - 1 if len(held.starts) > 1 else len(held.tokens) - 1
+        counted = np.ones(size, bool) if held.counted is None else held.counted[:size]
+        # Before the first reply there is something that does not count, as a rule.
+        reply = 0 if counted.all() else int(np.argmax(counted))
+        tokens = held.tokens[: reply or min(size, _SAMPLE_TOKENS)].tolist()
+        return SamplePrompt(self.tokenizer.decode(tokens), tokens)
 
     def train_batches(
         self, global_batch: int, process_index: int = 0, process_count: int = 1
@@ -126,10 +152,10 @@ def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
     digest = hashlib.sha256()
     documents: list[np.ndarray] = []
     keys: list[bytes] = []
-    dtype = token_dtype(tokenizer)
-    for texts in _chunks(read_documents(config)):
-        documents += [np.asarray(ids, dtype) for ids in tokenizer.encode_batch(texts)]
-        keys += [hashlib.sha256(text.encode("utf-8")).digest() for text in texts]
+    for chunk in _chunks(read_documents(config)):
+        for document, key in _encode(chunk, tokenizer, config):
+            documents.append(document)
+            keys.append(key)
     if not documents:
         raise UserError(
             f"data.source={config.source!r} is empty or blank: give a source with text in it."
@@ -148,6 +174,11 @@ def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
                 f"data.source={config.source!r} holds {tokens} tokens, too few for a training and "
                 f"a validation sequence of "
                 f"train.seq_len={seq_len}: give more text or lower train.seq_len."
+            )
+        if packed.counted is not None and not packed.counted.any():
+            raise UserError(
+                f"data.source={config.source!r} has conversations in which the assistant says too "
+                f"little to train and to validate on: give more, or set data.loss_on=all."
             )
     return Corpus(
         tokenizer=tokenizer, hash=digest.hexdigest(), train=train, validation=validation, seed=seed
@@ -198,15 +229,51 @@ def hold_out(
     return train, validation
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+def _encode(
+    chunk: list[Document], tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[tuple[np.ndarray, bytes]]:
+    """Each document as `pack_documents` takes it, and the hash of its content."""
+    dtype = token_dtype(tokenizer)
+    texts = [document for document in chunk if isinstance(document, str)]
+    ids_of_texts = iter(tokenizer.encode_batch(texts) if texts else ())
+    for document in chunk:
+        if isinstance(document, str):
+            key = hashlib.sha256(document.encode("utf-8")).digest()
+            yield np.asarray(next(ids_of_texts), dtype), key
+        else:
+            ids, counts = _encode_chat(document, tokenizer, config)
+            key = hashlib.sha256(np.asarray(ids, np.uint32).tobytes()).digest()
+            yield counted_tokens(np.asarray(ids, dtype), np.asarray(counts, bool)), key
+
+
+def _encode_chat(
+    document: ChatDocument, tokenizer: Tokenizer, config: DataConfig
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation, and whether each counts in the loss."""
+    if tokenizer.chat is None:
+        raise UserError(
+            f"{document.where} is a conversation and data.tokenizer={config.tokenizer!r} has no "
+            f"chat template: name a folder whose tokenizer has one."
+        )
+    try:
+        if config.loss_on == "assistant":
+            return tokenizer.chat.conversation(document.messages)
+        ids = tokenizer.chat.whole(document.messages)
+        return ids, [True] * len(ids)
+    except UserError as error:
+        raise UserError(f"{document.where}: {error}") from error
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Lists of documents with about `_CHUNK_CHARACTERS` characters, without blank documents."""
-    chunk: list[str] = []
+    chunk: list[Document] = []
     size = 0
     for document in documents:
-        if not document.strip():
+        text = document if isinstance(document, str) else str(document.messages)
+        if not text.strip():
             continue
         chunk.append(document)
-        size += len(document)
+        size += len(text)
         if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

@@ -1,8 +1,8 @@
 """The documents of `data.source`: the built-in corpus, files and folders, or a hub dataset.
 
-The order is fixed, so that the same source gives the same corpus. In a folder, files of unknown
-kinds are ignored. A file of a known kind that cannot be read is refused by its name and, if it has
-lines, the line.
+A document is a text or a conversation. The order is fixed, so that the same source gives the same
+corpus. In a folder, files of unknown kinds are ignored. A file of a known kind that cannot be read
+is refused by its name and, if it has lines, the line.
 """
 
 from __future__ import annotations
@@ -12,13 +12,31 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.config.schema import DataConfig
+from moe_jax.data.chat_template import without_surrogates
 from moe_jax.errors import UserError
+from moe_jax.utils.files import read_characters
+
+# Fields that hold a conversation, where a row has no `data.text_field`.
+_CONVERSATIONS = ("messages", "conversations")
+_SHARED = {"human": "user", "gpt": "assistant"}  # roles in the files of ShareGPT
 
 
-def read_documents(config: DataConfig) -> Iterator[str]:
+class ChatDocument(NamedTuple):
+    """A conversation, for the chat template of a tokenizer."""
+
+    messages: list[dict[str, Any]]
+    """Each has a `role` and its `content`."""
+    where: str
+    """Where it was read, for messages."""
+
+
+Document = str | ChatDocument
+
+
+def read_documents(config: DataConfig) -> Iterator[Document]:
     """The documents of `data.source`, read lazily; some may be blank.
 
     Raises:
@@ -85,7 +103,7 @@ def _builtin_documents() -> Iterator[str]:
 def _text_documents(path: Path, text_field: str) -> Iterator[str]:
     """The whole file."""
     try:
-        yield path.read_bytes().decode("utf-8")
+        yield read_characters(path)
     except UnicodeDecodeError as error:
         raise UserError(
             f"data.source: {path} is not UTF-8 text (byte {error.start}): convert or remove it."
@@ -94,8 +112,8 @@ def _text_documents(path: Path, text_field: str) -> Iterator[str]:
         raise _unreadable(path, error) from error
 
 
-def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
-    """The text of the object on each line; blank lines are ignored."""
+def _jsonl_documents(path: Path, text_field: str) -> Iterator[Document]:
+    """The text or conversation of the object on each line; blank lines are ignored."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -112,11 +130,11 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
                     f"or remove it."
                 ) from error
             fields = row if isinstance(row, dict) else {}
-            yield _text(fields, text_field, f"line {number} of {path}")
+            yield _document(fields, text_field, f"line {number} of {path}")
 
 
-def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
-    """The text of each row."""
+def _parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
+    """The text or conversation of each row."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -127,17 +145,16 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise _no_field(text_field, str(path), file.schema_arrow.names)
-            for rows in file.iter_batches(columns=[text_field]):
+            field = _field(file.schema_arrow.names, text_field, str(path))
+            for rows in file.iter_batches(columns=[field]):
                 for row in rows.to_pylist():
                     number += 1
-                    yield _text(row, text_field, f"row {number} of {path}")
+                    yield _document(row, field, f"row {number} of {path}")
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
 
 
-def _hub_documents(config: DataConfig) -> Iterator[str]:
+def _hub_documents(config: DataConfig) -> Iterator[Document]:
     """The rows of a Hugging Face dataset; `datasets` has its own cache."""
     try:
         import datasets
@@ -153,13 +170,12 @@ def _hub_documents(config: DataConfig) -> Iterator[str]:
             f"({_cause(error)}): "
             "check both names, and the network."
         ) from error
-    if config.text_field not in rows.column_names:
-        raise _no_field(config.text_field, config.source, rows.column_names)
+    field = _field(rows.column_names, config.text_field, config.source)
     for number, row in enumerate(rows, start=1):
-        yield _text(row, config.text_field, f"row {number} of {config.source}")
+        yield _document(row, field, f"row {number} of {config.source}")
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
     ".txt": _text_documents,
     ".md": _text_documents,
     ".py": _text_documents,
@@ -169,21 +185,43 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 _SUFFIXES = ", ".join(_READERS)
 
 
-def _text(row: dict[str, Any], text_field: str, where: str) -> str:
-    """The text of the row, with "?" for what UTF-8 cannot hold (lone surrogates in JSON)."""
-    if text_field not in row:
-        raise _no_field(text_field, where, list(row))
-    text = row[text_field]
-    if not isinstance(text, str):
+def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
+    """The text of the row, with "?" for what UTF-8 cannot hold (lone surrogates in JSON), or its
+    conversation.
+    """
+    field = _field(list(row), text_field, where)
+    value = row[field]
+    if isinstance(value, list):
+        return ChatDocument([_message(message, field, where) for message in value], where)
+    if not isinstance(value, str):
         raise UserError(
-            f"data.text_field={text_field!r} is not text in {where} ({type(text).__name__}): name "
+            f"data.text_field={field!r} is not text in {where} ({type(value).__name__}): name "
             f"a field of text, or correct it."
         )
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    return without_surrogates(value)
 
 
-def _no_field(text_field: str, where: str, names: list[str]) -> UserError:
-    return UserError(
+def _message(message: Any, field: str, where: str) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    fields = message if isinstance(message, dict) else {}
+    if "from" in fields and "value" in fields:
+        role = fields["from"]
+        fields = {"role": _SHARED.get(role, role), "content": fields["value"]}
+    if not isinstance(fields.get("role"), str) or "content" not in fields:
+        raise UserError(
+            f"{where}: its field {field!r} holds something other than messages, each with a role "
+            f"and its content: correct it, or name another field in data.text_field."
+        )
+    # Parquet has a null where another row has a value.
+    return {key: value for key, value in fields.items() if value is not None or key == "content"}
+
+
+def _field(names: list[str], text_field: str, where: str) -> str:
+    """The field to read of those that are there. Raises UserError where none is."""
+    for name in (text_field, *_CONVERSATIONS):
+        if name in names:
+            return name
+    raise UserError(
         f"data.text_field={text_field!r} is not a field of {where}: it has "
         f"{', '.join(map(str, names)) or 'no fields'}."
     )

@@ -32,7 +32,7 @@ from moe_jax import __version__
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config
-from moe_jax.data.corpus import Corpus, load_corpus
+from moe_jax.data.corpus import Corpus, SamplePrompt, load_corpus
 from moe_jax.data.packing import HostBatch
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import layer_kinds
@@ -85,6 +85,7 @@ class TrainingResult(NamedTuple):
     stopped: bool  # by a signal, before the last step asked for
     report: Path | None  # of this process; only the first one draws it
     sample_fits: bool  # whether the parameters can be brought onto one device to draw a sample
+    sample_prompt: SamplePrompt  # of the sample, if the configuration has none
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of the run's metrics.jsonl (docs/metrics.md)."""
@@ -410,6 +411,7 @@ class Trainer:
             stopped=step < self.config.train.steps,
             report=write_report(self.directory) if jax.process_index() == 0 else None,
             sample_fits=jax.process_count() == 1 and size <= SAMPLE_LIMIT,
+            sample_prompt=self.corpus.sample_prompt(),
         )
 
 

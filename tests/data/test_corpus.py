@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.corpus import Corpus, hold_out, load_corpus
-from moe_jax.data.packing import Packed, pack_documents, token_dtype
+from moe_jax.data.packing import Packed, counted_tokens, pack_documents, token_dtype
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
+from tests.support.tokenizers import CHATML, CHATML_TOKENS, chat_folder
 
 BYTES = load_tokenizer("bytes")
 EOS = BYTES.eos_id
@@ -84,6 +86,82 @@ def test_padding_by_hand() -> None:
     assert batch["segments"].tolist() == [[1, 1, 0, 0, 0]]
     assert batch["positions"].tolist() == [[0, 1, 0, 0, 0]]
     assert batch["mask"].tolist() == [[1, 0, 0, 0, 0]]
+
+
+def test_what_does_not_count_by_hand() -> None:
+    # a b* | EOS does not count as its document's last token does not; c | EOS; d* e | EOS*.
+    chat = counted_tokens(np.array([1, 2, 3]), np.array([False, True, False]))
+    more = counted_tokens(np.array([5, 6]), np.array([False, True]))
+    packed = pack_documents([chat, np.array([4]), more], 9, BYTES)
+    assert packed.tokens.tolist() == [1, 2, 3, EOS, 4, EOS, 5, 6, EOS]
+    assert packed.counted is not None
+    assert packed.counted.astype(int).tolist() == [0, 1, 0, 0, 1, 1, 0, 1, 1]
+    batch = packed.batch(np.array([0]))
+    assert batch["targets"][0].tolist() == [2, 3, EOS, 4, EOS, 5, 6, EOS, EOS]
+    assert batch["mask"][0].tolist() == [1, 0, 0, 0, 1, 0, 1, 1, 0]
+    assert pack_documents([np.array([1])], 4, BYTES).counted is None
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of ChatML, and thirty short conversations beside it."""
+    folder = tmp_path_factory.mktemp("talks")
+    chat_folder(folder / "tokenizer", CHATML, CHATML_TOKENS)
+    rows = [
+        [{"role": "user", "content": f"the dog {i}"}, {"role": "assistant", "content": f"fox {i}"}]
+        for i in range(30)
+    ]
+    lines = (json.dumps({"messages": row}) + "\n" for row in rows)
+    (folder / "talks.jsonl").write_text("".join(lines))
+    return folder
+
+
+def chat_corpus(talks: Path, **changes: str) -> Corpus:
+    settings = {"source": str(talks / "talks.jsonl"), "tokenizer": str(talks / "tokenizer")}
+    return load_corpus(DataConfig(**settings | changes), seq_len=16, seed=0)  # type: ignore[arg-type]
+
+
+def test_of_conversations_the_assistants_turns_count(talks: Path) -> None:
+    corpus = chat_corpus(talks)
+    tokenizer, packed = corpus.tokenizer, corpus.train
+    assert tokenizer.chat is not None and packed.counted is not None
+    end = tokenizer.chat.tokens["<|im_end|>"]
+    text = tokenizer.decode(packed.tokens[packed.counted].tolist())
+    assert text.startswith("fox ") and "the dog" not in text and "user" not in text
+    assert packed.counted.sum() < len(packed.tokens) / 2
+    # One end of a turn per conversation counts, the assistant's.
+    assert (packed.tokens[packed.counted] == end).sum() == len(packed.starts)
+    everything = chat_corpus(talks, loss_on="all").train
+    assert everything.counted is not None and everything.counted.all()
+    np.testing.assert_array_equal(everything.tokens, packed.tokens)
+
+
+def test_a_sample_begins_as_the_text_does(talks: Path, corpus: Corpus) -> None:
+    prompt = chat_corpus(talks).sample_prompt()
+    tokenizer = load_tokenizer(str(talks / "tokenizer"))
+    assert re.fullmatch(r"user\nthe dog \d+\nassistant\n", prompt.text)
+    assert tokenizer.chat is not None
+    assert prompt.tokens == tokenizer.chat.prompt([{"role": "user", "content": prompt.text[5:-11]}])
+    plain = corpus.sample_prompt()
+    first = int(corpus.validation.starts[1]) - 1  # shorter than a sample's prompt may be
+    assert plain.tokens == corpus.validation.tokens[:first].tolist() and len(plain.text) == first
+
+
+def test_conversations_that_cannot_be_trained_on(talks: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"line 1 of .*talks\.jsonl is a conversation and data\.tokenizer='bytes' has no chat",
+    ):
+        chat_corpus(talks, tokenizer="bytes")
+    questions = [{"role": "user", "content": "the dog " * 20}]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": questions}) + "\n") * 9)
+    with pytest.raises(UserError, match=r"the assistant says too little .* data\.loss_on=all"):
+        chat_corpus(talks, source=str(tmp_path / "a.jsonl"))
+    refusing = chat_folder(tmp_path / "refusing", "{{ raise_exception('no') }}", [])
+    with pytest.raises(
+        UserError, match=r"^line 1 of .*: data\.tokenizer=.* refuses these messages"
+    ):
+        chat_corpus(talks, tokenizer=str(refusing))
 
 
 @given(

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax.config.schema import DataConfig
-from moe_jax.data.sources import read_documents
+from moe_jax.data.sources import ChatDocument, read_documents
 from moe_jax.errors import UserError
 from tests.support.imports import replace_import
 
@@ -40,6 +40,38 @@ def test_text_field_is_chosen(tmp_path: Path) -> None:
     assert documents(tmp_path / "a.jsonl", text_field="body") == ["x"]
     write_parquet(tmp_path / "a.parquet", {"text": ["y"], "body": ["x"]})
     assert documents(tmp_path / "a.parquet", text_field="body") == ["x"]
+
+
+def test_conversations(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    rows = [{"messages": said}, {"text": "plain"}, {"conversations": shared}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert documents(file) == [
+        ChatDocument(said, f"line 1 of {file}"),
+        "plain",
+        ChatDocument(said, f"line 3 of {file}"),
+    ]
+    # A field that is named wins, and may hold a conversation itself.
+    file.write_text(json.dumps({"text": "x", "talk": said, "messages": []}))
+    assert documents(file) == ["x"]
+    assert documents(file, text_field="talk") == [ChatDocument(said, f"line 1 of {file}")]
+    table = write_parquet(
+        tmp_path / "a.parquet", {"messages": [[*said, {"role": "tool", "content": None}]]}
+    )
+    (document,) = documents(table)
+    assert document.messages == [*said, {"role": "tool", "content": None}]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [["hi"], [{"role": "user"}], [{"content": "hi"}], [{"role": 1, "content": "hi"}], [[]]],
+)
+def test_what_is_no_conversation(messages: list[object], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl: its field 'messages' holds"):
+        documents(tmp_path)
 
 
 def test_lone_surrogates_become_question_marks(tmp_path: Path) -> None:

@@ -38,10 +38,11 @@ def replace_model() -> None:
 
 def replace_training() -> None:
     """A training that ends before its first step."""
+    from moe_jax.data.corpus import SamplePrompt
     from moe_jax.training import trainer
 
     def train(*arguments: object, **options: object) -> trainer.TrainingResult:
-        return trainer.TrainingResult(Path(), 0, False, None, False)
+        return trainer.TrainingResult(Path(), 0, False, None, False, SamplePrompt("", []))
 
     trainer.train = train
 
