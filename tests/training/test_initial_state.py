@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -27,7 +29,8 @@ from moe_jax.model_io.export import publish
 from moe_jax.model_io.source import HuggingFaceSource
 from moe_jax.model_io.weights import Weights
 from moe_jax.training import initial_state
-from tests.support import tiny_run
+from tests.support import ROOT, tiny_run
+from tests.support.command import call
 from tests.support.hf_folder import VOCAB, make_folder
 
 YAML = """
@@ -124,6 +127,33 @@ def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> 
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_one_device_learns_what_the_assistant_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the configuration and the command of the README."""
+    origin, talks = make_folder("qwen3_moe-plain", tmp_path / "in"), tmp_path / "talks.jsonl"
+    turns = [
+        {"role": role, "content": f"{word} {i}"}
+        for i in range(80)
+        for role, word in (("user", "gate"), ("assistant", "expert"))
+    ]
+    talks.write_text((json.dumps({"messages": turns}) + "\n") * 2)
+    settings = [f"init_from={origin}", f"data.source={talks}", "model.compute_dtype=float32"]
+    settings += ["train.steps=2", "train.seq_len=32", "train.sample_tokens=3"]
+    given = [word for setting in settings for word in ("--set", setting)]
+    file, run = ROOT / "configs" / "finetune-one-device.yaml", tmp_path / "run"
+    assert call("train", file, *given, "--run-dir", run) == 0
+    assert re.search(r"top-p 0\.95\):\n(.*\n)*assistant:", capsys.readouterr().out)
+    config = config_from_text((run / "config.yaml").read_text())
+    first = tiny_run.training_lines(run)[0]
+    wanted = first_loss(origin, config, str(origin))
+    assert first["ce_loss"] == pytest.approx(wanted, rel=1e-5)
+    everything = dataclasses.replace(config.data, loss_on="all")
+    other = first_loss(origin, dataclasses.replace(config, data=everything), str(origin))
+    assert abs(other - wanted) > 0.01
 
 
 @pytest.mark.slow
