@@ -20,6 +20,13 @@ from moe_jax.errors import UserError
 
 Messages = Sequence[Mapping[str, Any]]
 
+# What begins and ends a thought: most models, Magistral, Seed-OSS, Command A.
+THOUGHTS = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
 CHANNEL = "<|channel|>"  # names the part of a reply that follows: reasoning, or the answer
 # What transformers gives every template.
 _GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
@@ -79,15 +86,25 @@ class ChatTemplate:
     @cached_property
     def end_id(self) -> int | None:
         """The token that ends an assistant's turn; None where ordinary text does."""
+        name = self._token_after(self._ending)
+        return None if name is None else self.tokens[name.lstrip()]
+
+    @cached_property
+    def _ending(self) -> str:
+        """The tokens behind what the assistant says in the last turn, with the blanks in front of
+        them: as a rule one token, or none.
+        """
         turn = {"role": "assistant", "content": f"{_MARK}0{_MARK}"}
         try:
             text = self.render([{"role": "user", "content": "?"}, turn], False, {})
         except UserError:  # a template that writes prompts alone: nothing is known of turns
-            return None
+            return ""
         _, said, rest = text.rpartition(turn["content"])
-        name = (self._token_after(rest) or "").strip() if said else ""
+        ending = (self._token_after(rest) or "") if said else ""
+        while ending and (more := self._token_after(rest[len(ending) :])) and not more[0].isspace():
+            ending += more
         # Of several channels, each ends with <|end|>, and the turn goes on behind it.
-        return None if name == "<|end|>" and CHANNEL in self.tokens else self.tokens.get(name)
+        return "" if ending == "<|end|>" and CHANNEL in self.tokens else ending
 
     def whole(self, messages: Messages) -> list[int]:
         """Ids of a whole conversation."""
@@ -117,28 +134,44 @@ class ChatTemplate:
         """Where in the rendered text each turn of the assistant begins and ends.
 
         The conversation is rendered once more with a mark for what the assistant says. What is
-        around the marks is around its text as well, whatever the template does to the text.
+        around the marks is around its text as well, whatever the template does to the text. Turns
+        without a text (calls of tools) have no mark.
         """
+        turns = [message for message in messages if message["role"] == "assistant"]
+        says = [message for message in turns if message.get("content")]
         marked = [
             dict(message, content=f"{_MARK}{number}{_MARK}")
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and message.get("content")
             else message
             for number, message in enumerate(messages)
         ]
-        around = re.split(rf"{_MARK}\d+{_MARK}", self.render(marked, False, {}))
-        before = [self._up_to_reply(part) for part in around[:-1]]
+        *before, last = re.split(rf"{_MARK}\d+{_MARK}", self.render(marked, False, {}))
         spans, begin = [], 0
-        for number, anchor in enumerate(before):
-            at = text.find(anchor, begin)
-            if at < 0 or (number == 0 and at > 0):
+        for number, part in enumerate([*map(self._up_to_reply, before), last]):
+            at = text.find(part, begin) if number < len(before) else len(text) - len(part)
+            if at < begin or (number == 0 and at > 0) or not text.startswith(part, at):
                 raise self._not_found()
             if number > 0:
-                spans.append((begin, at + len(self._end_of_turn(anchor))))
-            begin = at + len(anchor)
-        if before:
-            if not text.endswith(around[-1]):
-                raise self._not_found()
-            spans.append((begin, len(text) - len(around[-1]) + len(self._end_of_turn(around[-1]))))
+                spans.append((begin, at + len(self._end_of_turn(part))))
+            begin = at + len(part)
+            if len(says) < len(turns):
+                spans += self._silent_turns(text, at, begin)
+        if len(before) != len(says) or len(spans) != len(turns):
+            raise self._not_found()
+        return spans
+
+    def _silent_turns(self, text: str, begin: int, end: int) -> list[tuple[int, int]]:
+        """Turns of the assistant in a part of the text, from where generation begins to the ending
+        of a turn.
+        """
+        spans: list[tuple[int, int]] = []
+        opening, ending = self._opening, self._ending
+        while opening and ending and (at := text.find(opening, begin, end)) >= 0:
+            stop = text.find(ending, at, end)
+            if stop < 0:
+                break
+            begin = stop + len(ending)
+            spans.append((at + len(opening), begin))
         return spans
 
     def _not_found(self) -> UserError:
@@ -161,15 +194,17 @@ class ChatTemplate:
         """The text with which a reply begins in a prompt."""
         question = [{"role": "user", "content": "?"}]
         whole, plain = (self.render(question, opened, {}) for opened in (True, False))
-        return whole.removeprefix(plain) if whole.startswith(plain) else ""
+        opening = whole.removeprefix(plain) if whole.startswith(plain) else ""
+        for thought in THOUGHTS:  # which a later turn does not begin with the same words
+            opening = opening.partition(thought)[0]
+        return opening
 
     def _end_of_turn(self, rest: str) -> str:
         """The part of the text behind a reply that the model is to say: up to the token that ends
         the turn.
         """
-        end = next((name for name, number in self.tokens.items() if number == self.end_id), None)
-        if end is not None and end in rest:
-            return rest[: rest.index(end) + len(end)]
+        if self._ending and self._ending in rest:
+            return rest[: rest.index(self._ending) + len(self._ending)]
         return self._token_after(rest) or ""
 
     def _token_after(self, rest: str) -> str | None:

@@ -16,19 +16,12 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from moe_jax.data.chat_template import CHANNEL
+from moe_jax.data.chat_template import CHANNEL, THOUGHTS
 from moe_jax.generation.streaming import TextStream
 
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
 
-# What begins and ends a thought: most models, Magistral, Seed-OSS, Command A.
-_THOUGHTS = {
-    "<think>": "</think>",
-    "[THINK]": "[/THINK]",
-    "<seed:think>": "</seed:think>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-}
 _START, _MESSAGE, _ANSWER = "<|start|>", "<|message|>", "final"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)
 _TAIL = 32  # tokens of a prompt in which its template may have begun a thought
@@ -44,7 +37,7 @@ class Part(NamedTuple):
 class Thoughts:
     """Splits a reply that may begin with a thought."""
 
-    marks = tuple(mark for pair in _THOUGHTS.items() for mark in pair)
+    marks = tuple(mark for pair in THOUGHTS.items() for mark in pair)
     """Special tokens that the text must hold."""
 
     def __init__(self, end: str | None = None):
@@ -64,11 +57,11 @@ class Thoughts:
     def _split(self) -> Iterator[Part]:
         if not self._began:
             said = self._held.lstrip()
-            if any(mark.startswith(said) and mark != said for mark in _THOUGHTS):
+            if any(mark.startswith(said) and mark != said for mark in THOUGHTS):
                 return
             self._began = True
-            if mark := next((mark for mark in _THOUGHTS if said.startswith(mark)), ""):
-                self._end, self._held = _THOUGHTS[mark], said.removeprefix(mark)
+            if mark := next((mark for mark in THOUGHTS if said.startswith(mark)), ""):
+                self._end, self._held = THOUGHTS[mark], said.removeprefix(mark)
         if self._end is not None:
             text, mark, self._held = _split_at(self._held, [self._end])
             yield Part(text, True)
@@ -137,8 +130,8 @@ def reply_splitter(tokenizer: Tokenizer, prompt: Sequence[int]) -> Thoughts | Ch
     names = tokenizer.chat.tokens if tokenizer.chat else {}
     if CHANNEL in names and _MESSAGE in names and re.search(rf"{re.escape(_START)}\w+$", tail):
         return Channels()
-    begun = next((mark for mark in _THOUGHTS if tail.rstrip().endswith(mark)), None)
-    return Thoughts(None if begun is None else _THOUGHTS[begun])
+    begun = next((mark for mark in THOUGHTS if tail.rstrip().endswith(mark)), None)
+    return Thoughts(None if begun is None else THOUGHTS[begun])
 
 
 def answer_pieces(

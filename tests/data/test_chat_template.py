@@ -102,11 +102,63 @@ def test_text_that_is_said_twice_counts_where_the_assistant_says_it(load) -> Non
     assert said(load("chatml"), blank) == ["sleeps<|im_end|>"]
 
 
+CALLING = made.CHATML.replace(
+    "<|im_end|>\n{% endfor",
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.name }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor",
+)
+
+
+def test_calls_of_tools_are_turns_of_the_assistant(tmp_path: Path, load) -> None:
+    folder = made.chat_folder(tmp_path / "x", CALLING, made.CHATML_TOKENS)
+    tokenizer = load_tokenizer(str(folder))
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "bark"}]}
+    result = {"role": "tool", "content": "loud"}
+    assert said(tokenizer, [QUESTION, call, result, ANSWER]) == [
+        "<tool_call>bark</tool_call><|im_end|>",
+        "sleeps<|im_end|>",
+    ]
+    both = call | {"content": "wait"}
+    assert said(tokenizer, [QUESTION, ANSWER, QUESTION, both, result, call]) == [
+        "sleeps<|im_end|>",
+        "wait<tool_call>bark</tool_call><|im_end|>",
+        "<tool_call>bark</tool_call><|im_end|>",
+    ]
+    with pytest.raises(UserError, match="its turns are not found"):  # nothing shows where it ends
+        chat(load("spoken")).conversation([QUESTION, call])
+
+
+def test_what_is_put_in_front_of_a_thought_is_not_said_and_the_thought_is(tmp_path: Path) -> None:
+    """Templates that begin the thought in the prompt, as those of Qwen3-Thinking and QwQ do."""
+    template = made.QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert template != made.QWEN3
+    folder = made.chat_folder(tmp_path / "x", template, made.CHATML_TOKENS)
+    messages = [QUESTION, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nsleeps"}]
+    assert said(load_tokenizer(str(folder)), messages) == [
+        "<think>\nhm\n</think>\n\nsleeps<|im_end|>"
+    ]
+
+
+def test_several_tokens_may_end_a_turn(tmp_path: Path) -> None:
+    """As in Command R7B: the first of them ends a reply."""
+    template = made.CHATML.replace("<|im_end|>", "<|response_end|><|im_end|>")
+    folder = made.chat_folder(tmp_path / "x", template, [*made.CHATML_TOKENS, "<|response_end|>"])
+    tokenizer = load_tokenizer(str(folder))
+    assert chat(tokenizer).end_id == chat(tokenizer).tokens["<|response_end|>"]
+    assert said(tokenizer, TWICE) == [
+        "sleeps<|response_end|><|im_end|>",
+        "lazy<|response_end|><|im_end|>",
+    ]
+
+
 def test_a_template_that_hides_what_is_said_is_refused(tmp_path: Path) -> None:
     hiding = "{% for m in messages %}{{ m.content[::-1] ~ m.content | length }}{% endfor %}"
     tokenizer = load_tokenizer(str(made.chat_folder(tmp_path / "x", hiding, [])))
     with pytest.raises(UserError, match=r"its turns are not found: set data\.loss_on=all"):
         chat(tokenizer).conversation(TWICE)
+    silent = made.chat_folder(tmp_path / "y", "{% for m in messages %}{{ m.role }}{% endfor %}", [])
+    with pytest.raises(UserError, match="its turns are not found"):
+        chat(load_tokenizer(str(silent))).conversation(TWICE)
 
 
 @pytest.mark.parametrize(
