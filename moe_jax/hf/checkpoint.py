@@ -8,11 +8,12 @@ rows = checkpoint.leaf("stacks/0/blocks/0/mlp/experts/down", part)
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,8 +25,11 @@ from moe_jax.hf.config import Architecture, read_config
 from moe_jax.hf.families import FAMILIES
 from moe_jax.hf.safetensors import FILE_DTYPES, Shards
 from moe_jax.hf.tensor_names import (
+    EMBEDDING,
     EXPERT_AXIS,
+    FUSED_GATE_UP,
     HALF_AXIS,
+    HEAD,
     SELECTION_BIAS,
     TOP,
     Names,
@@ -35,6 +39,7 @@ from moe_jax.hf.tensor_names import (
 from moe_jax.models.layer_pattern import layer_kinds
 from moe_jax.models.parameters import Parameter, parameters
 from moe_jax.models.paths import ParameterPath
+from moe_jax.utils.progress import say_once
 
 LeafIndex = tuple[slice | np.ndarray, ...]
 LAYER_AXIS = "layers"  # of the layers in front of a stacked parameter's own dims
@@ -54,10 +59,17 @@ class Layout(NamedTuple):
 
 
 def make_layout(
-    family: str, config: dict, model: ModelConfig, moe: MoEConfig, vocab_size: int
+    family: str,
+    config: dict[str, Any],
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    changes: Names | None = None,
 ) -> Layout:
-    """Raises UserError if the family has no tensor for a parameter of the model."""
-    names: Names = TOP | FAMILIES[family].names(config)
+    """Where the parameters are by the family's table, with `changes` to it. Raises UserError if the
+    family has no tensor for a parameter of the model.
+    """
+    names: Names = TOP | FAMILIES[family].names(config) | (changes or {})
     plans = {}
     for path, parameter in parameters(model, moe, vocab_size).items():
         plan = plan_tensors(parameter, names)
@@ -78,12 +90,44 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     where they do not.
     """
     described = read_config(folder)
-    layout = make_layout(
-        described.family, described.config, described.model, described.moe, described.vocab_size
-    )
     shards = Shards(described.folder)
+    described, changes = _by_the_files(described, shards)
+    layout = make_layout(
+        described.family,
+        described.config,
+        described.model,
+        described.moe,
+        described.vocab_size,
+        changes,
+    )
     _check(described, layout, shards)
     return Checkpoint(described, layout, shards)
+
+
+def _by_the_files(described: Architecture, shards: Shards) -> tuple[Architecture, Names]:
+    """The model and changes to its family's table, by what only the tensors say: whether experts
+    are fused, and whether the head is the embedding.
+
+    Where the config ties the two, transformers takes either one if the other is not there, and does
+    not tie two that differ.
+    """
+    changes: Names = {}
+    fused = FAMILIES[described.family].fused or {}
+    if any(name.endswith(f".{FUSED_GATE_UP}") for name in shards.entries):
+        changes |= fused
+    if not described.model.tied_embeddings or HEAD not in shards.entries:
+        return described, changes
+    if EMBEDDING not in shards.entries:
+        return described, changes | {"embedding": HEAD}
+    if shards.same(EMBEDDING, HEAD):
+        return described, changes
+    say_once(
+        f"{described.folder}: config.json ties the output head to the embedding, but {HEAD} is "
+        f"not {EMBEDDING}: both are used, as in transformers."
+    )
+    model = dataclasses.replace(described.model, tied_embeddings=False)
+    config = described.config | {"tie_word_embeddings": False}
+    return described._replace(model=model, config=config), changes
 
 
 class Checkpoint:
@@ -270,7 +314,7 @@ def _check(described: Architecture, layout: Layout, shards: Shards) -> None:
         (
             _BUFFERS,
             FAMILIES[described.family].unused(described.config),
-            *(("lm_head.weight",) * described.model.tied_embeddings),
+            *((re.escape(HEAD),) * described.model.tied_embeddings),
         )
     )
     if unexpected := {

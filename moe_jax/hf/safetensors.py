@@ -30,6 +30,7 @@ FILE_DTYPES: dict[str, Any] = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LONGEST_HEADER = 1 << 28
+_COMPARED_AT_ONCE = 1 << 22  # values
 
 
 class Entry(NamedTuple):
@@ -47,9 +48,7 @@ class Shards:
     def __init__(self, folder: Path):
         """Reads every header. Raises UserError for files that are missing, damaged or cut short."""
         self.bytes_read = 0
-        self.entries: dict[str, Entry] = {}
-        for path in _files(folder):
-            self.entries |= read_header(path)
+        self.entries = _all_entries(folder)
 
     def dtype(self, name: str) -> np.dtype:
         """The type of a tensor's values."""
@@ -58,6 +57,24 @@ class Shards:
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in its file."""
         return math.prod(self.entries[name].shape) * self.dtype(name).itemsize
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors have one shape and the same values; not counted as read."""
+        first, second = self.entries[name], self.entries[other]
+        if first.shape != second.shape or not {first.dtype, second.dtype} <= FILE_DTYPES.keys():
+            return False
+        size = math.prod(first.shape)
+        for start in range(0, size, _COMPARED_AT_ONCE):
+            count = min(_COMPARED_AT_ONCE, size - start)
+            parts = []
+            for entry, dtype in ((first, self.dtype(name)), (second, self.dtype(other))):
+                offset = entry.start + start * dtype.itemsize
+                part = np.fromfile(entry.path, dtype, count, offset=offset)
+                # f64 holds what tensors of different types have in common
+                parts.append(part if first.dtype == second.dtype else part.astype(np.float64))
+            if not np.array_equal(parts[0], parts[1]):
+                return False
+        return True
 
     def read(self, name: str, shape: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor in memory of its own: `box` cuts the tensor after it is reshaped to
@@ -138,10 +155,10 @@ def _truncated(path: Path, size: int, whole: int) -> UserError:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """The shards of a folder; a single file goes before an index, as in transformers."""
+def _all_entries(folder: Path) -> dict[str, Entry]:
+    """The tensors of a folder; a single file goes before an index, as in transformers."""
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _indexed(folder)
     pickles = sorted(
@@ -157,24 +174,40 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _indexed(folder: Path) -> list[Path]:
+def _indexed(folder: Path) -> dict[str, Entry]:
+    """The tensors that the index names, each from the shard that it assigns the tensor to.
+
+    What else a shard holds is passed over, such as an older copy of another shard's tensor.
+    """
     index = folder / INDEX
     try:
-        weights = json.loads(index.read_bytes())["weight_map"]
-        names = sorted({str(name) for name in weights.values()})
+        shard_of = {
+            name: str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{index} cannot be read as an index of shards: download it again."
         ) from None
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+    headers = {shard: _shard_header(folder, shard) for shard in sorted(set(shard_of.values()))}
+    for name, shard in shard_of.items():
+        if name not in headers[shard]:
             raise UserError(
-                f"{index} names {name}, which is not a safetensors file of its folder: download "
-                f"it again."
+                f"{folder / shard} does not hold {name}, which {INDEX} assigns to it: download "
+                f"the shard and the index again."
             )
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder / name} is missing, though {INDEX} names it: download the rest of the "
-                f"checkpoint."
-            )
-    return [folder / name for name in names]
+    return {name: headers[shard][name] for name, shard in shard_of.items()}
+
+
+def _shard_header(folder: Path, shard: str) -> dict[str, Entry]:
+    """The tensors of a shard that an index names."""
+    if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        raise UserError(
+            f"{folder / INDEX} names {shard}, which is not a safetensors file of its folder: "
+            f"download it again."
+        )
+    if not (folder / shard).is_file():
+        raise UserError(
+            f"{folder / shard} is missing, though {INDEX} names it: download the rest of the "
+            f"checkpoint."
+        )
+    return read_header(folder / shard)

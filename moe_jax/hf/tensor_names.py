@@ -69,9 +69,10 @@ class Stored(NamedTuple):
 
 Names = dict[str, Stored | str | tuple[str, str]]
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP: Names = {
-    "embedding": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
+    "embedding": EMBEDDING,
+    "head": HEAD,
     "final_norm/scale": "model.norm.weight",
 }
 ATTENTION: Names = {
@@ -103,6 +104,12 @@ EXPERTS: Names = {
         "mlp.experts.{expert}.up_proj.weight",
     ),
     "mlp/experts/down": "mlp.experts.{expert}.down_proj.weight",
+}
+# As transformers 5 holds them, and saves them on request: all experts of a layer as one tensor.
+FUSED_GATE_UP = "mlp.experts.gate_up_proj"
+FUSED_EXPERTS: Names = {
+    "mlp/experts/gate_up": Stored(FUSED_GATE_UP, "slots (gate_up expert_hidden) slot_width"),
+    "mlp/experts/down": Stored("mlp.experts.down_proj", "slots slot_width expert_hidden"),
 }
 
 

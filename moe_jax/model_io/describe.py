@@ -121,7 +121,11 @@ def describe_hugging_face(path: Path) -> Description:
     )
     if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
         checkpoint = hf.open_checkpoint(path)
-        return described._replace(file_bytes=by_kind(checkpoint.shapes(), checkpoint.file_bytes))
+        return described._replace(
+            model=checkpoint.model,  # whose head may be found to be no copy of the embedding
+            hf_config=checkpoint.config,
+            file_bytes=by_kind(checkpoint.shapes(), checkpoint.file_bytes),
+        )
     notes = ["There are no weights beside config.json: no tensor was checked."]
     if stated not in _ITEMSIZE or "quantization_config" in read.config:
         return described._replace(notes=tuple(notes))

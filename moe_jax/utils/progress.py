@@ -4,6 +4,7 @@ through it.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,3 +37,9 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def say(text: str) -> None:
     """A remark on stderr, dim on a terminal."""
     print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """`say`, where several steps of a process come upon the same remark."""
+    say(text)

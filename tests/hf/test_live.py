@@ -58,6 +58,18 @@ def test_transformers_takes_the_checkpoints_tensors(case: str, tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in cases.CASES if hf.FAMILIES[cases.family(case)].fused]
+)
+def test_the_experts_that_transformers_fuses_are_read(case: str, tmp_path: Path) -> None:
+    folder = cases.build(case, tmp_path / "in")
+    model = record_hf_cases.load(folder)
+    model.save_pretrained(tmp_path / "out", save_original_format=False)
+    wanted, found = hf.open_checkpoint(folder), hf.open_checkpoint(tmp_path / "out")
+    for path in wanted.shapes():
+        np.testing.assert_array_equal(found.leaf(path), wanted.leaf(path), err_msg=path)
+
+
 @pytest.mark.parametrize("case", cases.CASES)
 def test_transformers_loads_what_we_export(case: str, tmp_path: Path) -> None:
     checkpoint = hf.open_checkpoint(cases.build(case, tmp_path / "in"))

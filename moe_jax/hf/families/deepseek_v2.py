@@ -6,6 +6,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families.base import Family
 from moe_jax.hf.families.deepseek import latent_names, read_experts, read_model
+from moe_jax.hf.tensor_names import FUSED_EXPERTS
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
@@ -27,5 +28,9 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
 
 
 FAMILY = Family(
-    "deepseek_v2", "DeepseekV2ForCausalLM", read, lambda config: latent_names(interleaved=True)
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    read,
+    lambda config: latent_names(interleaved=True),
+    fused=FUSED_EXPERTS,
 )

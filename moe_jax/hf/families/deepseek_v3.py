@@ -10,7 +10,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families.base import Family
 from moe_jax.hf.families.deepseek import latent_names, read_experts, read_model
-from moe_jax.hf.tensor_names import SELECTION_BIAS, Names
+from moe_jax.hf.tensor_names import FUSED_EXPERTS, SELECTION_BIAS, Names
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
@@ -48,4 +48,4 @@ def unused(config: dict[str, Any]) -> str:
     )
 
 
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, names, unused)
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, names, unused, fused=FUSED_EXPERTS)

@@ -6,7 +6,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.hf.config_fields import skeleton, windows, with_aux_loss
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families.base import Family
-from moe_jax.hf.tensor_names import ATTENTION, Names
+from moe_jax.hf.tensor_names import ATTENTION, FUSED_EXPERTS, Names
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
@@ -34,4 +34,11 @@ MIXTRAL_EXPERTS: Names = {
     ),
     "mlp/experts/down": "block_sparse_moe.experts.{expert}.w2.weight",
 }
-FAMILY = Family("mixtral", "MixtralForCausalLM", read, lambda config: ATTENTION | MIXTRAL_EXPERTS)
+FAMILY = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    read,
+    lambda config: ATTENTION | MIXTRAL_EXPERTS,
+    # transformers 5 calls the block `mlp`, and with the experts its router too.
+    fused=FUSED_EXPERTS | {"mlp/router/weight": "mlp.gate.weight"},
+)

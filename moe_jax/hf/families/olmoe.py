@@ -6,7 +6,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.hf.config_fields import skeleton, with_aux_loss
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families.base import Family
-from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, HEAD_NORMS
+from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FUSED_EXPERTS, HEAD_NORMS
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
@@ -37,4 +37,10 @@ def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
     return model, with_aux_loss(moe, keys.get("router_aux_loss_coef", float, 0.01))
 
 
-FAMILY = Family("olmoe", "OlmoeForCausalLM", read, lambda config: ATTENTION | HEAD_NORMS | EXPERTS)
+FAMILY = Family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    read,
+    lambda config: ATTENTION | HEAD_NORMS | EXPERTS,
+    fused=FUSED_EXPERTS,
+)

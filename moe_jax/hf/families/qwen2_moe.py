@@ -10,7 +10,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.hf.config_fields import listed_windows, skeleton, used_window, with_aux_loss
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families.base import Family
-from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FEED_FORWARD, Names
+from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FEED_FORWARD, FUSED_EXPERTS, Names
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
@@ -65,4 +65,5 @@ FAMILY = Family(
     "Qwen2MoeForCausalLM",
     read,
     lambda config: ATTENTION | FEED_FORWARD | EXPERTS | SHARED,
+    fused=FUSED_EXPERTS,
 )

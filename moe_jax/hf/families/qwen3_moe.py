@@ -7,7 +7,7 @@ from moe_jax.hf.config_fields import skeleton, used_window, windows, with_aux_lo
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families.base import Family
 from moe_jax.hf.families.qwen2_moe import qwen_experts
-from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FEED_FORWARD, HEAD_NORMS
+from moe_jax.hf.tensor_names import ATTENTION, EXPERTS, FEED_FORWARD, FUSED_EXPERTS, HEAD_NORMS
 
 
 def read(keys: Keys) -> tuple[ModelConfig, MoEConfig]:
@@ -27,4 +27,5 @@ FAMILY = Family(
     "Qwen3MoeForCausalLM",
     read,
     lambda config: ATTENTION | HEAD_NORMS | FEED_FORWARD | EXPERTS,
+    fused=FUSED_EXPERTS,
 )
