@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families import FAMILIES
 from moe_jax.hf.families.base import Family
+from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.utils.progress import say_once
 
 CONFIG = "config.json"
 
@@ -25,7 +27,9 @@ class Architecture(NamedTuple):
     moe: MoEConfig
     vocab_size: int
     context: int
-    """Tokens that the positions are made for (`max_position_embeddings`)."""
+    """Tokens that the positions are made for: `max_position_embeddings`, or what YaRN makes of the
+    original length.
+    """
     eos_ids: tuple[int, ...]
     """Tokens that end a text, from generation_config.json or else config.json; may be empty."""
 
@@ -43,8 +47,12 @@ def read_config(folder: Path | str) -> Architecture:
     if not is_hf_folder(folder):
         raise UserError(f"{folder} has no {CONFIG}: name a folder with a Hugging Face checkpoint.")
     config = _read_json(folder / CONFIG)
-    family, model, moe = map_config(config, str(folder / CONFIG))
-    context = Keys(config, str(folder / CONFIG)).get("max_position_embeddings", int)
+    family, model, moe, passed = _map(config, str(folder / CONFIG))
+    if passed:
+        say_once(
+            f"{folder / CONFIG}: passed over {', '.join(passed)}, which no {family.model_type} "
+            f"model is known to have and whose value says that it is off."
+        )
     return Architecture(
         folder,
         config,
@@ -52,13 +60,18 @@ def read_config(folder: Path | str) -> Architecture:
         model,
         moe,
         model.vocab_size or 0,
-        context,
+        _context(config["max_position_embeddings"], model.rope),
         eos_ids(folder, config),
     )
 
 
 def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig, MoEConfig]:
     """The family and the settings of a config; `where` starts every error."""
+    return _map(config, where)[:3]
+
+
+def _map(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig, MoEConfig, list[str]]:
+    """`map_config`, and the keys that were passed over without being known."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
@@ -74,8 +87,43 @@ def map_config(config: dict[str, Any], where: str) -> tuple[Family, ModelConfig,
         # file.
         text = str(error)
         raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
-    keys.finish()
-    return family, model, moe
+    keys.agree(_facts(model, moe))
+    return family, model, moe, keys.finish()
+
+
+def _facts(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    """Properties of a model by keys that some configs name them with, read or not by the family."""
+    facts = {
+        "attention_bias": model.qkv_bias,
+        "is_causal": True,
+        "mlp_bias": model.mlp_bias,
+        "qkv_bias": model.qkv_bias,
+        "use_qk_norm": model.qk_norm,
+        "use_rope": True,
+    }
+    if not count_moe_layers(model, moe):
+        return facts
+    return facts | {
+        "n_shared_experts": moe.shared_experts,
+        "norm_topk_prob": moe.normalize == "after",
+        "num_experts": moe.num_experts,
+        "num_local_experts": moe.num_experts,
+        "routed_scaling_factor": moe.routed_scale,
+        "scoring_func": moe.score,
+        "shared_expert_intermediate_size": moe.shared_width,
+    }
+
+
+def _context(stated: int, rope: RopeConfig) -> int:
+    """Tokens that a model may hold.
+
+    YaRN is made for `factor` times the original length, which is the context where the config
+    states less: Qwen's model cards add YaRN without raising `max_position_embeddings`, and vLLM
+    reads it so. (transformers sets no limit.)
+    """
+    if rope.scaling != "yarn":
+        return stated
+    return max(stated, round(rope.factor * rope.original_length))
 
 
 def eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:

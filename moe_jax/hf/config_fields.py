@@ -127,9 +127,24 @@ def used_window(keys: Keys) -> int | None:
 
 def read_rope(keys: Keys, theta: float = 10_000.0) -> RopeConfig:
     """Rotation and its length extension, from `rope_theta` and `rope_scaling` or from
-    `rope_parameters`.
+    `rope_parameters`. Raises UserError where both are there and differ.
     """
-    scaling, kind = rope_scaling(keys)
+    sections = _rope_sections(keys)
+    ropes = [_rope(keys, section, theta) for section in sections]
+    scales = {section.values.get("mscale_all_dim") for section in sections}
+    if ropes[0] != ropes[-1] or len(scales) > 1:
+        raise keys.refuse(
+            "rope_parameters",
+            "describes another rotation than rope_scaling: remove the one that is not meant",
+        )
+    keys.get("rope_theta", float, theta)  # one that rope_parameters overrides is taken too
+    keys.get("partial_rotary_factor", float, None)
+    return ropes[0]
+
+
+def _rope(keys: Keys, scaling: Keys, theta: float) -> RopeConfig:
+    """The rotation by one of the objects that may describe it."""
+    kind = _rope_kind(scaling)
     context = keys.get("max_position_embeddings", int)
     settings: dict[str, Any] = dict(
         scaling=_ROPES[kind],
@@ -138,8 +153,6 @@ def read_rope(keys: Keys, theta: float = 10_000.0) -> RopeConfig:
         or keys.get("partial_rotary_factor", float, None)
         or 1.0,
     )
-    keys.get("rope_theta", float, theta)  # one that rope_parameters overrides is taken too
-    keys.get("partial_rotary_factor", float, None)
     original = keys.get("original_max_position_embeddings", int, None) or scaling.get(
         "original_max_position_embeddings", int, None
     )
@@ -150,7 +163,7 @@ def read_rope(keys: Keys, theta: float = 10_000.0) -> RopeConfig:
         # The dynamic kind stretches beyond the context that the config states, whatever the
         # original one was.
         settings["original_length"] = context if kind == "dynamic" else original or context
-        settings["factor"] = rope_factor(keys)
+        settings["factor"] = _factor(keys, scaling, kind)
     if kind == "llama3":
         settings |= {
             key: scaling.get(key, float) for key in ("low_freq_factor", "high_freq_factor")
@@ -161,20 +174,33 @@ def read_rope(keys: Keys, theta: float = 10_000.0) -> RopeConfig:
 
 
 def rope_scaling(keys: Keys) -> tuple[Keys, str]:
-    """The object that describes the rotation, by its new or its old name, and its kind."""
-    old, new = keys.section("rope_scaling"), keys.section("rope_parameters")
-    scaling = old if old.values else new
-    name = "rope_type" if scaling.values.get("rope_type") is not None else "type"
-    scaling.only(name, *_ROPES)
-    scaling.harmless("rope_type", "type")
-    return scaling, scaling.values.get(name) or "default"
+    """The object that describes the rotation, by its old or its new name, and its kind."""
+    scaling = _rope_sections(keys)[0]
+    return scaling, _rope_kind(scaling)
 
 
 def rope_factor(keys: Keys) -> float:
+    """How many times longer the context may be."""
+    return _factor(keys, *rope_scaling(keys))
+
+
+def _rope_sections(keys: Keys) -> list[Keys]:
+    """The objects that describe the rotation: by the old name, by the new one, or by both."""
+    old, new = keys.section("rope_scaling"), keys.section("rope_parameters")
+    return [old, new] if old.values and new.values else [old if old.values else new]
+
+
+def _rope_kind(scaling: Keys) -> str:
+    name = "rope_type" if scaling.values.get("rope_type") is not None else "type"
+    scaling.only(name, *_ROPES)
+    scaling.harmless("rope_type", "type")
+    return scaling.values.get(name) or "default"
+
+
+def _factor(keys: Keys, scaling: Keys, kind: str) -> float:
     """How many times longer the context may be; null with yarn takes the ratio of the two
     lengths.
     """
-    scaling, kind = rope_scaling(keys)
     if kind == "yarn" and scaling.values.get("factor") is None:
         original = keys.get("original_max_position_embeddings", int, None) or scaling.get(
             "original_max_position_embeddings", int

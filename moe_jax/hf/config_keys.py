@@ -1,70 +1,63 @@
-"""The values of a config.json, read one by one, so that what nobody read can be refused by name.
+"""The values of a config.json, read one by one, so that what nobody read can be judged by its name
+and value.
 
-A family's mapping takes each key that it honours; `finish` then finds the keys that were neither
-taken nor are known to be harmless. Nothing that could change the arithmetic is passed over in
-silence.
+A family's mapping takes each key that it honours. Of the others, `finish` passes over what changes
+no arithmetic: the bookkeeping of transformers and other tools, and keys whose value turns off what
+they are about. It refuses the rest by name.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import UserError
 
-# Bookkeeping, training-only and text-generation keys: none changes what a forward pass computes.
-HARMLESS = frozenset(
-    [
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "do_sample",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "max_length",
-        "min_length",
-        "model_type",
-        "name_or_path",
-        "num_beams",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "repetition_penalty",
-        "return_dict",
-        "sep_token_id",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-    ]
+# Names that concern files, training, a call or the generation of text, whatever their value:
+# transformers, too, computes the same with and without them.
+_HARMLESS = re.compile(
+    r"""
+    _.*               # what transformers keeps for itself
+    | .*\..*          # another tool's, such as transformers.js_config
+    | .*_token_(id|ids|index)
+    | ((model_)?max|min|(max_)?seq(uence)?)_len(gth)? | n_ctx | n_positions
+
+    | architectures | auto_map | chunk_size_feed_forward | (attn|experts)_implementation
+    | (torch_)?dtype | use_bfloat16 | torchscript | is_decoder | is_llama_config | model_type
+    | name_or_path | tokenizer_class | (transformers|unsloth)_.* | .*_version | use_cache
+    | output_(attentions|hidden_states|logits|router_logits|scores) | (use_)?return_dict.*
+
+    | .*drop(out|path)?(_prob|_rate)? | .*_pdrop | initializer_.* | gradient_checkpointing
+    | finetuning_task | task_specific_params | problem_type | num_labels | id2label | label2id
+    | pretraining_tp
+
+    | do_sample | temperature | top_[hkp] | min_p | typical_p | .*_penalty | penalty_alpha
+    | (epsilon|eta)_cutoff | early_stopping | num_(beams|beam_groups|return_sequences)
+    | (encoder_)?no_repeat_ngram_size | guidance_scale | max_time | (max|min)_new_tokens
+    | bad_words_ids | force_words_ids | (begin_)?suppress_tokens | stop_strings | sequence_bias
+    | remove_invalid_values | renormalize_logits | watermarking_config | use_mtp
+    | cache_(config|implementation) | max_cache_len | .*_lookbehind | prompt_lookup_num_tokens
+    | assistant_confidence_threshold | num_assistant_tokens(_schedule)?
+    """,
+    re.VERBOSE,
 )
-# A family that lacks what these turn on may say so.
-OFF = frozenset(["attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window"])
+# Known features that a family may say it lacks, in no need of a remark.
+_OFF = (
+    "add_cross_attention",
+    "attention_bias",
+    "is_encoder_decoder",
+    "mlp_bias",
+    "pruned_heads",
+    "qkv_bias",
+    "rope_interleaved",
+    "tie_encoder_decoder",
+    "use_mrope",
+    "use_sliding_window",
+)
+# A factor does nothing at 1, and much at 0.
+_FACTOR = re.compile(r"(^|_)(factor|multiplier|ratio|scale|scaling)(_|$)")
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -139,20 +132,51 @@ class Keys:
         """The error that names a key, its value and `why` it cannot be honoured."""
         return UserError(f"{self.where}: {self.prefix}{key}={_show(self.values.get(key))} {why}.")
 
-    def finish(self) -> None:
-        """Raises UserError for the keys that nobody took; null says nothing and is passed over."""
-        for section in self._sections.values():
-            section.finish()
-        taken = self._taken | HARMLESS | {key for key in OFF if self.values.get(key) is False}
-        left = [key for key, value in self.values.items() if value is not None and key not in taken]
-        if left:
-            near = difflib.get_close_matches(left[0], self._taken, n=1)
-            hint = f" (is {self.prefix}{near[0]} meant?)" if near else ""
-            raise self.refuse(
-                left[0],
-                f"is a setting that this family is not known to have{hint}, so it cannot be "
-                f"honoured",
-            )
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Takes keys that name a property of the model in words that its family does not use, where
+        they say what is so. Raises UserError for one that contradicts.
+        """
+        for key in facts.keys() & self.values.keys() - self._taken:
+            value = self.values[key]
+            if value == facts[key]:
+                self._taken.add(key)
+            elif value is not None and not (key in _OFF and is_off(key, value)):
+                raise self.refuse(
+                    key, f"contradicts the model_type, of which {_show(facts[key])} is true"
+                )
+
+    def finish(self) -> list[str]:
+        """The keys that nobody took or knows, but whose value is the one that means "off". Raises
+        UserError for those with another value; null says nothing.
+        """
+        passed = [name for section in self._sections.values() for name in section.finish()]
+        for key, value in self.values.items():
+            if value is None or key in self._taken or _HARMLESS.fullmatch(key):
+                continue
+            if not is_off(key, value):
+                near = difflib.get_close_matches(key, self._taken, n=1)
+                hint = f" (is {self.prefix}{near[0]} meant?)" if near else ""
+                raise self.refuse(
+                    key,
+                    f"is a setting that this family is not known to have{hint}, so it cannot be "
+                    f"honoured",
+                )
+            if key not in _OFF:
+                passed.append(f"{self.prefix}{key}")
+        return passed
+
+
+def is_off(key: str, value: Any) -> bool:
+    """Whether a value means that what the key names is not used: null, false, 0, nothing in a list
+    or text, and 1 for a factor.
+    """
+    if isinstance(value, dict):
+        return all(is_off(inner, content) for inner, content in value.items())
+    if isinstance(value, str):
+        return value.lower() in ("", "none")
+    if isinstance(value, int | float) and not isinstance(value, bool) and _FACTOR.search(key):
+        return value == 1
+    return not value
 
 
 def _show(value: Any) -> str:

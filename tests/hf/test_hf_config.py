@@ -128,7 +128,27 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "no sliding_window is in use"),
         ("olmoe", {"head_dim": 16}, "head_dim=16"),
         ("olmoe", {"sliding_window": 8}, "sliding_window=8"),
-        ("llama", {"rope_scalings": {}}, r"\(is rope_scaling meant\?\)"),
+        ("llama", {"rope_scalings": {"factor": 2}}, r"\(is rope_scaling meant\?\)"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=true"),
+        ("llama", {"use_qk_norm": True}, "use_qk_norm=true contradicts the model_type"),
+        ("qwen3", {"use_qk_norm": False}, "use_qk_norm=false contradicts the model_type"),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm=false"),
+        (
+            "qwen3_moe",
+            {"shared_expert_intermediate_size": 64},
+            "shared_expert_intermediate_size=64",
+        ),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob=false"),
+        ("mixtral", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        ("llama", {"is_causal": False}, "is_causal=false"),
+        ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder=true"),
+        ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads="),
+        ("llama", {"add_cross_attention": True}, "add_cross_attention=true"),
+        ("llama", {"residual_multiplier": 0.22}, "residual_multiplier=0.22"),
+        ("llama", {"logits_scaling": 0}, "logits_scaling=0"),  # 1 is off for a factor
+        ("llama", {"output_multiplier_scale": 2}, "output_multiplier_scale=2"),
+        ("llama", {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers="),
+        ("llama", {"some_feature": {"size": 0, "on": True}}, "some_feature="),
     ],
 )
 def test_what_one_family_cannot_do_is_refused_by_name(
@@ -151,6 +171,55 @@ def test_keys_that_change_nothing_are_passed_over() -> None:
         == plain
     )
     assert read("mistral", attention_bias=False, use_cache=True) == read("mistral")
+
+
+# Keys of configs on the hub that change nothing: Qwen3-Coder's, SmolLM2's, and what transformers
+# and other tools leave behind.
+HARMLESS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_moe", {"shared_expert_intermediate_size": 0, "use_qk_norm": True, "qkv_bias": False}),
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "use_qk_norm": False}),
+    ("llama", {"transformers.js_config": {"dtype": "q4"}, "_attn_implementation_autoset": True}),
+    ("llama", {"_commit_hash": "0a1b", "_from_model_config": True, "max_sequence_length": 512}),
+    ("llama", {"early_stopping": True, "length_penalty": 0.8, "num_return_sequences": 3}),
+    ("llama", {"add_cross_attention": False, "tie_encoder_decoder": False, "pruned_heads": {}}),
+    ("llama", {"is_encoder_decoder": False, "use_mrope": False, "model_max_length": 4096}),
+    ("llama", {"classifier_dropout": 0.1, "image_token_id": 7, "seq_length": 2048}),
+    ("qwen2_moe", {"attention_bias": True}),
+    ("mixtral", {"norm_topk_prob": True, "scoring_func": "softmax", "num_experts": 8}),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), HARMLESS, ids=lambda value: ",".join(value))
+def test_keys_of_the_hub_that_change_nothing_say_nothing(
+    family: str, keys: dict[str, Any], tmp_path: Path, capsys
+) -> None:
+    assert read(family, **keys) == read(family)
+    described = {"model_type": family} | SIZES | MINIMAL[family] | keys
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    hf.read_config(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_keys_that_are_off_are_named(tmp_path: Path, capsys) -> None:
+    off = {
+        "some_feature": False,
+        "another_size": 0,
+        "some_list": [],
+        "some_object": {"size": 0, "kind": "none"},
+        "residual_multiplier": 1.0,
+        "some_text": "",
+        "rope_scaling": {"type": "linear", "factor": 2.0, "some_part": None, "stretch_more": False},
+    }
+    config = {"model_type": "llama"} | SIZES | off
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    first, second = hf.read_config(tmp_path), hf.read_config(tmp_path)
+    assert first == second and first.model.rope.factor == 2
+    said = capsys.readouterr().err
+    names = {
+        name.strip() for name in said.partition("passed over ")[2].split(", which")[0].split(",")
+    }
+    assert said.count("\n") == 1 and str(tmp_path) in said
+    assert names == off.keys() - {"rope_scaling"} | {"rope_scaling.stretch_more"}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +273,56 @@ def test_rope_reads_the_same_in_the_old_style_and_in_the_new(
         wanted.items()
         <= {name: getattr(before.rope, name) for name in RopeConfig.__dataclass_fields__}.items()
     )
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def test_both_names_of_the_rotation_may_say_the_same() -> None:
+    old = {key.replace("rope_type", "type"): value for key, value in YARN.items()}
+    both = {"rope_scaling": old, "rope_parameters": YARN | {"rope_theta": 5e5}, "rope_theta": 5e5}
+    wanted = read("llama", rope_parameters=YARN | {"rope_theta": 5e5})
+    assert read("llama", **both) == wanted
+    one = {"rope_scaling": None, "rope_parameters": YARN | {"rope_theta": 5e5}}
+    assert read("llama", **one) == wanted
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rope_type": "default"},
+        YARN | {"factor": 2.0},
+        YARN | {"rope_theta": 7.0},
+        YARN | {"mscale_all_dim": 0.7},
+    ],
+    ids=str,
+)
+def test_two_rotations_that_differ_are_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"rope_parameters=.* than rope_scaling: remove"):
+        read("llama", rope_scaling=YARN, rope_parameters=other)
+
+
+@pytest.mark.parametrize(
+    ("stated", "scaling", "context"),
+    [
+        (160, YARN, 512),  # as Qwen's model cards say to add it
+        (512, YARN, 512),
+        (600, YARN, 600),  # never less than is stated
+        (512, YARN | {"factor": None}, 512),
+        (128, {"type": "yarn", "factor": 4.0}, 512),
+        (512, {"type": "linear", "factor": 4.0}, 512),
+        (512, {"type": "dynamic", "factor": 4.0}, 512),
+        (512, None, 512),
+    ],
+    ids=str,
+)
+def test_yarn_lengthens_the_context(
+    tmp_path: Path, stated: int, scaling: dict[str, Any] | None, context: int
+) -> None:
+    config = {"model_type": "llama"} | SIZES
+    config |= {"max_position_embeddings": stated, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert hf.read_config(tmp_path).context == context
 
 
 def test_yarn_scales_of_deepseek() -> None:
