@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.cli.options import (
+    Context,
     Dtype,
     ExpertCacheSize,
     Fallback,
@@ -79,6 +80,7 @@ class ModelOptions:
     group: Group = 64
     expert_cache_size: ExpertCacheSize = None
     memory: Memory = None
+    context: Context = None
     simulate: Simulate = None
     step: Step = None
     fallback: Fallback = False
@@ -152,6 +154,7 @@ def load_model(
             step=options.step,
             fallback=options.fallback,
             group=options.group,
+            context=options.context,
             expert_cache=options.expert_cache_size,
             check=check,
         )

@@ -125,6 +125,10 @@ Memory = Annotated[
     str | None,
     option("--memory", metavar="SIZE", help="Refuse to take more per device, such as 24GiB."),
 ]
+Context = Annotated[
+    int | None,
+    option("--context", metavar="N", min=1, help="Tokens of a text.  [default: the model's]"),
+]
 Simulate = Annotated[
     int | None,
     option(

@@ -59,7 +59,8 @@ def evaluate(
     window = min(loaded.context, DEFAULT_WINDOW) if window is None else window
     if window > loaded.context:
         raise UserError(
-            f"--window {window} exceeds the model's context of {loaded.context} tokens: lower it."
+            f"--window {window} exceeds the model's context of {loaded.context} tokens: lower it, "
+            f"or raise --context."
         )
     tokens = np.asarray(
         loaded.tokenizer.encode_prompt(text) if special else loaded.tokenizer.encode(text), np.int32

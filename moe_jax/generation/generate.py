@@ -125,7 +125,8 @@ def check_length(prompt: Sequence[int], context: int) -> None:
     """Raises UserError for a prompt that the context has no room for."""
     if len(prompt) > context:
         raise UserError(
-            f"The prompt has {len(prompt)} tokens and the model's context {context}: shorten it."
+            f"The prompt has {len(prompt)} tokens and the model's context {context}: shorten it, "
+            f"or raise --context."
         )
 
 

@@ -39,6 +39,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from moe_jax.runtime.platform import default_platform
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
+from moe_jax.utils.progress import say
 
 __all__ = ["LoadedModel", "Session", "open_model"]
 
@@ -85,6 +86,11 @@ def open_model(
         fallback=fallback,
     )
     Preconditions(memory, context, check, expert_cache).require(stored)
+    if context is not None and context > stored.context:
+        say(
+            f"{stored.name} was made for {stored.context:,} tokens: in a context of {context:,}, "
+            f"what it gives beyond them may be worse."
+        )
     params, bias_LE = stored.read(expert_cache is not None)
     tables = serving_tables(stored.plan, bias_LE)
     engine: Engine = (

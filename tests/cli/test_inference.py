@@ -97,7 +97,8 @@ def test_generate_from_a_folder(capsys, tmp_path, model):
     assert call(*arguments, "--prompt", "U:too long\nA:") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(
-        "moe-jax: The prompt has 13 tokens and the model's context 10: shorten it.\n"
+        "moe-jax: The prompt has 13 tokens and the model's context 10: shorten it, or raise "
+        "--context.\n"
     )
     assert call(*arguments, "--prompt", "U:hello\nA:") == 0
     out, err = capsys.readouterr()

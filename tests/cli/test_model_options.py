@@ -94,6 +94,7 @@ def test_the_engine_gets_what_was_asked_for(
         dtype="bfloat16",
         quantize="int4",
         memory="1GiB",
+        context=4096,
         step=7,
         fallback=True,
     )
@@ -111,6 +112,7 @@ def test_the_engine_gets_what_was_asked_for(
             "step": 7,
             "fallback": True,
             "group": 64,
+            "context": 4096,
             "expert_cache": None,
             "check": None,
         }

@@ -83,7 +83,8 @@ def test_a_loss_that_is_not_finite_is_refused(loaded: Loaded) -> None:
 
 def test_mistakes(loaded: Loaded, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"--window 65 exceeds the model's context of 64 tokens: lower it."
+        UserError,
+        match=r"--window 65 exceeds the model's context of 64 tokens: lower it, or raise",
     ):
         evaluate(loaded, TEXT, 65)
     with pytest.raises(UserError, match=r"--text has 1 tokens: give a text of at least two."):

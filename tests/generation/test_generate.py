@@ -103,7 +103,7 @@ def test_prompts_that_cannot_be() -> None:
     with pytest.raises(UserError, match="--prompt is empty"):
         say(saying(b"a"), b"")
     with pytest.raises(
-        UserError, match=r"The prompt has 5 tokens and the model's context 4: shorten it."
+        UserError, match=r"The prompt has 5 tokens and the model's context 4: shorten it, or raise"
     ):
         say(saying(b"a", context=4), b"12345")
 

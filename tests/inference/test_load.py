@@ -18,6 +18,7 @@ from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference import load, memory, read_weights
+from moe_jax.inference.load import open_model
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import by_path, nested
 from moe_jax.models.serving_plan import ServingPlan
@@ -191,6 +192,22 @@ def make_large_plan(moe: MoEConfig) -> ServingPlan:
         contiguous(0, moe.num_experts, 1),
         vocab_size=LARGE_VOCAB,
     )
+
+
+def test_a_context_beyond_the_models_is_allowed_and_said(tmp_path: Path, capsys) -> None:
+    """With YaRN, Qwen's cards leave `max_position_embeddings` at less than it makes of the original
+    length.
+    """
+    folder = make_folder("qwen3-yarn", tmp_path / "yarn", max_position_embeddings=40)
+    loaded = open_model(folder)
+    assert loaded.context == 128  # 4 x 32
+    logits = loaded.session().logits([list(range(100))])
+    assert np.isfinite(logits).all() and capsys.readouterr().err == ""
+    longer = open_model(folder, context=200)
+    assert longer.context == 200
+    said = "yarn was made for 128 tokens: in a context of 200, what it gives beyond them may be"
+    assert said in capsys.readouterr().err
+    assert open_model(folder, context=64).context == 64 and capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from /proc")
