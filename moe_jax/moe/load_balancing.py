@@ -38,20 +38,26 @@ def losses(
     """
     count = jnp.maximum(full.tokens, 1).astype(jnp.float32)  # a batch of padding costs nothing
     share_E, prob_E = _usage(config, part, full)
-    batch = config.variance_loss * variance_loss(prob_E)
-    if config.aux_over == "layer":
-        batch = batch + config.aux_loss * switch_loss(share_E, prob_E)
-    aux = _share_of(batch, part, full) + config.sequence_aux_loss * part.sequence_aux / count
-    return aux, config.z_loss * part.z / count
+    # One whose coefficient is 0 is not computed: it may be infinite, and 0 times that is no number.
+    aux = z = jnp.float32(0)
+    if config.variance_loss:
+        aux = aux + _share_of(config.variance_loss * variance_loss(prob_E), part, full)
+    if config.aux_loss and config.aux_over == "layer":
+        aux = aux + _share_of(config.aux_loss * switch_loss(share_E, prob_E), part, full)
+    if config.sequence_aux_loss:
+        aux = aux + config.sequence_aux_loss * part.sequence_aux / count
+    if config.z_loss:
+        z = config.z_loss * part.z / count
+    return aux, z
 
 
 def pooled_loss(config: MoEConfig, part: RouterStats, full: RouterStats) -> Float[Array, ""]:
     """The Switch loss of shares and mean scores that are averaged over all layers first, for
-    `aux_over: model`; else 0.
+    `aux_over: model` with a coefficient; else 0.
 
     The arguments are those of `losses`, stacked over the layers.
     """
-    if config.aux_over == "layer":
+    if config.aux_over == "layer" or not config.aux_loss:
         return jnp.float32(0)
     share_LE, prob_LE = jax.vmap(lambda p, f: _usage(config, p, f))(part, full)
     loss = config.aux_loss * switch_loss(jnp.mean(share_LE, axis=0), jnp.mean(prob_LE, axis=0))

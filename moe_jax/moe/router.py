@@ -83,10 +83,9 @@ class Router(nnx.Module):
         logits_BSE, score_BSE = self._score(x_BSD)
         expert_BSK, weight_BSK = select(config, score_BSE, bias_E, dropped_BE)
         routing = _routing(config, expert_BSK, weight_BSK, valid_BS)
-        stats = measure(
-            logits_BSE, score_BSE, routing.expert_TK.reshape(expert_BSK.shape), valid_BS
-        )
-        return routing, stats
+        expert_BSK = routing.expert_TK.reshape(expert_BSK.shape)
+        prob_BSE = probabilities(config, logits_BSE, score_BSE)
+        return routing, measure(logits_BSE, prob_BSE, expert_BSK, valid_BS)
 
     def choose(
         self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"], bias_E: Float[Array, " E"]
@@ -129,8 +128,20 @@ def select(
     _, expert_BSK = lax.top_k(ranked_BSE, config.top_k)
     weight_BSK = jnp.take_along_axis(score_BSE, expert_BSK, axis=-1)
     if config.normalize == "after":
-        weight_BSK = weight_BSK / (jnp.sum(weight_BSK, axis=-1, keepdims=True) + 1e-20)
+        weight_BSK = _rescaled(weight_BSK)
     return expert_BSK, weight_BSK * config.routed_scale
+
+
+def _rescaled(weight_BSK: jax.Array) -> jax.Array:
+    """Weights that sum to 1 per token; zeros where all are zero.
+
+    The gradient divides by the square of the sum, which is 0 in f32 for a sum below 1e-19, and 0/0
+    where the scores have underflowed: such a sum counts as a constant.
+    """
+    sum_BS1 = jnp.sum(weight_BSK, axis=-1, keepdims=True) + 1e-20
+    vanishing = sum_BS1 < 1e-15
+    constant = weight_BSK / lax.stop_gradient(sum_BS1)
+    return jnp.where(vanishing, constant, weight_BSK / jnp.where(vanishing, 1.0, sum_BS1))
 
 
 def _open_groups(config: MoEConfig, ranked_BSE: jax.Array) -> jax.Array:
@@ -146,14 +157,23 @@ def _open_groups(config: MoEConfig, ranked_BSE: jax.Array) -> jax.Array:
     return jnp.repeat(is_open, grouped.shape[-1], axis=-1)
 
 
+def probabilities(config: MoEConfig, logits_BSE: jax.Array, score_BSE: jax.Array) -> jax.Array:
+    """Scores that sum to 1 per token, f32 [B, S, E].
+
+    Sigmoids may all underflow, but their logarithms do not, of which this is the softmax.
+    """
+    if config.score == "sigmoid":
+        return jax.nn.softmax(jax.nn.log_sigmoid(logits_BSE))
+    return score_BSE / jnp.sum(score_BSE, axis=-1, keepdims=True)
+
+
 def measure(
-    logits_BSE: jax.Array, score_BSE: jax.Array, expert_BSK: jax.Array, valid_BS: jax.Array
+    logits_BSE: jax.Array, prob_BSE: jax.Array, expert_BSK: jax.Array, valid_BS: jax.Array
 ) -> RouterStats:
     """Sums over this device's valid tokens; `load_E` and the sequences' shares of choices carry no
     gradient.
     """
-    num_experts, top_k = score_BSE.shape[-1], expert_BSK.shape[-1]
-    prob_BSE = score_BSE / jnp.sum(score_BSE, axis=-1, keepdims=True)
+    num_experts, top_k = prob_BSE.shape[-1], expert_BSK.shape[-1]
     load_BE = jnp.sum(
         expert_BSK[..., None] == jnp.arange(num_experts), axis=(1, 2), dtype=jnp.int32
     )

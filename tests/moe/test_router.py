@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.config.schema import MeshConfig
-from moe_jax.moe.load_balancing import losses, switch_loss, update_bias, variance_loss
+from moe_jax.moe.load_balancing import (
+    losses,
+    pooled_loss,
+    switch_loss,
+    update_bias,
+    variance_loss,
+)
 from moe_jax.moe.router import Router, RouterStats, Routing, select, total
 from moe_jax.parallel.collectives import BATCH_AXES
 from moe_jax.parallel.mesh import make_mesh
@@ -292,6 +299,51 @@ def test_losses_of_parts_add_up_in_value_and_gradient():
         - loss(everything, None, logits - eps * direction)
     ) / (2 * eps)
     np.testing.assert_allclose(gradient[1, 2, 3], slope, rtol=0.02)
+
+
+UNDERFLOWN = np.array([[[-200.0, -150.0, -151.0, -300.0], [-50.0, -200.0, -51.0, -49.0]]])
+
+
+@pytest.mark.parametrize("normalize", ["after", "before"])
+def test_sigmoids_that_underflow_have_statistics_and_gradients(normalize):
+    """The sigmoid of -150 is 0 in f32; shares of scores do not need it, as exp(-150) / exp(-151) is
+    e. The weights are the scores themselves, and stay 0.
+    """
+    config = MoEConfig(
+        num_experts=4, top_k=2, score="sigmoid", normalize=normalize, sequence_aux_loss=0.1
+    )
+
+    def outcome(logits):
+        routing, stats = route(config, logits)
+        aux, z = losses(config, stats, stats)
+        return aux + z + jnp.sum(routing.weight_TK * jnp.array([2.0, 1.0])), (routing, stats)
+
+    logits = jnp.array(UNDERFLOWN, jnp.float32)
+    gradient, (routing, stats) = jax.grad(outcome, has_aux=True)(logits)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    for name, value in stats._asdict().items():
+        assert np.isfinite(value).all(), name
+    np.testing.assert_array_equal(routing.weight_TK[0], 0.0)
+    share = np.exp(UNDERFLOWN - UNDERFLOWN.max(axis=-1, keepdims=True))
+    wanted = (share / share.sum(axis=-1, keepdims=True)).sum((0, 1))
+    np.testing.assert_allclose(stats.prob_E, wanted, rtol=1e-5)
+
+
+def test_a_loss_without_a_coefficient_is_not_computed():
+    """Logits of 1e25 have a z-loss beyond f32; 0 times that would be no number."""
+    logits = np.array([[[1e25, 0.0, 0.0, -1e25]]])
+    config = MoEConfig(num_experts=4, top_k=2, aux_loss=0.0, z_loss=0.0)
+    _, stats = route(config, logits)
+    assert np.isinf(stats.z)
+    broken = stats._replace(prob_E=jnp.full(4, jnp.nan), sequence_aux=jnp.float32(jnp.nan))
+    assert losses(config, broken, broken) == (0.0, 0.0)
+    pooled = dataclasses.replace(config, aux_over="model")
+    layers = jax.tree.map(lambda a: a[None], broken)
+    assert pooled_loss(pooled, layers, layers) == 0.0
+    # One that has a coefficient is, whatever the others have.
+    for name in ("aux_loss", "variance_loss", "sequence_aux_loss"):
+        aux, z = losses(dataclasses.replace(config, **{name: 1.0}), broken, broken)
+        assert np.isnan(aux) and z == 0.0, name
 
 
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones():
