@@ -253,8 +253,10 @@ class MoEConfig:
         "rows beyond it are dropped, or wait a round (dropless).",
         gt=0,
     )
-    dropless: bool = setting(
-        default=False, help="Drop no token: rows beyond the capacity go in further rounds."
+    dropless: bool | None = setting(
+        default=None,
+        help="Drop no token: rows beyond the capacity go in further rounds. null is what the model "
+        "of `init_from` has (true for a Hugging Face folder), else false.",
     )
     first_dense: int = setting(default=0, help="Leading layers that are dense.", ge=0)
     every: int = setting(
@@ -346,6 +348,13 @@ class MoEConfig:
     grouped_matmul: Literal["auto", "reference", "ragged", "tiled"] = setting(
         default="auto", help="Grouped matmul back end; auto chooses by platform."
     )
+
+    @property
+    def weight_is_constant(self) -> bool:
+        """Whether each token's one weight is rescaled to 1, so that what the experts give teaches
+        the router nothing.
+        """
+        return self.top_k == 1 < self.num_experts and self.normalize == "after"
 
     @property
     def shared_width(self) -> int:

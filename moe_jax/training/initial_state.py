@@ -46,7 +46,6 @@ OWN = frozenset(
         "model.remat",
         "model.attention",
         "moe.capacity_factor",
-        "moe.dropless",
         "moe.expert_dropout",
         "moe.bias_rate",
         "moe.variance_loss",
@@ -56,10 +55,17 @@ OWN = frozenset(
     ]
 )
 
-# Keys that the other model says how it was trained with, where the configuration leaves them at
-# their defaults.
-LOSSES = frozenset(
-    ("moe.input_noise", "moe.z_loss", "moe.aux_loss", "moe.aux_over", "moe.sequence_aux_loss")
+# Keys that the other model says how it was trained or computes with, where the configuration leaves
+# them at their defaults.
+TAKEN_OVER = frozenset(
+    [
+        "moe.dropless",
+        "moe.input_noise",
+        "moe.z_loss",
+        "moe.aux_loss",
+        "moe.aux_over",
+        "moe.sequence_aux_loss",
+    ]
 )
 
 
@@ -97,16 +103,17 @@ def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) ->
     """The configuration with the architecture and, unless it names another, the tokenizer of
     `init_from`.
 
-    Everything in `OWN` stays as it is. A resumed run takes them from its own config.yaml, so that
-    the other model need not be there any more. Raises UserError for a key that was set (differs
-    from its default) and contradicts the architecture, and for what is wrong with the folder.
+    Everything in `OWN` stays as it is; a null `moe.dropless` is decided. A resumed run takes them
+    from its own config.yaml, so that the other model need not be there any more. Raises UserError
+    for a key that was set (differs from its default) and contradicts the architecture, and for what
+    is wrong with the folder.
     """
     if config.init_from is None:
-        return config
+        return _with_dropless(config)
     if resume and (directory / "config.yaml").is_file():
         before = read_run_config(directory)
         if before.init_from != config.init_from:
-            return config  # which `claim` refuses, naming both
+            return _with_dropless(config)  # which `claim` refuses, naming both
         model, moe, tokenizer = before.model, before.moe, before.data.tokenizer
     else:
         theirs = origin.description
@@ -115,12 +122,21 @@ def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) ->
     tokenizer = (
         tokenizer if config.data.tokenizer == DataConfig().tokenizer else config.data.tokenizer
     )
-    return dataclasses.replace(
+    adopted = dataclasses.replace(
         config,
         model=_adopt(config.model, model, "model.", config.init_from),
         moe=_adopt(config.moe, moe, "moe.", config.init_from),
         data=dataclasses.replace(config.data, tokenizer=tokenizer),
     )
+    return _with_dropless(adopted)
+
+
+def _with_dropless(config: Config) -> Config:
+    """The configuration with a null `moe.dropless` decided, so that a run's own says what it
+    does.
+    """
+    moe = dataclasses.replace(config.moe, dropless=bool(config.moe.dropless))
+    return dataclasses.replace(config, moe=moe)
 
 
 def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
@@ -132,7 +148,7 @@ def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
             getattr(ours, field.name),
             getattr(theirs, field.name),
         )
-        if key in OWN or (key in LOSSES and mine != field.default):
+        if key in OWN or (key in TAKEN_OVER and mine != field.default):
             continue
         if dataclasses.is_dataclass(mine):
             values[field.name] = _adopt(mine, other, f"{key}.", origin)

@@ -35,7 +35,7 @@ from moe_jax.config.schema import Config
 from moe_jax.data.corpus import Corpus, SamplePrompt, load_corpus
 from moe_jax.data.packing import HostBatch
 from moe_jax.errors import UserError
-from moe_jax.models.layer_pattern import layer_kinds
+from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement
 from moe_jax.profiling import flops as measure
@@ -58,6 +58,7 @@ from moe_jax.training.progress import RunProgress
 from moe_jax.training.records import LinkTraffic, placement_sentence, training_record
 from moe_jax.training.state import StepStats, TrainState
 from moe_jax.training.step import TrainProgram
+from moe_jax.utils.progress import say
 
 # Bytes of parameters above which no sample is drawn on one device at the end.
 SAMPLE_LIMIT = 2 << 30
@@ -115,6 +116,12 @@ def train(
     origin = initial_state.Origin(config, directory)
     config = initial_state.resolve(config, directory, origin, resume=resume)
     run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
+    if config.moe.weight_is_constant and count_moe_layers(config.model, config.moe):
+        say(
+            "moe.top_k=1 with moe.normalize=after: the weight of a token's one expert is always 1, "
+            "so the router learns nothing from what its experts give; with moe.normalize=before "
+            "it does."
+        )
     tokenizer = run_dir.run_tokenizer(directory, config) if resume else config.data.tokenizer
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     corpus = load_corpus(data, config.train.seq_len, config.train.seed)

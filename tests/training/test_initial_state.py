@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from moe_jax import hf
-from moe_jax.config.load import config_from_text
+from moe_jax.config.load import config_from_text, dump_config
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.schema import Config
 from moe_jax.data.corpus import Corpus, load_corpus
@@ -260,6 +260,32 @@ def test_what_the_model_has_already_may_be_repeated(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="the run's own directory"):
         initial_state.resolve(config, origin, initial_state.Origin(config, origin), resume=False)
+
+
+def resolved(tmp_path: Path, *, resume: bool = False, **moe: bool | None) -> Config:
+    config = Config(init_from=str(tmp_path / "in"))
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **moe))
+    run = tmp_path / "run"
+    return initial_state.resolve(config, run, initial_state.Origin(config, run), resume=resume)
+
+
+def test_a_checkpoints_experts_drop_nothing_unless_asked_to(tmp_path: Path) -> None:
+    make_folder("qwen3_moe-plain", tmp_path / "in")
+    assert resolved(tmp_path).moe.dropless is True
+    assert resolved(tmp_path, dropless=True).moe.dropless is True
+    dropping = resolved(tmp_path, dropless=False)
+    assert dropping.moe.dropless is False
+    # A run keeps what it began with, and what is said must agree with that.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(dropping))
+    assert resolved(tmp_path, resume=True) == dropping
+    assert resolved(tmp_path, resume=True, dropless=True) != dropping
+
+
+def test_without_another_model_tokens_may_be_dropped(tmp_path: Path) -> None:
+    config = Config()
+    origin = initial_state.Origin(config, tmp_path)
+    assert initial_state.resolve(config, tmp_path, origin, resume=False).moe.dropless is False
 
 
 def test_another_origin_cannot_be_resumed(tmp_path: Path, tune) -> None:

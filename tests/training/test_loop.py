@@ -13,6 +13,7 @@ import pytest
 from jax._src.array import ArrayImpl
 
 from moe_jax.checkpoint.manager import Checkpoints
+from moe_jax.errors import UserError
 from moe_jax.runtime import platform
 from moe_jax.training import trainer
 from moe_jax.training.pending_steps import PendingSteps
@@ -128,6 +129,40 @@ def test_counts_are_fetched_before_they_could_overflow(
     settings = (*SETTINGS, "placement.strategy=contiguous", "placement.replan_every=0")
     run(folder, tmp_path / "run", *settings, "train.log_every=9")
     assert set(accelerator) - {0} == {1, 3, 5, 7, 9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["moe.top_k=1"], True),
+        (["moe.top_k=1", "moe.score=sigmoid"], True),
+        (["moe.top_k=1", "moe.normalize=before"], False),
+        (["moe.top_k=2"], False),
+        (["moe.top_k=1", "moe.num_experts=1"], False),
+        (["moe.top_k=1", "moe.first_dense=2"], False),  # no layer has experts
+    ],
+    ids=" ".join,
+)
+def test_a_router_that_cannot_learn_is_said(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    said: bool,
+) -> None:
+    """Before anything is read or compiled."""
+
+    def stop(*_: Any) -> None:
+        raise UserError("read no further")
+
+    monkeypatch.setattr(trainer, "load_corpus", stop)
+    one = ("devices.simulate=0", "mesh.data=1", "mesh.expert=1")
+    with pytest.raises(UserError, match="read no further"):
+        run(folder, tmp_path / "run", *one, *settings)
+    err = capsys.readouterr().err
+    assert ("moe.top_k=1 with moe.normalize=after" in err) == said
+    assert ("with moe.normalize=before it does" in err) == said
 
 
 def test_pending_counts_are_the_sum_of_the_steps_counts() -> None:

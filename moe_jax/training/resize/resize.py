@@ -115,6 +115,7 @@ def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
     of the experts it had.
     """
     changes |= {} if wanted.top_k is None else {"top_k": wanted.top_k}
+    changes["dropless"] = bool(config.moe.dropless)  # a run's own says what it does
     placement = config.placement
     if placement.strategy == "custom":
         placement = dataclasses.replace(placement, strategy="contiguous", file=None)
