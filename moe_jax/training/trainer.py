@@ -115,13 +115,13 @@ def train(
     mesh = make_mesh(config.mesh)
     origin = initial_state.Origin(config, directory)
     config = initial_state.resolve(config, directory, origin, resume=resume)
-    run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
     if config.moe.weight_is_constant and count_moe_layers(config.model, config.moe):
         say(
             "moe.top_k=1 with moe.normalize=after: the weight of a token's one expert is always 1, "
             "so the router learns nothing from what its experts give; with moe.normalize=before "
             "it does."
         )
+    run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
     tokenizer = run_dir.run_tokenizer(directory, config) if resume else config.data.tokenizer
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     corpus = load_corpus(data, config.train.seq_len, config.train.seed)
