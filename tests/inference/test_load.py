@@ -202,12 +202,13 @@ def test_a_context_beyond_the_models_is_allowed_and_said(tmp_path: Path, capsys)
     loaded = open_model(folder)
     assert loaded.context == 128  # 4 x 32
     logits = loaded.session().logits([list(range(100))])
-    assert np.isfinite(logits).all() and capsys.readouterr().err == ""
+    assert np.isfinite(logits).all() and "was made for" not in capsys.readouterr().err
     longer = open_model(folder, context=200)
     assert longer.context == 200
     said = "yarn was made for 128 tokens: in a context of 200, what it gives beyond them may be"
     assert said in capsys.readouterr().err
-    assert open_model(folder, context=64).context == 64 and capsys.readouterr().err == ""
+    assert open_model(folder, context=64).context == 64
+    assert "was made for" not in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from /proc")

@@ -141,7 +141,7 @@ def test_counts_are_fetched_before_they_could_overflow(
         (["moe.top_k=1", "moe.num_experts=1"], False),
         (["moe.top_k=1", "moe.first_dense=2"], False),  # no layer has experts
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_router_that_cannot_learn_is_said(
     folder: Path,
