@@ -26,10 +26,13 @@ BYTES_EOS = 256  # the byte tokenizer's end of a document
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer.json and nothing else that transformers would read with
-    it.
+    """Whether a folder holds a tokenizer.json and no settings beside it.
+
+    With a model's config.json alone, transformers would take a class by the model's family, whose
+    end token it adds behind the others, where the model has no row for it.
     """
-    return [file.name for file in tokenizer_files(folder)] == ["tokenizer.json"]
+    names = {file.name for file in tokenizer_files(folder)}
+    return names - {"config.json", "generation_config.json"} == {"tokenizer.json"}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

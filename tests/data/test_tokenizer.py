@@ -61,10 +61,14 @@ def test_end_of_document(tmp_path: Path) -> None:
 
 
 def test_a_file_is_the_same_tokenizer_alone_in_a_folder(tmp_path: Path) -> None:
-    """As a run keeps it: the same ids, the same end of a document, the same hash of the corpus."""
-    for name, special in (("named", ["</s>"]), ("unnamed", [])):
+    """As a run keeps it, and beside the config.json of an export: the same ids, the same end of a
+    document, the same hash of the corpus.
+    """
+    for name, special in (("named", ["</s>"]), ("unnamed", []), ("exported", ["</s>"])):
         file = train_tokenizer(tmp_path / f"{name}.json", special)
         copy_tokenizer(str(file), tmp_path / name)
+        if name == "exported":
+            (tmp_path / name / "config.json").write_text('{"model_type": "qwen3_moe"}')
         first, after = load_tokenizer(str(file)), load_tokenizer(str(tmp_path / name))
         assert after.fingerprint == first.fingerprint
         assert (after.num_ids, after.eos_id) == (first.num_ids, first.eos_id)
