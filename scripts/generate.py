@@ -1,8 +1,7 @@
-"""Text from a model, from a checkout: python scripts/generate.py --model path/to/folder --prompt
-"def "
+"""Text from a model, from a checkout: python scripts/generate.py path/to/model --prompt "def "
 
-The same as `moe-jax generate`, with the same options (--help lists them); a run's directory may
-stand in place of --model. On one device, as on a Mac, nothing needs to be said about devices.
+The same as `moe-jax generate`, with the same options (--help lists them). On one device, as on a
+Mac, nothing needs to be said about devices.
 """
 
 from __future__ import annotations

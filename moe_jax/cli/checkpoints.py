@@ -20,6 +20,7 @@ from moe_jax.cli.options import (
     Fallback,
     Group,
     Mesh,
+    Model,
     Out,
     Quantize,
     Step,
@@ -33,7 +34,7 @@ from moe_jax.utils.units import parse_bytes
 
 
 def convert(
-    model: Annotated[Path, argument("DIR", help="Hugging Face folder or run.")],
+    model: Model,
     out: Out,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -64,7 +65,7 @@ def convert(
 
 
 def export(
-    run: Annotated[Path, argument("RUN", help="Run or converted folder.")],
+    model: Model,
     out: Out,
     dtype: Dtype = None,
     step: Step = None,
@@ -75,16 +76,16 @@ def export(
     All weights must fit into memory once.
     """
     check_types(dtype)
-    check_step(run, step, fallback)
+    check_step(model, step, fallback)
     refuse_existing(out)
     from moe_jax.model_io.export import publish
 
     with explained_disk_errors(out):
-        say(publish(run, out, dtype=dtype, step=step, fallback=fallback))
+        say(publish(model, out, dtype=dtype, step=step, fallback=fallback))
 
 
 def inspect(
-    model: Annotated[Path, argument("DIR", help="Hugging Face, run or converted folder, or YAML.")],
+    model: Annotated[Path, argument("MODEL", help="As for generate, or a YAML configuration.")],
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -205,8 +206,8 @@ def resize(
 
 # Each command: its name, its function and the example that its help ends with.
 COMMANDS: list[tuple[str, Callable[..., None], str]] = [
-    ("convert", convert, "moe-jax convert Qwen3-30B-A3B qwen-int4 --quantize int4"),
+    ("convert", convert, "moe-jax convert Qwen/Qwen3-30B-A3B qwen-int4 --quantize int4"),
     ("export", export, "moe-jax export runs/first first-hf --dtype bfloat16"),
     ("resize", resize, "moe-jax resize runs/first runs/wider --experts 12"),
-    ("inspect", inspect, "moe-jax inspect Qwen3-30B-A3B --mesh expert=2 --memory 24GiB"),
+    ("inspect", inspect, "moe-jax inspect Qwen/Qwen3-30B-A3B --mesh expert=2 --memory 24GiB"),
 ]

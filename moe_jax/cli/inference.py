@@ -27,20 +27,18 @@ from moe_jax.cli.model_options import ModelChoice, ModelOptions, Opened, load_mo
 from moe_jax.cli.options import (
     AsJson,
     MaxTokens,
-    Model,
+    ModelArgument,
     ReplyFlags,
     SamplingFlags,
     System,
     Text,
     Window,
-    argument,
     option,
     spread,
 )
 from moe_jax.cli.reasoning import ReasoningWriter
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_PROMPT
-from moe_jax.model_io.source import require_run
 from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.signals import noted_signals, until_noted
 from moe_jax.utils.progress import say
@@ -59,20 +57,16 @@ def generate(
     prompt: Annotated[
         str, option("--prompt", metavar="TEXT", help="Text to continue; - reads it from stdin.")
     ],
-    run_dir: Annotated[Path | None, argument(help="Directory of a run.")] = None,
-    model: Annotated[
-        Path | None,
-        option("--model", metavar="DIR", help="Or: Hugging Face, run or converted folder."),
-    ] = None,
     system_prompt: System = None,
     max_tokens: MaxTokens = 128,
     *,
+    model: ModelArgument,
     flags: SamplingFlags,
     reply: ReplyFlags,
     options: ModelOptions,
 ) -> None:
     """Continue a text with a model, on stdout; speeds on stderr."""
-    choice = ModelChoice(_one_place(run_dir, model), options)
+    choice = ModelChoice(model.path, options)
     text = prompt_from_stdin() if prompt == "-" else prompt
     if not text:
         raise UserError(EMPTY_PROMPT)
@@ -81,15 +75,6 @@ def generate(
     limits = {"max_tokens": max_tokens, "stop": flags.stop or []}
     with explained_disk_errors(STDOUT):
         _generate(choice, text, sampling, system_prompt, reply, limits)
-
-
-def _one_place(run_dir: Path | None, model: Path | None) -> Path:
-    """The folder that either the argument or --model names."""
-    if (run_dir is None) == (model is None):
-        raise UserError("generate needs one model: give either a run directory or --model DIR.")
-    if run_dir is not None:
-        require_run(run_dir)
-    return run_dir or model  # type: ignore[return-value]
 
 
 def _generate(
@@ -158,16 +143,16 @@ def _say_experts(choice: ModelChoice, opened: Opened) -> None:
 
 @spread
 def chat(
-    model: Model,
     system_prompt: System = None,
     max_tokens: MaxTokens = 1024,
     *,
+    model: ModelArgument,
     flags: SamplingFlags,
     reply: ReplyFlags,
     options: ModelOptions,
 ) -> None:
     """Talk with a model: /help, /reset, /quit; Ctrl-C stops a reply."""
-    choice, sampling = ModelChoice(model, options), flags.sampling()
+    choice, sampling = ModelChoice(model.path, options), flags.sampling()
     use_compile_cache()  # before what follows imports JAX
     from moe_jax.cli.chat import run_chat
     from moe_jax.generation.chat import Conversation, check_template
@@ -195,18 +180,18 @@ def chat(
 
 @spread
 def evaluate(
-    model: Model,
     text: Text,
     window: Window = None,
     *,
+    model: ModelArgument,
     options: ModelOptions,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a text: nats per token, bits per byte."""
-    evaluation = _evaluated(ModelChoice(model, options), text, window)
+    evaluation = _evaluated(ModelChoice(model.path, options), text, window)
     if as_json:
         results: dict[str, Any] = {
-            "model": str(model),
+            "model": str(model.path),
             "text": str(text),
             "quantize": options.quantize,
             **evaluation._asdict(),
@@ -238,7 +223,6 @@ def _evaluated(choice: ModelChoice, text: Path, window: int | None) -> Evaluatio
 
 @spread
 def bench(
-    model: Model,
     prompt: Annotated[
         int, typer.Option("-p", "--prompt-tokens", min=1, metavar="N", help="Tokens to read.")
     ] = 512,
@@ -257,11 +241,12 @@ def bench(
     ] = None,
     window: Window = None,
     *,
+    model: ModelArgument,
     options: ModelOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure reading a prompt and generating, apart."""
-    choice = ModelChoice(model, options)
+    choice = ModelChoice(model.path, options)
     use_compile_cache()  # before what follows imports JAX
     from moe_jax.generation.bench import bench as measure
 
@@ -291,8 +276,8 @@ def bench(
 
 # Each command: its name, its function and the example that its help ends with.
 COMMANDS: list[tuple[str, Callable[..., None], str]] = [
-    ("generate", generate, 'moe-jax generate --model Qwen3-30B-A3B --prompt "def main("'),
-    ("chat", chat, "moe-jax chat --model Qwen3-30B-A3B --mesh expert=4 --dtype bfloat16"),
-    ("eval", evaluate, "moe-jax eval --model Qwen3-30B-A3B --text book.txt --quantize int8"),
-    ("bench", bench, "moe-jax bench --model Qwen3-30B-A3B -p 512 -g 128 --json"),
+    ("generate", generate, 'moe-jax generate Qwen/Qwen3-30B-A3B --prompt "def main("'),
+    ("chat", chat, "moe-jax chat Qwen/Qwen3-30B-A3B --mesh expert=4 --dtype bfloat16"),
+    ("eval", evaluate, "moe-jax eval Qwen/Qwen3-30B-A3B --text book.txt --quantize int8"),
+    ("bench", bench, "moe-jax bench Qwen/Qwen3-30B-A3B -p 512 -g 128 --json"),
 ]

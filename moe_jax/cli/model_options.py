@@ -1,4 +1,4 @@
-"""Which model a command runs and on what: --model, --mesh, --dtype, --quantize, --memory and the
+"""Which model a command runs and on what: MODEL, --mesh, --dtype, --quantize, --memory and the
 rest.
 
 What can be checked without JAX is checked when these are made, so that mistakes answer at once.
@@ -113,8 +113,8 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if not self.path.exists() and not re.fullmatch(HUB_NAME, str(self.path)):
             raise UserError(
-                f"--model {self.path} does not exist: give a Hugging Face folder, a run directory "
-                f"or a converted folder."
+                f"{self.path} does not exist: give a Hugging Face folder, a run, a converted "
+                f"folder, or a model on the hub such as Qwen/Qwen3-30B-A3B."
             )
         check_step(self.path, self.options.step, self.options.fallback)
 

@@ -6,7 +6,7 @@ into a command.
         temperature: Temperature = 0.8
 
     @spread
-    def chat(model: Model, *, flags: Flags) -> None: ...   # --model and --temperature
+    def chat(model: Model, *, flags: Flags) -> None: ...   # MODEL and --temperature
 
 A group is a frozen dataclass whose fields are the types below. It may check itself in
 `__post_init__`, before the command begins.
@@ -55,7 +55,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             groups[name] = hints[name]
             parameters += _parameters(hints[name])
         else:
-            parameters.append(parameter.replace(annotation=hints[name]))
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(annotation=hints[name], kind=keyword))
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
@@ -88,9 +89,8 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
 # A command's subject
 
 RunDir = Annotated[Path, argument(help="Directory of a run.")]
-Model = Annotated[
-    Path, option("--model", metavar="DIR", help="Hugging Face folder, run or converted folder.")
-]
+_MODEL = argument("MODEL", help="Hugging Face folder, run, converted folder, or name on the hub.")
+Model = Annotated[Path, _MODEL]
 Out = Annotated[Path, argument("OUT", help="Folder to write; it must not exist.")]
 Step = Annotated[
     int | None,
@@ -102,6 +102,33 @@ Fallback = Annotated[
         "--fallback", help="Use the newest good checkpoint where the wanted one is corrupt."
     ),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArgument:
+    """Which model: MODEL by position, or as --model, which was its only spelling once."""
+
+    model: Annotated[Path | None, _MODEL] = None
+    model_option: Annotated[Path | None, option("--model", hidden=True, help="As MODEL.")] = None
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.model_option is None:
+            raise UserError(
+                "MODEL is missing: name a Hugging Face folder, a run, a converted folder, or a "
+                "model on the hub such as Qwen/Qwen3-30B-A3B."
+            )
+        if self.model is not None and self.model_option is not None:
+            raise UserError(
+                f"two models are given, {self.model} and --model {self.model_option}: name one."
+            )
+
+    @property
+    def path(self) -> Path:
+        """The one that was given."""
+        path = self.model if self.model_option is None else self.model_option
+        assert path is not None
+        return path
+
 
 # How a model is held
 

@@ -113,7 +113,7 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
 
     Args:
       spec: `bytes`, or the path of a `tokenizer.json` file or of a folder saved by `transformers`.
-      field: what the user gave, such as `--model`.
+      field: what names it in messages.
 
     Raises:
       UserError: the path does not exist, its library is not installed, or it cannot be read.

@@ -43,7 +43,7 @@ def chat_ids(
     """
     if tokenizer.chat is None:
         raise UserError(
-            "--model: its tokenizer has no chat template; use `moe-jax generate` without "
+            "the model's tokenizer has no chat template; use `moe-jax generate` without "
             "--system-prompt."
         )
     return tokenizer.chat.prompt(messages, **template.of(tokenizer.chat))

@@ -184,14 +184,14 @@ def _download(name: str) -> Path:
     except Exception as error:
         cause = " ".join(str(error).split())[:160]
         raise UserError(
-            f"--model {name} is no folder here and cannot be fetched from the hub ({cause}): "
+            f"{name} is no folder here and cannot be fetched from the hub ({cause}): "
             f"check the name."
         ) from error
 
 
 def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any]) -> StoredModel:
     checkpoint = hf.open_checkpoint(folder)
-    tokenizer = load_tokenizer(str(folder), field="--model")
+    tokenizer = load_tokenizer(str(folder), field="tokenizer")
     model, moe = checkpoint.model, checkpoint.moe
     placement = contiguous(count_moe_layers(model, moe), moe.num_experts, mesh.shape["expert"])
     plan = ServingPlan(model, moe, mesh, placement, vocab_size=checkpoint.vocab_size, **held)
@@ -257,7 +257,7 @@ def _find_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
         "group": header.group,
     }
     plan = ServingPlan(model, moe, mesh, placement, vocab_size=header.vocab_size, **held)
-    tokenizer = load_tokenizer(packed_header.packed_tokenizer(path, header), field="--model")
+    tokenizer = load_tokenizer(packed_header.packed_tokenizer(path, header), field="tokenizer")
 
     def read(experts_on_host: bool) -> tuple[Any, Any]:
         return packed_checkpoint.restore_packed(path, plan, experts_on_host=experts_on_host)

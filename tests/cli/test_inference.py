@@ -75,7 +75,7 @@ def test_generate_streams_only_the_text(monkeypatch, capsys, run_dir, model):
 
 
 def test_generate_from_a_folder(capsys, tmp_path, model):
-    arguments = ["generate", "--model", tmp_path, "--greedy"]
+    arguments = ["generate", tmp_path, "--greedy"]
     assert (
         call(
             *arguments,
@@ -105,13 +105,31 @@ def test_generate_from_a_folder(capsys, tmp_path, model):
     assert out == "H" and "the context of 10 tokens is full" in err
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["MODEL", "--model"])
+def test_the_model_by_position_or_by_its_old_option(old, monkeypatch, tmp_path, model):
+    """Every command that runs a model takes it in the same two ways."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    model.engine = fake_model.fake_engine(lambda tokens, targets, mask: (mask.sum(), mask.sum()))
+    model.speak = lambda tokens: 65
+    (tmp_path / "text").write_text("some text")
+    place = ["--model", tmp_path] if old else [tmp_path]
+    for command in (
+        ["generate", "--prompt", "x", "--max-tokens", "1"],
+        ["chat"],
+        ["eval", "--text", tmp_path / "text"],
+        ["bench", "-p", "4", "-g", "2", "--repeats", "1"],
+    ):
+        assert call(command[0], *place, *command[1:]) == 0
+        assert model.opened.pop()["path"] == tmp_path and model.opened == []
+
+
 def test_chat_through_a_pipe(monkeypatch, capsys, tmp_path, model):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
-    assert call("chat", "--model", tmp_path, "--greedy", "--system-prompt", "loud") == 0
+    assert call("chat", tmp_path, "--greedy", "--system-prompt", "loud") == 0
     out, err = capsys.readouterr()
     assert out == "ONE\n" and "fake, loaded in" in err and "context 200 tokens" in err
     model.tokenizer = load_tokenizer("bytes")
-    assert call("chat", "--model", tmp_path) == 2
+    assert call("chat", tmp_path) == 2
     assert "no chat template" in capsys.readouterr().err
 
 
@@ -125,7 +143,7 @@ def test_eval_and_bench(capsys, tmp_path, model):
     text = ("--text", tmp_path / "text")
     model.speak = lambda tokens: 65
     small = ("-p", "4", "-g", "2", "--repeats", "1")
-    assert call("bench", "--model", tmp_path, *small, "--quantize", "int4", "--json", *text) == 0
+    assert call("bench", tmp_path, *small, "--quantize", "int4", "--json", *text) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"] == pytest.approx(math.e**2) and found[
         "perplexity_unquantised"
@@ -136,16 +154,16 @@ def test_eval_and_bench(capsys, tmp_path, model):
         and found["load_seconds"] > 0
         and found["read_bytes_per_second"] > 1e8
     )
-    assert call("bench", "--model", tmp_path, *small) == 0
+    assert call("bench", tmp_path, *small) == 0
     assert "share_of_floor" in capsys.readouterr().out
-    assert call("eval", "--model", tmp_path, "--json", *text) == 0
+    assert call("eval", tmp_path, "--json", *text) == 0
     found = json.loads(capsys.readouterr().out)
     assert (
         found["nats_per_token"] == pytest.approx(1.0)
         and found["tokens"] == 8
         and found["quantize"] is None
     )
-    assert call("eval", "--model", tmp_path, *text) == 0
+    assert call("eval", tmp_path, *text) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["perplexity", "2.7183"]
 
 
@@ -212,7 +230,7 @@ def test_ctrl_c_while_a_token_is_computed_exits_130(capsys, tmp_path, model):
         raise KeyboardInterrupt
 
     model.speak = interrupted
-    assert call("generate", "--model", tmp_path, "--prompt", "x") == 130
+    assert call("generate", tmp_path, "--prompt", "x") == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -221,14 +239,14 @@ def test_ctrl_c_while_a_token_is_computed_exits_130(capsys, tmp_path, model):
 )
 def test_a_reader_of_text_that_went_away_is_no_error(command, tmp_path):
     """stdout is a pipe that nobody reads any more: no traceback, and nothing is said about it."""
-    done = run_module("closed_pipe", command[0], "--model", tmp_path, *command[1:], typed="hi\n")
+    done = run_module("closed_pipe", command[0], tmp_path, *command[1:], typed="hi\n")
     assert done.returncode == 1 and "Error" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_terminal_that_cannot_show_a_character(monkeypatch, capsys, tmp_path, model):
     model.speak = lambda tokens: "\u4e13".encode()[(len(tokens) - 1) % 3]
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert call("generate", "--model", tmp_path, "--prompt", "x", "--greedy") == 2
+    assert call("generate", tmp_path, "--prompt", "x", "--greedy") == 2
     assert (
         "standard output is ascii and cannot show '\u4e13': set PYTHONIOENCODING=utf-8."
         in capsys.readouterr().err

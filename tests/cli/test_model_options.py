@@ -72,8 +72,8 @@ def test_sizes_that_are_none(text: str) -> None:
         ({"group": 33}, "--group 33 is odd, and int4 keeps two values per byte"),
         ({"step": 3}, "is not a run directory"),
         ({"fallback": True}, "is not a run directory"),
-        ({"path": Path("nowhere")}, "--model nowhere does not exist"),
-        ({"path": Path("/no/where/at/all")}, "--model /no/where/at/all does not exist"),
+        ({"path": Path("nowhere")}, "nowhere does not exist"),
+        ({"path": Path("/no/where/at/all")}, "/no/where/at/all does not exist"),
     ],
     ids=str,
 )

@@ -232,7 +232,7 @@ def test_only_what_the_device_holds_need_fit_there() -> None:
 def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each command that runs a model, from a Hugging Face folder and from the converted one."""
     folder = make_folder("qwen3_moe-plain", tmp_path / "in")
-    generate = ("generate", "--prompt", "The sea", "--greedy", "--max-tokens", "4", "--model")
+    generate = ("generate", "--prompt", "The sea", "--greedy", "--max-tokens", "4")
     assert call(*generate, folder) == 0
     text, said = capsys.readouterr()
     assert "experts:" not in said
@@ -245,7 +245,6 @@ def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         call(
             "eval",
-            "--model",
             tmp_path / "out",
             "--text",
             tmp_path / "text",
@@ -257,7 +256,6 @@ def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "found on the device" in capsys.readouterr().err
     bench = (
         "bench",
-        "--model",
         tmp_path / "out",
         "-p",
         "3",

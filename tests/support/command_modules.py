@@ -16,10 +16,10 @@ from moe_jax.cli import main
 from tests.support import ROOT
 
 COMMANDS = {
-    "generate": ["generate", "--model", "tests", "--prompt", "U:x\nA:", "--greedy"],
+    "generate": ["generate", "tests", "--prompt", "U:x\nA:", "--greedy"],
     "train": ["train", str(ROOT / "configs" / "tiny.yaml")],
     "help": ["generate", "--help"],
-    "cache": ["generate", "--model", "tests", "--prompt", "x", "--top-p", "0.5"],
+    "cache": ["generate", "tests", "--prompt", "x", "--top-p", "0.5"],
 }
 
 
