@@ -137,13 +137,14 @@ def load(
 
     Raises UserError, one sentence, for what is wrong with the folder, the mesh or the memory.
     """
-    from pathlib import Path
-
     from moe_jax.generation.model import TextModel
     from moe_jax.inference.load import open_model
+    from moe_jax.model_io.source import is_run
+    from moe_jax.utils.files import local_path
 
+    place = local_path(path)
     loaded = open_model(
-        path,
+        place,
         mesh=mesh,
         dtype=dtype,
         quantize=quantize,
@@ -154,7 +155,7 @@ def load(
         context=context,
         expert_cache=expert_cache,
     )
-    return TextModel(loaded, of_run=(Path(path) / "config.yaml").is_file())
+    return TextModel(loaded, of_run=is_run(place))
 
 
 def train(
@@ -178,19 +179,21 @@ def train(
     from collections.abc import Mapping
     from pathlib import Path
 
-    from moe_jax.config.load import load_config, section_from_dict
+    from moe_jax.config.load import load_config, section_from_dict, with_absolute_paths
     from moe_jax.config.schema import Config
     from moe_jax.errors import UserError
     from moe_jax.training.trainer import train as run_training
+    from moe_jax.utils.files import local_path
 
     if isinstance(config, (str, Path)):
-        tree = load_config(Path(config), overrides)
+        tree = load_config(local_path(config), overrides)
     elif overrides:
         raise UserError("train: overrides change a YAML file: put the values into config itself.")
     else:
         tree = section_from_dict(Config, config) if isinstance(config, Mapping) else config
+        tree = with_absolute_paths(tree)
     options = {"resume": resume, "overwrite": overwrite, "fallback": fallback}
-    return run_training(tree, Path(run_dir), **options)
+    return run_training(tree, local_path(run_dir), **options)
 
 
 def read_run(run_dir: Path | str) -> History:
@@ -198,9 +201,8 @@ def read_run(run_dir: Path | str) -> History:
 
     Raises UserError where the directory has none.
     """
-    from pathlib import Path
-
     from moe_jax.tracking.history import read_history
     from moe_jax.tracking.metrics import FILE_NAME
+    from moe_jax.utils.files import local_path
 
-    return read_history(Path(run_dir) / FILE_NAME)
+    return read_history(local_path(run_dir) / FILE_NAME)

@@ -28,8 +28,9 @@ from moe_jax.cli.options import (
 )
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import DTYPES, HUB_NAME, check_step, is_run
+from moe_jax.model_io.source import DTYPES, check_step, is_run
 from moe_jax.runtime.devices import start_devices
+from moe_jax.utils.files import HUB_NAME
 from moe_jax.utils.units import parse_bytes
 
 if TYPE_CHECKING:

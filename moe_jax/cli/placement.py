@@ -226,7 +226,7 @@ def _read(place: Path, step: int | None) -> _Known:
     with explained_disk_errors(place):
         if place.is_dir():
             return _read_run(place, step)
-        table = read_table(place)
+        table = read_table(place, what="a placement table or a run's directory")
         return _Known(table, list(range(len(table.physical_to_logical))))
 
 

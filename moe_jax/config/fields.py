@@ -9,9 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, dataclass_transform
+from typing import Any, NamedTuple, dataclass_transform
 
 from moe_jax.errors import UserError
+
+
+class PathTo(NamedTuple):
+    """Marks a setting that names a file or folder: `load.py` makes it absolute."""
+
+    words: str = ""
+    """Pattern of what may stand in the place of a path, such as `builtin`."""
+    hub: bool = False
+    """Whether `org/name` is a model on the hub where no such folder exists."""
 
 
 def setting(
@@ -21,9 +30,11 @@ def setting(
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
+    path: PathTo | None = None,
 ) -> Any:
     """A field with a default, its help text, and the closed or open bounds of its value."""
-    return dataclasses.field(default=default, metadata={"help": help, "ge": ge, "gt": gt, "le": le})
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def bounds_text(metadata: Any) -> str:

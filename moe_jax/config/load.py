@@ -2,8 +2,10 @@
 back.
 
 There are three layers: the `base:` file (one level), the file and the overrides. Each is checked by
-itself, so that an error can name its place. Then they are merged and built, and the sections check
-their combinations. Every failure is one sentence in a `UserError`.
+itself, so that an error can name its place, and its paths are made absolute: those of a file are
+relative to its folder, those of an override to the working directory. Then the layers are merged
+and built, and the sections check their combinations. Every failure is one sentence in a
+`UserError`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -22,9 +25,13 @@ from typing import Any
 import pydantic
 import yaml
 
-from moe_jax.config.fields import bounds_text
+from moe_jax.config.fields import PathTo, bounds_text
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
+from moe_jax.utils.files import HUB_NAME, local_path
+
+# What a file should be, for those who name another.
+_CONFIGURATION = "a YAML configuration, such as configs/tiny.yaml"
 
 # YAML 1.2's scalars instead of PyYAML's YAML 1.1, in which `3e-4` is text, `no` is a boolean and
 # `1:30` is ninety. (ruamel.yaml has them, and would be one more dependency.)
@@ -86,14 +93,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: a file that cannot be read, an unknown key, a value of the wrong type, an
           impossible combination.
     """
-    path = Path(path)
-    values = _parse(_read(path), str(path))
+    path = local_path(path)
+    values = _parse(_read(path, _CONFIGURATION), str(path))
     base = values.pop("base", None)
-    layers = [_checked(Config, values, str(path))]
+    layers = [_layer(values, str(path), path.parent)]
     if base is not None:
         layers.insert(0, _base_layer(path, base))
-    layers += [_checked(Config, _override(text), "--set") for text in overrides]
+    layers += [_layer(_override(text), "--set", Path()) for text in overrides]
     return _build(Config, functools.reduce(_merge, layers))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with its relative paths taken from the working directory."""
+    values = dataclasses.asdict(config)
+    return _build(Config, _absolute(Config, values, "the configuration", Path()))
 
 
 def config_from_text(text: str, source: str = "the configuration") -> Config:
@@ -112,11 +125,11 @@ def section_from_dict(
     return _build(section, _checked(section, values, source, prefix))
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
     """The keys and values of a YAML file, {} if it is empty. Raises UserError if it cannot be read
-    or holds something else.
+    or holds something else; `what` says what it should be.
     """
-    return _parse(_read(path), str(path))
+    return _parse(_read(path, what), str(path))
 
 
 def dump_config(config: Config) -> str:
@@ -173,22 +186,15 @@ def all_keys(section: Any = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: there is no such file; give the path of a YAML configuration, such as "
-            f"configs/tiny.yaml."
-        ) from error
+        raise UserError(f"{path}: there is no such file; give the path of {what}.") from error
     except IsADirectoryError as error:
-        raise UserError(
-            f"{path} is a directory; give the path of a YAML configuration in it."
-        ) from error
+        raise UserError(f"{path} is a directory; give the path of {what}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); give a YAML configuration."
-        ) from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); give {what}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; make it readable.") from error
 
@@ -232,14 +238,53 @@ def _base_layer(path: Path, base: Any) -> dict[str, Any]:
             f"{path}: base={base!r} must be text: the path of another configuration, relative to "
             f"this one."
         )
-    base_path = path.parent / base
-    values = _parse(_read(base_path), str(base_path))
+    base_path = path.parent / local_path(base)
+    values = _parse(_read(base_path, _CONFIGURATION), str(base_path))
     if "base" in values:
         raise UserError(
             f"{path}: base={base!r} has a base itself, and one level is all there is; name "
             f"{values['base']!r} or copy its keys."
         )
-    return _checked(Config, values, str(base_path))
+    return _layer(values, str(base_path), base_path.parent)
+
+
+def _layer(values: Mapping[Any, Any], source: str, folder: Path) -> dict[str, Any]:
+    """One layer, checked, with absolute paths; `folder` is where its relative ones begin."""
+    return _absolute(Config, _checked(Config, values, source), source, folder)
+
+
+def _absolute(
+    section: Any, values: Mapping[str, Any], source: str, folder: Path, prefix: str = ""
+) -> dict[str, Any]:
+    """The values of a section with every path made absolute from `folder`."""
+    hints = field_types(section)
+    placed = dict(values)
+    for name, value in values.items():
+        key, kind = f"{prefix}{name}", section.__dataclass_fields__[name].metadata["path"]
+        if isinstance(value, Mapping):
+            placed[name] = _absolute(hints[name], value, source, folder, f"{key}.")
+        elif value and kind is not None:
+            placed[name] = _absolute_path(value, kind, f"{source}: {key}={value!r}", folder)
+    return placed
+
+
+def _absolute_path(value: str, kind: PathTo, given: str, folder: Path) -> str:
+    """The path from `folder` on, or the word that stands in its place."""
+    if re.fullmatch(kind.words, value):
+        return value
+    try:
+        here = local_path(value)
+    except UserError as error:
+        raise UserError(f"{given}: {error}") from error
+    path = os.path.abspath(folder / here)
+    if os.path.exists(path):
+        return path
+    if os.path.exists(here):  # relative to the working directory, as it once was
+        raise UserError(
+            f"{given} is relative to the file's own folder, where there is no {path}: write "
+            f"{os.path.relpath(here, folder)}."
+        )
+    return value if kind.hub and re.fullmatch(HUB_NAME, value) else path
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from moe_jax.config.fields import section, setting
+from moe_jax.config.fields import PathTo, section, setting
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 
@@ -50,12 +50,15 @@ class PlacementConfig:
         le=1,
     )
     file: str | None = setting(
-        default=None, help="JSON table for `custom`, as `moe-jax placement plan --out` writes it."
+        default=None,
+        help="JSON table for `custom`, as `moe-jax placement plan --out` writes it.",
+        path=PathTo(),
     )
     topology: str | None = setting(
         default=None,
         help="YAML file of hosts, links and memory; null takes one host per process and assumed "
         "links.",
+        path=PathTo(),
     )
 
     def check(self) -> None:
@@ -123,10 +126,12 @@ class DataConfig:
         default="builtin",
         help="`builtin` (Python's own documentation and sources), a file or folder (.txt .py .md "
         ".jsonl .parquet), or `hf:NAME`.",
+        path=PathTo(words="builtin|hf:.*"),
     )
     tokenizer: str = setting(
         default="bytes",
         help="`bytes`, or the path of a tokenizer.json or of a folder that transformers reads.",
+        path=PathTo(words="bytes"),
     )
     text_field: str = setting(
         default="text",
@@ -266,6 +271,7 @@ class Config:
         default=None,
         help="A Hugging Face folder or a run directory whose weights training starts from; null "
         "draws them at random.",
+        path=PathTo(hub=True),
     )
     model: ModelConfig = setting(default=ModelConfig(), help="The transformer.")
     moe: MoEConfig = setting(default=MoEConfig(), help="The experts.")

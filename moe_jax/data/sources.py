@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.chat_template import without_surrogates
 from moe_jax.errors import UserError
-from moe_jax.utils.files import read_characters
+from moe_jax.utils.files import local_path, read_characters
 
 # Fields that hold a conversation, where a row has no `data.text_field`.
 _CONVERSATIONS = ("messages", "conversations")
@@ -46,7 +46,7 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
         return _builtin_documents()
     if config.source.startswith("hf:"):
         return _hub_documents(config)
-    path = Path(os.path.expanduser(config.source))
+    path = local_path(config.source)
     if not os.path.exists(path):  # Path.exists raises where a parent folder may not be entered
         raise UserError(
             f"data.source={config.source!r} does not exist: use 'builtin', 'hf:NAME', or the path "

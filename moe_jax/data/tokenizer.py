@@ -22,6 +22,7 @@ from moe_jax.data.chat_template import ChatTemplate, load_template, without_surr
 from moe_jax.data.tokenizer_files import BYTES_EOS, is_bare
 from moe_jax.errors import UserError
 from moe_jax.runtime.quiet import quiet_transformers
+from moe_jax.utils.files import local_path
 
 # The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides it.
 VOCAB_MULTIPLE = 8
@@ -120,7 +121,7 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
     """
     if spec == "bytes":
         return _bytes_tokenizer()
-    path = Path(os.path.expanduser(spec))
+    path = local_path(spec)
     if not os.path.exists(path):  # Path.exists raises where a parent folder may not be entered
         raise UserError(
             f"{field}={spec!r} does not exist: use 'bytes', or the path of a tokenizer.json or of "

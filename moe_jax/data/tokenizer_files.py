@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from moe_jax.utils.files import local_path
+
 # What transformers or tokenizers may read; config.json can be the only file that names the class of
 # the tokenizer.
 PATTERNS = (
@@ -44,7 +46,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def copy_tokenizer(spec: str, target: Path) -> None:
     """Copies the files of `spec`, a tokenizer.json or a folder, into the new folder `target`."""
     target.mkdir(parents=True)
-    source = Path(spec).expanduser()
+    source = local_path(spec)
     if source.is_file():
         shutil.copyfile(source, target / "tokenizer.json")
         return

@@ -13,9 +13,9 @@ from moe_jax.inference.memory import device_bytes
 from moe_jax.inference.packed_checkpoint import write_packed
 from moe_jax.inference.read_weights import serving_tables
 from moe_jax.model_io.packed_header import PACKED_FORMAT, PackedHeader
-from moe_jax.model_io.source import HUB_NAME, PackedSource, find
+from moe_jax.model_io.source import PackedSource, find
 from moe_jax.ops.quantized import Kind
-from moe_jax.utils.files import refuse_existing
+from moe_jax.utils.files import HUB_NAME, refuse_existing
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
 

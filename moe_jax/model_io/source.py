@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from moe_jax.model_io.describe import Description
     from moe_jax.model_io.weights import Weights
 
-HUB_NAME = r"[\w.-]+/[\w.-]+"
 DTYPES = ("float32", "bfloat16")
 
 

@@ -24,7 +24,7 @@ def read_topology(path: Path, devices: int | None = None) -> Topology:
     Raises UserError for a file that cannot be read, a key that is unknown, missing or of the wrong
     type, a number out of range, or another number of devices.
     """
-    values = read_yaml(path)
+    values = read_yaml(path, "a topology in YAML, such as configs/placement/topology.yaml")
     fields = {field.name: field for field in dataclasses.fields(Topology)}
     for key in values:
         if key not in fields:
@@ -62,18 +62,19 @@ def read_topology(path: Path, devices: int | None = None) -> Topology:
 def read_table(
     path: Path,
     *,
+    what: str = "a placement table",
     layers: int | None = None,
     num_experts: int | None = None,
     ranks: int | None = None,
     max_experts_per_device: int | None = None,
 ) -> Placement:
     """A placement table that `moe-jax placement plan --out` wrote; sizes that are given must be
-    those of the table.
+    those of the table. `what` is what may be at the path, for the messages.
 
     Raises UserError for a table of another size; and, naming layer and expert, for one that leaves
     out an expert, has it twice on a device, or puts more than `max_experts_per_device` on one.
     """
-    value = _read_json(path, "a placement table")
+    value = _read_json(path, what)
     keys = ("version", "num_experts", "num_slots", "physical_to_logical")
     missing = [key for key in keys if key not in value]
     if missing:
@@ -119,11 +120,11 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: there is no such file; give {what} or a run's directory."
-        ) from error
+        raise UserError(f"{path}: there is no such file; give {what}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give {what}.") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError included
-        raise UserError(f"{path} is not JSON: give {what} or a run's directory.") from error
+        raise UserError(f"{path} is not JSON: give {what}.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: give {what} or a run's directory.")
+        raise UserError(f"{path} holds no JSON object: give {what}.")
     return value

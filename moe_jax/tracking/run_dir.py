@@ -10,7 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config.load import config_from_text, dump_config, dump_value
+from moe_jax.config.load import (
+    config_from_text,
+    dump_config,
+    dump_value,
+    with_absolute_paths,
+)
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
 from moe_jax.utils.files import PART, replace_text
@@ -47,7 +52,8 @@ FREE = ("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", 
 def read_run_config(run_dir: Path) -> Config:
     """The configuration of a run. Raises UserError for one that cannot be read."""
     path = run_dir / "config.yaml"
-    return config_from_text(path.read_text(encoding="utf-8"), str(path))
+    # Earlier versions kept relative paths as they were typed.
+    return with_absolute_paths(config_from_text(path.read_text(encoding="utf-8"), str(path)))
 
 
 def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:

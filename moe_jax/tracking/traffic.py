@@ -44,7 +44,7 @@ def read_measured(path: Path) -> MeasuredTraffic:
                 f"measures load, or a load file."
             )
         path = path / RUN_FILE
-    content = _read_json(path, "a load file")
+    content = _read_json(path, "a load file or a run's directory")
     missing = [key for key in ("version", "steps", "num_experts", "layers") if key not in content]
     if missing or ("traffic" in content) == ("load" in content):
         lacks = (

@@ -35,7 +35,7 @@ from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
-from moe_jax.utils.files import replace_text
+from moe_jax.utils.files import local_path, replace_text
 from moe_jax.utils.progress import byte_progress
 
 # Keys of the `model` and `moe` sections that say how to compute or to train: they are the
@@ -75,7 +75,7 @@ class Origin:
     def __init__(self, config: Config, directory: Path):
         """`directory` is the run's own."""
         self.name, self.directory = str(config.init_from), directory
-        self.path = Path(self.name).expanduser()
+        self.path = local_path(self.name)
 
     @cached_property
     def description(self) -> Description:

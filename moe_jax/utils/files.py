@@ -1,5 +1,6 @@
-"""Writing a file or a folder whole or not at all.
+"""Paths as people write them, and writing a file or a folder whole or not at all.
 
+    local_path("~/runs/first")             # /home/me/runs/first; refuses gs://bucket/run
     replace_text(run_dir / "config.yaml", text)
     with new_folder(out) as part:          # OUT.part, which becomes OUT when the block ends
         (part / "config.json").write_text(text)
@@ -10,6 +11,7 @@ What is being written has the suffix `.part`: a killed write leaves nothing else
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,29 @@ from pathlib import Path
 from moe_jax.errors import UserError
 
 PART = ".part"
+HUB_NAME = r"[\w.-]+/[\w.-]+"  # of a model on the Hugging Face hub
+
+_URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"  # Path writes gs://bucket as gs:/bucket
+
+
+def local_path(path: str | Path) -> Path:
+    """The path with `~` and `~name` as the home folders they stand for.
+
+    Raises UserError for a URL, because all that is read and written is on file systems of this
+    machine, and for the home of nobody.
+    """
+    if re.match(_URL, str(path)):
+        raise UserError(
+            f"{path} is a URL, and only paths of this machine are read and written: give a path, "
+            f"such as where the bucket is mounted (gcsfuse, mount-s3)."
+        )
+    expanded = os.path.expanduser(path)
+    if str(path).startswith("~") and expanded == str(path):
+        raise UserError(
+            f"{path}: nobody has that home folder: write the path out, "
+            f"or ./{path} for a name that begins with ~."
+        )
+    return Path(expanded)
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:

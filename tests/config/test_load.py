@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.config.load import all_keys, config_from_text, dump_config, load_config
+from moe_jax.config.load import (
+    all_keys,
+    config_from_text,
+    dump_config,
+    load_config,
+    with_absolute_paths,
+)
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import Config, DataConfig, OptimizerConfig, TrainConfig
 from moe_jax.errors import UserError
@@ -207,6 +213,100 @@ def test_mistakes_in_the_base_name_the_base(tmp_path):
     (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain: {steps: 3}")
     with pytest.raises(UserError, match=r"base\.yaml: train\.steps='x'"):
         load_config(tmp_path / "top.yaml", [])
+
+
+# Paths: those of a file are relative to it, those of --set to the working directory.
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """configs/run.yaml and configs/parts/base.yaml in a project; the working directory is
+    elsewhere. Returns the project.
+    """
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project / "configs" / "parts", project / "data", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    return project
+
+
+PATHS = ("init_from", "data.source", "data.tokenizer", "placement.file", "placement.topology")
+
+
+def leaf(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def in_yaml(key, value):
+    section, _, name = key.rpartition(".")
+    strategy = "strategy: custom, " if name == "file" else ""
+    return f"{section}: {{{strategy}{name}: {value}}}\n" if section else f"{name}: {value}\n"
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("there", [True, False], ids=["there", "missing"])
+def test_a_path_in_a_file_is_relative_to_that_file(key, there, places):
+    """In the base as well; the resolved path is absolute whether or not something is there."""
+    if there:
+        (places / "data" / "one").write_text("")
+    (places / "configs" / "run.yaml").write_text(in_yaml(key, "../data/one"))
+    assert leaf(load_config(places / "configs" / "run.yaml"), key) == str(places / "data" / "one")
+    (places / "configs" / "parts" / "base.yaml").write_text(in_yaml(key, "../../data/one"))
+    (places / "configs" / "run.yaml").write_text("base: parts/base.yaml")
+    assert leaf(load_config(places / "configs" / "run.yaml"), key) == str(places / "data" / "one")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_of_an_override_is_relative_to_the_working_directory(key, places):
+    (places / "configs" / "run.yaml").write_text("")
+    overrides = [f"{key}=one"] + ["placement.strategy=custom"] * (key == "placement.file")
+    config = load_config(places / "configs" / "run.yaml", overrides)
+    assert leaf(config, key) == str(places.parent / "elsewhere" / "one")
+
+
+def test_a_file_relative_to_the_working_directory_is_refused_with_the_path_to_write(places):
+    """As paths in a YAML once were."""
+    (places.parent / "elsewhere" / "one.txt").write_text("")
+    (places / "configs" / "run.yaml").write_text("data: {source: one.txt}")
+    with pytest.raises(UserError) as caught:
+        load_config(places / "configs" / "run.yaml")
+    assert str(caught.value) == (
+        f"{places}/configs/run.yaml: data.source='one.txt' is relative to the file's own folder, "
+        f"where there is no {places}/configs/one.txt: write ../../elsewhere/one.txt."
+    )
+
+
+def test_words_and_names_on_the_hub_are_no_paths(places):
+    path = places / "configs" / "run.yaml"
+    for text in ("data: {source: builtin, tokenizer: bytes}", "data: {source: 'hf:a/b'}"):
+        path.write_text(text)
+        config = load_config(path)
+        assert config.data.source in ("builtin", "hf:a/b") and config.data.tokenizer == "bytes"
+    path.write_text("init_from: Qwen/Qwen3-30B-A3B")
+    assert load_config(path).init_from == "Qwen/Qwen3-30B-A3B"
+    (places / "configs" / "Qwen" / "Qwen3-30B-A3B").mkdir(parents=True)
+    assert load_config(path).init_from == f"{places}/configs/Qwen/Qwen3-30B-A3B"
+
+
+def test_the_home_folder_and_urls(places, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = places / "configs" / "run.yaml"
+    path.write_text("data: {source: ~/texts}")
+    assert load_config(path).data.source == "/home/someone/texts"
+    assert load_config(path, ["data.source=~/more"]).data.source == "/home/someone/more"
+    sentence = r"--set: data.source='gs://bucket/texts': gs://bucket/texts is a URL, and only paths"
+    with pytest.raises(UserError, match=sentence):
+        load_config(path, ["data.source=gs://bucket/texts"])
+
+
+def test_a_configuration_made_by_hand_gets_absolute_paths(places):
+    config = Config(data=DataConfig(source="one"), init_from="two")
+    found = with_absolute_paths(config)
+    elsewhere = places.parent / "elsewhere"
+    assert found.data.source == str(elsewhere / "one") and found.init_from == str(elsewhere / "two")
+    assert with_absolute_paths(found) == found
 
 
 words = st.text(st.characters(codec="utf-8"))

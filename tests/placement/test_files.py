@@ -36,6 +36,13 @@ def test_what_is_no_table_is_refused(content: bytes, words: str, tmp_path: Path)
     assert "\n" not in str(refused.value)
 
 
+def test_what_cannot_be_read_says_what_it_should_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file; give a placement table\.$"):
+        read_table(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory; give a placement table"):
+        read_table(tmp_path)
+
+
 def test_a_table_for_another_model_or_mesh_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(json.dumps(FORM))

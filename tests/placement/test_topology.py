@@ -105,5 +105,5 @@ def test_a_wrong_file_is_refused_in_one_sentence(change, words, tmp_path):
     with pytest.raises(UserError, match=r"links\.yaml") as caught:
         read_topology(path, devices=8)
     assert words in str(caught.value)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such file; give the path of a topology in YAML"):
         read_topology(tmp_path / "nowhere.yaml")

@@ -4,8 +4,6 @@ there is room.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,6 +19,7 @@ from moe_jax.runtime.platform import platform_of
 from moe_jax.training.placement.traffic_window import TrafficWindow
 from moe_jax.training.restore import SavedRun
 from moe_jax.training.step import TrainProgram
+from moe_jax.utils.files import local_path
 
 
 def mesh_topology(config: Config, mesh: Mesh) -> Topology:
@@ -30,9 +29,7 @@ def mesh_topology(config: Config, mesh: Mesh) -> Topology:
     Raises UserError for a file that cannot be read or does not match the mesh.
     """
     if config.placement.topology is not None:
-        topology = read_topology(
-            Path(config.placement.topology).expanduser(), devices=config.mesh.size
-        )
+        topology = read_topology(local_path(config.placement.topology), devices=config.mesh.size)
         topology.host_of_rank(
             config.mesh.expert, config.mesh.tensor
         )  # refuses hosts that cut the mesh's rows
@@ -80,7 +77,7 @@ def first_placement(config: Config, topology: Topology, saved: SavedRun | None) 
     )
     chosen, redundant = config.placement, config.placement.redundant_slots
     if chosen.strategy == "custom":
-        path = Path(str(chosen.file)).expanduser()
+        path = local_path(str(chosen.file))
         return read_table(
             path,
             layers=layers,
