@@ -139,3 +139,14 @@ def test_gradients_of_a_loss_of_ones_own_are_those_of_training():
             np.testing.assert_allclose(norm, measured.grad_norm, rtol=1e-4)
             assert float(loss - lower) == pytest.approx(3e-4 * norm**2, rel=0.05)
     assert after[1] == pytest.approx(after[0], rel=1e-6)
+
+
+def test_home_folders_and_urls_as_on_the_command_line(tmp_path, monkeypatch):
+    for use in (moe_jax.load, moe_jax.read_run, lambda url: moe_jax.train({}, url)):
+        with pytest.raises(moe_jax.UserError, match=r"gs:/+bucket/run is a URL"):
+            use("gs://bucket/run")
+    with pytest.raises(moe_jax.UserError, match=r"data.source='s3://bucket/a'"):
+        moe_jax.train({"data": {"source": "s3://bucket/a"}}, tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(moe_jax.UserError, match=f"{tmp_path}/x.yaml: there is no such file"):
+        moe_jax.train("~/x.yaml", "~/run")

@@ -24,8 +24,9 @@ from moe_jax.cli.options import (
     Out,
     Quantize,
     Step,
-    argument,
     option,
+    path_argument,
+    path_option,
 )
 from moe_jax.model_io.source import check_step, find
 from moe_jax.utils.files import refuse_existing
@@ -85,7 +86,9 @@ def export(
 
 
 def inspect(
-    model: Annotated[Path, argument("MODEL", help="As for generate, or a YAML configuration.")],
+    model: Annotated[
+        Path, path_argument("MODEL", help="As for generate, or a YAML configuration.")
+    ],
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -132,7 +135,7 @@ def inspect(
 
 
 def resize(
-    run: Annotated[Path, argument("RUN", help="Run, or a dense Hugging Face folder.")],
+    run: Annotated[Path, path_argument("RUN", help="Run, or a dense Hugging Face folder.")],
     out: Out,
     experts: Annotated[
         int, option("--experts", metavar="N", min=1, help="Experts per layer afterwards.")
@@ -157,7 +160,7 @@ def resize(
     ] = 0,
     config: Annotated[
         Path | None,
-        option("--config", metavar="YAML", help="How to train a Hugging Face folder."),
+        path_option("--config", metavar="YAML", help="How to train a Hugging Face folder."),
     ] = None,
     first_dense: Annotated[
         int | None,

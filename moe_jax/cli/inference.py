@@ -34,6 +34,7 @@ from moe_jax.cli.options import (
     Text,
     Window,
     option,
+    path_option,
     spread,
 )
 from moe_jax.cli.reasoning import ReasoningWriter
@@ -237,7 +238,7 @@ def bench(
     ] = 5,
     text: Annotated[
         Path | None,
-        option("--text", metavar="FILE", help="With --quantize: perplexity on it, of both."),
+        path_option("--text", metavar="FILE", help="With --quantize: perplexity on it, of both."),
     ] = None,
     window: Window = None,
     *,

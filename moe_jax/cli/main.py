@@ -21,7 +21,7 @@ import typer
 from moe_jax import __version__
 from moe_jax.cli import checkpoints, inference, placement
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.options import Fallback, RunDir, argument, option
+from moe_jax.cli.options import Fallback, RunDir, option, path_argument, path_option
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import require_run
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
@@ -95,7 +95,7 @@ def common(
     "runs/short"
 )
 def train(
-    config: Annotated[Path, argument(help="YAML configuration.")],
+    config: Annotated[Path, path_argument("CONFIG", help="YAML configuration.")],
     overrides: Annotated[
         list[str] | None,
         option(
@@ -106,7 +106,9 @@ def train(
     ] = None,
     run_dir: Annotated[
         Path | None,
-        option("--run-dir", metavar="DIR", help="Where all output goes.  [default: runs/NAME]"),
+        path_option(
+            "--run-dir", metavar="DIR", help="Where all output goes.  [default: runs/NAME]"
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in DIR from its newest checkpoint.")

@@ -28,6 +28,7 @@ import typer
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_STOP
 from moe_jax.generation.template_options import TemplateOptions
+from moe_jax.utils.files import local_path
 
 if TYPE_CHECKING:
     from moe_jax.generation.sampling_options import SamplingOptions
@@ -38,9 +39,14 @@ def option(*names: str, help: str, **rest: Any) -> Any:
     return typer.Option(*names, show_default=False, help=help, **rest)
 
 
-def argument(metavar: str | None = None, *, help: str) -> Any:
-    """An argument without a default that is worth showing."""
-    return typer.Argument(metavar=metavar, show_default=False, help=help)
+def path_option(*names: str, help: str, **rest: Any) -> Any:
+    """An option that takes a path of this machine, `~` included; it refuses URLs."""
+    return option(*names, help=help, parser=local_path, **rest)
+
+
+def path_argument(metavar: str, *, help: str) -> Any:
+    """An argument that takes such a path; it has no default that is worth showing."""
+    return typer.Argument(metavar=metavar, show_default=False, help=help, parser=local_path)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -88,10 +94,12 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
 
 # A command's subject
 
-RunDir = Annotated[Path, argument(help="Directory of a run.")]
-_MODEL = argument("MODEL", help="Hugging Face folder, run, converted folder, or name on the hub.")
+RunDir = Annotated[Path, path_argument("RUN_DIR", help="Directory of a run.")]
+_MODEL = path_argument(
+    "MODEL", help="Hugging Face folder, run, converted folder, or name on the hub."
+)
 Model = Annotated[Path, _MODEL]
-Out = Annotated[Path, argument("OUT", help="Folder to write; it must not exist.")]
+Out = Annotated[Path, path_argument("OUT", help="Folder to write; it must not exist.")]
 Step = Annotated[
     int | None,
     option("--step", metavar="N", min=0, help="Checkpoint step of a run; the newest if not given."),
@@ -109,7 +117,9 @@ class ModelArgument:
     """Which model: MODEL by position, or as --model, which was its only spelling once."""
 
     model: Annotated[Path | None, _MODEL] = None
-    model_option: Annotated[Path | None, option("--model", hidden=True, help="As MODEL.")] = None
+    model_option: Annotated[Path | None, path_option("--model", hidden=True, help="As MODEL.")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.model is None and self.model_option is None:
@@ -224,7 +234,7 @@ ShowReasoning = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens to generate at most.")
 ]
-Text = Annotated[Path, option("--text", metavar="FILE", help="UTF-8 text.")]
+Text = Annotated[Path, path_option("--text", metavar="FILE", help="UTF-8 text.")]
 Window = Annotated[
     int | None,
     option(

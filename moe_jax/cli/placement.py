@@ -13,7 +13,7 @@ import typer
 
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.model_options import one_of
-from moe_jax.cli.options import AsJson, Step, argument, option
+from moe_jax.cli.options import AsJson, Step, option, path_argument, path_option
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import check_step, require_run
 from moe_jax.utils.progress import say
@@ -44,13 +44,14 @@ class _Known(NamedTuple):
 
 def plan(
     load: Annotated[
-        Path, argument("RUN_OR_LOAD_FILE", help="Run, or JSON in the form of a run's traffic.json.")
+        Path,
+        path_argument("RUN_OR_LOAD_FILE", help="Run, or JSON in the form of a run's traffic.json."),
     ],
     strategy: Annotated[
         str, typer.Option(metavar="NAME", help="contiguous, round_robin, balanced, topology_aware.")
     ] = "balanced",
     topology: Annotated[
-        Path | None, option("--topology", metavar="FILE", help="YAML of hosts and links.")
+        Path | None, path_option("--topology", metavar="FILE", help="YAML of hosts and links.")
     ] = None,
     ranks: Annotated[
         int | None,
@@ -67,11 +68,11 @@ def plan(
     ] = None,
     out: Annotated[
         Path | None,
-        option("--out", metavar="FILE", help="Write the table here, for placement.file."),
+        path_option("--out", metavar="FILE", help="Write the table here, for placement.file."),
     ] = None,
     png: Annotated[
         Path | None,
-        option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]"),
+        path_option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: AsJson = False,
@@ -162,7 +163,7 @@ def _propose(
 
 
 def show(
-    place: Annotated[Path, argument("RUN_OR_TABLE", help="Run, or a table that plan wrote.")],
+    place: Annotated[Path, path_argument("RUN_OR_TABLE", help="Run, or a table that plan wrote.")],
     step: Step = None,
     layer: Annotated[
         int | None,
@@ -191,8 +192,8 @@ def show(
 
 
 def diff(
-    a: Annotated[Path, argument("A", help="Run or table before.")],
-    b: Annotated[Path, argument("B", help="Run or table after.")],
+    a: Annotated[Path, path_argument("A", help="Run or table before.")],
+    b: Annotated[Path, path_argument("B", help="Run or table after.")],
 ) -> None:
     """Show which experts move where from A to B."""
     before, after = _read(a, None), _read(b, None)

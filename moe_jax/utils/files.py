@@ -33,14 +33,14 @@ def local_path(path: str | Path) -> Path:
     """
     if re.match(_URL, str(path)):
         raise UserError(
-            f"{path} is a URL, and only paths of this machine are read and written: give a path, "
-            f"such as where the bucket is mounted (gcsfuse, mount-s3)."
+            f"{path} is a URL, and only paths of this machine are read and written: mount a bucket "
+            f"(gcsfuse, mount-s3) and give the folder; a model on the hub is named as org/name."
         )
     expanded = os.path.expanduser(path)
     if str(path).startswith("~") and expanded == str(path):
         raise UserError(
-            f"{path}: nobody has that home folder: write the path out, "
-            f"or ./{path} for a name that begins with ~."
+            f"{path}: there is no such home folder: write the path out, or ./{path} for a name "
+            f"that begins with ~."
         )
     return Path(expanded)
 

@@ -116,6 +116,10 @@ def test_usage_errors_exit_2(arguments, capsys):
         (["eval", ".", "--text", "nothere.txt"], "--text nothere.txt: No such file"),
         (["bench", ".", "--quantize", "int3"], "--quantize 'int3' is unknown"),
         (["report", "nowhere"], "nowhere is not a run directory"),
+        (["train", TINY, "--run-dir", "gs://bucket/run"], "gs://bucket/run is a URL"),
+        (["train", TINY, "--set", "data.source=s3://bucket/a"], "data.source='s3://bucket/a'"),
+        (["report", "file:///runs/first"], "file:///runs/first is a URL"),
+        (["chat", "https://huggingface.co/a/b"], "a model on the hub is named as org/name"),
     ],
 )
 def test_mistakes_are_one_sentence_on_stderr_and_exit_2(
@@ -144,6 +148,15 @@ def test_train_passes_its_arguments_on(monkeypatch):
         {"resume": False, "overwrite": False, "fallback": False},
     )
     assert calls[1][1:] == (Path("there"), {"resume": True, "overwrite": False, "fallback": True})
+
+
+def test_the_home_folder_is_expanded(monkeypatch, tmp_path, capsys):
+    """As in --run-dir=~/first, where no shell does it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("report", "~/first") == 2
+    assert f"{tmp_path}/first is not a run directory" in capsys.readouterr().err
+    assert call("train", "~/x.yaml", "--run-dir=~/first") == 2
+    assert f"{tmp_path}/x.yaml: there is no such file" in capsys.readouterr().err
 
 
 def test_report_prints_the_path(monkeypatch, capsys, run_dir):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
+from pathlib import Path
 
 import pytest
 import typer
 
+from moe_jax.cli import main, placement
 from moe_jax.cli.inference import bench, chat, evaluate, generate
 from moe_jax.cli.model_options import ModelOptions
 from moe_jax.cli.options import Dtype, Greedy, Model, SamplingFlags, Seed, spread
 from moe_jax.errors import UserError
+from moe_jax.utils.files import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,25 @@ def test_commands_that_run_a_model_have_the_same_options() -> None:
         assert [name for name in own if name in flags] == (
             flags if command in (generate, chat) else []
         )
+
+
+def paths_of(app: typer.Typer) -> list[tuple[str, str, object]]:
+    """(command, parameter, what reads it) for each parameter of a command that is a path."""
+    found = []
+    for command in app.registered_commands:
+        hints = typing.get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+            if kind is Path or Path in typing.get_args(kind):
+                (note,) = notes
+                found.append((command.name or command.callback.__name__, name, note.parser))
+    return found
+
+
+def test_every_path_of_every_command_knows_the_home_folder_and_urls() -> None:
+    paths = paths_of(main.app) + paths_of(placement.app)
+    assert len({command for command, _, _ in paths}) == 14
+    assert [path for path in paths if path[2] is not local_path] == []
 
 
 def test_flags_become_sampling_options() -> None:

@@ -1,4 +1,4 @@
-"""A file or a folder is written whole or not at all."""
+"""Paths as they are typed; a file or a folder is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,30 @@ from pathlib import Path
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.utils.files import new_folder, replace_bytes, replace_text
+from moe_jax.utils.files import local_path, new_folder, replace_bytes, replace_text
+
+
+def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert (
+        local_path("~/runs/first")
+        == local_path(Path("~/runs/first"))
+        == Path("/home/me/runs/first")
+    )
+    assert [local_path(plain) for plain in ("a/~b", "./~", "")] == [Path("a/~b"), Path("~"), Path()]
+    with pytest.raises(UserError, match=r"^~nobody-here/x: there is no such home folder"):
+        local_path("~nobody-here/x")
+
+
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/run", "s3://bucket", "file:///runs", "https://a.b/c", "hf://org/name"]
+)
+def test_urls_are_no_paths(url: str) -> None:
+    """As text, and as the path that a caller made of it."""
+    for path in (url, Path(url)):
+        with pytest.raises(UserError, match=" is a URL, and only paths of this machine are read"):
+            local_path(path)
+    assert local_path("C:/runs") == Path("C:/runs") and local_path("a:b/c") == Path("a:b/c")
 
 
 @pytest.mark.parametrize("durable", [False, True])
