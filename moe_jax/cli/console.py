@@ -38,20 +38,12 @@ def explained_disk_errors(place: Path) -> Iterator[None]:
 
 
 def write_pieces(pieces: Iterable[str]) -> str:
-    """Writes pieces of text to stdout as they come; returns the whole. Raises UserError where
-    stdout cannot hold them.
-    """
+    """Writes pieces of text to stdout as they come; returns the whole."""
     written: list[str] = []
-    try:
-        for piece in pieces:
-            written.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"standard output is {error.encoding} and cannot show {error.object!r}: set "
-            f"PYTHONIOENCODING=utf-8."
-        ) from error
+    for piece in pieces:
+        written.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
     return "".join(written)
 
 

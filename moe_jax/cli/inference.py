@@ -88,7 +88,7 @@ def _generate(
 ) -> None:
     """Streams the text to stdout, then speeds and memory to stderr, also after Ctrl-C."""
 
-    use_compile_cache()  # before what follows imports JAX
+    use_compile_cache()
     from moe_jax.generation.chat import chat_ids, first_messages, reply_pieces
     from moe_jax.generation.generate import Reader, check_length
     from moe_jax.generation.generate import generate as pieces
@@ -154,7 +154,7 @@ def chat(
 ) -> None:
     """Talk with a model: /help, /reset, /quit; Ctrl-C stops a reply."""
     choice, sampling = ModelChoice(model.path, options), flags.sampling()
-    use_compile_cache()  # before what follows imports JAX
+    use_compile_cache()
     from moe_jax.cli.chat import run_chat
     from moe_jax.generation.chat import Conversation, check_template
 
@@ -210,7 +210,7 @@ def evaluate(
 
 def _evaluated(choice: ModelChoice, text: Path, window: int | None) -> Evaluation:
     """Opens the model and scores the text; the model leaves memory at the end."""
-    use_compile_cache()  # before what follows imports JAX
+    use_compile_cache()
     from moe_jax.generation.evaluate import evaluate as score
     from moe_jax.generation.evaluate import read_text
 
@@ -248,7 +248,7 @@ def bench(
 ) -> None:
     """Measure reading a prompt and generating, apart."""
     choice = ModelChoice(model.path, options)
-    use_compile_cache()  # before what follows imports JAX
+    use_compile_cache()
     from moe_jax.generation.bench import bench as measure
 
     results: dict[str, Any] = {"quantize": options.quantize}

@@ -25,7 +25,7 @@ from moe_jax.cli.options import Fallback, RunDir, option, path_argument, path_op
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import require_run
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
-from moe_jax.runtime.quiet import quiet_checkpoints
+from moe_jax.runtime.process import prepare_process
 from moe_jax.runtime.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
         restart_with_huge_pages()
-    quiet_checkpoints()
+    prepare_process()
     with exit_on_sigterm():
         try:
             app(args=arguments, prog_name="moe-jax")

@@ -35,16 +35,10 @@ def _processor() -> str:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs from now on. Call it before JAX is imported.
-
-    Otherwise XLA:CPU prints a warning whenever it loads a kept program: it takes two tuning
-    preferences for instructions that the processor lacks.
-    """
+    """Keeps compiled programs from now on."""
     folder = cache_folder()
     if folder is None:
         return
-    if not Path("/dev/nvidiactl").exists():  # a GPU's errors must be seen
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -5,9 +5,18 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+from tests.support import ROOT
 from tests.support.command import run_module
+from tests.support.hf_folder import make_folder
+
+# What a person has not set; GLIBC_TUNABLES would spare the command to start itself again.
+UNSET = ("XLA_FLAGS", "TF_CPP_MIN_LOG_LEVEL", "GLIBC_TUNABLES", "NPROC")
 
 
 def loaded_by(command: str) -> set[str]:
@@ -51,5 +60,22 @@ def test_help_imports_nothing_that_takes_long() -> None:
     assert "moe_jax.cli.inference" in modules and modules & SLOW == set()
 
 
-def test_the_compile_cache_is_set_up_before_jax_is_imported() -> None:
-    assert "jax" not in loaded_by("cache")
+def test_the_process_is_prepared_before_jax_is_imported() -> None:
+    assert "jax" not in loaded_by("prepare")
+
+
+def test_the_second_start_is_as_quiet_as_the_first(tmp_path: Path) -> None:
+    """XLA:CPU has much to say of each program that it reads from the compile cache."""
+    folder = make_folder("qwen3_moe-plain", tmp_path / "model")
+    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
+    environment |= {"PYTHONPATH": str(ROOT), "MOE_JAX_CACHE": str(tmp_path / "cache")}
+    command = ["-m", "moe_jax", "generate", str(folder), "--prompt", "The sea", "--max-tokens", "3"]
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(re.sub(r"[\d.,]+", "N", done.stderr))
+    assert any((tmp_path / "cache").rglob("*-cache"))  # or there was nothing to be said
+    assert said[0] == said[1] and said[0].count("\n") == 2

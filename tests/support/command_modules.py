@@ -1,6 +1,6 @@
 """What a command imports, in a process of its own.
 
-    python -m tests.support.command_modules generate|train|help|cache
+    python -m tests.support.command_modules generate|train|help|prepare
 
 Runs the command as far as the fakes go and prints the names of all loaded modules as JSON.
 """
@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": ["generate", "tests", "--prompt", "U:x\nA:", "--greedy"],
     "train": ["train", str(ROOT / "configs" / "tiny.yaml")],
     "help": ["generate", "--help"],
-    "cache": ["generate", "tests", "--prompt", "x", "--top-p", "0.5"],
+    "prepare": ["generate", "tests", "--prompt", "x", "--top-p", "0.5"],
 }
 
 
@@ -47,14 +47,15 @@ def replace_training() -> None:
     trainer.train = train
 
 
-def stop_at_cache() -> None:
-    """The compile cache has settings that must come before JAX: nothing is done after them."""
-    from moe_jax.cli import inference
+def stop_when_prepared() -> None:
+    """Some settings of the process must come before JAX: nothing is done after them."""
+    prepare = main.prepare_process
 
     def stop() -> None:
+        prepare()
         raise SystemExit(0)
 
-    inference.use_compile_cache = stop
+    main.prepare_process = stop
 
 
 def run(name: str) -> None:
@@ -62,8 +63,8 @@ def run(name: str) -> None:
         replace_model()
     elif name == "train":
         replace_training()
-    elif name == "cache":
-        stop_at_cache()
+    elif name == "prepare":
+        stop_when_prepared()
     try:
         main.main(COMMANDS[name])
     except SystemExit as end:
