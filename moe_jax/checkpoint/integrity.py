@@ -9,6 +9,7 @@ manifest.b2` agrees).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import CorruptCheckpoint, UserError
+from moe_jax.utils.files import is_left_by_system
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.b2"
@@ -99,10 +101,13 @@ def seal_directory(directory: Path, content: dict[str, Any]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Make the names in a folder survive a power cut, where the file system has a way to."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # of network folders, some flush files alone
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -148,11 +153,14 @@ def verify_directory(directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def _files(directory: Path) -> list[str]:
-    """Paths of all files below a directory, relative and with forward slashes, sorted."""
+    """Paths of all files below a directory, relative and with forward slashes, sorted; those that
+    a desktop leaves there belong to nobody.
+    """
     return sorted(
         (Path(folder) / name).relative_to(directory).as_posix()
         for folder, _, names in os.walk(directory)
         for name in names
+        if not is_left_by_system(Path(name))
     )
 
 

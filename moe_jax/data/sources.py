@@ -1,8 +1,9 @@
 """The documents of `data.source`: the built-in corpus, files and folders, or a hub dataset.
 
 A document is a text or a conversation. The order is fixed, so that the same source gives the same
-corpus. In a folder, files of unknown kinds are ignored. A file of a known kind that cannot be read
-is refused by its name and, if it has lines, the line.
+corpus. In a folder, files of unknown kinds are ignored, and hidden files and folders are passed
+over: editors, desktops and version control keep copies there that nobody meant as text. A file of a
+known kind that cannot be read is refused by its name and, if it has lines, the line.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from moe_jax.config.schema import DataConfig
 from moe_jax.data.chat_template import without_surrogates
 from moe_jax.errors import UserError
 from moe_jax.utils.files import local_path, read_characters
+from moe_jax.utils.progress import say
 
 # Fields that hold a conversation, where a row has no `data.text_field`.
 _CONVERSATIONS = ("messages", "conversations")
@@ -53,13 +55,11 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
             f"of a file or folder."
         )
     if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file()
-        )
+        files = _files_below(path)
         if not files:
             raise UserError(
-                f"data.source={config.source!r} is a folder without any {_SUFFIXES} file: give "
-                f"one that has some."
+                f"data.source={config.source!r} is a folder without any {_SUFFIXES} file that is "
+                f"not hidden: give one that has some."
             )
     elif path.suffix.lower() in _READERS:
         files = [path]
@@ -72,6 +72,25 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
         for file in files
         for document in _READERS[file.suffix.lower()](file, config.text_field)
     )
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of known kinds in a folder and those below it, without what is hidden, which is
+    said.
+    """
+    every = sorted(
+        file for file in folder.rglob("*") if file.suffix.lower() in _READERS and file.is_file()
+    )
+    files = [
+        file
+        for file in every
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    hidden = [file for file in every if file not in set(files)]
+    if hidden:
+        more = f" and {len(hidden) - 1:,} more" if len(hidden) > 1 else ""
+        say(f"data.source: hidden files are passed over: {hidden[0]}{more}.")
+    return files
 
 
 def _builtin_documents() -> Iterator[str]:

@@ -19,6 +19,7 @@ from moe_jax.model_io.packed_header import KEPT_CONFIG, packed_tokenizer, read_p
 from moe_jax.models.parameters import by_kind, parameters
 from moe_jax.ops.quantized import Kind
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
+from moe_jax.utils.files import is_left_by_system
 
 # Files that hold weights; pickles too, to be refused by name.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
@@ -119,7 +120,8 @@ def describe_hugging_face(path: Path) -> Description:
         tokenizer=str(path),
         hf_config=read.config,
     )
-    if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+    files = (file for pattern in WEIGHTS for file in path.glob(pattern))
+    if not all(is_left_by_system(file) for file in files):
         checkpoint = hf.open_checkpoint(path)
         return described._replace(
             model=checkpoint.model,  # whose head may be found to be no copy of the embedding

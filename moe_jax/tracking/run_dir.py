@@ -18,7 +18,7 @@ from moe_jax.config.load import (
 )
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
-from moe_jax.utils.files import PART, replace_text
+from moe_jax.utils.files import PART, is_left_by_system, replace_text
 
 # What a run writes.
 CONTENTS = (
@@ -66,7 +66,11 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file: name a directory.")
     names = (
-        {path.name for path in run_dir.iterdir() if not path.name.endswith(PART)}
+        {
+            path.name
+            for path in run_dir.iterdir()
+            if not path.name.endswith(PART) and not is_left_by_system(path)
+        }
         if run_dir.exists()
         else set()
     )

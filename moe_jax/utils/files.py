@@ -20,9 +20,18 @@ from pathlib import Path
 from moe_jax.errors import UserError
 
 PART = ".part"
+KNOWN_BY = ("config.json", "config.yaml", "moe_jax.json")  # a model's folder
 HUB_NAME = r"[\w.-]+/[\w.-]+"  # of a model on the Hugging Face hub
 
 _URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"  # Path writes gs://bucket as gs:/bucket
+
+
+_LEFT_BY_SYSTEM = r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini"
+
+
+def is_left_by_system(path: Path) -> bool:
+    """Whether a desktop or a network file system leaves such a file in any folder it shows."""
+    return re.fullmatch(_LEFT_BY_SYSTEM, path.name) is not None
 
 
 def local_path(path: str | Path) -> Path:
@@ -72,6 +81,25 @@ def read_characters(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig")
 
 
+def rename_folder(part: Path, whole: Path) -> None:
+    """Gives a finished folder its name.
+
+    Where the file system does not rename folders (a bucket mounted by gcsfuse, some network
+    folders), its files are moved one by one, last those by which it is known for what it is.
+    """
+    try:
+        part.rename(whole)
+        return
+    except OSError:
+        if not part.is_dir() or whole.exists():
+            raise
+    files = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: str(file) in KNOWN_BY):
+        (whole / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / file, whole / file)
+    shutil.rmtree(part)
+
+
 def refuse_existing(out: Path) -> None:
     """Raises UserError where there is something already, which is never overwritten unasked."""
     if out.exists():
@@ -92,7 +120,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        part.rename(out)
+        rename_folder(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -35,6 +35,29 @@ def test_folder_is_read_in_order(tmp_path: Path) -> None:
     assert documents(tmp_path) == ["één\r\n", "two", "three", "four", "five", "six"]
 
 
+def test_hidden_files_are_passed_over_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a desktop, an editor or version control leaves: no text, or a copy of held-out text."""
+    root = tmp_path / ".texts"  # which was named, so that it is not hidden
+    for folder in (".ipynb_checkpoints", ".git/hooks", "sub"):
+        (root / folder).mkdir(parents=True)
+    (root / "a.txt").write_text("one")
+    (root / "sub" / "b.md").write_text("two")
+    (root / "._a.txt").write_bytes(b"\x00\x05\x16\x07\x80Mac OS X")
+    (root / "sub" / ".b.md.swp").write_bytes(b"\x80")
+    (root / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("a draft of one")
+    (root / ".git" / "hooks" / "c.py").write_text("hook")
+    assert documents(root) == ["one", "two"]
+    said = f"data.source: hidden files are passed over: {root}/._a.txt and 2 more.\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".a.txt").write_text("one")
+    assert documents(root / "sub") == ["two"] and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"without any \.txt, .* file that is not hidden"):
+        documents(root / ".." / "hidden")
+
+
 def test_text_field_is_chosen(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "x", "text": "y"}))
     assert documents(tmp_path / "a.jsonl", text_field="body") == ["x"]
