@@ -11,6 +11,9 @@ reached the disk, is what makes it count. A kill at any moment therefore leaves 
 they were and at most a `.partial` directory, which the next save removes. Opening a directory
 changes nothing in it, so a run can be read while it trains.
 
+Where the file system does not rename directories (buckets mounted by gcsfuse, some network
+folders), an empty file `step_00000100.committed` beside the `.partial` directory makes it count.
+
 Several processes need a file system that they share; `save`, `wait`, `close` and the restores are
 then called by all of them, in the same order.
 
@@ -20,13 +23,14 @@ other numbers without an error. It also refuses to save a step that is there alr
 that went back does. Its policies LatestN and BestN are not quite our rule (BestN keeps steps
 without a loss while there are no more than N), and would replace four lines of `_prune`.
 
-`.partial` and `.replaced` are the format's own suffixes and not those of utils/files.py: a step
-that is being replaced must still count until its successor does.
+The suffixes are the format's own and not those of utils/files.py: a step that is being replaced
+must still count until its successor does.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import re
@@ -43,8 +47,10 @@ from jax.experimental import multihost_utils
 
 from moe_jax.checkpoint import integrity, orbax_io
 from moe_jax.errors import CorruptCheckpoint, UserError
+from moe_jax.utils.progress import say
 
 CHECKPOINT_FORMAT = 1
+COMMITTED = ".committed"
 
 
 class Adapt(NamedTuple):
@@ -90,7 +96,8 @@ class Checkpoints:
         """The steps that count, ascending; whether their bytes are still good shows when they are
         read.
         """
-        names = (re.fullmatch(r"step_(\d+)(\.replaced)?", path.name) for path in self._entries())
+        pattern = r"step_(\d+)(\.replaced|\.committed)?"
+        names = (re.fullmatch(pattern, path.name) for path in self._entries())
         return sorted({int(match[1]) for match in names if match})
 
     def latest(self) -> int | None:
@@ -100,7 +107,8 @@ class Checkpoints:
     def partial_steps(self) -> list[int]:
         """Steps whose save or removal is under way or was cut short; they do not count."""
         names = (re.fullmatch(r"step_(\d+)\.partial", path.name) for path in self._entries())
-        return sorted(int(match[1]) for match in names if match)
+        partial = (int(match[1]) for match in names if match)
+        return sorted(step for step in partial if not self._path(step, COMMITTED).exists())
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` of a step. Raises `CorruptCheckpoint` where its bytes are not those
@@ -184,22 +192,26 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clean()
-            free = shutil.disk_usage(self.directory).free
-            if free < size:
+            disk = shutil.disk_usage(self.directory)
+            if disk.total and disk.free < size:  # a bucket has no size
                 raise OSError(
-                    errno.ENOSPC, f"{size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+                    errno.ENOSPC,
+                    f"{size / 1e6:.1f} MB are needed, {disk.free / 1e6:.1f} MB are free",
                 )
+            if partial.exists():  # committed by a marker: the same step once more
+                self._remove(self._saving)
             partial.mkdir()
 
     def _clean(self) -> None:
         for path in self._entries():
-            if path.name.endswith(".partial"):
+            final, committed = path.with_suffix(""), path.with_suffix(COMMITTED).exists()
+            if (path.suffix == ".partial" and not committed) or (path.suffix == "" and committed):
                 shutil.rmtree(path)
-            elif path.name.endswith(".replaced"):
-                if path.with_suffix("").exists():
+            elif path.suffix == ".replaced":
+                if final.exists() or committed:
                     shutil.rmtree(path)
                 else:  # Killed between the two renames of `_commit`.
-                    path.rename(path.with_suffix(""))
+                    path.rename(final)
 
     def _finish(
         self, finish_writing: Callable[[], None], step: int, meta: str, content: dict[str, Any]
@@ -221,12 +233,22 @@ class Checkpoints:
         )
         integrity.write_durably(partial / "meta.json", meta)
         integrity.seal_directory(partial, content)
-        if final.exists():
-            final.rename(replaced)  # Still counts as the step until the next line is done.
-        partial.rename(final)
+        try:
+            if final.exists():
+                final.rename(replaced)  # Still counts as the step until the next line is done.
+            partial.rename(final)
+            superseded = [replaced]
+        except OSError:
+            if not partial.is_dir():
+                raise
+            # Where this fails too, it is not the renaming that is refused.
+            integrity.write_durably(self._path(step, COMMITTED), "")
+            _say_how_steps_are_committed(self.directory)
+            superseded = [final, replaced]
         integrity.flush_folder(self.directory)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        for path in superseded:
+            if path.exists():
+                shutil.rmtree(path)
 
     def _prune(self, saved: int) -> None:
         """Remove steps that the run has left or that are neither among the newest nor among the
@@ -238,11 +260,19 @@ class Checkpoints:
         keep = {*steps[-self._keep_last :], *best}
         for step in self.steps():
             if step not in keep:
-                doomed = self._path(step, ".partial")
-                self._find(step).rename(
-                    doomed
-                )  # From here on it does not count, even if the removal is cut short.
-                shutil.rmtree(doomed)
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Removes a step, which first ceases to count, so that the removal may be cut short."""
+        path, doomed = self._find(step), self._path(step, ".partial")
+        if path == doomed:
+            self._path(step, COMMITTED).unlink()
+        else:
+            try:
+                path.rename(doomed)
+            except OSError:  # a copy of another file system's, on one that does not rename
+                doomed = path
+        shutil.rmtree(doomed)
 
     def _val_loss(self, step: int) -> float | None:
         try:
@@ -271,7 +301,7 @@ class Checkpoints:
             failed = bool(np.any(multihost_utils.process_allgather(np.array(failed))))
         if not failed:
             return
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and self._saving in self.partial_steps():
             shutil.rmtree(
                 self._path(self._saving, ".partial"), ignore_errors=True
             )  # What resists goes with the next save.
@@ -382,7 +412,8 @@ class Checkpoints:
         return self.directory / f"step_{step:08d}{suffix}"
 
     def _find(self, step: int) -> Path:
-        for suffix in ("", ".replaced"):
+        committed = self._path(step, COMMITTED).exists()
+        for suffix in (".partial", "", ".replaced") if committed else ("", ".replaced"):
             if (path := self._path(step, suffix)).is_dir():
                 return path
         others = ", ".join(map(str, self.steps())) or "none"
@@ -409,6 +440,14 @@ class Checkpoints:
                 else "restore it from a copy or train again"
             )
             raise CorruptCheckpoint(f"{error}: {remedy}.") from error
+
+
+@functools.cache
+def _say_how_steps_are_committed(directory: Path) -> None:
+    say(
+        f"{directory}: the file system does not rename folders, so a checkpoint counts by a file "
+        f"step_N{COMMITTED} beside its folder step_N.partial: keep both."
+    )
 
 
 def _by_first_process(check: Callable[[], None]) -> None:

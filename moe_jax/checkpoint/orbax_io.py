@@ -37,9 +37,18 @@ def start_writing(path: Path, arrays: dict[str, jax.Array]) -> Callable[[], None
     Once this returns the caller may donate the arrays: on CPU, where the copy is a view, JAX then
     leaves the viewed memory alone and gives the donated computation new memory.
     """
-    checkpointer = ocp.StandardCheckpointer()
+    # By default Orbax renames a folder of its own, which some file systems refuse, and which nobody
+    # needs here: `path` does not count before it is sealed.
+    kind = ocp.path.atomicity.CommitFileTemporaryPath
+    checkpointer = ocp.StandardCheckpointer(temporary_path_class=kind)
     checkpointer.save(path, arrays)
-    return checkpointer.close
+
+    def finish() -> None:
+        checkpointer.close()
+        if jax.process_index() == 0:
+            (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).unlink()  # it holds the absolute path
+
+    return finish
 
 
 def read(path: Path, asked: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

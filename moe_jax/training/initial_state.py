@@ -35,7 +35,7 @@ from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
-from moe_jax.utils.files import local_path, replace_text
+from moe_jax.utils.files import local_path, rename_folder, replace_text
 from moe_jax.utils.progress import byte_progress
 
 # Keys of the `model` and `moe` sections that say how to compute or to train: they are the
@@ -245,7 +245,7 @@ def keep(directory: Path, config: Config, origin: Origin) -> None:
             if left.exists():
                 shutil.rmtree(left)
         copy_tokenizer(config.data.tokenizer, part)
-        part.rename(whole)
+        rename_folder(part, whole)
 
 
 def vocabulary(config: Config, corpus: Corpus) -> int:

@@ -4,6 +4,7 @@ half-written does not count.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint import orbax_io
+from moe_jax.checkpoint import integrity, orbax_io
 from moe_jax.checkpoint.manager import Adapt, Checkpoints
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.runtime.quiet import quiet_checkpoints
@@ -265,6 +266,88 @@ def test_a_kill_during_a_save_leaves_the_step_before_as_latest(killed: Path, mom
         f"step_{kept:08d}" for kept in checkpoints.steps()
     }
     assert_same(checkpoints.restore(step, target), make_state(mesh(2, 4), seed))
+
+
+@pytest.fixture
+def no_renamed_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a bucket that gcsfuse shows."""
+    rename = os.rename
+
+    def refuse(old: str | Path, new: str | Path) -> None:
+        if os.path.isdir(old):
+            raise OSError(errno.EMFILE, "Too many open files", str(old))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse)
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.usefixtures("no_renamed_folders")
+def test_where_folders_cannot_be_renamed_a_marker_commits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "checkpoints"
+    checkpoints = saved(directory, 1, 2, 3, keep_last=2)
+    assert (checkpoints.steps(), checkpoints.partial_steps()) == ([2, 3], [])
+    kept = {f"step_0000000{step}.{kind}" for step in (2, 3) for kind in ("partial", "committed")}
+    assert names(directory) == kept
+    assert capsys.readouterr().err == (
+        f"{directory}: the file system does not rename folders, so a checkpoint counts by a file "
+        f"step_N.committed beside its folder step_N.partial: keep both.\n"
+    )
+    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
+    found = Checkpoints(directory, 2, 0).restore_latest(target)
+    assert (found.step, found.meta) == (3, {"step": 3})
+    assert_same(found.state, make_state(mesh(2, 4), 3))
+    # A run that went back, and the same step once more; a save that was killed does not count.
+    (directory / "step_00000009.partial").mkdir()
+    assert (checkpoints.steps(), checkpoints.partial_steps()) == ([2, 3], [9])
+    checkpoints.save(2, make_state(mesh(2, 4), 99), {"again": True}, wait=True)
+    assert names(directory) == {"step_00000002.partial", "step_00000002.committed"}
+    assert_same(checkpoints.restore(2, target), make_state(mesh(2, 4), 99))
+
+
+@pytest.mark.usefixtures("no_renamed_folders")
+def test_a_marker_commits_over_a_checkpoint_that_was_copied_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setattr(os, "rename", os.replace)
+        saved(tmp_path, 1, 2)
+    assert names(tmp_path) == {"step_00000001", "step_00000002"}
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    checkpoints.save(2, make_state(mesh(2, 4), 99), {}, wait=True)
+    assert names(tmp_path) == {"step_00000002.partial", "step_00000002.committed"}
+    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
+    assert_same(checkpoints.restore(2, target), make_state(mesh(2, 4), 99))
+
+
+@pytest.mark.usefixtures("no_renamed_folders")
+def test_a_marker_that_cannot_be_written_leaves_the_step_uncounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, write = saved(tmp_path, 1), integrity.write_durably
+
+    def fail(path: Path, text: str) -> None:
+        if path.suffix == ".committed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(integrity, "write_durably", fail)
+    with pytest.raises(UserError, match=r"step 2 cannot be saved in .*Permission denied"):
+        checkpoints.save(2, make_state(mesh(2, 4), 2), {}, wait=True)
+    assert (checkpoints.steps(), checkpoints.partial_steps()) == ([1], [])
+
+
+def test_what_a_desktop_leaves_in_a_checkpoint_is_no_damage(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    for folder in (tmp_path, step_path(tmp_path, 1), step_path(tmp_path, 1) / "state"):
+        (folder / ".DS_Store").write_bytes(b"\0")
+    state = make_state(mesh(2, 4), 1)
+    assert_same(checkpoints.restore(1, target_of(state, mesh(2, 4))), state)
 
 
 def test_an_opened_directory_is_left_alone_while_another_saves(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,31 @@ def test_a_folder_appears_when_its_block_ends_well(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     with pytest.raises(UserError, match="exists already"), new_folder(out):
         pytest.fail("what is there must not be written over")
+
+
+def test_a_folder_appears_where_folders_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File by file, the one by which it is known last."""
+    moved, replace = [], os.replace
+
+    def rename(old: Path, new: Path) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented", str(old))
+
+    def note(old: Path, new: Path) -> None:
+        moved.append(new.name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", note)
+    with new_folder(tmp_path / "out") as part:
+        (part / "config.json").write_text("{}")
+        (part / "weights").mkdir()
+        (part / "weights" / "config.json").write_text("[]")
+    assert moved == ["config.json", "config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert (tmp_path / "out" / "weights" / "config.json").read_text() == "[]"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_is_left_of_a_folder_whose_block_fails(tmp_path: Path) -> None:
