@@ -336,7 +336,7 @@ def test_a_damaged_metrics_file_is_named(copy: Path, folder: Path) -> None:
     [
         ({}, "", r"--prompt is empty: give at least one character"),
         ({"step": 5}, "the", r"no checkpoint of step 5 in .* \(there are: 3, 6\)"),
-        ({"step": 1}, "the", r"holds no checkpoint of step 1"),
+        ({"step": 1}, "the", r"holds no checkpoint of step 1 \(there are: 3, 6\): choose another"),
     ],
 )
 def test_sampling_mistakes(change: dict[str, int], prompt: str, words: str, base: Path) -> None:

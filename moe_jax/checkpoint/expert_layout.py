@@ -25,10 +25,15 @@ def saved_placement(checkpoints: Checkpoints, step: int | None, fallback: bool) 
     """
     saved = saved_meta(checkpoints, step, fallback)
     if saved is None:
-        wanted = "" if step is None else f" of step {step} or before"
+        steps = checkpoints.steps()
+        if steps:
+            raise UserError(
+                f"{checkpoints.directory} holds no checkpoint of step {step} (there are: "
+                f"{', '.join(map(str, steps))}): choose another --step."
+            )
         raise UserError(
-            f"{checkpoints.directory} holds no checkpoint{wanted}: train first, or name another "
-            f"run directory."
+            f"{checkpoints.directory} holds no checkpoint: train first, or name another run "
+            f"directory."
         )
     return Placement.from_json(saved[1]["placement"])
 

@@ -192,15 +192,15 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clean()
+            if partial.exists():  # committed by a marker: the same step once more
+                self._remove(self._saving)
+            partial.mkdir()  # before the room is measured: a read-only disk has none, and says so
             disk = shutil.disk_usage(self.directory)
             if disk.total and disk.free < size:  # a bucket has no size
                 raise OSError(
                     errno.ENOSPC,
                     f"{size / 1e6:.1f} MB are needed, {disk.free / 1e6:.1f} MB are free",
                 )
-            if partial.exists():  # committed by a marker: the same step once more
-                self._remove(self._saving)
-            partial.mkdir()
 
     def _clean(self) -> None:
         for path in self._entries():

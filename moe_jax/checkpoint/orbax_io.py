@@ -126,6 +126,11 @@ def explain(error: Exception, step: int, directory: Path) -> UserError | None:
             f"the disk of {directory} is too full to save step {step}: free some space (earlier "
             f"checkpoints are intact)."
         )
+    if number == errno.EROFS:
+        return UserError(
+            f"step {step} cannot be saved in {directory}, whose file system is read-only: name "
+            f"another --run-dir (earlier checkpoints are intact)."
+        )
     return UserError(
         f"step {step} cannot be saved in {directory} ({error}): see that it is writable (earlier "
         f"checkpoints are intact)."

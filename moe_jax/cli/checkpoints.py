@@ -115,7 +115,7 @@ def inspect(
     from moe_jax.inference.inspect import print_inspection, to_json
 
     with explained_disk_errors(model):
-        described = find(model).describe()
+        described = find(model, yaml=True).describe()
     inspection = plan(
         described,
         mesh=axes,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from moe_jax.utils.units import gibibytes
 
 
 @contextlib.contextmanager
-def explained_disk_errors(place: Path) -> Iterator[None]:
+def explained_disk_errors(place: Path | None = None) -> Iterator[None]:
     """Turns what the file system refuses into a sentence naming the file, or `place` where the
     error names none.
     """
@@ -25,6 +26,8 @@ def explained_disk_errors(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or place
+        if where is None:
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{where}: no space is left on its disk; free some, then continue (train: with "
@@ -32,6 +35,15 @@ def explained_disk_errors(place: Path) -> Iterator[None]:
             ) from error
         if error.filename is None:
             raise
+        if error.errno == errno.EROFS:
+            raise UserError(
+                f"{where}: its file system is read-only; name another place."
+            ) from error
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP):
+            raise UserError(
+                f"{where}: its file system cannot do what is needed ({error.strerror}); name a "
+                f"place on another one."
+            ) from error
         raise UserError(
             f"{where}: {error.strerror or error}; check the path and its permissions."
         ) from error
@@ -64,7 +76,8 @@ def print_results(results: Mapping[str, Any], *, as_json: bool) -> None:
         return
     for name, value in results.items():
         if not name.endswith("_by_layer"):
-            print(f"{name:28} {_readable(name, value)}")
+            label = re.sub(r"_(seconds|bytes)$", "", name).replace("_", " ")
+            print(f"{label.replace('bytes per', 'read per'):28} {_readable(name, value)}")
 
 
 def _readable(name: str, value: Any) -> str:
@@ -72,6 +85,8 @@ def _readable(name: str, value: Any) -> str:
         return gibibytes(value) + ("/s" if name.endswith("per_second") else "")
     if name.startswith("share") or name.endswith("hit_rate"):
         return f"{value:.1%}"
+    if name.endswith("_seconds"):
+        return f"{value:,.4g} s"
     return f"{value:,.4g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -119,10 +118,12 @@ def _generate(
         figures=stats,
         **limits,
     )
+    if system is not None:
+        say("--system-prompt: the prompt is put into the model's chat template, as in chat.")
     with noted_signals(signal.SIGINT) as interrupts:
-        write_pieces(writer.around(until_noted(interrupts, text)))
-    if sys.stdout.isatty() or interrupts:
-        sys.stdout.write("\n")
+        written = write_pieces(writer.around(until_noted(interrupts, text)))
+    if not written.endswith("\n"):
+        print(flush=True)
     say(stats.sentence(loaded.context))
     compiled = opened.compile_seconds + stats.compile_seconds
     say(f"loaded in {opened.seconds:,.1f} s, compiled in {compiled:,.1f} s; {peak_memory()}")

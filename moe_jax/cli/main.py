@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     prepare_process()
     with exit_on_sigterm():
         try:
-            app(args=arguments, prog_name="moe-jax")
+            with explained_disk_errors():
+                app(args=arguments, prog_name="moe-jax")
         except UserError as error:
             print(f"moe-jax: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -294,10 +294,26 @@ def _override(text: str) -> dict[str, Any]:
         raise UserError(
             f"--set {text!r} is not of the form key=value, such as --set train.steps=100."
         )
-    values = _yaml(value, f"--set {key.strip()}")
+    values: Any = (
+        ""
+        if not value.strip() and _takes_text(key.strip())
+        else _yaml(value, f"--set {key.strip()}")
+    )
     for part in reversed(key.strip().split(".")):
         values = {part: values}
     return values
+
+
+def _takes_text(key: str) -> bool:
+    """Whether the setting at a dotted key is a text, which may be empty, and no path."""
+    section: Any = Config
+    *sections, name = key.split(".")
+    for part in sections:
+        section = field_types(section).get(part) if dataclasses.is_dataclass(section) else None
+    if not dataclasses.is_dataclass(section) or name not in field_types(section):
+        return False
+    hint, metadata = field_types(section)[name], section.__dataclass_fields__[name].metadata
+    return str in (hint, *typing.get_args(hint)) and metadata["path"] is None
 
 
 def _checked(

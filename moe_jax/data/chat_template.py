@@ -1,6 +1,6 @@
 """Conversations as text and tokens, by the chat template that a tokenizer's folder has.
 
-    template = load_template("--model='DIR'", tokenizer_of_transformers)
+    template = load_template("tokenizer='DIR'", tokenizer_of_transformers)
     ids = template.prompt([{"role": "user", "content": "Hello"}], enable_thinking=False)
     ids, counts = template.conversation(messages)       # to train on: counts of assistant's turns
 

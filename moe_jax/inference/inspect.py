@@ -214,13 +214,8 @@ def _notes(
         )
     if context > described.context:
         notes.append(f"The model was made for {described.context:,} tokens.")
-    empty = plan.placement.empty_slots
-    if empty:
-        notes.append(
-            f"{empty} slots per layer stay empty, as the expert axis does not divide "
-            f"{plan.moe.num_experts} experts."
-        )
-    return notes
+    idle = plan.idle_note()
+    return notes if idle is None else [*notes, idle]
 
 
 # What is shown.

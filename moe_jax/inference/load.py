@@ -91,6 +91,8 @@ def open_model(
             f"{stored.name} was made for {stored.context:,} tokens: in a context of {context:,}, "
             f"what it gives beyond them may be worse."
         )
+    if (idle := stored.plan.idle_note()) is not None:
+        say(idle)
     params, bias_LE = stored.read(expert_cache is not None)
     tables = serving_tables(stored.plan, bias_LE)
     engine: Engine = (

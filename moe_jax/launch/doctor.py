@@ -221,6 +221,8 @@ def print_examination(examination: Examination, *, as_json: bool) -> None:
 
     console = Console(highlight=False)
     for table in _tables(examination):
+        if not console.is_terminal:
+            table.box = None
         if table.row_count:
             console.print(table)
     for problem in examination.problems:

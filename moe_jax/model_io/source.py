@@ -103,8 +103,10 @@ class YamlSource(NamedTuple):
 Source = HuggingFaceSource | RunSource | PackedSource | YamlSource
 
 
-def find(path: Path) -> Source:
-    """What is at a path. Raises UserError where there is nothing."""
+def find(path: Path, *, yaml: bool = False) -> Source:
+    """What is at a path. Raises UserError where there is nothing; with `yaml` it offers a
+    configuration too, which only describes a model.
+    """
     if (path / PACKED_HEADER).is_file():
         return PackedSource(path)
     if is_run(path):
@@ -113,9 +115,9 @@ def find(path: Path) -> Source:
         return YamlSource(path)
     if path.is_dir():
         return HuggingFaceSource(path)
+    also = ", or a YAML configuration" if yaml else ""
     raise UserError(
-        f"{path} does not exist: give a Hugging Face folder, a run, a converted folder or a YAML "
-        f"configuration."
+        f"{path} does not exist: give a Hugging Face folder, a run or a converted folder{also}."
     )
 
 

@@ -98,6 +98,21 @@ class ServingPlan:
             )
         return plans
 
+    def idle_note(self) -> str | None:
+        """A sentence on slots that hold no expert; None where all do."""
+        ranks, experts = self.mesh.shape["expert"], self.moe.num_experts
+        if ranks > experts and self.placement.empty_slots:
+            return (
+                f"{ranks - experts} of the {ranks} devices along expert hold no expert: a layer "
+                f"has {experts}."
+            )
+        if self.placement.empty_slots:
+            return (
+                f"{self.placement.empty_slots} slots per layer stay empty, as the expert axis "
+                f"does not divide {experts} experts."
+            )
+        return None
+
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the weights, as `pack` gives them."""
 

@@ -121,9 +121,11 @@ def plan_weight(
     wanted: Kind = "float" if parsed.name in _FLOAT else kind
     if wanted == "int4" and (last // parts) % group:
         of = f"{last}, of which each device has {last // parts}" if parts > 1 else str(last)
+        smaller = next((g for g in (64, 32, 16, 8) if g < group and not last // parts % g), None)
+        remedy = "" if smaller is None else f"--group {smaller} or "
         raise UserError(
-            f"--quantize int4 works in groups of {group}, which do not divide {path}'s inputs "
-            f"({of}): use --group 32 or --quantize int8."
+            f"--quantize int4 works in groups of {group}, which do not divide the inputs of "
+            f"{parsed.within.replace('/', ' ')} ({of}): use {remedy}--quantize int8."
         )
     return WeightPlan(path, shape, spec, order, inputs, wanted, group, dtype)
 

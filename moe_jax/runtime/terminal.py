@@ -27,8 +27,10 @@ def print_any_character() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    if isinstance(error, UnicodeEncodeError):
-        _say_what_is_escaped(error.encoding)
+    if (
+        isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8"
+    ):  # which lacks nothing but what is no character
+        _say_what_is_escaped(sys.stdout.encoding)
     return codecs.backslashreplace_errors(error)
 
 

@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
     load_LR: np.ndarray
     sent_RR: np.ndarray  # all layers together
-    link_L: np.ndarray  # rows over the busiest link
+    link_L: np.ndarray  # rows over the busiest link, those between hosts weighted
     cost_L: np.ndarray
 
 
@@ -47,6 +47,7 @@ class Comparison(NamedTuple):
     moves_L: np.ndarray  # experts that must be sent to a device that does not hold them
     slots: tuple[int, int]  # per device, today and proposed
     notes: list[str]
+    between_weight: float = 1.0  # what a row counts on the link of a host
 
 
 def compare(
@@ -88,6 +89,7 @@ def compare(
         moves(proposed, today).sum(-1),
         slots,
         notes,
+        weight if host_R.max(initial=0) > 0 else 1.0,
     )
 
 
@@ -151,6 +153,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "title": comparison.title,
         "moves": int(comparison.moves_L.sum()),
         "slots_per_device": slots,
+        "between_weight": comparison.between_weight,
         "predicted_gain": gains,
     }
     return head | {
@@ -186,38 +189,34 @@ def print_comparison(comparison: Comparison) -> None:
         f"{len(comparison.layers):,} MoE layers"
     )
     rows = [
-        (COMPARISON_LABELS[name], *(f"{value:,.2f}" for value in pair), f"{-gain(pair):+.1%}")
+        (
+            COMPARISON_LABELS[name],
+            *(f"{value:,.{0 if name.endswith('_rows') else 2}f}" for value in pair),
+            f"{-gain(pair):+.1%}",
+        )
         for name, pair in figures(comparison).items()
     ]
     show.table(("", "today", "proposed", "change"), rows)
+    if comparison.between_weight != 1:
+        show.line(
+            f"On links, a row between hosts counts {comparison.between_weight:.3g} times: it takes "
+            f"so much longer there than within a host."
+        )
     show.table(
         ("device", "host", "today", "x mean", "proposed", "x mean"),
         _device_rows(comparison),
         _left_out(len(comparison.host_R), MOST_DEVICES),
     )
-    order_L = np.sort(
-        np.argsort(-(comparison.today.cost_L - comparison.proposed.cost_L), kind="stable")[
-            :MOST_LAYERS
-        ]
-    )
-    both = [
-        (max_over_mean(one.load_LR), one.link_L) for one in (comparison.today, comparison.proposed)
-    ]
-    layers = [
-        (
-            str(comparison.layers[i]),
-            *(f"{ratio[i]:.2f}" for ratio, _ in both),
-            *(f"{link[i]:,.0f}" for _, link in both),
-            f"{comparison.moves_L[i]}",
-        )
-        for i in order_L
-    ]
     left = (
         f"the {MOST_LAYERS} of {len(comparison.layers)} layers that gain most"
         if len(comparison.layers) > MOST_LAYERS
         else ""
     )
-    show.table(("layer", "max/mean", "proposed", "link rows", "proposed", "moves"), layers, left)
+    show.table(
+        ("layer", "max/mean", "proposed", "link rows", "proposed", "moves"),
+        _layer_rows(comparison),
+        left,
+    )
     for name, one in (("today", comparison.today), ("proposed", comparison.proposed)):
         if len(one.sent_RR) <= MOST_COLUMNS:
             matrix = [
@@ -239,6 +238,24 @@ def print_comparison(comparison: Comparison) -> None:
     )
     for note in comparison.notes:
         show.line(note)
+
+
+def _layer_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """One line per layer; if there are many, those that gain most."""
+    gain_L = comparison.today.cost_L - comparison.proposed.cost_L
+    order_L = np.sort(np.argsort(-gain_L, kind="stable")[:MOST_LAYERS])
+    both = [
+        (max_over_mean(one.load_LR), one.link_L) for one in (comparison.today, comparison.proposed)
+    ]
+    return [
+        (
+            str(comparison.layers[i]),
+            *(f"{ratio[i]:.2f}" for ratio, _ in both),
+            *(f"{link[i]:,.0f}" for _, link in both),
+            f"{comparison.moves_L[i]}",
+        )
+        for i in order_L
+    ]
 
 
 def _device_rows(comparison: Comparison) -> list[tuple[str, ...]]:

@@ -23,15 +23,18 @@ def watch(run_dir: Path, *, once: bool = False, interval: float = 2.0) -> None:
     """Shows a run until it ends or Ctrl-C; with `once`, or if stdout is not a terminal, prints one
     frame.
 
-    Looks for new lines every `interval` seconds. Raises UserError if the directory is missing or a
-    file in it is damaged.
+    Looks for new lines every `interval` seconds. A run that has not begun is waited for. Raises
+    UserError if there is nothing to print one frame of, or if a file is damaged.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} does not exist: give the --run-dir of a `moe-jax train`.")
     console = Console(highlight=False)
+    once = once or not console.is_terminal
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file: give the --run-dir of a `moe-jax train`.")
+    if once and not run_dir.is_dir():
+        raise UserError(f"{run_dir} does not exist: give the --run-dir of a `moe-jax train`.")
     with closing(FollowedRun(run_dir)) as run:
         run.read()
-        if once or not console.is_terminal:
+        if once:
             console.print(draw(run, console.size, console.options.ascii_only))
             return
         try:

@@ -16,6 +16,7 @@ from moe_jax.training.placement.decision import Decision, Estimate
 from moe_jax.training.placement.migration import Moved
 from moe_jax.training.placement.traffic_window import TrafficWindow
 from moe_jax.training.state import StepStats
+from moe_jax.utils.units import less
 
 
 def training_record(
@@ -167,7 +168,7 @@ def placement_sentence(event: dict[str, Any]) -> str:
             f"step {event['step']}: since experts moved at step {event['of_step']} the busiest "
             f"device has {event['max_over_mean_after']:.2f} times the mean load, before "
             f"{event['max_over_mean_before']:.2f} "
-            f"({event['realised_gain']:.0%} less, {event['predicted_gain']:.0%} predicted)"
+            f"({less(event['realised_gain'])}, predicted {less(event['predicted_gain'])})"
         )
     if not event["accepted"]:
         return f"step {event['step']}: experts stay where they are: {event['why']}"

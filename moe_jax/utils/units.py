@@ -55,6 +55,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
+def less(fraction: float, digits: int = 0) -> str:
+    """A fall by a fraction as words, a rise included: `14% less`, `3% more`."""
+    return f"{abs(fraction):.{digits}%} {'less' if fraction >= 0 else 'more'}"
+
+
 UNITS = {"": 1, "b": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("kmgt", start=1)

@@ -446,6 +446,25 @@ def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None
         Checkpoints(tmp_path / "file" / "checkpoints", 1, 0).save(1, make_state(mesh(2, 4)), {})
 
 
+def test_a_read_only_disk_is_not_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no free space either."""
+    checkpoints, mkdir = saved(tmp_path, 1), Path.mkdir
+
+    def refuse(path: Path, *rest: object, **options: object) -> None:
+        if path.suffix == ".partial":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    full = shutil._ntuple_diskusage(2**40, 2**40, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match=r"step 2 cannot be saved .* is read-only: name another"):
+        checkpoints.save(2, make_state(mesh(2, 4), 2), {}, wait=True)
+    assert checkpoints.steps() == [1]
+
+
 def test_states_that_cannot_be_named_or_stored_are_refused(tmp_path: Path) -> None:
     one = jax.device_put(np.ones(2, np.float32), NamedSharding(mesh(2, 4), PartitionSpec()))
     checkpoints = Checkpoints(tmp_path, 1, 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import signal
 import sys
 
@@ -41,7 +42,7 @@ def test_generate_streams_only_the_text(monkeypatch, capsys, run_dir, model):
         == 0
     )
     out, err = capsys.readouterr()
-    assert out == "DEF"
+    assert out == "DEF\n"
     assert (
         "prompt 8 tokens, " in err
         and "generated 3 tokens, " in err
@@ -64,7 +65,7 @@ def test_generate_streams_only_the_text(monkeypatch, capsys, run_dir, model):
         )
         == 0
     )
-    assert capsys.readouterr().out == "FROM S"
+    assert capsys.readouterr().out == "FROM S\n"
     assert [opened["step"] for opened in model.opened] == [20, None] and model.opened[0][
         "path"
     ] == run_dir
@@ -91,7 +92,9 @@ def test_generate_from_a_folder(capsys, tmp_path, model):
         )
         == 0
     )
-    assert capsys.readouterr().out == "HELLO"
+    out, err = capsys.readouterr()
+    assert out == "HELLO\n"
+    assert err.startswith("--system-prompt: the prompt is put into the model's chat template")
     assert model.feeds[0] == list(b"S:loud\nU:hello\nA:")
     assert model.opened[0]["mesh"].expert == 4 and model.opened[0]["dtype"] == "bfloat16"
     model.context = 10
@@ -103,7 +106,7 @@ def test_generate_from_a_folder(capsys, tmp_path, model):
     )
     assert call(*arguments, "--prompt", "U:hello\nA:") == 0
     out, err = capsys.readouterr()
-    assert out == "H" and "the context of 10 tokens is full" in err
+    assert out == "H\n" and "the context of 10 tokens is full" in err
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["MODEL", "--model"])
@@ -156,7 +159,10 @@ def test_eval_and_bench(capsys, tmp_path, model):
         and found["read_bytes_per_second"] > 1e8
     )
     assert call("bench", tmp_path, *small) == 0
-    assert "share_of_floor" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"(?m)^share of floor +\d+\.\d%$", out) and "_" not in out
+    assert re.search(r"(?m)^decode read per step +[\d.]+ MiB$", out)
+    assert re.search(r"(?m)^prefill +[\d.e-]+ s$", out)
     assert call("eval", tmp_path, "--json", *text) == 0
     found = json.loads(capsys.readouterr().out)
     assert (
@@ -175,7 +181,7 @@ def test_ctrl_c_ends_the_line_of_generate_and_its_rates_are_printed(capsys, tmp_
         return 65
 
     model.speak = interrupted
-    assert call("generate", "--model", tmp_path, "--prompt", "x", "--greedy") == 130
+    assert call("generate", tmp_path, "--prompt", "x", "--greedy") == 130
     out, err = capsys.readouterr()
     assert out == "AAA\n" and "generated 3 tokens, " in err and "; interrupted\n" in err
     assert "peak memory" in err
@@ -185,10 +191,10 @@ def test_a_reply_by_the_template_and_what_it_is_told(monkeypatch, capsys, tmp_pa
     thought = b"<think>hm</think>YES"
     model.speak = lambda tokens: [*thought, 256][len(bytes(tokens).rpartition(b"B:")[2])]
     told = ("--template-kwargs", "reply=B:", "--show-reasoning", "--thinking", "on")
-    arguments = ("--model", tmp_path, "--greedy", *told)
+    arguments = (tmp_path, "--greedy", *told)
     assert call("generate", "--prompt", "so?", "--system-prompt", "s", *arguments) == 0
     out, err = capsys.readouterr()
-    assert out == "YES" and err.startswith("hm\nprompt ")
+    assert out == "YES\n" and "\nhm\nprompt " in err
     assert bytes(model.feeds[0]) == b"S:s\nU:so?\nB:"
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffso?\n"))
     assert call("chat", *arguments) == 0
@@ -208,7 +214,7 @@ def test_a_reply_by_the_template_and_what_it_is_told(monkeypatch, capsys, tmp_pa
     ],
 )
 def test_what_no_template_can_be_told(arguments, words, capsys, tmp_path, model):
-    assert call("generate", "--model", tmp_path, "--prompt", "x", *arguments) == 2
+    assert call("generate", tmp_path, "--prompt", "x", *arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1
 
@@ -250,5 +256,5 @@ def test_a_terminal_that_cannot_show_a_character(monkeypatch, capsys, tmp_path, 
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert call("generate", tmp_path, "--prompt", "x", "--greedy", "--max-tokens", "6") == 0
-    assert written.getvalue() == b"\\u4e13" * 2
+    assert written.getvalue() == b"\\u4e13" * 2 + b"\n"
     assert capsys.readouterr().err.count("moe-jax: standard output is ascii; characters") == 1

@@ -5,7 +5,9 @@ trained here.
 from __future__ import annotations
 
 import errno
+import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -180,6 +182,14 @@ def test_report_prints_the_path(monkeypatch, capsys, run_dir):
             PermissionError(errno.EACCES, "Permission denied", "deep/file"),
             "deep/file: Permission denied",
         ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "deep/file"),
+            "deep/file: its file system is read-only; name another place.",
+        ),
+        (
+            OSError(errno.ENOSYS, "Function not implemented", "deep/file"),
+            "deep/file: its file system cannot do what is needed (Function not implemented)",
+        ),
         (UserError("Correct this."), "moe-jax: Correct this.\n"),
     ],
 )
@@ -190,6 +200,45 @@ def test_disk_errors_name_the_path(error, words, monkeypatch, capsys):
     monkeypatch.setattr("moe_jax.training.trainer.train", fail)
     assert call("train", TINY) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "{}", "--prompt", "x"],
+        ["chat", "{}"],
+        ["eval", "{}", "--text", "x"],
+        ["bench", "{}"],
+        ["inspect", "{}"],
+        ["export", "{}", "out"],
+        ["convert", "{}", "out"],
+        ["resize", "{}", "out", "--experts", "4"],
+        ["report", "{}"],
+        ["watch", "{}"],
+        ["train", TINY, "--run-dir", "{}"],
+        ["placement", "show", "{}"],
+        ["placement", "plan", "{}"],
+    ],
+    ids=lambda command: "-".join(command[:2]).replace("-{}", ""),
+)
+def test_a_folder_that_may_not_be_entered_is_named(command, tmp_path, monkeypatch, capsys):
+    """Every command, whichever of its steps looks into the folder first. (Root may enter any.)"""
+    folder, stat, scan = tmp_path / "closed", os.stat, os.listdir
+
+    def closed(function, path, *rest, **options):
+        if str(folder) + "/" in str(path) or (function is scan and str(path) == str(folder)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return function(path, *rest, **options)
+
+    folder.mkdir()
+    (tmp_path / "x").write_text("some text")
+    monkeypatch.setattr(os, "stat", functools.partial(closed, stat))
+    monkeypatch.setattr(os, "listdir", functools.partial(closed, scan))
+    monkeypatch.chdir(tmp_path)
+    assert call(*[word.replace("{}", str(folder)) for word in command]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"{folder}" in err and "Permission denied; check the path and its permissions" in err
 
 
 def test_an_os_error_without_a_file_is_not_explained_away(monkeypatch):
@@ -297,4 +346,5 @@ def test_doctor_exits_1_on_wrong_arithmetic(monkeypatch, capsys):
         for problem in found["problems"]
     )
     assert call("doctor") == 1
-    assert "problem" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "problem" in out and out.isascii()  # a pipe gets no frames

@@ -5,6 +5,7 @@ trained.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from matplotlib.image import imread
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.cli import main
 from moe_jax.errors import UserError
-from moe_jax.placement.files import read_table
+from moe_jax.placement.files import read_table, read_topology
 from moe_jax.placement.table import contiguous, round_robin
 from moe_jax.tracking.traffic import read_measured
 from tests.support import ROOT
@@ -105,6 +106,9 @@ def test_plan_prints_draws_and_writes_a_table_that_training_reads(here, capsys):
     out, err = capsys.readouterr()
     assert max(map(len, out.splitlines())) <= 80
     assert "topology_aware for 8 devices on 2 hosts, from 10 steps of load" in out
+    assert re.search(r"(?m)^rows on the busiest link, sum of layers +[\d,]+ +[\d,]+ +[+-]", out)
+    weight = read_topology(Path(TOPOLOGY)).between_weight
+    assert weight > 1 and f"On links, a row between hosts counts {weight:.3g} times" in out
     assert (
         "from \\ to" in out
         and "experts must move" in out
@@ -122,6 +126,7 @@ def test_plan_prints_draws_and_writes_a_table_that_training_reads(here, capsys):
 def test_plan_in_json_has_the_figures_of_both(here, capsys):
     assert call("plan", "load.json", "--json", "--png", "a.png") == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["between_weight"] == 1
     rows = np.sum(traffic(2, 8, 16)["traffic"]) / 10
     for name in ("today", "proposed"):
         assert (

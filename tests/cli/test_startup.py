@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 from tests.support.command import run_module
 from tests.support.hf_folder import make_folder
@@ -64,6 +66,7 @@ def test_the_process_is_prepared_before_jax_is_imported() -> None:
     assert "jax" not in loaded_by("prepare")
 
 
+@pytest.mark.slow  # tests/runtime/test_process.py has the setting, and the test above the order
 def test_the_second_start_is_as_quiet_as_the_first(tmp_path: Path) -> None:
     """XLA:CPU has much to say of each program that it reads from the compile cache."""
     folder = make_folder("qwen3_moe-plain", tmp_path / "model")

@@ -124,6 +124,9 @@ def test_override_values_are_yaml():
     assert load("moe.dropless=true").moe.dropless is True
     assert load("data.source=/a/b=c").data.source == "/a/b=c"
     assert load("train.sample_prompt=''").train.sample_prompt == ""
+    assert load("train.sample_prompt=").train.sample_prompt == ""
+    assert load("model.sliding_window=").model.sliding_window is None
+    assert load("init_from=").init_from is None
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_limits(loaded: Loaded) -> None:
 
 def test_no_template_is_refused_at_once(loaded: Loaded) -> None:
     loaded.tokenizer = load_tokenizer("bytes")
-    with pytest.raises(UserError, match="its tokenizer has no chat template") as error:
+    with pytest.raises(UserError, match="model's tokenizer has no chat template") as error:
         Conversation(loaded, GREEDY)
     assert "\n" not in str(error.value)
 

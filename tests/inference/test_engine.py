@@ -249,7 +249,7 @@ def test_int4_groups_must_divide_what_each_device_has_of_the_inputs() -> None:
     make_plan(case("dense"), {"tensor": 2}, quantization="int4", group=16)
     with pytest.raises(
         UserError,
-        match=r"groups of 16, .*attention/out's inputs \(32, of which each device has 8\)",
+        match=r"groups of 16, .* the inputs of attention out \(32, of which each device has 8\)",
     ):
         make_plan(case("dense"), {"tensor": 4}, quantization="int4", group=16)
 

@@ -194,6 +194,17 @@ def test_figures_are_those_of_the_loaded_model(
         assert found.cache_bytes_per_token == 3 * (latent.kv_rank + latent.rope_width) * 2
 
 
+def test_more_devices_than_experts_are_not_taken_without_a_word(tmp_path: Path) -> None:
+    described = find(make_folder("qwen3_moe-mixed", tmp_path / "in")).describe()
+    for ranks, words in (
+        (64, "58 of the 64 devices along expert hold no expert: a layer has 6."),
+        (4, "2 slots per layer stay empty, as the expert axis does not divide 6 experts."),
+        (2, None),
+    ):
+        notes = inspect(described, mesh=MeshConfig(expert=ranks)).notes
+        assert [note for note in notes if "expert" in note] == ([words] if words else [])
+
+
 def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path) -> None:
     run = tiny_run.finished(folder)
     from_run, from_yaml = (

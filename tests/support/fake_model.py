@@ -32,7 +32,7 @@ def render(messages: Messages, opened: bool, variables: Mapping[str, Any]) -> st
 
 
 TEMPLATE = ChatTemplate(
-    given="--model='fake'",
+    given="tokenizer='fake'",
     source="{{ messages }} {{ reply }} {{ enable_thinking }}",
     render=render,
     encode=lambda text: (list(text.encode()), None),

@@ -298,8 +298,8 @@ def test_report_of_a_run_with_placement(tmp_path: Path) -> None:
     assert titles(run_dir, monitored_run.TABLE) == {
         "device_load": "Busiest device, averaged over layers: 1.26 times the mean load at first, "
         "1.26 times at the end",
-        "placement_effect": "Load by device before and after the move: step 2 gained 20% (25% "
-        "predicted)",
+        "placement_effect": "Load by device before and after the move: 20% less from step 2 "
+        "(predicted 25% less)",
         "link_traffic": "Links at step 6: 0 to 1 is busiest, 30 rows (1.50 x mean); 40% travel",
         "replica_use": "4 replicated experts took 70% of the choices at step 6; the fullest "
         "replica 1.00 x even",

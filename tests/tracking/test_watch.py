@@ -192,6 +192,26 @@ def test_live_until_the_run_ends(
     )
 
 
+def test_a_directory_that_is_not_there_yet_is_waited_for_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    place, turns = tmp_path / "later", [None, monitored_run.whole_run()]
+
+    def wait(seconds: float) -> None:
+        if (records := turns.pop(0)) is not None:
+            begin(place, records)
+
+    monkeypatch.setattr(watching.time, "sleep", wait)
+    watch(place)
+    text = capsys.readouterr().out
+    assert text.index("Waiting for a run to start there") < text.index("The run has ended")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file: give the --run-dir"):
+        watch(tmp_path / "file")
+
+
 def test_ctrl_c_leaves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

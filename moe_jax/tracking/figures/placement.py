@@ -28,6 +28,7 @@ from moe_jax.tracking.figures.style import (
     step_figure,
 )
 from moe_jax.tracking.history import History, decisions, describe_links, finite, measured_link_rows
+from moe_jax.utils.units import less
 
 NEWEST = 4  # so many decisions are drawn with their loads
 MAX_NUMBERED = 8  # with more ranks the link figure has no numbers
@@ -120,7 +121,7 @@ def placement_effect(done: list[dict[str, Any]]) -> Figure:
     title = f"Load by device before and after {which}"
     if newest:
         measured, predicted = newest["realised"]["realised_gain"], newest["predicted_gain"]
-        title += f": step {newest['step']} gained {measured:.0%} ({predicted:.0%} predicted)"
+        title += f": {less(measured)} from step {newest['step']} (predicted {less(predicted)})"
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     return figure
 

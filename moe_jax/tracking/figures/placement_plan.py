@@ -48,6 +48,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     title = (
         f"Busiest device {load[0]:.2f} to {load[1]:.2f} times the mean, busiest link "
         f"{link[0]:,.0f} to {link[1]:,.0f} rows per step"
+        + ("" if comparison.between_weight == 1 else " (weighted between hosts)")
     )
     figure.suptitle(f"{comparison.title}\n{title}", fontsize=12, x=0.01, ha="left")
     return figure

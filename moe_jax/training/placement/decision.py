@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
     load_R: np.ndarray  # rows by device
     busiest: float  # rows of each layer's busiest device
     max_over_mean: float  # the mean over layers
-    link: float  # rows over each layer's busiest link
+    link: float  # rows over each layer's busiest link, those between hosts weighted
     seconds: float
 
 
@@ -164,8 +164,8 @@ class Decision:
         if self.config.strategy == "topology_aware":
             had, would = before.busiest + before.link, after.busiest + after.link
             return (
-                f"the busiest devices and links had {had:,.0f} rows per step and would have "
-                f"{would:,.0f}"
+                f"the busiest devices and links cost {had:,.0f} rows per step (those between "
+                f"hosts weighted) and would cost {would:,.0f}"
             )
         return (
             f"the busiest device had {before.max_over_mean:.2f} times the mean load and "
