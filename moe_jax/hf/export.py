@@ -32,8 +32,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template*.jinja",
+    "chat_template*",
     "generation_config.json",
 )
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in FILE_DTYPES.items()}
