@@ -36,6 +36,27 @@ def noted_signals(
             signal.signal(number, handler)
 
 
+# What asks a run to save and go on: a terminal that is closed, and the warnings that schedulers
+# send some time before they end a job (SLURM's --signal, Grid Engine's -notify).
+SAVE_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextmanager
+def collected_signals(*numbers: signal.Signals) -> Iterator[list[signal.Signals]]:
+    """A list that gets each of these signals as often as it comes, which then has no other effect;
+    the caller takes them out.
+    """
+    received: list[signal.Signals] = []
+    previous: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in numbers}
+    for number in previous:
+        signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def until_noted(noted: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:
     """The pieces until a signal is noted, which is seen between two of them, so that no model's
     cache is left half written.

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_jax.runtime.signals import exit_on_sigterm, noted_signals, until_noted
+from moe_jax.runtime.signals import (
+    SAVE_SIGNALS,
+    collected_signals,
+    exit_on_sigterm,
+    noted_signals,
+    until_noted,
+)
 
 
 def test_the_first_is_noted_and_told_at_once_the_second_has_its_usual_effect() -> None:
@@ -46,3 +52,15 @@ def test_sigterm_is_a_sentence_and_143_within_the_block_alone(
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143 and "terminated" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signals_are_collected_as_often_as_they_come_and_end_nothing() -> None:
+    before = [signal.getsignal(number) for number in SAVE_SIGNALS]
+    with collected_signals(*SAVE_SIGNALS) as received:
+        for number in (*SAVE_SIGNALS, signal.SIGUSR1):
+            signal.raise_signal(number)
+        assert received == [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1]
+        received.clear()
+        signal.raise_signal(signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+    assert [signal.getsignal(number) for number in SAVE_SIGNALS] == before
