@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,13 +137,16 @@ class Corpus:
         ]
 
 
-def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
+def load_corpus(
+    config: DataConfig, seq_len: int, seed: int, tell: Callable[[str], None] | None = None
+) -> Corpus:
     """Reads, tokenizes, splits and packs the text that the configuration names.
 
     Args:
       config: source, tokenizer and fraction held out.
       seq_len: tokens per sequence (S).
       seed: for the order of the training windows.
+      tell: called with a line before the reading, which may take long.
 
     Raises:
       UserError: a source or tokenizer is missing or cannot be read, or there is too little text.
@@ -152,7 +155,10 @@ def load_corpus(config: DataConfig, seq_len: int, seed: int) -> Corpus:
     digest = hashlib.sha256()
     documents: list[np.ndarray] = []
     keys: list[bytes] = []
-    for chunk in _chunks(read_documents(config)):
+    source = read_documents(config)
+    if tell is not None:
+        tell(f"Reading data.source={config.source}.")
+    for chunk in _chunks(source):
         for document, key in _encode(chunk, tokenizer, config):
             documents.append(document)
             keys.append(key)

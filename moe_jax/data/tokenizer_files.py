@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from moe_jax.errors import UserError
 from moe_jax.utils.files import local_path
 
 # What transformers or tokenizers may read; config.json can be the only file that names the class of
@@ -44,9 +45,15 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(spec: str, target: Path) -> None:
-    """Copies the files of `spec`, a tokenizer.json or a folder, into the new folder `target`."""
-    target.mkdir(parents=True)
+    """Copies the files of `spec`, a tokenizer.json or a folder, into the new folder `target`.
+    Raises UserError where there is nothing.
+    """
     source = local_path(spec)
+    if not source.exists():
+        raise UserError(
+            f"The tokenizer {spec} is not there any more: put it back, so that it can be copied."
+        )
+    target.mkdir(parents=True)
     if source.is_file():
         shutil.copyfile(source, target / "tokenizer.json")
         return

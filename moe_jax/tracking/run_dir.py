@@ -17,8 +17,10 @@ from moe_jax.config.load import (
     with_absolute_paths,
 )
 from moe_jax.config.schema import Config
+from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.utils.files import PART, is_left_by_system, replace_text
+from moe_jax.tracking.run_lock import LOCK_FILE
+from moe_jax.utils.files import PART, is_left_by_system, rename_folder, replace_text
 
 # What a run writes.
 CONTENTS = (
@@ -32,10 +34,11 @@ CONTENTS = (
     "tensorboard",
     "tokenizer",
     "hf_config.json",
+    LOCK_FILE,
 )
 
-# What a resumed run must share with its beginning: sections and keys, except those in FREE, which
-# only say how to compute.
+# What a resumed run must share with its beginning: sections and keys, except those in FREE. These
+# only say how to compute, or where the text is: its hash tells whether it is still the same.
 FIXED = (
     "init_from",
     "model",
@@ -46,7 +49,10 @@ FIXED = (
     "train.seq_len",
     "optimizer.name",
 )
-FREE = ("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below")
+FREE = (
+    *("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below"),
+    *("data.source", "data.tokenizer", "data.text_field", "data.split"),
+)
 
 
 def read_run_config(run_dir: Path) -> Config:
@@ -60,8 +66,8 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
     """Checks that the run may write to `run_dir`; changes nothing.
 
     Raises UserError for a directory that is in use without `resume` or `overwrite`, for one that is
-    not a run or that holds what no run wrote (`overwrite` would delete it), and for a resumed run
-    whose model, data or batch differ from what it began with.
+    not a run or that holds what no run wrote (`overwrite` would delete it), for a file in it that
+    the new run needs, and for a resumed run whose model or batch differ from what it began with.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file: name a directory.")
@@ -74,7 +80,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
         if run_dir.exists()
         else set()
     )
-    if not names:
+    if not names - {LOCK_FILE}:
         return
     if "config.yaml" not in names:
         raise UserError(
@@ -91,6 +97,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
                 f"--overwrite would delete {run_dir / foreign[0]}, which no run wrote: move it "
                 f"away, or name another --run-dir."
             )
+        _check_needs_nothing(config, run_dir)
     else:
         raise UserError(
             f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with "
@@ -99,22 +106,38 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
 
 
 def run_tokenizer(run_dir: Path, config: Config) -> str:
-    """What `load_tokenizer` takes for a run: the tokenizer that it keeps for itself, else what
-    data.tokenizer names.
+    """What `load_tokenizer` takes for a run: the tokenizer that it keeps for itself, else (`bytes`,
+    and runs of earlier versions) what data.tokenizer names.
     """
     kept = run_dir / "tokenizer"
     return str(kept) if kept.is_dir() else config.data.tokenizer
 
 
+def keep_tokenizer(run_dir: Path, tokenizer: str) -> None:
+    """Copies the files of a run's tokenizer into its directory, whole or not at all, so that it can
+    be used wherever it is moved.
+
+    `tokenizer` is what `load_tokenizer` takes; one that lies in the directory already stays.
+    """
+    if tokenizer == "bytes" or run_dir in Path(tokenizer).parents:
+        return
+    part, whole = run_dir / f"tokenizer{PART}", run_dir / "tokenizer"
+    for left in (part, whole):  # by a start that was killed
+        if left.exists():
+            shutil.rmtree(left)
+    copy_tokenizer(tokenizer, part)
+    rename_folder(part, whole)
+
+
 def clear(run_dir: Path) -> None:
     """Deletes the run in a directory that `claim` has checked; config.yaml, by which it is known as
-    one, goes last.
+    one, goes last. The lock stays.
     """
     if run_dir.exists():
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.yaml"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            else:
+            elif path.name != LOCK_FILE:
                 path.unlink()
 
 
@@ -139,6 +162,22 @@ def _check_unchanged(old: Config, new: Config, run_dir: Path) -> None:
                 f"{key}={dump_value(value)} but the run in {run_dir} began with "
                 f"{dump_value(before[key])}: resume with the same value, or "
                 "start another run."
+            )
+
+
+def _check_needs_nothing(config: Config, run_dir: Path) -> None:
+    """Raises UserError for a path of the configuration that leads into the run to be deleted."""
+    needed = {
+        "data.source": config.data.source,
+        "data.tokenizer": config.data.tokenizer,
+        "placement.file": config.placement.file,
+        "placement.topology": config.placement.topology,
+    }
+    for key, value in needed.items():
+        if value and Path(value).expanduser().resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(
+                f"{key}={value} lies in {run_dir}, which --overwrite would delete: copy it "
+                f"elsewhere, or name another --run-dir."
             )
 
 
