@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from moe_jax.tracking.traffic import read_measured
     from moe_jax.training.custom import batch_from_tokens, loss_and_gradients
     from moe_jax.training.placement.migration import Migration
+    from moe_jax.training.result import TrainingResult
     from moe_jax.training.step import TrainProgram
-    from moe_jax.training.trainer import TrainingResult
 
 __version__ = "0.1.0"
 

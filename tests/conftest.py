@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "NPROC", "32"
 )  # threads for eight devices to wait in: see moe_jax.runtime.devices
+os.environ["MOE_JAX_CACHE"] = ""  # compiled programs of tests are not kept
 
 import jax
 import jaxtyping

@@ -17,6 +17,7 @@ from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.cli import main
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.generation.generate import generate_run
+from moe_jax.tracking.run_lock import locked
 from moe_jax.training import trainer as training
 from moe_jax.training.trainer import train
 from tests.support.tiny_run import (
@@ -210,6 +211,30 @@ def test_a_directory_left_before_its_first_file_was_whole_is_free(
     assert training_lines(tmp_path)[-1]["step"] == 6
 
 
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=str)
+def test_a_run_that_another_process_trains_is_left_alone(
+    options: dict[str, bool], copy: Path, folder: Path, compiles_nothing: None
+) -> None:
+    with locked(copy):
+        before = contents(copy)
+        with pytest.raises(UserError, match="in use by another `moe-jax train`") as error:
+            train(tiny(folder, "moe.bias_rate=0.01", "train.steps=9"), copy, **options)
+        assert one_sentence(error) and contents(copy) == before
+    with locked(copy.parent / "new"), pytest.raises(UserError, match="in use by another"):
+        train(tiny(folder), copy.parent / "new")
+
+
+@pytest.mark.parametrize("key", ["data.source", "data.tokenizer", "placement.topology"])
+def test_overwriting_does_not_delete_what_the_new_run_needs(
+    key: str, copy: Path, folder: Path, compiles_nothing: None
+) -> None:
+    (copy / "tokenizer").mkdir()
+    before = contents(copy)
+    with pytest.raises(UserError, match=rf"{key}=.*/tokenizer/x lies in .*would delete"):
+        train(tiny(folder, f"{key}={copy}/tokenizer/x"), copy, overwrite=True)
+    assert contents(copy) == before
+
+
 # A resumed run that is not the same run.
 
 
@@ -224,6 +249,7 @@ def test_a_directory_left_before_its_first_file_was_whole_is_free(
         ("train.global_batch=32", "train.global_batch=32 .* began with 16"),
         ("optimizer.name=muon", "optimizer.name=muon .* began with adamw"),
         ("data.source=builtin", "data.source=builtin .* began with .*text.txt"),
+        ("data.validation_fraction=0.1", "data.validation_fraction=0.1 .* began with 0.05"),
     ],
 )
 def test_a_changed_setting_is_named(
@@ -231,7 +257,7 @@ def test_a_changed_setting_is_named(
 ) -> None:
     before = contents(copy)
     with pytest.raises(UserError, match=words) as error:
-        train(tiny(folder, "moe.bias_rate=0.01", setting), copy, resume=True)
+        train(tiny(folder, "moe.bias_rate=0.01", "train.steps=9", setting), copy, resume=True)
     assert one_sentence(error) and contents(copy) == before
 
 
@@ -243,7 +269,7 @@ def test_a_changed_text_is_noticed(folder: Path, tmp_path: Path) -> None:
     text.write_text(text.read_text().replace("router", "routed", 1))
     before = contents(directory)
     with pytest.raises(
-        UserError, match=r"data.source gives other text \(hash \w{12}\) than the run began with"
+        UserError, match=r"data.source=.* gives other text \(hash \w{12}\) than the run began with"
     ) as error:
         run(folder, directory, *settings, "train.steps=9", resume=True)
     assert one_sentence(error) and contents(directory) == before
@@ -324,7 +350,7 @@ def test_a_damaged_metrics_file_is_named(copy: Path, folder: Path) -> None:
     text = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text("not json\n" + text)
     with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a metrics record"):
-        run(folder, copy, "moe.bias_rate=0.01", resume=True)
+        run(folder, copy, "moe.bias_rate=0.01", resume=True, report=True)
     assert (copy / "metrics.jsonl").read_text() == "not json\n" + text
 
 

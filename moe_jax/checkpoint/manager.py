@@ -118,6 +118,13 @@ class Checkpoints:
             path = self._find(step)
             return json.loads(integrity.read_sealed(path, "meta.json", _read_manifest(path)))
 
+    def verify(self, step: int) -> None:
+        """Raises `CorruptCheckpoint` where the files of a step are not those that were written."""
+        with self._remedy(step):
+            path = self._find(step)
+            manifest = _read_manifest(path)
+            _by_first_process(lambda: integrity.verify_directory(path, manifest))
+
     # Saving
 
     def save(

@@ -24,13 +24,16 @@ from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.options import Fallback, RunDir, option, path_argument, path_option
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import require_run
+from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
+from moe_jax.runtime.lasting_output import lasting_output
 from moe_jax.runtime.process import prepare_process
 from moe_jax.runtime.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from moe_jax.config.schema import Config
-    from moe_jax.training.trainer import TrainingResult
+    from moe_jax.data.corpus import SamplePrompt
+    from moe_jax.training.result import TrainingResult
 
 app = typer.Typer(
     name="moe-jax",
@@ -68,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _flush_stdout() -> None:
     """Writes what is left, quietly where the reader has gone (`moe-jax report RUN | head -0`)."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:  # which a process that was started without one has not
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -128,7 +132,8 @@ def train(
 
     tree = load_config(config, overrides or [])
     place = run_dir or _default_run_dir(tree.name)
-    with explained_disk_errors(place):
+    notice = f"Nobody reads standard output; the run goes on: moe-jax watch {place} shows it."
+    with lasting_output(notice), explained_disk_errors(place):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
         if result.report is None:  # another process speaks
             return
@@ -137,13 +142,14 @@ def train(
                 f"Stopped after step {result.step}; saved. Continue with the same command and "
                 f"--resume."
             )
-        elif tree.train.sample_prompt != "":
-            _print_sample(tree, place, result)
+        elif tree.train.sample_prompt != "" and result.sample_prompt is not None:
+            _print_sample(tree, place, result.sample_fits, result.sample_prompt)
         print(f"Report: {result.report}")
 
 
 def run_training(config: Config, directory: Path, **options: bool) -> TrainingResult:
     """Trains; see `moe_jax.training.trainer.train`."""
+    use_compile_cache()
     from moe_jax.training import trainer
 
     return trainer.train(config, directory, **options)
@@ -156,15 +162,17 @@ def write_report(run_dir: Path) -> Path:
     return write(run_dir)
 
 
-def _print_sample(config: Config, run_dir: Path, result: TrainingResult) -> None:
-    """Text of the trained model, drawn on one device."""
-    if not result.sample_fits:
+def _print_sample(config: Config, run_dir: Path, fits: bool, given: SamplePrompt) -> None:
+    """Text of the trained model, drawn on one device; `given` is its prompt if the configuration
+    has none.
+    """
+    if not fits:
         print("No sample: the parameters are not brought onto one device; use moe-jax generate.")
         return
     from moe_jax.generation.generate import generate_run
 
     chosen = config.train.sample_prompt
-    text, prompt = result.sample_prompt if chosen is None else (chosen, chosen)
+    text, prompt = given if chosen is None else (chosen, chosen)
     pieces = generate_run(
         run_dir,
         prompt,

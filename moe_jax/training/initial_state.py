@@ -4,14 +4,13 @@ with its architecture and tokenizer.
     origin = Origin(config, run_dir)
     config = resolve(config, run_dir, origin, resume=False)   # with the architecture of init_from
     state = first_state(program, config, origin)
-    keep(run_dir, config, origin)       # the run no longer needs the other model's folder
+    keep_hf_config(run_dir, config, origin)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ import numpy as np
 from moe_jax.config.load import dump_value
 from moe_jax.config.schema import Config, DataConfig
 from moe_jax.data.corpus import Corpus
-from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model_io.describe import Description
 from moe_jax.model_io.packed_header import KEPT_CONFIG
@@ -35,7 +33,7 @@ from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
-from moe_jax.utils.files import local_path, rename_folder, replace_text
+from moe_jax.utils.files import local_path, replace_text
 from moe_jax.utils.progress import byte_progress
 
 # Keys of the `model` and `moe` sections that say how to compute or to train: they are the
@@ -228,24 +226,11 @@ def begin(program: TrainProgram, params: Any, bias_LE: np.ndarray | None, seed: 
     return jax.block_until_ready(state._replace(params=params, opt_state=moments))
 
 
-def keep(directory: Path, config: Config, origin: Origin) -> None:
-    """Puts the tokenizer's files, and the config.json that an export will have, into the run's
-    directory.
-    """
-    if config.init_from is None or jax.process_index() != 0:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    hf_config = origin.description.hf_config
+def keep_hf_config(directory: Path, config: Config, origin: Origin) -> None:
+    """Puts the config.json that an export will have into the run's directory."""
+    hf_config = None if config.init_from is None else origin.description.hf_config
     if hf_config is not None:
-        text = json.dumps(hf_config, indent=2) + "\n"
-        replace_text(directory / KEPT_CONFIG, text)
-    if config.data.tokenizer != "bytes":
-        part, whole = directory / "tokenizer.part", directory / "tokenizer"
-        for left in (part, whole):  # by a start that was killed
-            if left.exists():
-                shutil.rmtree(left)
-        copy_tokenizer(config.data.tokenizer, part)
-        rename_folder(part, whole)
+        replace_text(directory / KEPT_CONFIG, json.dumps(hf_config, indent=2) + "\n")
 
 
 def vocabulary(config: Config, corpus: Corpus) -> int:

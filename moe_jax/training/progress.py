@@ -12,6 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_jax.utils.units import duration
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -21,7 +23,9 @@ class RunProgress:
     def __init__(self, steps: int, start: int):
         self._steps, self._start = steps, start
         self._console = Console(highlight=False, soft_wrap=True)
-        self._began = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        # Step and time of the first training line, before which the step was compiled.
+        self._first: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if self._console.is_terminal:
             columns = (
@@ -40,6 +44,8 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         if self._bar:
             self._bar.start()
+        elif self._start < self._steps:
+            self.say("Compiling the training step.")
         return self
 
     def __exit__(
@@ -66,12 +72,20 @@ class RunProgress:
             self._bar.update(self._task, completed=step, figures=figures)
         elif (
             step == self._steps
-            or step == self._start + 1
+            or self._first is None
             or now - self._last_line >= SECONDS_BETWEEN_LINES
         ):
             self._last_line = now
-            left = (now - self._began) / (step - self._start) * (self._steps - step)
-            self.say(f"step {step}/{self._steps}  {figures}  left {left:.0f} s")
+            self.say(f"step {step}/{self._steps}  {figures}{self._left(step, now)}")
+        if self._first is None:
+            self._first = step, now
+
+    def _left(self, step: int, now: float) -> str:
+        """How long the rest takes at the pace since the first line, which says nothing of it."""
+        if self._first is None:
+            return ""
+        first, began = self._first
+        return f"  left {duration((now - began) / (step - first) * (self._steps - step))}"
 
     def validation(self, record: dict[str, Any], layers: list[dict[str, Any]]) -> None:
         """Shows a validation record, with the experts that the newest training step used most and

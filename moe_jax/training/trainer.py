@@ -22,40 +22,43 @@ import signal
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax import __version__
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config
-from moe_jax.data.corpus import Corpus, SamplePrompt, load_corpus
+from moe_jax.data.corpus import Corpus, load_corpus
 from moe_jax.data.packing import HostBatch
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement
+from moe_jax.placement.topology import Topology
 from moe_jax.profiling import flops as measure
 from moe_jax.profiling import machine, memory
 from moe_jax.runtime.devices import use_devices
 from moe_jax.runtime.platform import platform_of
-from moe_jax.runtime.signals import noted_signals
+from moe_jax.runtime.signals import SAVE_SIGNALS, collected_signals, noted_signals
 from moe_jax.tracking import run_dir
 from moe_jax.tracking.alerts import Alerts
 from moe_jax.tracking.environment import describe_environment
-from moe_jax.tracking.history import History, read_history
 from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.tracking.report import write_report
+from moe_jax.tracking.run_lock import locked
 from moe_jax.tracking.traffic import write_traffic
-from moe_jax.training import initial_state, restore
+from moe_jax.training import continuation, initial_state, restore
 from moe_jax.training.pending_steps import FetchedSteps, PendingSteps, StepClock
 from moe_jax.training.placement import initial
 from moe_jax.training.placement.replanner import Replanner
 from moe_jax.training.progress import RunProgress
 from moe_jax.training.records import LinkTraffic, placement_sentence, training_record
+from moe_jax.training.result import TrainingResult
 from moe_jax.training.state import StepStats, TrainState
 from moe_jax.training.step import TrainProgram
 from moe_jax.utils.progress import say
@@ -78,25 +81,6 @@ class Batches(Protocol):
         """Goes to a position."""
 
 
-class TrainingResult(NamedTuple):
-    """What came of a training job."""
-
-    directory: Path
-    step: int  # the last one done
-    stopped: bool  # by a signal, before the last step asked for
-    report: Path | None  # of this process; only the first one draws it
-    sample_fits: bool  # whether the parameters can be brought onto one device to draw a sample
-    sample_prompt: SamplePrompt  # of the sample, if the configuration has none
-
-    def records(self) -> list[dict[str, Any]]:
-        """All lines of the run's metrics.jsonl (docs/metrics.md)."""
-        return list(iter_metrics(self.directory / FILE_NAME))
-
-    def history(self) -> History:
-        """Its training and validation lines as columns."""
-        return read_history(self.directory / FILE_NAME)
-
-
 def train(
     config: Config,
     directory: Path,
@@ -108,11 +92,10 @@ def train(
     """Trains `config` into `directory`, resuming a run there if asked; prints progress and draws
     the report.
 
-    Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint. Raises UserError for
-    what the user can correct, before anything is compiled or written where possible.
+    Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint; `SAVE_SIGNALS` save
+    one and the run goes on. Raises UserError for what the user can correct, before anything is
+    compiled or written where possible, and for a directory that another process trains into.
     """
-    use_devices(config.devices)
-    mesh = make_mesh(config.mesh)
     origin = initial_state.Origin(config, directory)
     config = initial_state.resolve(config, directory, origin, resume=resume)
     if config.moe.weight_is_constant and count_moe_layers(config.model, config.moe):
@@ -122,52 +105,109 @@ def train(
             "it does."
         )
     run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
-    tokenizer = run_dir.run_tokenizer(directory, config) if resume else config.data.tokenizer
-    data = dataclasses.replace(config.data, tokenizer=tokenizer)
-    corpus = load_corpus(data, config.train.seq_len, config.train.seed)
-    vocab_size = initial_state.vocabulary(config, corpus)
-    global_batch, processes = config.train.global_batch, (jax.process_index(), jax.process_count())
-    batches = corpus.train_batches(global_batch, *processes)
-    held_out = corpus.validation_batches(global_batch, config.train.eval_batches, *processes)
+    with locked(directory, active=_is_first()), collected_signals(*SAVE_SIGNALS) as save_requests:
+        # Once more: meanwhile another process may have begun a run here, and ended.
+        run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
+        use_devices(config.devices)
+        mesh = make_mesh(config.mesh)
+        checkpoints = Checkpoints(
+            directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
+        )
+        saved = restore.find_saved(checkpoints, fallback) if resume else None
+        if saved is not None and saved.step >= config.train.steps and not fallback:
+            continuation.check_steps(saved.step, config.train.steps, directory)
+            return _end_at_once(checkpoints, saved.step, directory)
+        tokenizer = config.data.tokenizer
+        if resume:
+            tokenizer = continuation.own_tokenizer(directory, config.data)
+        if resume and saved is None:
+            print(f"--resume: there is no checkpoint in {directory} yet: beginning at step 0.")
+        corpus = _read_corpus(config, tokenizer)
+        if saved is not None:
+            continuation.check_corpus(saved, corpus, config.data)
+        rows = config.train.global_batch, jax.process_index(), jax.process_count()
+        topology = initial.mesh_topology(config, mesh)
+        program = _program(config, corpus, mesh, topology, saved)
+        trainer = Trainer(
+            config=config,
+            directory=directory,
+            program=program,
+            replanner=Replanner(config.placement, topology, program),
+            checkpoints=checkpoints,
+            corpus=corpus,
+            batches=corpus.train_batches(*rows),
+            save_requests=save_requests,
+        )
+        held_out = corpus.validation_batches(rows[0], config.train.eval_batches, *rows[1:])
+        if saved is None:
+            state = initial_state.first_state(program, config, origin)
+        else:
+            state = trainer.restore(saved, fallback=fallback)
+        environment = trainer.measure(state)
+        if overwrite and not resume:
+            run_dir.clear(directory)
+        run_dir.write_description(directory, config, environment)
+        if _is_first():
+            run_dir.keep_tokenizer(directory, tokenizer)
+        if _is_first() and saved is None:
+            initial_state.keep_hf_config(directory, config, origin)
+        return trainer.run(state, held_out)
 
-    checkpoints = Checkpoints(
-        directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
+
+def _is_first() -> bool:
+    """Whether this is the process that writes; JAX's back end need not run yet for that."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _end_at_once(checkpoints: Checkpoints, step: int, directory: Path) -> TrainingResult:
+    """The result of a resumed run that has done all its steps already."""
+    checkpoints.verify(step)
+    print(
+        f"{directory}: all {step} steps are done. To go on, give more: --set "
+        f"train.steps={2 * step}."
     )
-    saved = restore.find_saved(checkpoints, fallback) if resume else None
-    topology = initial.mesh_topology(config, mesh)
+    return TrainingResult(
+        directory=directory,
+        step=step,
+        stopped=False,
+        report=write_report(directory) if jax.process_index() == 0 else None,
+        sample_fits=False,
+        sample_prompt=None,
+    )
+
+
+def _read_corpus(config: Config, tokenizer: str) -> Corpus:
+    """The run's text, by a tokenizer that may be a copy of the one that it names."""
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    corpus = load_corpus(data, config.train.seq_len, config.train.seed, tell=_say)
+    _say(
+        f"{len(corpus.train.tokens):,} tokens to train on, "
+        f"{len(corpus.validation.tokens):,} held out."
+    )
+    return corpus
+
+
+def _program(
+    config: Config, corpus: Corpus, mesh: Mesh, topology: Topology, saved: restore.SavedRun | None
+) -> TrainProgram:
+    """The steps to be compiled. Raises UserError where the state does not fit the devices."""
     program = TrainProgram(
         config.model,
         config.moe,
         config.optimizer,
         mesh,
         initial.first_placement(config, topology, saved),
-        vocab_size=vocab_size,
+        vocab_size=initial_state.vocabulary(config, corpus),
         steps=config.train.steps,
         accumulation=config.train.accumulation,
         hosts=len(np.unique(topology.host_of_rank(config.mesh.expert, config.mesh.tensor))),
     )
     initial.check_state_memory(topology, program)
-    replanner = Replanner(config.placement, topology, program)
-    trainer = Trainer(
-        config=config,
-        directory=directory,
-        program=program,
-        replanner=replanner,
-        checkpoints=checkpoints,
-        corpus=corpus,
-        batches=batches,
-    )
-    if saved is None:
-        state = initial_state.first_state(program, config, origin)
-    else:
-        state = trainer.restore(saved, fallback=fallback)
-    environment = trainer.measure(state)
-    if overwrite and not resume:
-        run_dir.clear(directory)
-    run_dir.write_description(directory, config, environment)
-    if saved is None:
-        initial_state.keep(directory, config, origin)
-    return trainer.run(state, held_out)
+    return program
 
 
 class Trainer:
@@ -187,10 +227,13 @@ class Trainer:
         checkpoints: Checkpoints,
         corpus: Corpus,
         batches: Batches,
+        save_requests: list[signal.Signals],
     ):
         self.config, self.directory, self.program = config, directory, program
         self.replanner, self.checkpoints = replanner, checkpoints
         self.corpus, self.batches = corpus, batches
+        self.save_requests = save_requests  # signals come in here
+        self.rate_change: continuation.RateChange | None = None
         self.links, self.alerts = LinkTraffic(), Alerts(config.monitor)
         self.pending, self.clock = PendingSteps(), StepClock()
         kinds = layer_kinds(config.model, config.moe)
@@ -210,17 +253,13 @@ class Trainer:
         )
         for problem in restored.skipped:
             print(f"Passed over a damaged checkpoint: {problem}.")
-        _check_corpus(restored.meta, self.corpus)
-        if restored.step > config.train.steps:
-            raise UserError(
-                f"train.steps={config.train.steps} but the run in {self.directory} has done "
-                f"{restored.step}: give more steps."
-            )
-        placement = saved.placement
+        continuation.check_steps(restored.step, config.train.steps, self.directory)
         if restored.step != saved.step:  # an earlier one, because that one is damaged
             placement = Placement.from_json(restored.meta["placement"])
-        self.replanner.restore(restored.meta.get("replanning"), placement)
-        self.batches.set_state(restored.meta["data"])
+            saved = restore.SavedRun(restored.step, restored.meta, placement)
+        self.replanner.restore(saved.meta.get("replanning"), saved.placement)
+        self.batches.set_state(saved.meta["data"])
+        self.rate_change = continuation.rate_change(saved, config.optimizer, config.train.steps)
         return restored.state
 
     def measure(self, state: TrainState) -> dict[str, Any]:
@@ -271,25 +310,37 @@ class Trainer:
                 state, stats = self.program.train_step(state, batch)
                 self.pending.add(stats)
                 first = step == start + 1  # compiles, so its time is not the others'
-                if not (first or self._must_fetch(step) or bool(signals)):
+                if not (first or self._must_fetch(step) or signals or self.save_requests):
                     continue
                 fetched = self.pending.fetch()
                 state = self._observe(step, state, fetched, timed=not first)
                 stopping = bool(signals)
                 in_row = int(fetched.stats.skipped_in_row)
                 broken = in_row >= config.train.max_skipped
-                if self._logs(step) or stopping or broken:
-                    self._record(step, state, fetched.stats, validation, stopping or broken)
+                saves = self._asked_to_save(step) or stopping or broken
+                if self._logs(step) or saves:
+                    self._record(step, state, fetched.stats, validation, saves)
                 if broken:
                     raise _not_finite(step, in_row)
                 if stopping:
                     break
         return self._end(step)
 
+    def _asked_to_save(self, step: int) -> bool:
+        """Whether a signal asked for a checkpoint since the last call."""
+        names = ", ".join(number.name for number in self.save_requests)
+        self.save_requests.clear()
+        if names:
+            self.progress.say(f"step {step}: {names} came: saving, and going on.")
+        return bool(names)
+
     def _tell_resumed(self, start: int) -> None:
         event = {"step": start, "event": "resumed", "matmul_flops_per_second": self.matmul_rate}
         self.writer.write(event)
         self.progress.say(f"Resuming {self.directory} after step {start}.")
+        if self.rate_change is not None:
+            self.writer.write(self.rate_change.event())
+            self.progress.say(self.rate_change.sentence())
         lines = iter_metrics(self.directory / FILE_NAME) if jax.process_index() == 0 else ()
         for line in lines:  # so that what has been raised is not raised again
             if "layers" in line and "event" not in line:
@@ -335,11 +386,11 @@ class Trainer:
         return state
 
     def _record(
-        self, step: int, state: TrainState, stats: StepStats, validation: list[Any], ends: bool
+        self, step: int, state: TrainState, stats: StepStats, validation: list[Any], saves: bool
     ) -> None:
-        """Writes a step's lines and, where one is due or the run ends here, a checkpoint."""
+        """Writes a step's lines and, with `saves` or where one is due, a checkpoint."""
         record = self._training_line(step, stats)
-        evaluates, saves = self._evaluates(step), self._saves(step) or ends
+        evaluates, saves = self._evaluates(step), self._saves(step) or saves
         if (evaluates or saves) and self.moe_layers:
             self.writer.write(self.links.take_event(step, self.moe_layers))
         val_loss = None
@@ -403,6 +454,7 @@ class Trainer:
             "config": dump_config(self.config),
             "data": self.batches.get_state(),
             "corpus_hash": self.corpus.hash,
+            "tokenizer_hash": continuation.tokenizer_hash(self.corpus.tokenizer.fingerprint),
             "placement": self.replanner.placement.to_json(),
             "replanning": self.replanner.to_json(),
         }
@@ -429,12 +481,3 @@ def _not_finite(step: int, in_row: int) -> UserError:
         f"them is in the checkpoint of step {step}; lower optimizer.learning_rate and go on with "
         f"--resume."
     )
-
-
-def _check_corpus(meta: dict[str, Any], corpus: Corpus) -> None:
-    if meta["corpus_hash"] != corpus.hash:
-        raise UserError(
-            f"data.source gives other text (hash {corpus.hash[:12]}) than the run began with "
-            f"({meta['corpus_hash'][:12]}): restore "
-            "the text (the built-in corpus changes with the Python version), or start another run."
-        )

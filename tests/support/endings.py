@@ -34,6 +34,7 @@ STOPPED = {
     "SIGINT at once": 130,
     "SIGTERM twice": 143,
 }
+SAVED = ("SIGUSR1", "SIGHUP")  # these go on, the second one without a reader of its output
 
 
 def line(step: int, key: str) -> Callable[[Any, dict[str, Any]], bool]:
@@ -81,6 +82,13 @@ def arm(ending: str) -> None:
             writing(signal.SIGTERM, line(4, "loss"))
         case "SIGINT":
             writing(signal.SIGINT, line(2, "loss"))
+        case "SIGUSR1":
+            writing(signal.SIGUSR1, line(4, "loss"))
+        case "SIGHUP":
+            writing(signal.SIGHUP, line(4, "loss"))
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 1)
         case "SIGTERM at once":
             signal_around(trainer, "load_corpus", signal.SIGTERM, after=always)
         case "SIGINT at once":

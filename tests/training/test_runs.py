@@ -33,7 +33,7 @@ from moe_jax.training import trainer as training
 from moe_jax.training.step import TrainProgram
 from tests.support import ROOT
 from tests.support.command import run_module
-from tests.support.endings import KILLED, STOPPED
+from tests.support.endings import KILLED, SAVED, STOPPED
 from tests.support.tiny_run import (
     STATEFUL,
     config_file,
@@ -69,7 +69,7 @@ def ended(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    endings = (*KILLED, *STOPPED, "--", *STATEFUL)
+    endings = (*KILLED, *STOPPED, *SAVED, "--", *STATEFUL)
     done = run_module(
         "endings", root, config_file(folder), *endings, environment=cache, timeout=900
     )
@@ -118,6 +118,30 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     assert same_states(root / end, whole, 8)
 
 
+@pytest.mark.parametrize("end", SAVED)
+def test_a_warning_or_a_closed_terminal_saves_and_the_run_goes_on(
+    end: str, ended: tuple[Path, dict[str, int]], whole: Path
+) -> None:
+    root, codes = ended
+    assert codes[end] == 0
+    extra = {"step": 5, "event": "checkpoint"}
+    regular = lines(whole)
+    assert extra in lines(root / end) and extra not in regular
+    assert without_checkpoints(lines(root / end)) == without_checkpoints(regular)
+    assert Checkpoints(root / end / "checkpoints", 9, 1).steps() == [3, 5, 6, 8]
+    assert same_states(root / end, whole, 8)
+    said = (root / f"{end}.out").read_text()
+    if end == "SIGHUP":  # its output is a pipe that nobody reads
+        notice = "Nobody reads standard output; the run goes on: moe-jax watch "
+        assert said == "" and (root / f"{end}.err").read_text().startswith(notice)
+    else:
+        assert "step 5: SIGUSR1 came: saving, and going on." in said
+
+
+def without_checkpoints(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record.get("event") != "checkpoint"]
+
+
 @pytest.mark.parametrize("end", ["SIGTERM at once", "SIGINT at once", "SIGTERM twice"])
 def test_a_signal_that_leaves_nothing_saved_gives_its_exit_code(
     end: str, ended: tuple[Path, dict[str, int]]
@@ -154,13 +178,15 @@ def test_resuming_a_finished_run_adds_nothing(
     whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = copy_until(whole, tmp_path / "copy", 8)
-    run(folder, copy, *STATEFUL, resume=True, command=True)
+    run(folder, copy, *STATEFUL, "train.sample_prompt=x", resume=True, command=True)
     assert lines(copy) == lines(whole)
-    assert "Report:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{copy}: all 8 steps are done. To go on, give more: --set train.steps=16.\n" in out
+    assert out.count("\n") == 2 and "Report:" in out  # nothing was read, compiled or sampled
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_not_with_fewer(
-    whole: Path, folder: Path, tmp_path: Path
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = copy_until(whole, tmp_path / "copy", 8)
     with pytest.raises(UserError, match=r"train.steps=4 but the run in .* has done 8"):
@@ -168,12 +194,28 @@ def test_a_finished_run_goes_on_with_more_steps_and_not_with_fewer(
     assert lines(copy) == lines(whole)
     run(folder, copy, *STATEFUL, "train.steps=9", resume=True)
     assert lines(copy)[: len(lines(whole))] == lines(whole)
-    assert training_lines(copy)[-1]["step"] == 9
+    (event,) = [line for line in lines(copy) if line.get("event") == "learning_rate"]
+    assert event["step"] == 8 and event["changed"] == {"train.steps": [8, 9]}
+    rates = {record["step"]: record["lr"] for record in training_lines(copy)}
+    assert rates[9] == pytest.approx(event["after"]) and rates[9] > event["before"]
+    assert "The learning rate goes on at" in capsys.readouterr().out
 
 
-def test_resume_without_a_run_starts_one(whole: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_same_text_under_another_path_is_the_same_run(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    copy, text = copy_until(whole, tmp_path / "copy", 6), tmp_path / "elsewhere.txt"
+    text.write_bytes((folder / "text.txt").read_bytes())
+    run(folder, copy, *STATEFUL, f"data.source={text}", resume=True)
+    assert lines(copy) == lines(whole) and same_states(copy, whole, 8)
+
+
+def test_resume_without_a_run_starts_one_and_says_so(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     new = run(folder, tmp_path / "new", *STATEFUL, resume=True)
     assert lines(new) == lines(whole)
+    assert f"--resume: there is no checkpoint in {new} yet: beginning" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax.config.load import config_from_text
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import count_moe_layers
@@ -78,6 +79,8 @@ def first_placement(config: Config, topology: Topology, saved: SavedRun | None) 
     chosen, redundant = config.placement, config.placement.redundant_slots
     if chosen.strategy == "custom":
         path = local_path(str(chosen.file))
+        if saved is not None and not path.exists() and _is_its_table(saved, config):
+            return saved.placement  # the run may have been moved to where the file is not
         return read_table(
             path,
             layers=layers,
@@ -115,6 +118,12 @@ def first_placement(config: Config, topology: Topology, saved: SavedRun | None) 
         groups=config.moe.num_groups,
         tensor=config.mesh.tensor,
     )
+
+
+def _is_its_table(saved: SavedRun, config: Config) -> bool:
+    """Whether a checkpoint's experts are where the configuration's custom table puts them."""
+    began = config_from_text(saved.meta["config"], "the checkpoint's configuration").placement
+    return began == config.placement and saved.placement.ranks == config.mesh.expert
 
 
 def check_state_memory(topology: Topology, program: TrainProgram) -> None:

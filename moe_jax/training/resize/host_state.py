@@ -18,7 +18,6 @@ from moe_jax.checkpoint import expert_layout, orbax_io
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config, MeshConfig
-from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import find
 from moe_jax.models.layer_pattern import count_moe_layers
@@ -48,7 +47,7 @@ class RunArrays(NamedTuple):
         str, Any
     ]  # what a checkpoint holds besides arrays; `config` and `placement` are replaced
     vocab_size: int
-    tokenizer: str | None  # what `copy_tokenizer` takes; None where the run keeps none for itself
+    tokenizer: str  # what `load_tokenizer` takes
 
 
 class Load(NamedTuple):
@@ -89,12 +88,16 @@ def read_run(run: Path, config: Config, *, step: int | None, fallback: bool) -> 
     state = restored.state
     arrays = {name: np.asarray(leaf) for name, leaf in _flat(state.params, state.opt_state).items()}
     counters = {name: int(getattr(state, name)) for name in COUNTERS}
-    tokenizer = described.tokenizer if (run / "tokenizer").is_dir() else None
     meta = {
         key: value for key, value in restored.meta.items() if key != "replanning"
     }  # traffic of experts that will be others
     return RunArrays(
-        arrays, np.asarray(state.tables.bias_E), counters, meta, described.vocab_size, tokenizer
+        arrays,
+        np.asarray(state.tables.bias_E),
+        counters,
+        meta,
+        described.vocab_size,
+        described.tokenizer,
     )
 
 
@@ -125,8 +128,7 @@ def write_run(out: Path, config: Config, state: RunArrays, event: dict[str, Any]
         writer = MetricsWriter(part)
         writer.write({"step": step, **event})
         writer.close()
-        if state.tokenizer is not None:
-            copy_tokenizer(state.tokenizer, part / "tokenizer")
+        run_dir.keep_tokenizer(part, state.tokenizer)
         checkpoints = Checkpoints(
             part / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
         )

@@ -307,8 +307,7 @@ def _read_folder(folder: Source, config: Config, described: Description) -> RunA
     counters = dict.fromkeys(COUNTERS, 0) | {"seed": config.train.seed}
     position = corpus.train_batches(config.train.global_batch).get_state()
     meta = {"version": __version__, "data": position, "corpus_hash": corpus.hash}
-    tokenizer = None if config.data.tokenizer == "bytes" else config.data.tokenizer
-    return RunArrays(arrays, None, counters, meta, vocab_size, tokenizer)
+    return RunArrays(arrays, None, counters, meta, vocab_size, config.data.tokenizer)
 
 
 def _event(name: str, source: Path, new: Config, copies: Copies) -> dict[str, Any]:

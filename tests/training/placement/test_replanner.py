@@ -348,6 +348,13 @@ def test_a_custom_table_is_followed_and_a_wrong_one_refused(folder: Path, tmp_pa
     np.testing.assert_array_equal(
         placement_of(directory, 6).physical_to_logical, mine.physical_to_logical
     )
+    moved = copy_until(directory, tmp_path / "moved", 3)  # to where the file is not
+    table.unlink()
+    run(folder, moved, *custom, resume=True)
+    assert lines(moved) == lines(directory)
+    with pytest.raises(UserError, match=r"typo\.json"):
+        again = ("placement.strategy=custom", f"placement.file={tmp_path}/typo.json")
+        run(folder, moved, *again, "train.steps=7", resume=True)
     table.write_text(
         json.dumps(mine.to_json() | {"physical_to_logical": [[3, 2, 1, 0], [1, 0, 3, 3]]})
     )
