@@ -126,6 +126,8 @@ def train(
         if saved is not None:
             continuation.check_corpus(saved, corpus, config.data)
         rows = config.train.global_batch, jax.process_index(), jax.process_count()
+        batches = corpus.train_batches(*rows)
+        held_out = corpus.validation_batches(rows[0], config.train.eval_batches, *rows[1:])
         topology = initial.mesh_topology(config, mesh)
         program = _program(config, corpus, mesh, topology, saved)
         trainer = Trainer(
@@ -135,10 +137,9 @@ def train(
             replanner=Replanner(config.placement, topology, program),
             checkpoints=checkpoints,
             corpus=corpus,
-            batches=corpus.train_batches(*rows),
+            batches=batches,
             save_requests=save_requests,
         )
-        held_out = corpus.validation_batches(rows[0], config.train.eval_batches, *rows[1:])
         if saved is None:
             state = initial_state.first_state(program, config, origin)
         else:

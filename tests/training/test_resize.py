@@ -210,7 +210,7 @@ def made_run(folder: Path, directory: Path, *overrides: str) -> Path:
     write_run(
         directory,
         config,
-        RunArrays(arrays, bias, counters, {"data": "here"}, vocab_size, None),
+        RunArrays(arrays, bias, counters, {"data": "here"}, vocab_size, "bytes"),
         {"event": "resized", "layers": layers},
     )
     return directory
