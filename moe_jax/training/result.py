@@ -19,7 +19,7 @@ class TrainingResult(NamedTuple):
     report: Path | None  # of this process; only the first one draws it
     sample_fits: bool  # whether the parameters can be brought onto one device to draw a sample
     # of the sample, if the configuration has none; None where all steps had been done before
-    sample_prompt: SamplePrompt | None
+    sample_prompt: SamplePrompt | None = None
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of the run's metrics.jsonl (docs/metrics.md)."""
