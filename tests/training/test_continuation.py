@@ -144,7 +144,7 @@ def test_a_replaced_tokenizer_is_noticed_and_another_is_refused(
         with pytest.raises(UserError, match="is another tokenizer than the run began with"):
             own(run, other)
     shutil.copy(tmp_path / "other.json", tmp_path / "tok.json")
-    assert own(run, tmp_path / "tok.json") == str(run / "tokenizer" / "tokenizer.json")
+    assert own(run, tmp_path / "tok.json") == str(run / "tokenizer")
     assert "tok.json has changed since the run began: the run goes on with its own copy" in (
         capsys.readouterr().out
     )
