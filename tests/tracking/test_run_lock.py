@@ -18,15 +18,6 @@ from moe_jax.tracking import run_lock
 from moe_jax.tracking.run_lock import LOCK_FILE, locked
 from tests.support import ROOT
 
-HOLDING = """
-import sys, time
-from pathlib import Path
-from moe_jax.tracking.run_lock import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 def begin(run_dir: Path) -> None:
     run_dir.mkdir(exist_ok=True)
@@ -48,10 +39,10 @@ def test_a_second_one_is_refused_until_the_first_ends(tmp_path: Path) -> None:
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     begin(tmp_path)
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(tmp_path)],
+        [sys.executable, "-m", "tests.support.lock_holder", str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     words = rf"process {holder.pid} on .*: wait until it ends"
