@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.chat_template import ChatTemplate, load_template, without_surrogates
-from moe_jax.data.tokenizer_files import BYTES_EOS, is_bare
+from moe_jax.data.tokenizer_files import BYTES_EOS, is_bare, model_end
 from moe_jax.errors import UserError
 from moe_jax.runtime.quiet import quiet_transformers
 from moe_jax.utils.files import local_path
@@ -132,7 +132,7 @@ def load_tokenizer(spec: str, field: str = "data.tokenizer") -> Tokenizer:
         return _file_tokenizer(given, path)
     # A run keeps a tokenizer.json in a folder of its own, where it must be what it was before.
     return (
-        _file_tokenizer(given, path / "tokenizer.json")
+        _file_tokenizer(given, path / "tokenizer.json", model_end(path))
         if is_bare(path)
         else _folder_tokenizer(given, path)
     )
@@ -152,8 +152,8 @@ def _bytes_tokenizer() -> Tokenizer:
     )
 
 
-def _file_tokenizer(given: str, path: Path) -> Tokenizer:
-    """A tokenizer.json, read by `tokenizers`."""
+def _file_tokenizer(given: str, path: Path, end: int | None = None) -> Tokenizer:
+    """A tokenizer.json, read by `tokenizers`; `end` is the model's end token, if it is known."""
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -169,7 +169,7 @@ def _file_tokenizer(given: str, path: Path) -> Tokenizer:
     inner.no_padding()
     added = inner.get_added_tokens_decoder()
     return Tokenizer(
-        **_ids(inner.get_vocab(with_added_tokens=True)),
+        **_ids(inner.get_vocab(with_added_tokens=True), None, end),
         fingerprint=inner.to_str(),
         encode_batch=lambda texts: [
             encoding.ids
@@ -226,7 +226,7 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
         if token.special
     }
     return Tokenizer(
-        **_ids(vocabulary, inner.eos_token_id),
+        **_ids(vocabulary, inner.eos_token_id, model_end(path)),
         fingerprint=inner.backend_tokenizer.to_str()
         if inner.is_fast
         else json.dumps(vocabulary, sort_keys=True),
@@ -251,13 +251,15 @@ def _before_text(whole: Sequence[int], text: Sequence[int]) -> tuple[int, ...]:
     return ()
 
 
-def _ids(vocabulary: dict[str, int], eos_id: int | None = None) -> dict[str, Any]:
-    """`num_ids` and `eos_id`: the one given, a common one, or an id more. Ids need not be
-    consecutive, so the largest one counts.
+def _ids(vocabulary: dict[str, int], eos_id: int | None, end: int | None) -> dict[str, Any]:
+    """`num_ids` and `eos_id`: the tokenizer's own, one with a common name, the model's `end`, or an
+    id more. Ids need not be consecutive, so the largest one counts.
     """
     size = max(vocabulary.values(), default=-1) + 1
-    known = (vocabulary[name] for name in _END_OF_DOCUMENT if name in vocabulary)
-    eos_id = next(known, None) if eos_id is None else eos_id
+    known = [vocabulary[name] for name in _END_OF_DOCUMENT if name in vocabulary]
+    known += [] if end is None or end >= size else [end]
+    if eos_id is None and known:
+        eos_id = known[0]
     return (
         {"num_ids": size + 1, "eos_id": size}
         if eos_id is None

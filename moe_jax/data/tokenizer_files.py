@@ -38,6 +38,19 @@ def is_bare(folder: Path) -> bool:
     return names - {"config.json", "generation_config.json"} == {"tokenizer.json"}
 
 
+def model_end(folder: Path) -> int | None:
+    """The token that ends a text by the generation_config.json or config.json of a folder."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            stated = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue  # it is not there, or damaged: who needs it says so
+        first = stated[0] if isinstance(stated, list) and stated else stated
+        if isinstance(first, int):
+            return first
+    return None
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a tokenizer in a folder that are passed on."""
     files = {file for pattern in PATTERNS for file in folder.glob(pattern)}

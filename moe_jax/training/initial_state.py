@@ -244,6 +244,8 @@ def vocabulary(config: Config, corpus: Corpus) -> int:
         remedy = (
             "raise it, or leave it out"
             if config.init_from is None
+            else "name a token that ends a text as eos_token in its tokenizer_config.json"
+            if largest == corpus.tokenizer.eos_id
             else f"name the tokenizer of {config.init_from} in data.tokenizer, or take that token "
             f"out of the text"
         )

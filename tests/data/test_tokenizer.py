@@ -89,6 +89,35 @@ def test_the_end_of_a_document_that_nothing_names(name: str, kind: str, tmp_path
     assert tokenizer.end_ids == (2,) and tokenizer.num_ids == 277
 
 
+@pytest.mark.parametrize("settings", ["alone", "with settings"])
+@pytest.mark.parametrize(
+    ("files", "end"),
+    [
+        ({"config.json": {"eos_token_id": 2}}, 2),
+        (
+            {
+                "config.json": {"eos_token_id": 3},
+                "generation_config.json": {"eos_token_id": [2, 1]},
+            },
+            2,
+        ),
+        ({"config.json": {"eos_token_id": 277}}, 277),  # a token that there is not: an id more
+        ({"config.json": {"eos_token_id": None}}, 277),
+        ({"config.json": {}}, 277),
+    ],
+)
+def test_the_end_of_a_document_that_the_models_config_names(
+    files: dict[str, object], end: int, settings: str, tmp_path: Path
+) -> None:
+    folder = chat_folder(tmp_path / "saved", "", ["<a>", "<b>", "<c>"])
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    if settings == "alone":
+        (folder / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.eos_id, tokenizer.num_ids) == (end, 278 if end == 277 else 277)
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize(
     ("post", "start"),

@@ -314,6 +314,8 @@ def test_what_counts_is_that_no_token_of_the_text_is_beyond_the_embedding() -> N
         UserError, match="vocab_size=255 has no row for token 255, which ends a doc"
     ):
         vocabulary(255)
+    with pytest.raises(UserError, match="name a token that ends a text as eos_token"):
+        vocabulary(255, "m")
     with pytest.raises(UserError, match=r"has no row for token 260, in data\.source, .*: raise it"):
         vocabulary(256, text=more)
     with pytest.raises(
