@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
@@ -100,13 +100,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if base is not None:
         layers.insert(0, _base_layer(path, base))
     layers += [_layer(_override(text), "--set", Path()) for text in overrides]
-    return _build(Config, functools.reduce(_merge, layers))
+    return _build(Config, _absolute(functools.reduce(_merge, layers)))
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with its relative paths taken from the working directory."""
     values = dataclasses.asdict(config)
-    return _build(Config, _absolute(Config, values, "the configuration", Path()))
+    return _build(Config, _absolute(_located(Config, values, "the configuration", Path())))
 
 
 def config_from_text(text: str, source: str = "the configuration") -> Config:
@@ -249,42 +249,64 @@ def _base_layer(path: Path, base: Any) -> dict[str, Any]:
 
 
 def _layer(values: Mapping[Any, Any], source: str, folder: Path) -> dict[str, Any]:
-    """One layer, checked, with absolute paths; `folder` is where its relative ones begin."""
-    return _absolute(Config, _checked(Config, values, source), source, folder)
+    """One layer, checked; its relative paths begin in `folder`."""
+    return _located(Config, _checked(Config, values, source), source, folder)
 
 
-def _absolute(
+class _Located(NamedTuple):
+    """A path and where it was given; a layer above may still replace it."""
+
+    value: str
+    kind: PathTo
+    given: str
+    """For messages."""
+    folder: Path
+    """Where it begins if it is relative."""
+
+    def absolute(self) -> str:
+        """The whole path, or the word that stands in its place."""
+        if re.fullmatch(self.kind.words, self.value):
+            return self.value
+        try:
+            here = local_path(self.value)
+        except UserError as error:
+            raise UserError(f"{self.given}: {error}") from error
+        path = os.path.abspath(self.folder / here)
+        if os.path.exists(path):
+            return path
+        if os.path.exists(here):  # relative to the working directory, as it once was
+            raise UserError(
+                f"{self.given} is relative to the file's own folder, where there is no {path}: "
+                f"write {os.path.relpath(here, self.folder)}."
+            )
+        return self.value if self.kind.hub and re.fullmatch(HUB_NAME, self.value) else path
+
+
+def _located(
     section: Any, values: Mapping[str, Any], source: str, folder: Path, prefix: str = ""
 ) -> dict[str, Any]:
-    """The values of a section with every path made absolute from `folder`."""
+    """The values of a section with every path in it as `_Located`."""
     hints = field_types(section)
     placed = dict(values)
     for name, value in values.items():
         key, kind = f"{prefix}{name}", section.__dataclass_fields__[name].metadata["path"]
         if isinstance(value, Mapping):
-            placed[name] = _absolute(hints[name], value, source, folder, f"{key}.")
+            placed[name] = _located(hints[name], value, source, folder, f"{key}.")
         elif value and kind is not None:
-            placed[name] = _absolute_path(value, kind, f"{source}: {key}={value!r}", folder)
+            placed[name] = _Located(value, kind, f"{source}: {key}={value!r}", folder)
     return placed
 
 
-def _absolute_path(value: str, kind: PathTo, given: str, folder: Path) -> str:
-    """The path from `folder` on, or the word that stands in its place."""
-    if re.fullmatch(kind.words, value):
-        return value
-    try:
-        here = local_path(value)
-    except UserError as error:
-        raise UserError(f"{given}: {error}") from error
-    path = os.path.abspath(folder / here)
-    if os.path.exists(path):
-        return path
-    if os.path.exists(here):  # relative to the working directory, as it once was
-        raise UserError(
-            f"{given} is relative to the file's own folder, where there is no {path}: write "
-            f"{os.path.relpath(here, folder)}."
-        )
-    return value if kind.hub and re.fullmatch(HUB_NAME, value) else path
+def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all layers together, with absolute paths."""
+    return {
+        name: _absolute(value)
+        if isinstance(value, Mapping)
+        else value.absolute()
+        if isinstance(value, _Located)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _override(text: str) -> dict[str, Any]:

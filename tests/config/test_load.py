@@ -279,6 +279,9 @@ def test_a_file_relative_to_the_working_directory_is_refused_with_the_path_to_wr
         f"{places}/configs/run.yaml: data.source='one.txt' is relative to the file's own folder, "
         f"where there is no {places}/configs/one.txt: write ../../elsewhere/one.txt."
     )
+    # A path that an override replaces is nobody's business.
+    config = load_config(places / "configs" / "run.yaml", ["data.source=one.txt"])
+    assert config.data.source == f"{places.parent}/elsewhere/one.txt"
 
 
 def test_words_and_names_on_the_hub_are_no_paths(places):
