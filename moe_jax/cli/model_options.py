@@ -30,7 +30,7 @@ from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import DTYPES, check_step, is_run
 from moe_jax.runtime.devices import start_devices
-from moe_jax.utils.files import HUB_NAME
+from moe_jax.utils.files import is_hub_name
 from moe_jax.utils.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class ModelChoice:
     options: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
-        if not self.path.exists() and not re.fullmatch(HUB_NAME, str(self.path)):
+        if not self.path.exists() and not is_hub_name(self.path):
             raise UserError(
                 f"{self.path} does not exist: give a Hugging Face folder, a run, a converted "
                 f"folder, or a model on the hub such as Qwen/Qwen3-30B-A3B."

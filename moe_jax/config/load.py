@@ -28,7 +28,7 @@ import yaml
 from moe_jax.config.fields import PathTo, bounds_text
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
-from moe_jax.utils.files import HUB_NAME, local_path
+from moe_jax.utils.files import is_hub_name, local_path
 
 # What a file should be, for those who name another.
 _CONFIGURATION = "a YAML configuration, such as configs/tiny.yaml"
@@ -279,7 +279,7 @@ class _Located(NamedTuple):
                 f"{self.given} is relative to the file's own folder, where there is no {path}: "
                 f"write {os.path.relpath(here, self.folder)}."
             )
-        return self.value if self.kind.hub and re.fullmatch(HUB_NAME, self.value) else path
+        return self.value if self.kind.hub and is_hub_name(here) else path
 
 
 def _located(

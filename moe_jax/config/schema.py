@@ -269,8 +269,8 @@ class Config:
     )
     init_from: str | None = setting(
         default=None,
-        help="A Hugging Face folder or a run directory whose weights training starts from; null "
-        "draws them at random.",
+        help="A Hugging Face folder, a run directory or a model on the hub such as "
+        "`Qwen/Qwen3-30B-A3B`, whose weights training starts from; null draws them at random.",
         path=PathTo(hub=True),
     )
     model: ModelConfig = setting(default=ModelConfig(), help="The transformer.")

@@ -85,12 +85,14 @@ def make_layout(
     return Layout(plans, bias, model.latent.rope_width)
 
 
-def open_checkpoint(folder: Path | str) -> Checkpoint:
+def open_checkpoint(folder: Path | str, shards: Shards | None = None) -> Checkpoint:
     """Reads the config and all headers, and checks that they agree. Raises UserError, one sentence,
     where they do not.
+
+    `shards` are the tensors, if they are not in the folder.
     """
     described = read_config(folder)
-    shards = Shards(described.folder)
+    shards = shards or Shards(described.folder)
     described, changes = _by_the_files(described, shards)
     layout = make_layout(
         described.family,

@@ -45,10 +45,13 @@ class Entry(NamedTuple):
 class Shards:
     """All tensors of a folder by name; `bytes_read` counts what was read of them."""
 
-    def __init__(self, folder: Path):
-        """Reads every header. Raises UserError for files that are missing, damaged or cut short."""
-        self.bytes_read = 0
-        self.entries = _all_entries(folder)
+    def __init__(self, source: Path | dict[str, Entry]):
+        """Reads every header of a folder; or takes what headers said whose files are elsewhere.
+
+        Raises UserError for files that are missing, damaged or cut short.
+        """
+        self.bytes_read, self._elsewhere = 0, isinstance(source, dict)
+        self.entries = source if isinstance(source, dict) else _all_entries(source)
 
     def dtype(self, name: str) -> np.dtype:
         """The type of a tensor's values."""
@@ -59,10 +62,14 @@ class Shards:
         return math.prod(self.entries[name].shape) * self.dtype(name).itemsize
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors have one shape and the same values; not counted as read."""
+        """Whether two tensors have one shape and the same values; not counted as read. Values that
+        are elsewhere are taken to be the same.
+        """
         first, second = self.entries[name], self.entries[other]
         if first.shape != second.shape or not {first.dtype, second.dtype} <= FILE_DTYPES.keys():
             return False
+        if self._elsewhere:
+            return True
         size = math.prod(first.shape)
         for start in range(0, size, _COMPARED_AT_ONCE):
             count = min(_COMPARED_AT_ONCE, size - start)

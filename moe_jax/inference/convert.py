@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference.load import Preconditions, find_folder, find_model
+from moe_jax.inference.load import Preconditions, find_model
 from moe_jax.inference.memory import device_bytes
 from moe_jax.inference.packed_checkpoint import write_packed
 from moe_jax.inference.read_weights import serving_tables
 from moe_jax.model_io.packed_header import PACKED_FORMAT, PackedHeader
-from moe_jax.model_io.source import PackedSource, find
+from moe_jax.model_io.source import PackedSource, find_local
 from moe_jax.ops.quantized import Kind
-from moe_jax.utils.files import HUB_NAME, refuse_existing
+from moe_jax.utils.files import refuse_existing
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
 
@@ -38,17 +37,14 @@ def convert(
     is left of `out` then.
     """
     refuse_existing(out)
-    if not path.exists() and not re.fullmatch(HUB_NAME, str(path)):
-        raise UserError(f"{path} does not exist: give a Hugging Face folder or a run directory.")
-    path = find_folder(path)
-    source = find(path)
+    source = find_local(path)
     if isinstance(source, PackedSource):
         raise UserError(
             f"{path} is converted already: name the folder or the run that it was made from."
         )
     described = source.describe()
     stored = find_model(
-        path,
+        source.path,
         MeshConfig(),
         dtype=dtype,
         quantize=quantize,

@@ -32,7 +32,8 @@ from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.inference.session import LoadedModel, Session
 from moe_jax.model_io import packed_header
 from moe_jax.model_io.describe import read_kept_config
-from moe_jax.model_io.source import PackedSource, RunSource, find
+from moe_jax.model_io.hub import name_of
+from moe_jax.model_io.source import PackedSource, RunSource, find_local
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
@@ -42,9 +43,6 @@ from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
 from moe_jax.utils.progress import say
 
 __all__ = ["LoadedModel", "Session", "open_model"]
-
-HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
-HUB_COPIES = ("*/*",)  # folders with the same weights in other forms
 
 
 def open_model(
@@ -155,7 +153,7 @@ def find_model(
     `open_model`.
     """
     devices = make_mesh(mesh, jax.devices()[: mesh.size])
-    source = find(find_folder(path))
+    source = find_local(path)
     if isinstance(source, PackedSource):
         return _find_converted(source.path, devices, dtype, quantize)
     held: dict[str, Any] = {
@@ -166,29 +164,6 @@ def find_model(
     if isinstance(source, RunSource):
         return _find_run(source.path, devices, held, step, fallback)
     return _find_hf(source.path, devices, held)
-
-
-def find_folder(path: Path) -> Path:
-    """The path where it exists, else the folder with the hub's model of that name, downloaded."""
-    return path if path.exists() else _download(str(path))
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES)
-            )
-        )
-    # no network, no such model, no leave: errors of many libraries, with no common base
-    except Exception as error:
-        cause = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{name} is no folder here and cannot be fetched from the hub ({cause}): "
-            f"check the name."
-        ) from error
 
 
 def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any]) -> StoredModel:
@@ -202,8 +177,8 @@ def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any]) -> StoredModel:
         params = read_params(plan, checkpoint.leaf, experts_on_host=experts_on_host)
         return params, checkpoint.bias_LE()
 
-    eos_ids = _end_ids(checkpoint.eos_ids, tokenizer)
-    return StoredModel(plan, tokenizer, checkpoint.context, eos_ids, folder.name, read)
+    name, eos_ids = name_of(folder), _end_ids(checkpoint.eos_ids, tokenizer)
+    return StoredModel(plan, tokenizer, checkpoint.context, eos_ids, name, read)
 
 
 def _end_ids(stated: Iterable[int], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from moe_jax.config.load import load_config
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.hf.safetensors import Shards
+from moe_jax.model_io.hub import name_of
 from moe_jax.model_io.packed_header import KEPT_CONFIG, packed_tokenizer, read_packed_header
 from moe_jax.models.parameters import by_kind, parameters
 from moe_jax.ops.quantized import Kind
@@ -103,14 +105,15 @@ def describe_yaml(path: Path) -> Description:
     )
 
 
-def describe_hugging_face(path: Path) -> Description:
-    """Of a Hugging Face folder, with or without weights. Raises UserError where their headers do
-    not agree with its config.json.
+def describe_hugging_face(path: Path, shards: Shards | None = None) -> Description:
+    """Of a Hugging Face folder, with or without weights; `shards` are those that are elsewhere.
+
+    Raises UserError where their headers do not agree with its config.json.
     """
     read = hf.read_config(path)
     stated = read.config.get("dtype") or read.config.get("torch_dtype")
     described = Description(
-        name=path.resolve().name,
+        name=name_of(path),
         source=f"{read.family}, Hugging Face folder",
         model=read.model,
         moe=read.moe,
@@ -121,8 +124,8 @@ def describe_hugging_face(path: Path) -> Description:
         hf_config=read.config,
     )
     files = (file for pattern in WEIGHTS for file in path.glob(pattern))
-    if not all(is_left_by_system(file) for file in files):
-        checkpoint = hf.open_checkpoint(path)
+    if shards or not all(is_left_by_system(file) for file in files):
+        checkpoint = hf.open_checkpoint(path, shards)
         return described._replace(
             model=checkpoint.model,  # whose head may be found to be no copy of the embedding
             hf_config=checkpoint.config,

@@ -16,7 +16,7 @@ from moe_jax import hf
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.data.tokenizer_files import copy_tokenizer, write_byte_tokenizer
 from moe_jax.model_io.describe import Description
-from moe_jax.model_io.source import RunSource, find
+from moe_jax.model_io.source import RunSource, find_local
 from moe_jax.profiling.flops import parameter_counts
 from moe_jax.utils.progress import byte_progress
 
@@ -40,7 +40,7 @@ def publish(
     Raises UserError where `out` exists, no family can express the model, or the disk is full;
     nothing is left of `out` then.
     """
-    source = find(path)
+    source = find_local(path)
     described = source.describe()
     family, config = _config(described)
     weights = source.weights(step=step, fallback=fallback)

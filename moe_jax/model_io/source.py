@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.model_io.packed_header import PACKED_HEADER
+from moe_jax.utils.files import is_hub_name
 
 if TYPE_CHECKING:
     from moe_jax.model_io.describe import Description
@@ -100,12 +101,46 @@ class YamlSource(NamedTuple):
         )
 
 
-Source = HuggingFaceSource | RunSource | PackedSource | YamlSource
+class HubSource(NamedTuple):
+    """A name on the Hugging Face hub, about which nobody was asked yet."""
+
+    name: str
+    field: str = ""
+    """What the user gave it as, such as `init_from=`; begins the messages."""
+
+    def describe(self) -> Description:
+        """The model that its config.json and the headers of its weights describe: no more is
+        fetched. Raises UserError where it cannot be had.
+        """
+        from moe_jax.model_io.describe import describe_hugging_face
+        from moe_jax.model_io.hub import fetch_headers
+
+        return describe_hugging_face(*fetch_headers(self.name, self.field))
+
+    def download(self) -> HuggingFaceSource:
+        """The folder with the whole model. Raises UserError where it cannot be had."""
+        from moe_jax.model_io.hub import download
+
+        return HuggingFaceSource(download(self.name, self.field))
+
+    def weights(self, *, step: int | None = None, fallback: bool = False) -> Weights:
+        """Its weights, downloaded."""
+        return self.download().weights(step=step, fallback=fallback)
+
+
+LocalSource = HuggingFaceSource | RunSource | PackedSource | YamlSource
+Source = LocalSource | HubSource
+
+
+def find_local(path: Path) -> LocalSource:
+    """What is at a path or, downloaded, on the hub. Raises UserError where there is nothing."""
+    source = find(path)
+    return source.download() if isinstance(source, HubSource) else source
 
 
 def find(path: Path, *, yaml: bool = False) -> Source:
-    """What is at a path. Raises UserError where there is nothing; with `yaml` it offers a
-    configuration too, which only describes a model.
+    """What is at a path, or on the hub as far as its name tells. Raises UserError where there can
+    be nothing; with `yaml` it offers a configuration too, which only describes a model.
     """
     if (path / PACKED_HEADER).is_file():
         return PackedSource(path)
@@ -115,9 +150,12 @@ def find(path: Path, *, yaml: bool = False) -> Source:
         return YamlSource(path)
     if path.is_dir():
         return HuggingFaceSource(path)
+    if is_hub_name(path):
+        return HubSource(path.as_posix())
     also = ", or a YAML configuration" if yaml else ""
     raise UserError(
-        f"{path} does not exist: give a Hugging Face folder, a run or a converted folder{also}."
+        f"{path} does not exist: give a Hugging Face folder, a run, a converted folder, or a model "
+        f"on the hub such as Qwen/Qwen3-30B-A3B{also}."
     )
 
 

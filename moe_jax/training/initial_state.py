@@ -25,7 +25,7 @@ from moe_jax.data.corpus import Corpus
 from moe_jax.errors import UserError
 from moe_jax.model_io.describe import Description
 from moe_jax.model_io.packed_header import KEPT_CONFIG
-from moe_jax.model_io.source import PackedSource, find
+from moe_jax.model_io.source import HubSource, HuggingFaceSource, RunSource, find
 from moe_jax.model_io.weights import Weights
 from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.models.paths import ParameterPath, path_of
@@ -33,7 +33,7 @@ from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
-from moe_jax.utils.files import local_path, replace_text
+from moe_jax.utils.files import is_hub_name, local_path, replace_text
 from moe_jax.utils.progress import byte_progress
 
 # Keys of the `model` and `moe` sections that say how to compute or to train: they are the
@@ -68,33 +68,56 @@ TAKEN_OVER = frozenset(
 
 
 class Origin:
-    """The model that `init_from` names; it is described once, when somebody asks."""
+    """The model that `init_from` names; it is described, and if need be downloaded, once, when
+    somebody asks. Raises UserError where it cannot be a beginning.
+    """
 
     def __init__(self, config: Config, directory: Path):
         """`directory` is the run's own."""
         self.name, self.directory = str(config.init_from), directory
-        self.path = local_path(self.name)
 
     @cached_property
     def description(self) -> Description:
-        """What the folder says about the model. Raises UserError where it cannot be a beginning."""
-        if not self.path.is_dir():
+        """What config.json and the headers say about the model, or a run's config.yaml."""
+        return self._source.describe()
+
+    @cached_property
+    def local(self) -> HuggingFaceSource | RunSource:
+        """The folder, with a model of the hub downloaded."""
+        source = self._source
+        return source.download() if isinstance(source, HubSource) else source
+
+    @property
+    def tokenizer(self) -> str:
+        """What `load_tokenizer` takes."""
+        return (
+            str(self.local.path)
+            if isinstance(self._source, HubSource)
+            else self.description.tokenizer
+        )
+
+    @cached_property
+    def _source(self) -> HuggingFaceSource | RunSource | HubSource:
+        path = local_path(self.name)
+        if is_hub_name(path):
+            return HubSource(self.name, "init_from=")
+        if not path.is_dir():
             raise UserError(
-                f"init_from={self.name!r} is not a folder: name a Hugging Face folder or a run "
-                f"directory."
+                f"init_from={self.name!r} is not a folder: name a Hugging Face folder, a run "
+                f"directory, or a model on the hub such as Qwen/Qwen3-30B-A3B."
             )
-        if self.path.resolve() == self.directory.resolve():
+        if path.resolve() == self.directory.resolve():
             raise UserError(
                 f"init_from={self.name!r} is the run's own directory: continue that run with "
                 f"--resume, or name another."
             )
-        source = find(self.path)
-        if isinstance(source, PackedSource):
+        source = find(path)
+        if not isinstance(source, HuggingFaceSource | RunSource):
             raise UserError(
                 f"init_from={self.name!r} is a converted folder: name the folder or the run "
                 f"that it was made from."
             )
-        return source.describe()
+        return source
 
 
 def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) -> Config:
@@ -108,25 +131,25 @@ def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) ->
     """
     if config.init_from is None:
         return _with_dropless(config)
-    if resume and (directory / "config.yaml").is_file():
-        before = read_run_config(directory)
+    resumed = resume and (directory / "config.yaml").is_file()
+    before = read_run_config(directory) if resumed else None
+    if before is not None:
         if before.init_from != config.init_from:
             return _with_dropless(config)  # which `claim` refuses, naming both
-        model, moe, tokenizer = before.model, before.moe, before.data.tokenizer
+        model, moe = before.model, before.moe
     else:
         theirs = origin.description
-        model = dataclasses.replace(theirs.model, vocab_size=theirs.vocab_size)
-        moe, tokenizer = theirs.moe, theirs.tokenizer
-    tokenizer = (
-        tokenizer if config.data.tokenizer == DataConfig().tokenizer else config.data.tokenizer
-    )
+        model, moe = dataclasses.replace(theirs.model, vocab_size=theirs.vocab_size), theirs.moe
     adopted = dataclasses.replace(
         config,
         model=_adopt(config.model, model, "model.", config.init_from),
         moe=_adopt(config.moe, moe, "moe.", config.init_from),
-        data=dataclasses.replace(config.data, tokenizer=tokenizer),
     )
-    return _with_dropless(adopted)
+    tokenizer = config.data.tokenizer
+    if tokenizer == DataConfig().tokenizer:
+        tokenizer = origin.tokenizer if before is None else before.data.tokenizer
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    return _with_dropless(dataclasses.replace(adopted, data=data))
 
 
 def _with_dropless(config: Config) -> Config:
@@ -169,7 +192,7 @@ def first_state(program: TrainProgram, config: Config, origin: Origin) -> TrainS
     """
     if config.init_from is None:
         return jax.block_until_ready(program.init(config.train.seed))
-    weights = find(origin.path).weights()
+    weights = origin.local.weights()
     shapes, shardings = program.abstract_state.params, program.state_shardings.params
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     with byte_progress("loading", size) as done:

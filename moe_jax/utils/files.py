@@ -21,7 +21,6 @@ from moe_jax.errors import UserError
 
 PART = ".part"
 KNOWN_BY = ("config.json", "config.yaml", "moe_jax.json")  # a model's folder
-HUB_NAME = r"[\w.-]+/[\w.-]+"  # of a model on the Hugging Face hub
 
 _URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"  # Path writes gs://bucket as gs:/bucket
 
@@ -52,6 +51,15 @@ def local_path(path: str | Path) -> Path:
             f"that begins with ~."
         )
     return Path(expanded)
+
+
+def is_hub_name(path: Path) -> bool:
+    """Whether a path may be the name of a model on the Hugging Face hub: OWNER/NAME, with nothing
+    of that name here, and not that of a mistyped configuration.
+    """
+    name = path.as_posix()
+    shaped = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return shaped and not name.endswith((".yaml", ".yml")) and not path.exists()
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:

@@ -26,7 +26,7 @@ from moe_jax.config.schema import Config
 from moe_jax.data.corpus import load_corpus
 from moe_jax.errors import UserError
 from moe_jax.model_io.describe import Description
-from moe_jax.model_io.source import PackedSource, RunSource, Source, find
+from moe_jax.model_io.source import HubSource, LocalSource, PackedSource, RunSource, find
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers, layer_kinds
 from moe_jax.models.parameters import parameters
 from moe_jax.tracking.run_dir import read_run_config
@@ -68,7 +68,8 @@ def resize(
     layer, and what to run next.
 
     `source` is a run, whose checkpoint `step` (by default the newest) is read, or a dense Hugging
-    Face folder; it is left as it is. Raises UserError for what cannot be, and where `out` exists.
+    Face folder or a model on the hub; it is left as it is. Raises UserError for what cannot be, and
+    where `out` exists.
     """
     _check(source, out, wanted)
     origin = find(source)
@@ -93,7 +94,8 @@ def resize(
         )
     if has_experts:
         return _change(source, out, wanted, step, fallback)
-    return _upcycle(origin, out, wanted, described, step, fallback)
+    local = origin.download() if isinstance(origin, HubSource) else origin
+    return _upcycle(local, out, wanted, described, source, step, fallback)
 
 
 def _check(source: Path, out: Path, wanted: Wanted) -> None:
@@ -204,14 +206,15 @@ def _layer_line(layer: int, count_E: np.ndarray, source_E: np.ndarray, copied_E:
 
 
 def _upcycle(
-    source: Source,
+    source: LocalSource,
     out: Path,
     wanted: Wanted,
     described: Description,
+    name: Path,
     step: int | None,
     fallback: bool,
 ) -> str:
-    """Experts for a dense model."""
+    """Experts for a dense model, which was asked for by `name`."""
     if isinstance(source, RunSource):
         config = read_run_config(source.path)
         new = _upcycled(config, config.moe, wanted)
@@ -230,11 +233,11 @@ def _upcycle(
         out,
         new,
         state._replace(arrays=arrays, bias_LE=None),
-        _event("upcycled", source.path, new, copies),
+        _event("upcycled", name, new, copies),
     )
     numbers = [i for i, kind in enumerate(layer_kinds(new.model, new.moe)) if kind.moe]
     lines = [
-        f"{out}: {source.path} at step {state.counters['step']}, the feed-forward part (hidden "
+        f"{out}: {name} at step {state.counters['step']}, the feed-forward part (hidden "
         f"width {new.moe.hidden}) of each of layers "
         f"{', '.join(map(str, numbers))} copied into {wanted.experts} experts, of which a token "
         f"takes {new.moe.top_k}."
@@ -295,7 +298,7 @@ def _adopted(config: Config, folder: Path, out: Path, described: Description) ->
     return initial_state.resolve(config, out, initial_state.Origin(config, out), resume=False)
 
 
-def _read_folder(folder: Source, config: Config, described: Description) -> RunArrays:
+def _read_folder(folder: LocalSource, config: Config, described: Description) -> RunArrays:
     """A dense Hugging Face folder as a run that has not begun."""
     corpus = load_corpus(config.data, config.train.seq_len, config.train.seed)
     vocab_size = initial_state.vocabulary(config, corpus)
