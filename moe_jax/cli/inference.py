@@ -126,7 +126,10 @@ def _generate(
         print(flush=True)
     say(stats.sentence(loaded.context))
     compiled = opened.compile_seconds + stats.compile_seconds
-    say(f"loaded in {opened.seconds:,.1f} s, compiled in {compiled:,.1f} s; {peak_memory()}")
+    say(
+        f"{loaded.held_in}, loaded in {opened.seconds:,.1f} s, compiled in {compiled:,.1f} s; "
+        f"{peak_memory()}"
+    )
     _say_experts(choice, opened)
     if interrupts:
         raise typer.Exit(128 + signal.SIGINT)
@@ -173,7 +176,10 @@ def chat(
         template=template,
         reasoning=writer,
     )
-    say(f"{loaded.name}, loaded in {opened.seconds:,.1f} s, context {loaded.context:,} tokens")
+    say(
+        f"{loaded.name} in {loaded.held_in}, loaded in {opened.seconds:,.1f} s, context "
+        f"{loaded.context:,} tokens"
+    )
     with explained_disk_errors(STDOUT):
         run_chat(conversation, loaded.context, writer)
     say(peak_memory())

@@ -1,5 +1,5 @@
-"""What a model would take on a mesh, from config.json and safetensors headers alone: no device, no
-weights.
+"""What a model would take on a mesh, from config.json and safetensors headers alone: no weights,
+and of this machine only what it holds weights in and how much memory it has.
 
 source = find(Path("Qwen3-30B-A3B"))
 inspection = inspect(source.describe(), mesh=MeshConfig(expert=2), quantize="int4")
@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference.kv_cache import CacheLayout, places_for
-from moe_jax.inference.memory import weight_bytes_per_device
+from moe_jax.inference.memory import WeightMemory, weight_bytes_per_device, weight_memory
 from moe_jax.inference.offload import check_size
 from moe_jax.model_io.describe import Description
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
@@ -33,7 +33,8 @@ from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.collectives import AXES
 from moe_jax.placement.table import EMPTY, Placement, contiguous
-from moe_jax.utils.units import gibibytes, ranges
+from moe_jax.runtime.platform import default_platform
+from moe_jax.utils.units import gibibytes, ranges, si
 
 
 class HeldExperts(NamedTuple):
@@ -53,6 +54,7 @@ class Inspection(NamedTuple):
     source: str
     dtype: str
     quantization: str
+    held_in: str  # both in words
     mesh: dict[str, int]
     parameters: dict[str, int]  # by kind
     active: dict[str, int]  # those that one token uses
@@ -67,6 +69,8 @@ class Inspection(NamedTuple):
     total_bytes: int  # a device
     memory: int | None
     fits: bool | None
+    here: WeightMemory | None
+    """Its weights on this machine, if that has the mesh's devices and no `memory` was given."""
     notes: tuple[str, ...]
 
 
@@ -93,23 +97,9 @@ def inspect(
         _refuse_other_types(described, dtype, quantize)
         group = described.group
     kind: Any = quantize or described.quantization
-    layers = count_moe_layers(model, moe)
-
-    def plan_on(axes: MeshConfig) -> ServingPlan:
-        abstract = AbstractMesh(
-            (axes.data, axes.expert, axes.tensor), AXES, axis_types=(AxisType.Auto,) * 3
-        )
-        placement = contiguous(layers, moe.num_experts, axes.expert)
-        types: dict[str, Any] = {
-            "dtype": dtype or described.dtype,
-            "quantization": kind,
-            "group": group,
-        }
-        return ServingPlan(
-            model, moe, abstract, placement, vocab_size=described.vocab_size, **types
-        )
-
-    single, plan = plan_on(MeshConfig()), plan_on(mesh)
+    held_in = described.dtype if described.packed else dtype or _own_dtype()
+    types: dict[str, Any] = {"dtype": held_in, "quantization": kind, "group": group}
+    single, plan = _plan(described, MeshConfig(), types), _plan(described, mesh, types)
     parameters = {path: math.prod(weight.shape) for path, weight in single.weights.items()}
 
     def used(path: str) -> int:
@@ -124,18 +114,24 @@ def inspect(
     rows = -(-batch // mesh.data) * mesh.data
     cache = _cache_bytes(plan, rows, places_for(context, context), whole=False)
     total = sum(held.values()) + cache
+    notes = _notes(plan, described, context, expert_cache)
+    if dtype is None and not described.packed:
+        notes.append(f"This machine holds weights in {held_in} if there is no --dtype.")
+    if memory is not None and sum(held.values()) <= memory < total:
+        notes.append("The weights alone fit: lower --context or --batch for the rest.")
     return Inspection(
         name=described.name,
         source=described.source,
         dtype=plan.dtype.name,
         quantization=kind,
+        held_in=plan.held_in,
         mesh={"data": mesh.data, "expert": mesh.expert, "tensor": mesh.tensor},
         parameters=by_kind(parameters, parameters.__getitem__),
         active=by_kind(parameters, used),
         file_bytes=described.file_bytes,
         whole_bytes=by_kind(single.weights, lambda path: bytes_of(single.weights[path])),
         held_bytes=held,
-        experts=_experts(plan.placement, mesh) if layers else [],
+        experts=_experts(plan.placement, mesh) if count_moe_layers(model, moe) else [],
         cache_bytes_per_token=_cache_bytes(plan, 1, 1, whole=True),
         context=context,
         batch=batch,
@@ -143,8 +139,46 @@ def inspect(
         total_bytes=total,
         memory=memory,
         fits=None if memory is None else total <= memory,
-        notes=(*described.notes, *_notes(plan, described, context, expert_cache)),
+        here=_on_this_machine(plan, described, expert_cache) if memory is None else None,
+        notes=(*described.notes, *notes),
     )
+
+
+def _plan(described: Description, axes: MeshConfig, types: dict[str, Any]) -> ServingPlan:
+    """The model on a mesh without devices."""
+    model, moe = described.model, described.moe
+    mesh = AbstractMesh(
+        (axes.data, axes.expert, axes.tensor), AXES, axis_types=(AxisType.Auto,) * 3
+    )
+    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, axes.expert)
+    return ServingPlan(model, moe, mesh, placement, vocab_size=described.vocab_size, **types)
+
+
+def _own_dtype() -> str:
+    """What this machine holds weights in, if nobody says otherwise. Raises UserError where its
+    devices cannot be asked, as while another process has the TPU.
+    """
+    try:
+        return default_platform().dtype
+    except RuntimeError as error:
+        raise UserError(
+            f"the devices of this machine do not say what they hold weights in ({error}): give "
+            f"--dtype."
+        ) from error
+
+
+def _on_this_machine(
+    plan: ServingPlan, described: Description, expert_cache: int | None
+) -> WeightMemory | None:
+    """The weights beside this machine's memory; None where it has not so many devices, or they
+    cannot be asked.
+    """
+    try:
+        if not default_platform().simulated and plan.mesh.size > jax.device_count():
+            return None
+    except RuntimeError:
+        return None
+    return weight_memory(plan, packs=described.masters, expert_cache=expert_cache)
 
 
 def _refuse_other_types(described: Description, dtype: str | None, quantize: str | None) -> None:
@@ -224,6 +258,8 @@ def _notes(
 def to_json(inspection: Inspection) -> str:
     """Everything, with the sums over kinds beside the kinds."""
     values = inspection._asdict() | {"experts": [entry._asdict() for entry in inspection.experts]}
+    if inspection.here is not None:
+        values["here"] = inspection.here._asdict() | {"fits": inspection.here.fits}
     sums = {
         f"{name}_total": sum(values[name].values())
         for name in ("parameters", "active", "whole_bytes", "held_bytes")
@@ -242,16 +278,12 @@ def print_inspection(inspection: Inspection) -> None:
 
     console = Console(highlight=False)
     frame = box.ROUNDED if console.is_terminal else None
-    held = (
-        inspection.dtype
-        if inspection.quantization == "float"
-        else f"{inspection.quantization} and {inspection.dtype}"
-    )
     devices = math.prod(inspection.mesh.values())
     axes = ",".join(f"{axis}={size}" for axis, size in inspection.mesh.items() if size > 1)
     console.print(escape(f"{inspection.name}: {inspection.source}"))
     console.print(
-        f"in {held} on " + (f"{devices:,} devices ({axes})" if devices > 1 else "one device")
+        f"in {inspection.held_in} on "
+        + (f"{devices:,} devices ({axes})" if devices > 1 else "one device")
     )
     table = Table(
         "",
@@ -299,6 +331,14 @@ def print_inspection(inspection: Inspection) -> None:
             f"{verdict}: {gibibytes(inspection.total_bytes)} of {gibibytes(inspection.memory)} "
             f"per device."
         )
+    here = inspection.here
+    if here is not None and here.free is not None:
+        verdict = "[green]The weights fit[/]" if here.fits else "[red]The weights do not fit[/]"
+        whose = "in all" if here.shared and devices > 1 else "per device"
+        console.print(
+            f"{verdict} into this machine: {gibibytes(here.needed)} of {gibibytes(here.free)} "
+            f"{whose}."
+        )
     for note in inspection.notes:
         console.print(escape(note))
 
@@ -313,4 +353,4 @@ def _row(values: list[int | None]) -> list[str]:
 
 def _both(size: int) -> str:
     """A size in powers of two and of ten."""
-    return f"{gibibytes(size)} ({size / 1e9:,.2f} GB)"
+    return f"{gibibytes(size)} ({si(size, 'B')})"

@@ -116,6 +116,7 @@ class StoredModel(NamedTuple):
     host.
     """
     reads_masters: bool = False  # weights pass through the devices in f32
+    converted: bool = False  # weights have the types that they were converted to
 
 
 class Preconditions(NamedTuple):
@@ -133,7 +134,11 @@ class Preconditions(NamedTuple):
         if self.expert_cache is not None:
             check_size(stored.plan, self.expert_cache)
         check_weight_memory(
-            stored.plan, self.memory, packs=stored.reads_masters, expert_cache=self.expert_cache
+            stored.plan,
+            self.memory,
+            packs=stored.reads_masters,
+            converted=stored.converted,
+            expert_cache=self.expert_cache,
         )
         if self.check is not None:
             self.check(stored.tokenizer, self.context or stored.context)
@@ -240,4 +245,4 @@ def _find_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
         return packed_checkpoint.restore_packed(path, plan, experts_on_host=experts_on_host)
 
     eos_ids = _end_ids(header.eos_ids, tokenizer)
-    return StoredModel(plan, tokenizer, header.context, eos_ids, header.name, read)
+    return StoredModel(plan, tokenizer, header.context, eos_ids, header.name, read, converted=True)

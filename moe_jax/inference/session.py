@@ -39,6 +39,11 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     name: str
 
+    @property
+    def held_in(self) -> str:
+        """The types of its weights, such as `int4 and bfloat16`."""
+        return self.engine.plan.held_in
+
     def session(self, batch: int = 1) -> Session:
         """`batch` empty rows of text."""
         return Session(self, batch)

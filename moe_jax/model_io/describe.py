@@ -37,8 +37,8 @@ class Description(NamedTuple):
     moe: MoEConfig
     vocab_size: int
     context: int
-    # to hold weights in, if nobody says otherwise: that of the files where we compute in it
-    dtype: str
+    dtype: str  # of the files where we compute in it, else bfloat16
+    masters: bool = False  # weights are read as f32 masters, then held in another type
     packed: bool = False  # weights can be opened in `dtype`, `quantization` and `group` alone
     quantization: Kind = "float"
     group: int = 64
@@ -80,6 +80,7 @@ def describe_run(path: Path) -> Description:
         vocab_size=config.model.vocab_size or load_tokenizer(tokenizer).vocab_size,
         context=config.train.seq_len,
         dtype=config.model.compute_dtype,
+        masters=True,
         tokenizer=tokenizer,
         hf_config=read_kept_config(path),
     )

@@ -55,7 +55,7 @@ class ServingPlan:
         compute: dict[str, Any] = {"compute_dtype": dtype}
         self.model = dataclasses.replace(model, **compute)
         self.moe, self.mesh, self.placement, self.vocab_size = moe, mesh, placement, vocab_size
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.quantization = jnp.dtype(dtype), quantization
         _check_mesh(model, moe, mesh)
         abstract = nnx.eval_shape(
             lambda: Transformer(self.model, moe, vocab_size, rngs=nnx.Rngs(0))
@@ -166,6 +166,12 @@ class ServingPlan:
             for path, weight in self.weights.items()
             if ParameterPath.parse(path).is_expert
         )
+
+    @property
+    def held_in(self) -> str:
+        """The types of its weights, in words."""
+        kind, dtype = self.quantization, self.dtype.name
+        return dtype if kind == "float" else f"{kind} and {dtype}"
 
     def check_tokens(self, largest: int) -> None:
         """Raises UserError for tokens that the model has no row for, which would read as zeros."""

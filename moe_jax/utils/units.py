@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.errors import UserError
 
 
 def gibibytes(size: float) -> str:
-    """A size in GiB, or in MiB where it is small."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+    """A size in GiB, or in MiB, KiB or bytes where it is small."""
+    if size >= 2**30:
+        return f"{size / 2**30:,.2f} GiB"
+    if size >= 2**20:
+        return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**10:,.1f} KiB" if size >= 2**10 else f"{size:,.0f} bytes"
 
 
 def ranges(numbers: Any) -> str:
@@ -26,6 +31,12 @@ def ranges(numbers: Any) -> str:
         ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
         or "none"
     )
+
+
+def one_of_these(things: Sequence[str]) -> str:
+    """Alternatives as text: `a, b or c`."""
+    *first, last = things
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def si(value: float | None, unit: str = "") -> str:

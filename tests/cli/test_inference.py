@@ -131,7 +131,7 @@ def test_chat_through_a_pipe(monkeypatch, capsys, tmp_path, model):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
     assert call("chat", tmp_path, "--greedy", "--system-prompt", "loud") == 0
     out, err = capsys.readouterr()
-    assert out == "ONE\n" and "fake, loaded in" in err and "context 200 tokens" in err
+    assert out == "ONE\n" and "fake in float32, loaded in" in err and "context 200 tokens" in err
     model.tokenizer = load_tokenizer("bytes")
     assert call("chat", tmp_path) == 2
     assert "no chat template" in capsys.readouterr().err

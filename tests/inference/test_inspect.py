@@ -15,13 +15,15 @@ import pytest
 from moe_jax import hf
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.inference import convert
+from moe_jax.inference import convert, memory
+from moe_jax.inference import inspect as module
 from moe_jax.inference.inspect import Inspection, inspect
 from moe_jax.inference.kv_cache import KVCache
 from moe_jax.inference.load import open_model
 from moe_jax.inference.memory import device_bytes
 from moe_jax.model_io.source import find
 from moe_jax.models.parameters import PARAMETER_KINDS, by_kind, kind_of
+from moe_jax.runtime import platform
 from moe_jax.utils.units import ranges
 from tests.support import hf_cases as cases
 from tests.support import tiny_run
@@ -76,7 +78,7 @@ def total(column: dict[str, int] | None) -> int:
 
 
 def test_qwen3_30b_a3b_in_bf16_is_exact(qwen: Path) -> None:
-    found = inspect(find(qwen).describe())
+    found = inspect(find(qwen).describe(), dtype="bfloat16")
     assert (total(found.parameters), total(found.active)) == (TOTAL, 3_353_032_704)
     assert total(found.file_bytes) == 2 * TOTAL
     assert found.dtype == "bfloat16" and total(found.whole_bytes) == 2 * (
@@ -92,7 +94,9 @@ def test_qwen3_30b_a3b_in_bf16_is_exact(qwen: Path) -> None:
 
 def test_qwen3_30b_a3b_in_4_bits_is_17_gb_and_half_of_it_on_each_of_two(qwen: Path) -> None:
     one, two = (
-        inspect(find(qwen).describe(), mesh=MeshConfig(expert=ranks), quantize="int4")
+        inspect(
+            find(qwen).describe(), mesh=MeshConfig(expert=ranks), dtype="bfloat16", quantize="int4"
+        )
         for ranks in (1, 2)
     )
     assert (
@@ -212,6 +216,9 @@ def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path)
     )
     assert from_run.parameters == from_yaml.parameters and from_run.file_bytes is None
     assert (from_run.context, from_run.dtype, from_run.source) == (32, "float32", "run")
+    assert from_run.here is not None  # which reads f32 masters, whatever it holds them in
+    small = inspect(find(run).describe(), quantize="int4", group=4).here
+    assert small is not None and small.needed == from_run.here.needed
     convert.convert(
         run, tmp_path / "out", dtype=None, quantize="int8", group=64, step=None, fallback=False
     )
@@ -224,13 +231,12 @@ def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path)
 
 
 def test_the_command(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        call("inspect", qwen, "--mesh", "expert=2", "--quantize", "int4", "--memory", "24GiB") == 0
-    )
+    options = ("--mesh", "expert=2", "--dtype", "bfloat16", "--memory", "24GiB")
+    assert call("inspect", qwen, *options, "--quantize", "int4") == 0
     out = capsys.readouterr().out
     assert "30,532,122,624" in out and "It fits: 9.90 GiB of 24.00 GiB" in out and "64-127" in out
     assert max(map(len, out.splitlines())) <= 80 and "\033" not in out and "\u2502" not in out
-    assert call("inspect", qwen, "--mesh", "expert=2", "--memory", "24GiB", "--json") == 1
+    assert call("inspect", qwen, *options, "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert (
         found["fits"] is False
@@ -242,6 +248,67 @@ def test_the_command(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
         and found["experts"][1]["experts"] == "64-127"
     )
     assert set(Inspection._fields) <= found.keys()
+
+
+def test_this_machine_is_what_generate_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The type of the weights, what they need and whether there is room; simulated devices share
+    the machine's memory.
+    """
+    folder = make_folder("qwen3_moe-plain", tmp_path / "in", torch_dtype="bfloat16")
+    mesh = MeshConfig(expert=2)
+    found = inspect(find(folder).describe(), mesh=mesh)
+    plan = open_model(folder, mesh=mesh).engine.plan
+    assert found.dtype == plan.dtype.name == "float32"
+    assert any("This machine holds weights in float32" in note for note in found.notes)
+    needed = sum(device_bytes(plan).values())
+    assert found.here is not None and found.here.shared and found.here.needed == needed
+    for free, code in ((needed, 0), (needed - 1, 2)):
+        monkeypatch.setattr(memory, "_free_memory", lambda free=free: free)
+        assert call("inspect", folder, "--mesh", "expert=2") == 0
+        said = "do not fit" if code else "fit"
+        assert f"The weights {said} into this machine: " in capsys.readouterr().out
+        assert call("inspect", folder, "--mesh", "expert=2", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["here"] == {
+            "needed": needed,
+            "free": free,
+            "shared": True,
+            "fits": not code,
+        }
+        options = ("--prompt", "a", "--max-tokens", "1", "--mesh", "expert=2")
+        assert call("generate", folder, *options) == code
+        err = capsys.readouterr().err
+        assert ("The weights take" in err) == bool(code) and ("float32, loaded in" in err) != code
+
+
+def test_an_accelerator_and_devices_that_cannot_be_asked(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dtype is the platform's; nothing is said about a machine with fewer devices."""
+    described = find(qwen).describe()
+    monkeypatch.setattr(module, "default_platform", lambda: platform.PLATFORMS["gpu"])
+    found = inspect(described, mesh=MeshConfig(expert=8, tensor=4))
+    assert found.dtype == "bfloat16" and found.here is None
+
+    def busy() -> platform.Platform:
+        raise RuntimeError("the TPU is in use by process 7")
+
+    monkeypatch.setattr(module, "default_platform", busy)
+    assert inspect(described, dtype="bfloat16").here is None
+    with pytest.raises(UserError, match=r"in use by process 7\): give --dtype"):
+        inspect(described)
+
+
+def test_weights_that_fit_without_the_cache(qwen: Path) -> None:
+    """Which `generate --memory` takes, too."""
+    described = find(qwen).describe()
+    whole = inspect(described, dtype="bfloat16", memory=1)
+    for memory_bytes, fits in ((whole.total_bytes, True), (whole.total_bytes - 1, False)):
+        found = inspect(described, dtype="bfloat16", memory=memory_bytes)
+        assert found.fits is fits and found.here is None
+        assert any("The weights alone fit" in note for note in found.notes) is not fits
+    assert not any("The weights alone fit" in note for note in whole.notes)
 
 
 def test_what_is_refused(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,10 +153,66 @@ def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     memory.check_weight_memory(plan, needed)
     with pytest.raises(
         UserError,
-        match=r"The weights take 0\.0 GiB on each device .* --quantize int4, --dtype bfloat16 or "
-        r"a --mesh",
+        match=r"^The weights take 90\.1 KiB on each device and --memory allows [\d.]+ KiB: use "
+        r"--quantize int4, --dtype bfloat16, a --mesh with more than 2 devices or a larger "
+        r"--memory\.$",
     ):
         memory.check_weight_memory(plan, needed - 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "checked", "remedy"),
+    [
+        ({}, {"dtype": "bfloat16"}, {}, "--quantize int4, --expert-cache-size, a --mesh with"),
+        ({}, {"quantization": "int8", "group": 4}, {}, "--quantize int4, --dtype bfloat16, --exp"),
+        (
+            {"expert": 2},
+            {"dtype": "bfloat16", "quantization": "int4", "group": 4},
+            {},
+            "a --mesh with more than 2 devices or a larger",
+        ),
+        (
+            {},
+            {"dtype": "bfloat16"},
+            {"expert_cache": 3},
+            "--quantize int4, a smaller --expert-cache-size or a lar",
+        ),
+        ({}, {}, {"expert_cache": 2}, "--quantize int4, --dtype bfloat16 or a larger --memory"),
+        (
+            {"expert": 2},
+            {"quantization": "int4", "group": 4},
+            {"packs": True},
+            "the folder that `moe-jax export` makes of the run, which is read in parts, a --mesh",
+        ),
+        ({"expert": 2}, {}, {"converted": True}, "the model converted again with --quantize int4"),
+    ],
+    ids=str,
+)
+def test_a_remedy_is_one_that_was_not_taken_and_helps(
+    mesh: dict[str, int], options: dict, checked: dict, remedy: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        memory.check_weight_memory(make_plan(mesh, **options), 1, **checked)
+    assert f": use {remedy}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "checked", "remedy"),
+    [
+        ({}, {}, "--quantize int4 or --dtype bfloat16."),
+        ({}, {"expert_cache": 2}, "--quantize int4, --dtype bfloat16 or no --expert-cache-size."),
+        ({"dtype": "bfloat16", "quantization": "int4", "group": 4}, {}, "a machine with more mem"),
+    ],
+    ids=str,
+)
+def test_simulated_devices_share_the_memory_of_their_machine(
+    options: dict, checked: dict, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So more of them are no remedy."""
+    monkeypatch.setattr(memory, "_free_memory", lambda: 100)
+    with pytest.raises(UserError) as caught:
+        memory.check_weight_memory(make_plan({"expert": 2}, **options), None, **checked)
+    assert " in all and there are 100 bytes: use " + remedy in str(caught.value)
 
 
 # Memory

@@ -65,6 +65,7 @@ class Loaded:
     )
     eos_ids: tuple[int, ...] = (END,)
     name: str = "fake"
+    held_in: str = "float32"
     engine: Any = None
     feeds: list[list[int]] = dataclasses.field(default_factory=list)
     """What was fed, in order."""
