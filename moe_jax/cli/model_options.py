@@ -51,6 +51,8 @@ def parse_mesh(text: str) -> MeshConfig:
                 f"(there are data, expert, tensor)."
             )
         axes[axis[1]] = int(axis[2])
+        if not axes[axis[1]]:
+            raise UserError(f"--mesh {text}: {axis[0].strip()} must be 1 or more.")
     return MeshConfig(**axes)
 
 

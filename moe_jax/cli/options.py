@@ -268,14 +268,18 @@ class SamplingFlags:
         """What the sampler is to do. Raises UserError for a value out of its range."""
         from moe_jax.generation.sampling_options import SamplingOptions
 
-        return SamplingOptions(
-            temperature=0.0 if self.greedy else self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
+        try:
+            return SamplingOptions(
+                temperature=0.0 if self.greedy else self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                seed=self.seed,
+            )
+        except UserError as error:  # which names the setting as Python has it
+            name, _, rest = str(error).partition("=")
+            raise UserError(f"--{name.replace('_', '-')} {rest}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,6 +104,12 @@ class MeshConfig:
         """Devices in all."""
         return self.data * self.expert * self.tensor
 
+    @property
+    def axes_text(self) -> str:
+        """The axes as `--mesh` takes them, such as `expert=4,tensor=2`; "" for one device."""
+        axes = {"data": self.data, "expert": self.expert, "tensor": self.tensor}
+        return ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1)
+
 
 @section
 class DevicesConfig:

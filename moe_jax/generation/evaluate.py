@@ -66,7 +66,7 @@ def evaluate(
         loaded.tokenizer.encode_prompt(text) if special else loaded.tokenizer.encode(text), np.int32
     )
     if len(tokens) < 2:
-        raise UserError(f"--text has {len(tokens)} tokens: give a text of at least two.")
+        raise UserError(f"The text has {len(tokens)} tokens: give one of at least two.")
     loaded.engine.plan.check_tokens(int(tokens.max()))
     window = min(window, len(tokens) - 1)
     with Stopwatch() as watch:

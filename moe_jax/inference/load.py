@@ -157,6 +157,12 @@ def find_model(
     """The model of a folder, or of a name on the hub, planned for a mesh; arguments as those of
     `open_model`.
     """
+    if mesh.size > jax.device_count():
+        raise UserError(
+            f"--mesh {mesh.axes_text} needs {mesh.size} devices and there are "
+            f"{jax.device_count()}: choose a smaller one, or try it on simulated CPU devices with "
+            f"--simulate {mesh.size}."
+        )
     devices = make_mesh(mesh, jax.devices()[: mesh.size])
     source = find_local(path)
     if isinstance(source, PackedSource):

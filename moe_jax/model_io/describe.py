@@ -90,9 +90,7 @@ def describe_yaml(path: Path) -> Description:
     """Of a configuration. Raises UserError where it takes its model from another folder."""
     config = load_config(path)
     if config.init_from is not None:
-        raise UserError(
-            f"{path} takes its model from init_from={config.init_from}: inspect that folder."
-        )
+        raise UserError(f"{path} takes its model from init_from={config.init_from}: inspect that.")
     tokenizer = config.data.tokenizer
     return Description(
         name=config.name,

@@ -71,7 +71,7 @@ class Topology:
         if host % tensor:
             raise UserError(
                 f"Groups of tensor={tensor} devices do not fit into hosts of {host} devices: "
-                f"change mesh.tensor."
+                f"give the topology of the mesh's own devices, or change mesh.tensor."
             )
         if row < self.devices and row % host and host % row:
             raise UserError(

@@ -111,7 +111,7 @@ def test_usage_errors_exit_2(arguments, capsys):
         ),
         (
             ["generate", ".", "--prompt", "x", "--repetition-penalty", "0"],
-            "repetition_penalty=0.0 is out of range",
+            "--repetition-penalty 0.0 is out of range",
         ),
         (["chat", ".", "--mesh", "experts=4"], "--mesh 'experts=4' cannot be read"),
         (["chat", ".", "--memory", "lots"], "--memory 'lots' cannot be read"),

@@ -99,5 +99,7 @@ def test_flags_become_sampling_options() -> None:
     assert SamplingFlags(temperature=0.5, greedy=True).sampling().temperature == 0.0
     with pytest.raises(UserError, match=r"--stop is empty: give the text to stop at"):
         SamplingFlags(stop=["fine", ""])
-    with pytest.raises(UserError, match=r"repetition_penalty=0\.0 is out of range"):
+    with pytest.raises(
+        UserError, match=r"^--repetition-penalty 0\.0 is out of range: it must be > 0\.$"
+    ):
         SamplingFlags(repetition_penalty=0.0).sampling()

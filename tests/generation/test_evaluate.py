@@ -87,7 +87,7 @@ def test_mistakes(loaded: Loaded, tmp_path: Path) -> None:
         match=r"--window 65 exceeds the model's context of 64 tokens: lower it, or raise",
     ):
         evaluate(loaded, TEXT, 65)
-    with pytest.raises(UserError, match=r"--text has 1 tokens: give a text of at least two."):
+    with pytest.raises(UserError, match=r"The text has 1 tokens: give one of at least two."):
         evaluate(loaded, "x")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_text("")

@@ -331,6 +331,7 @@ def test_what_is_refused(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ((qwen, "--memory", "much"), "--memory 'much'"),
         ((qwen, "--dtype", "float8"), "--dtype 'float8'"),
         ((qwen, "--quantize", "int4", "--group", "100"), "groups of 100"),
+        ((qwen, "--quantize", "int4", "--group", "48"), "use --group 32 or --quantize int8"),
         ((qwen, "--quantize", "int4", "--group", "3"), "--group 3 is odd"),
     ):
         assert call("inspect", *arguments) == 2, arguments

@@ -147,6 +147,14 @@ def test_packing_training_weights_gives_what_is_read(
         np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
 
+def test_a_mesh_of_more_devices_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^--mesh expert=8,tensor=2 needs 16 devices and there are 8: .* --simulate 16\.$",
+    ):
+        open_model(tmp_path, mesh=MeshConfig(expert=8, tensor=2))
+
+
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     plan = make_plan({"expert": 2})
     needed = max(memory.device_bytes(plan).values())

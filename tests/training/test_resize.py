@@ -434,9 +434,9 @@ def test_a_dense_folder_becomes_a_run(case: str, folder: Path, tmp_path: Path) -
     ("wanted", "says"),
     [
         (Wanted(8), "is the number that"),
-        (Wanted(0), "moe.num_experts=0"),
-        (Wanted(1), "--experts 1 cannot be: moe.top_k=2 exceeds moe.num_experts=1"),
-        (Wanted(12, top_k=13), "moe.top_k=13"),
+        (Wanted(0), "--experts 0 is less than"),
+        (Wanted(1), "--experts 1 is less than the 2 that a token takes: give more, or a smaller"),
+        (Wanted(12, top_k=13), "--experts 12 is less than the 13 that"),
         (Wanted(12, noise=-0.1), "--noise -0.1"),
         (Wanted(12, noise=float("nan")), "--noise nan"),
         (Wanted(6, noise=0.1), "makes none of 8"),
@@ -476,16 +476,20 @@ def test_places_that_are_refused(folder: Path, tmp_path: Path) -> None:
         (
             ("moe.num_groups=4", "moe.top_groups=2"),
             Wanted(10),
-            "moe.num_groups=4 does not divide moe.num_experts=10",
+            "--experts 10 do not divide among moe.num_groups=4: give a multiple of 4",
         ),
-        (DENSE, Wanted(8, first_dense=2), "leave none of the 2 layers"),
+        (
+            DENSE,
+            Wanted(8, first_dense=2),
+            "--first-dense 2 with --every 1 leaves none of the 2 layers",
+        ),
         ((*DENSE, "moe.routed_scale=2.5"), Wanted(8), "moe.routed_scale=2.5 would change"),
         (
             ("placement.max_experts_per_device=5",),
             Wanted(12),
             "placement.max_experts_per_device=5 but 12 experts",
         ),
-        ((*DENSE, "model.hidden=32"), Wanted(1), "moe.top_k=2 exceeds moe.num_experts=1"),
+        ((*DENSE, "model.hidden=32"), Wanted(1), "--experts 1 is less than the 2"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(

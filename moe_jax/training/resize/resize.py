@@ -118,6 +118,7 @@ def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
     """
     changes |= {} if wanted.top_k is None else {"top_k": wanted.top_k}
     changes["dropless"] = bool(config.moe.dropless)  # a run's own says what it does
+    _check_experts(wanted, changes.get("top_k", config.moe.top_k), config.moe.num_groups)
     placement = config.placement
     if placement.strategy == "custom":
         placement = dataclasses.replace(placement, strategy="contiguous", file=None)
@@ -125,7 +126,22 @@ def _with_experts(config: Config, wanted: Wanted, **changes: Any) -> Config:
         moe = dataclasses.replace(config.moe, num_experts=wanted.experts, **changes)
         return dataclasses.replace(config, moe=moe, placement=placement, init_from=None)
     except UserError as error:
-        raise UserError(f"--experts {wanted.experts} cannot be: {error}") from error
+        raise UserError(
+            f"--experts {wanted.experts} does not go with the configuration: {error}"
+        ) from error
+
+
+def _check_experts(wanted: Wanted, top_k: int, groups: int) -> None:
+    if wanted.experts < top_k:
+        raise UserError(
+            f"--experts {wanted.experts} is less than the {top_k} that a token takes: give more, "
+            f"or a smaller --top-k."
+        )
+    if wanted.experts % groups:
+        raise UserError(
+            f"--experts {wanted.experts} do not divide among moe.num_groups={groups}: give a "
+            f"multiple of {groups}."
+        )
 
 
 def _change(run: Path, out: Path, wanted: Wanted, step: int | None, fallback: bool) -> str:
@@ -280,9 +296,8 @@ def _upcycled(config: Config, moe: MoEConfig, wanted: Wanted) -> Config:
     )
     if not count_moe_layers(new.model, new.moe):
         raise UserError(
-            f"moe.first_dense={new.moe.first_dense} and moe.every={new.moe.every} leave none of "
-            f"the {new.model.num_layers} layers with "
-            "experts: lower --first-dense or --every."
+            f"--first-dense {new.moe.first_dense} with --every {new.moe.every} leaves none of the "
+            f"{new.model.num_layers} layers with experts: lower one of them."
         )
     return new
 
