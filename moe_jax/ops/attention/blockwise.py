@@ -107,18 +107,27 @@ def _blockwise_bwd(window: int | None, scale: float, saved, dout_BSHU: jax.Array
                 "bghqk,bkgd->bqghd", dscores, keys, preferred_element_type=jnp.float32
             ).astype(q.dtype)
         )
-        dk = dk.at[:, first:stop].add(
-            jnp.einsum("bghqk,bqghd->bkgd", dscores, queries, preferred_element_type=jnp.float32)
-        )
-        dv = dv.at[:, first:stop].add(
-            jnp.einsum("bghqk,bqghd->bkgd", weights, douts, preferred_element_type=jnp.float32)
-        )
+        to_keys = partial(jnp.einsum, "bghqk,bqghd->bkgd", preferred_element_type=jnp.float32)
+        dk = _add_keys(dk, to_keys(dscores, queries), first, stop)
+        dv = _add_keys(dv, to_keys(weights, douts), first, stop)
     dq_BSHQ = jnp.concatenate(dqs, axis=1).reshape(q_BSHQ.shape)
     # A sink's value is zero, so only the normalisation's term is left of its gradient.
     dsinks_H = -jnp.sum(
         jnp.exp(sinks_H.reshape(groups, -1, 1) - logsum_BGHS) * inner, axis=(0, 3)
     ).reshape(-1)
     return dq_BSHQ, dk.astype(k_BSGQ.dtype), dv.astype(v_BSGU.dtype), dsinks_H, None
+
+
+def _add_keys(total: jax.Array, part: jax.Array, first: int, stop: int) -> jax.Array:
+    """The sum [B, S, G, ...] with a part for the keys from `first` to `stop` added.
+
+    All of the keys are added without `.at`, which makes a scatter without indices of them: in a
+    `shard_map` over several devices the compiler of jaxlib 0.11.2 for CPU ends in a segmentation
+    fault on it (docs/log.md).
+    """
+    if (first, stop) == (0, total.shape[1]):
+        return total + part
+    return total.at[:, first:stop].add(part)
 
 
 blockwise_attention.defvjp(_blockwise_fwd, _blockwise_bwd)
