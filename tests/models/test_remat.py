@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.models.remat import MOVES, remat
@@ -24,7 +25,7 @@ def primitives(jaxpr: Any) -> Iterator[str]:
     """The names of all primitives in a program, those of inner programs included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from primitives(inner)
 
 
