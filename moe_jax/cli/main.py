@@ -112,7 +112,10 @@ def train(
     run_dir: Annotated[
         Path | None,
         path_option(
-            "--run-dir", metavar="DIR", help="Where all output goes.  [default: runs/NAME]"
+            "--run-dir",
+            metavar="DIR",
+            help="Where all output goes.  [default: the run whose config.yaml is CONFIG, else "
+            "runs/NAME]",
         ),
     ] = None,
     resume: Annotated[
@@ -131,7 +134,7 @@ def train(
     from moe_jax.config.load import load_config
 
     tree = load_config(config, overrides or [])
-    place = run_dir or _default_run_dir(tree.name)
+    place = _default_run_dir(config, tree.name) if run_dir is None else run_dir
     notice = f"Nobody reads standard output; the run goes on: moe-jax watch {place} shows it."
     with lasting_output(notice), explained_disk_errors(place):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
@@ -187,7 +190,12 @@ def _print_sample(config: Config, run_dir: Path, fits: bool, given: SamplePrompt
     print(f"Sample (temperature 0.8, top-p 0.95):\n{text}{''.join(pieces)}\n")
 
 
-def _default_run_dir(name: str) -> Path:
+def _default_run_dir(config: Path, name: str) -> Path:
+    """The run that `config` belongs to, wherever it was moved and whatever its name says; runs/NAME
+    for any other configuration.
+    """
+    if config.name == "config.yaml" and (config.parent / "checkpoints").is_dir():
+        return config.parent
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(
             f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or "

@@ -271,7 +271,8 @@ class Config:
     SECTION = ""
 
     name: str = setting(
-        default="run", help="Name of the run; its directory is runs/NAME unless --run-dir is given."
+        default="run",
+        help="Name of the run; a new run is written to runs/NAME unless --run-dir is given.",
     )
     init_from: str | None = setting(
         default=None,

@@ -152,6 +152,24 @@ def test_train_passes_its_arguments_on(monkeypatch):
     assert calls[1][1:] == (Path("there"), {"resume": True, "overwrite": False, "fallback": True})
 
 
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_the_configuration_of_a_run_is_that_run_whatever_its_name(flags, monkeypatch, tmp_path):
+    """A run that was moved or copied: runs/NAME is another one."""
+    places = []
+    monkeypatch.setattr(
+        "moe_jax.training.trainer.train",
+        lambda config, place, **options: places.append(place) or SimpleNamespace(report=None),
+    )
+    (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
+    own = tmp_path / "moved" / "config.yaml"
+    own.write_text("name: mine")
+    (tmp_path / "config.yaml").write_text("name: mine")
+    assert call("train", own, *flags) == 0
+    assert call("train", own, "--run-dir", "there", *flags) == 0
+    assert call("train", tmp_path / "config.yaml", *flags) == 0
+    assert places == [tmp_path / "moved", Path("there"), Path("runs/mine")]
+
+
 def test_the_home_folder_is_expanded(monkeypatch, tmp_path, capsys):
     """As in --run-dir=~/first, where no shell does it."""
     monkeypatch.setenv("HOME", str(tmp_path))
