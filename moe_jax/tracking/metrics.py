@@ -23,6 +23,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from moe_jax.errors import UserError
 from moe_jax.placement import cost
 from moe_jax.utils.files import replace_bytes
+from moe_jax.utils.progress import say
 
 FILE_NAME = "metrics.jsonl"
 
@@ -57,14 +58,15 @@ class MetricsWriter:
     """Appends records to RUN_DIR/metrics.jsonl and mirrors their scalars to RUN_DIR/tensorboard.
 
     A new run (`resume_step=None`) must find no metrics.jsonl. A resumed one keeps its lines up to
-    and including `resume_step`, so that the file goes on as if the run had never stopped.
+    and including `resume_step`, so that the file goes on as if the run had never stopped. Where the
+    file is lost (checkpoints alone were copied) it begins a new one and says so: what was learnt
+    does not depend on it.
     """
 
     def __init__(
         self, run_dir: Path, resume_step: int | None = None, *, active: bool = True
     ) -> None:
-        """Raises UserError where a new run finds metrics.jsonl, or a resumed one finds none or a
-        damaged one.
+        """Raises UserError where a new run finds metrics.jsonl, or a resumed one a damaged one.
 
         Of several processes one is `active`; the others' writers do nothing.
         """
@@ -72,7 +74,12 @@ class MetricsWriter:
         if not active:
             return
         path = run_dir / FILE_NAME
-        if resume_step is not None:
+        if resume_step is not None and not path.exists():
+            say(
+                f"{path} is not there: a new one begins after step {resume_step}, so the report "
+                f"shows the later steps alone."
+            )
+        elif resume_step is not None:
             _keep_until(path, resume_step)
         elif path.exists():
             raise UserError(

@@ -202,8 +202,15 @@ def test_torn_last_line_alone_is_tolerated(tmp_path: Path) -> None:
 def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
-        MetricsWriter(tmp_path, 5)
+
+
+def test_a_resumed_run_without_its_file_begins_one_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where checkpoints and config.yaml alone were copied to another machine."""
+    path = write(tmp_path, [training(6)], resume_step=5)
+    assert [record["step"] for record in read_metrics(path)] == [6]
+    assert "metrics.jsonl is not there: a new one begins after step 5" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the always full device of Linux")
