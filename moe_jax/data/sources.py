@@ -1,9 +1,10 @@
 """The documents of `data.source`: the built-in corpus, files and folders, or a hub dataset.
 
 A document is a text or a conversation. The order is fixed, so that the same source gives the same
-corpus. In a folder, files of unknown kinds are ignored, and hidden files and folders are passed
-over: editors, desktops and version control keep copies there that nobody meant as text. A file of a
-known kind that cannot be read is refused by its name and, if it has lines, the line.
+corpus. In a folder, files of other kinds and folders behind links are passed over; hidden files and
+folders too: editors, desktops and version control keep copies there that nobody meant as text. A
+line says so. A file of a known kind that cannot be read is refused by its name and, if it has
+lines, the line.
 """
 
 from __future__ import annotations
@@ -75,21 +76,36 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files of known kinds in a folder and those below it, without what is hidden, which is
-    said.
+    """The files of known kinds in a folder and those below it. What is passed over is said.
+
+    Raises UserError for a link of such a name that leads nowhere.
     """
-    every = sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in _READERS and file.is_file()
-    )
-    files = [
-        file
-        for file in every
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    hidden = [file for file in every if file not in set(files)]
-    if hidden:
-        more = f" and {len(hidden) - 1:,} more" if len(hidden) > 1 else ""
-        say(f"data.source: hidden files are passed over: {hidden[0]}{more}.")
+    files, hidden, other, linked = [], [], [], []
+    for path in sorted(folder.rglob("*")):
+        known = path.suffix.lower() in _READERS
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            if known and path.is_file():
+                hidden.append(path)
+        elif path.is_dir():
+            if path.is_symlink():  # rglob does not enter it: it may lead back
+                linked.append(path)
+        elif known and path.is_symlink() and not path.exists():
+            raise UserError(
+                f"data.source: {path} is a link to {os.readlink(path)}, which is not there: repair "
+                f"or remove it."
+            )
+        elif known and path.is_file():
+            files.append(path)
+        else:
+            other.append(path)
+    for what, passed in (
+        ("hidden files", hidden),
+        (f"files other than {_SUFFIXES}", other),
+        ("linked folders", linked),
+    ):
+        if passed:
+            more = f" and {len(passed) - 1:,} more" if len(passed) > 1 else ""
+            say(f"data.source: {what} are passed over: {passed[0]}{more}.")
     return files
 
 

@@ -58,6 +58,30 @@ def test_hidden_files_are_passed_over_and_said(
         documents(root / ".." / "hidden")
 
 
+def test_what_else_is_passed_over_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text that somebody meant to train on may be among it: compressed, or behind a link."""
+    root, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for folder in (root, elsewhere):
+        folder.mkdir()
+    for name in ("a.jsonl.gz", "b.csv"):
+        (root / name).write_bytes(b"x")
+    (root / "c.txt").write_text("one")
+    (elsewhere / "d.txt").write_text("two")
+    (root / "more").symlink_to(elsewhere)
+    (root / "e.txt").symlink_to(elsewhere / "d.txt")
+    assert documents(root) == ["one", "two"]
+    assert capsys.readouterr().err == (
+        "data.source: files other than .txt, .md, .py, .jsonl, .parquet are passed over: "
+        f"{root}/a.jsonl.gz and 1 more.\n"
+        f"data.source: linked folders are passed over: {root}/more.\n"
+    )
+    (elsewhere / "d.txt").unlink()
+    with pytest.raises(UserError, match=r"e\.txt is a link to .*d\.txt, which is not there"):
+        documents(root)
+
+
 def test_text_field_is_chosen(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "x", "text": "y"}))
     assert documents(tmp_path / "a.jsonl", text_field="body") == ["x"]
