@@ -26,7 +26,8 @@ Written by `make docs` from the types in `moe_jax/config/`; change them, not thi
 A configuration is a YAML file of sections. Every key has a default, so a file holds only what
 differs. `base: other.yaml` at its top starts from another file (its path is relative to this one;
 one level, a base has no base of its own). `--set section.key=value` on the command line comes last
-and may be repeated; the value is read as YAML. Relative paths in a file are relative to its folder,
+and may be repeated; the value is read as YAML, that of a text as it is typed (quotes keep spaces at
+its ends). Relative paths in a file are relative to its folder,
 those of `--set` to the working directory; `~` is the home folder:
 
 ```bash

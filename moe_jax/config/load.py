@@ -48,6 +48,9 @@ _SCALARS = (
     ("merge", r"<<", ["<"]),
 )
 
+# What YAML has to read where a text is wanted: one in quotes, and null.
+_YAML_TEXT = re.compile(r"""null|Null|NULL|~|"(?:\\.|[^"\\])*"|'(?:''|[^'])*'""", re.DOTALL)
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars above, and no key twice in a mapping."""
@@ -239,7 +242,13 @@ def _base_layer(path: Path, base: Any) -> dict[str, Any]:
             f"this one."
         )
     base_path = path.parent / local_path(base)
-    values = _parse(_read(base_path, _CONFIGURATION), str(base_path))
+    try:
+        text = _read(base_path, _CONFIGURATION)
+    except UserError as error:
+        raise UserError(f"{path}: base={base!r}: {error}") from error
+    if os.path.samefile(path, base_path):
+        raise UserError(f"{path}: base={base!r} is this file itself: name another, or remove it.")
+    values = _parse(text, str(base_path))
     if "base" in values:
         raise UserError(
             f"{path}: base={base!r} has a base itself, and one level is all there is; name "
@@ -316,18 +325,17 @@ def _override(text: str) -> dict[str, Any]:
         raise UserError(
             f"--set {text!r} is not of the form key=value, such as --set train.steps=100."
         )
-    values: Any = (
-        ""
-        if not value.strip() and _takes_text(key.strip())
-        else _yaml(value, f"--set {key.strip()}")
-    )
-    for part in reversed(key.strip().split(".")):
+    key, value = key.strip(), value.strip()
+    values: Any = value if _is_plain_text(key, value) else _yaml(value, f"--set {key}")
+    for part in reversed(key.split(".")):
         values = {part: values}
     return values
 
 
-def _takes_text(key: str) -> bool:
-    """Whether the setting at a dotted key is a text, which may be empty, and no path."""
+def _is_plain_text(key: str, value: str) -> bool:
+    """Whether an override is taken as it was typed, without YAML's comments (`texts #2`), mappings
+    (`a: b`) and lists (`[INST]`): a text that is neither in quotes nor null. An empty path is null.
+    """
     section: Any = Config
     *sections, name = key.split(".")
     for part in sections:
@@ -335,7 +343,9 @@ def _takes_text(key: str) -> bool:
     if not dataclasses.is_dataclass(section) or name not in field_types(section):
         return False
     hint, metadata = field_types(section)[name], section.__dataclass_fields__[name].metadata
-    return str in (hint, *typing.get_args(hint)) and metadata["path"] is None
+    if str not in (hint, *typing.get_args(hint)):
+        return False
+    return metadata["path"] is None if not value else not re.fullmatch(_YAML_TEXT, value)
 
 
 def _checked(

@@ -130,6 +130,32 @@ def test_override_values_are_yaml():
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("[INST] hi", "[INST] hi"),
+        ("User: hi", "User: hi"),
+        ("# A title", "# A title"),
+        ("the first #1", "the first #1"),
+        ("2026", "2026"),
+        ("true", "true"),
+        ("- one\n- two", "- one\n- two"),
+        ("one\ntwo", "one\ntwo"),
+        ("'it''s '", "it's "),
+        ('"def\\n"', "def\n"),
+        ('"yes" or "no"', '"yes" or "no"'),
+        ("null", None),
+    ],
+)
+def test_an_override_of_a_text_is_taken_as_typed(typed, meant):
+    """YAML would read a mapping, a list, a number, or cut a comment off."""
+    tiny = ROOT / "configs" / "tiny.yaml"
+    assert load_config(tiny, [f"train.sample_prompt={typed}"]).train.sample_prompt == meant
+    if meant is not None and "\n" not in typed:
+        path = load_config(tiny, [f"data.source={typed}"]).data.source
+        assert path == str(Path.cwd() / meant)
+
+
+@pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("moe: {num_expert: 8}", ["run.yaml", "'moe.num_expert'", "did you mean moe.num_experts?"]),
@@ -168,8 +194,8 @@ def test_override_values_are_yaml():
         ("train: !!int x", ["broken YAML"]),
         ("[" * 3000, ["nested too deep"]),
         ("base: 3", ["base=3", "must be text"]),
-        ("base: nowhere.yaml", ["nowhere.yaml: there is no such file"]),
-        ("base: run.yaml", ["has a base itself"]),
+        ("base: nowhere.yaml", ["run.yaml: base='nowhere.yaml': ", ": there is no such file"]),
+        ("base: run.yaml", ["run.yaml: base='run.yaml' is this file itself: name another"]),
         ("moe: {top_k: 99}", ["moe.top_k=99", "moe.num_experts=8"]),
         ("moe: {capacity_factor: -1}", ["moe.capacity_factor=-1", "> 0"]),
         ("train: {global_batch: 0}", ["train.global_batch=0", ">= 1"]),
