@@ -137,24 +137,27 @@ def load(
 
     Raises UserError, one sentence, for what is wrong with the folder, the mesh or the memory.
     """
+    from moe_jax.generation.arguments import check_load
     from moe_jax.generation.model import TextModel
     from moe_jax.inference.load import open_model
-    from moe_jax.model_io.source import is_run
+    from moe_jax.model_io.source import check_step, is_run
     from moe_jax.utils.files import local_path
 
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "dtype": dtype,
+        "quantize": quantize,
+        "group": group,
+        "memory": memory,
+        "step": step,
+        "fallback": fallback,
+        "context": context,
+        "expert_cache": expert_cache,
+    }
+    check_load(path, **options)
     place = local_path(path)
-    loaded = open_model(
-        place,
-        mesh=mesh,
-        dtype=dtype,
-        quantize=quantize,
-        group=group,
-        memory=memory,
-        step=step,
-        fallback=fallback,
-        context=context,
-        expert_cache=expert_cache,
-    )
+    check_step(place, step, fallback)
+    loaded = open_model(place, **options)
     return TextModel(loaded, of_run=is_run(place))
 
 

@@ -150,3 +150,70 @@ def test_home_folders_and_urls_as_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(moe_jax.UserError, match=f"{tmp_path}/x.yaml: there is no such file"):
         moe_jax.train("~/x.yaml", "~/run")
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: m.generate("a", max_tokens=0), "max_tokens=0: give a whole number of 1 or more"),
+        (lambda m: m.generate("a", max_tokens=1.5), "max_tokens=1.5: give a whole number"),
+        (lambda m: m.generate("a", max_tokens="3"), "max_tokens='3': give a whole number"),
+        (lambda m: m.generate("a", stop=3), "stop=3: give a text or a list of texts"),
+        (lambda m: m.generate("a", stop=""), "stop='': give a text or a list of texts"),
+        (lambda m: m.generate(5), "prompt=5: give a text"),
+        (lambda m: m.generate(["a", 5]), "prompt=5: give a text"),
+        (lambda m: m.generate([["a"]]), r"prompt=\['a'\]: give a text"),
+        (lambda m: m.generate(b"a"), "prompt=b'a': give a text"),
+        (lambda m: m.stream(["a", "b"]), "prompt=.*: give a text, or token ids"),
+        (lambda m: m.chat("Hi"), "messages: give a list of messages"),
+        (lambda m: m.chat([]), "messages: give a list of messages"),
+        (lambda m: m.chat([{"content": "Hi"}]), "messages: give a list of messages"),
+        (lambda m: m.logits([-1]), r"prompt=\[-1\]: give a text, or token ids"),
+        (lambda m: m.logits([1.5]), r"prompt=\[1.5\]: give a text, or token ids"),
+        (lambda m: m.logits([[1], [-2]]), r"prompt=\[-2\]: give a text, or token ids"),
+        (lambda m: m.score(["a", "b"]), "text=.*: give a text"),
+        (lambda m: m.decode(5), "tokens=5: give a text, or token ids"),
+        (lambda m: m.decode([-1]), r"tokens=\[-1\]: give"),
+    ],
+)
+def test_what_a_model_cannot_take_is_one_sentence(model, call, sentence):
+    with pytest.raises(moe_jax.UserError, match=sentence):
+        call(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"path": None}, "path=None: give the path or name of a model"),
+        ({"mesh": "expert=2"}, r"mesh='expert=2': give a moe_jax.MeshConfig"),
+        ({"mesh": {"expert": 2}}, r"give a moe_jax.MeshConfig, such as .*expert=2"),
+        ({"dtype": "bf16"}, "dtype='bf16': give 'float32' or 'bfloat16'"),
+        ({"quantize": "int3"}, "quantize='int3': give 'int8' or 'int4'"),
+        ({"group": 32}, "group=32 is for quantize='int4': give that too"),
+        ({"group": 33, "quantize": "int4"}, "group=33: give an even number"),
+        ({"memory": "1GiB"}, "memory='1GiB': give a whole number"),
+        ({"context": 0}, "context=0: give a whole number of 1 or more"),
+        ({"step": 5}, "is not a run directory"),
+    ],
+)
+def test_what_load_cannot_take_is_one_sentence(place, options, sentence):
+    with pytest.raises(moe_jax.UserError, match=sentence):
+        moe_jax.load(**{"path": place / "model"} | options)
+
+
+def test_one_string_to_stop_at_is_not_its_letters(model):
+    text = model.generate("def add", max_tokens=12, temperature=0)
+    end = text[4:7]  # a string that comes, none of whose letters may end the text before it
+    kept = model.generate("def add", max_tokens=12, temperature=0, stop=end)
+    assert kept == text[: text.index(end)] != ""
+    assert kept == model.generate("def add", max_tokens=12, temperature=0, stop=[end])
+
+
+def test_a_runs_files_are_named_by_text_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
+    (record,) = moe_jax.read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert record["loss"] == 2.0
+    with pytest.raises(moe_jax.UserError, match="does not exist"):
+        moe_jax.read_history("nothing/metrics.jsonl")
+    with pytest.raises(moe_jax.UserError, match="there is no"):
+        moe_jax.read_measured("nothing.json")

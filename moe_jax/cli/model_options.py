@@ -28,7 +28,7 @@ from moe_jax.cli.options import (
 )
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import DTYPES, check_step, is_run
+from moe_jax.model_io.source import DTYPES, QUANTIZED, check_step, is_run
 from moe_jax.runtime.devices import start_devices
 from moe_jax.utils.files import is_hub_name
 from moe_jax.utils.units import parse_bytes
@@ -36,8 +36,6 @@ from moe_jax.utils.units import parse_bytes
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.inference.load import LoadedModel
-
-QUANTIZED = ("int8", "int4")
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -70,6 +68,10 @@ def check_types(dtype: str | None, quantize: str | None = None, group: int = 64)
         raise UserError(
             f"--group {group} is odd, and int4 keeps two values per byte: choose an even number "
             f"such as 32 or 64."
+        )
+    if group != 64 and quantize != "int4":
+        raise UserError(
+            f"--group {group} is for --quantize int4: give that too, or leave --group out."
         )
 
 

@@ -13,6 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.generation.arguments import (
+    check_max_tokens,
+    check_messages,
+    check_text,
+    stop_strings,
+    token_ids,
+)
 from moe_jax.generation.chat import chat_ids, reply_pieces
 from moe_jax.generation.evaluate import Evaluation, evaluate
 from moe_jax.generation.generate import Reader
@@ -37,7 +44,7 @@ class TextModel:
       temperature: logits are divided by it; 0 always takes the likeliest token.
       top_k, top_p, min_p, repetition_penalty: filters, as in transformers' `generate`.
       seed: the same seed gives the same text.
-      stop: strings that end the text and are not part of it.
+      stop: a string, or several, that end the text and are not part of it.
     """
 
     def __init__(self, loaded: LoadedModel, *, of_run: bool = False):
@@ -60,13 +67,13 @@ class TextModel:
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, the start token among them where the model wants one."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return token_ids("prompt", prompt)
         tokenizer = self._loaded.tokenizer
         return tokenizer.encode(prompt) if self._of_run else tokenizer.encode_prompt(prompt)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
-        return self._loaded.tokenizer.decode(tokens)
+        return self._loaded.tokenizer.decode(token_ids("tokens", tokens))
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -80,7 +87,11 @@ class TextModel:
         """
         if isinstance(prompt, str):
             return "".join(self.stream(prompt, **options))
-        return [self.generate(one, **options) for one in prompt]
+        if not isinstance(prompt, (list, tuple)):
+            check_text("prompt", prompt)
+        for one in prompt:
+            check_text("prompt", one)
+        return ["".join(self.stream(one, **options)) for one in prompt]
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """The same text in pieces, as they come; some are empty."""
@@ -102,6 +113,7 @@ class TextModel:
         Raises UserError where the tokenizer has no chat template, or the template does not use
         what it is told.
         """
+        check_messages(messages)
         template = TemplateOptions(thinking, template_kwargs or {})
         tokens = chat_ids(self._loaded.tokenizer, messages, template)
         return "".join(self._pieces(tokens, reply=True, **options))
@@ -112,7 +124,8 @@ class TextModel:
 
         Raises UserError for an empty prompt, or one that the model cannot read.
         """
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], (int, np.integer))):
+        ids = not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], str)
+        if isinstance(prompt, str) or (ids and np.ndim(prompt[0]) == 0):
             return self.logits([prompt])[0]
         rows = [self.encode(one) for one in prompt]
         if not rows or not all(rows):
@@ -127,6 +140,7 @@ class TextModel:
 
     def score(self, text: str) -> Evaluation:
         """How well the model predicts a text: nats per token, perplexity, bits per byte."""
+        check_text("text", text)
         return evaluate(self._loaded, text, special=not self._of_run)
 
     def _pieces(
@@ -141,11 +155,13 @@ class TextModel:
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         sampler = Sampler([options], self._loaded.tokenizer.num_ids)
-        limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "slide": self._of_run}
+        check_max_tokens(max_tokens)
+        limits: dict[str, Any] = {"max_tokens": max_tokens, "slide": self._of_run}
+        limits["stop"] = stop_strings(stop)
         speak = reply_pieces if reply else generate_pieces
         return speak(self._loaded, self._reader, tokens, sampler, **limits)
 

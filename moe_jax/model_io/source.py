@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_jax.model_io.weights import Weights
 
 DTYPES = ("float32", "bfloat16")
+QUANTIZED = ("int8", "int4")
 
 
 class HuggingFaceSource(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.tracking.metrics import is_number, iter_metrics, load_max_over_mean
+from moe_jax.utils.files import local_path
 
 COUNTS = ("load", "device_load", "slot_load", "dropped_to")  # lists in the record of a layer
 
@@ -52,10 +53,11 @@ class History:
         return float(dropped / (kept + dropped)) if kept + dropped else math.nan
 
 
-def read_history(path: Path) -> History:
+def read_history(path: Path | str) -> History:
     """Reads a metrics.jsonl into columns. Raises UserError if it is missing, damaged, or has no
     training line.
     """
+    path = local_path(path)
     train: list[dict[str, Any]] = []
     validation: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from moe_jax.errors import UserError
 from moe_jax.placement import cost
-from moe_jax.utils.files import replace_bytes
+from moe_jax.utils.files import local_path, replace_bytes
 from moe_jax.utils.progress import say
 
 FILE_NAME = "metrics.jsonl"
@@ -123,13 +123,13 @@ def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in _lines(path))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl.
 
     A last line that a kill cut short is left out. Any other line that is no record, and a file that
     is not there, raise UserError.
     """
-    return list(iter_metrics(path))
+    return list(iter_metrics(local_path(path)))
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.placement.files import _read_json
-from moe_jax.utils.files import replace_text
+from moe_jax.utils.files import local_path, replace_text
 
 LOAD_VERSION = 1
 RUN_FILE = "traffic.json"
@@ -32,11 +32,12 @@ class MeasuredTraffic(NamedTuple):
     step: int | None  # at its end
 
 
-def read_measured(path: Path) -> MeasuredTraffic:
+def read_measured(path: Path | str) -> MeasuredTraffic:
     """The load in a file, or in the traffic.json of a run's directory.
 
     Raises UserError, with the layer named, for numbers of the wrong shape, negative or not finite.
     """
+    path = local_path(path)
     if path.is_dir():
         if not (path / RUN_FILE).is_file():
             raise UserError(

@@ -68,6 +68,8 @@ def test_sizes_that_are_none(text: str) -> None:
         ),
         ({"memory": "much"}, "--memory 'much'"),
         ({"group": 33}, "--group 33 is odd, and int4 keeps two values per byte"),
+        ({"group": 32}, "--group 32 is for --quantize int4: give that too, or leave --group out"),
+        ({"group": 32, "quantize": "int8"}, "--group 32 is for --quantize int4"),
         ({"step": 3}, "is not a run directory"),
         ({"fallback": True}, "is not a run directory"),
         ({"path": Path("nowhere")}, "nowhere does not exist"),
