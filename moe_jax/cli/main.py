@@ -138,7 +138,7 @@ def train(
     notice = f"Nobody reads standard output; the run goes on: moe-jax watch {place} shows it."
     with lasting_output(notice), explained_disk_errors(place):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
-        if result.report is None:  # another process speaks
+        if result.report is None:  # another process speaks, or there is nothing to draw
             return
         if result.stopped:
             print(

@@ -16,7 +16,7 @@ class TrainingResult(NamedTuple):
     directory: Path
     step: int  # the last one done
     stopped: bool  # by a signal, before the last step asked for
-    report: Path | None  # of this process; only the first one draws it
+    report: Path | None  # of this process; only the first draws it, of a run with training lines
     sample_fits: bool  # whether the parameters can be brought onto one device to draw a sample
     # of the sample, if the configuration has none; None where all steps had been done before
     sample_prompt: SamplePrompt | None = None

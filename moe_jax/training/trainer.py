@@ -171,11 +171,13 @@ def _end_at_once(checkpoints: Checkpoints, step: int, directory: Path) -> Traini
         f"{directory}: all {step} steps are done. To go on, give more: --set "
         f"train.steps={2 * step}."
     )
+    metrics = directory / FILE_NAME  # of a resized run without a line; a copy may lack it
+    drawable = metrics.exists() and any("loss" in line for line in iter_metrics(metrics))
     return TrainingResult(
         directory=directory,
         step=step,
         stopped=False,
-        report=write_report(directory) if jax.process_index() == 0 else None,
+        report=write_report(directory) if drawable and jax.process_index() == 0 else None,
         sample_fits=False,
         sample_prompt=None,
     )

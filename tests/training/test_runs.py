@@ -174,6 +174,22 @@ def test_the_same_seed_on_the_same_mesh_gives_the_same_run(
     assert same_states(again, whole, 8)
 
 
+def test_resuming_a_finished_run_of_which_there_is_nothing_to_draw(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was resized has no training line yet; one whose checkpoints alone were copied has no
+    metrics.jsonl.
+    """
+    copy = copy_until(whole, tmp_path / "copy", 8)
+    (copy / "report.html").unlink(missing_ok=True)
+    for write in (lambda path: path.write_text('{"step": 8, "event": "resized"}\n'), Path.unlink):
+        write(copy / "metrics.jsonl")
+        run(folder, copy, *STATEFUL, resume=True, command=True)
+        out = capsys.readouterr().out
+        assert "all 8 steps are done. To go on, give more" in out and "Report" not in out
+    assert not (copy / "report.html").exists()
+
+
 def test_resuming_a_finished_run_adds_nothing(
     whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
