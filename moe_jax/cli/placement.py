@@ -72,7 +72,11 @@ def plan(
     ] = None,
     png: Annotated[
         Path | None,
-        path_option("--png", metavar="FILE", help="Picture.  [default: NAME-placement.png]"),
+        path_option(
+            "--png",
+            metavar="FILE",
+            help="Picture.  [default: NAME-placement.png, drawn again each time]",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: AsJson = False,
@@ -84,9 +88,11 @@ def plan(
     one_of("--strategy", strategy, PLANNERS)
     name = load.resolve().name if load.is_dir() else load.stem
     picture = png or (load.resolve().parent if load.is_dir() else Path()) / f"{name}-placement.png"
-    for path in (picture, out):
+    for option_name, path in (("--png", png), ("--out", out)):
         if path is not None and path.exists() and not overwrite:
-            raise UserError(f"{path} exists already: name another file, or give --overwrite.")
+            raise UserError(
+                f"{option_name} {path} exists already: name another file, or give --overwrite."
+            )
     from moe_jax.tracking.figures.placement_plan import comparison_figure
     from moe_jax.tracking.placement_report import comparison_json, print_comparison
 

@@ -192,7 +192,7 @@ def print_comparison(comparison: Comparison) -> None:
         (
             COMPARISON_LABELS[name],
             *(f"{value:,.{0 if name.endswith('_rows') else 2}f}" for value in pair),
-            f"{-gain(pair):+.1%}",
+            _change(pair),
         )
         for name, pair in figures(comparison).items()
     ]
@@ -229,7 +229,7 @@ def print_comparison(comparison: Comparison) -> None:
                 f"rows between devices, {name}, all layers",
             )
     sums, moved = figures(comparison), int(comparison.moves_L.sum())
-    changes = [f"{-gain(sums[name]):+.1%}" for name in ("busiest_device_rows", "busiest_link_rows")]
+    changes = [_change(sums[name]) for name in ("busiest_device_rows", "busiest_link_rows")]
     show.line("")
     show.line(
         f"{moved:,} experts must move. Predicted, if the traffic stays as measured: rows of the "
@@ -238,6 +238,12 @@ def print_comparison(comparison: Comparison) -> None:
     )
     for note in comparison.notes:
         show.line(note)
+
+
+def _change(pair: tuple[float, float]) -> str:
+    """What is more or less than today, without a sign where that rounds to nothing."""
+    text = f"{-gain(pair):+.1%}"
+    return text[1:] if text[1:] == "0.0%" else text
 
 
 def _layer_rows(comparison: Comparison) -> list[tuple[str, ...]]:

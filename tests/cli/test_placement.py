@@ -156,12 +156,24 @@ def test_existing_files_stay(here, capsys):
     Path("mine.json").write_text("mine")
     assert call("plan", "load.json", "--out", "mine.json") == 2
     assert (
-        "mine.json exists already" in capsys.readouterr().err
+        "--out mine.json exists already" in capsys.readouterr().err
         and Path("mine.json").read_text() == "mine"
     )
     assert not Path("load-placement.png").exists()
     assert call("plan", "load.json", "--out", "mine.json", "--overwrite") == 0
     assert read_table(Path("mine.json")).ranks == 8
+    assert call("plan", "load.json", "--png", "load-placement.png") == 2
+    assert "--png load-placement.png exists already" in capsys.readouterr().err
+
+
+def test_a_plan_can_be_looked_at_again(here, capsys):
+    """The picture that nobody named is drawn again, as a report is."""
+    Path("load-placement.png").write_text("drawn before")
+    assert call("plan", "load.json", "--strategy", "contiguous") == 0
+    assert Path("load-placement.png").read_bytes().startswith(b"\x89PNG")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 experts must move." in out and "busiest device 0.0%, on the busiest link 0.0%" in out
+    assert "-0.0%" not in out and "+0.0%" not in out
 
 
 def test_plan_show_and_diff_of_a_run(run, here, capsys):
