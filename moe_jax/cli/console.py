@@ -77,7 +77,8 @@ def print_results(results: Mapping[str, Any], *, as_json: bool) -> None:
     for name, value in results.items():
         if not name.endswith("_by_layer"):
             label = re.sub(r"_(seconds|bytes)$", "", name).replace("_", " ")
-            print(f"{label.replace('bytes per', 'read per'):28} {_readable(name, value)}")
+            label = re.sub("(read )?bytes per", "read per", label)
+            print(f"{label:28} {_readable(name, value)}")
 
 
 def _readable(name: str, value: Any) -> str:

@@ -56,8 +56,16 @@ class ChatTemplate:
     """The tokens that are no ordinary text, such as `<|im_end|>`."""
 
     def prompt(self, messages: Messages, **variables: Any) -> list[int]:
-        """Ids of a conversation up to the start of the assistant's reply."""
-        return self.encode(self.render(messages, True, variables))[0]
+        """Ids of a conversation up to the start of the assistant's reply. Raises UserError where
+        the template writes none.
+        """
+        ids = self.encode(self.render(messages, True, variables))[0]
+        if not ids:
+            raise UserError(
+                f"{self.given}: its chat template makes no text of these messages: use moe-jax "
+                f"generate without --system-prompt, or correct the template."
+            )
+        return ids
 
     def thinking(self, on: bool) -> dict[str, bool]:
         """The variable with which this template is told to think or not. Raises UserError where it

@@ -22,7 +22,7 @@ from moe_jax.data.chat_template import ChatTemplate, load_template, without_surr
 from moe_jax.data.tokenizer_files import BYTES_EOS, is_bare, model_end
 from moe_jax.errors import UserError
 from moe_jax.runtime.quiet import quiet_transformers
-from moe_jax.utils.files import local_path
+from moe_jax.utils.files import download_again, local_path
 
 # The vocabulary is padded to a multiple of this, so that a tensor axis of 2, 4 or 8 divides it.
 VOCAB_MULTIPLE = 8
@@ -163,7 +163,7 @@ def _file_tokenizer(given: str, path: Path, end: int | None = None) -> Tokenizer
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
-        raise _unreadable(given, error) from error
+        raise _unreadable(given, path, error) from error
     # A file may request truncation or padding, which would change the text.
     inner.no_truncation()
     inner.no_padding()
@@ -201,7 +201,7 @@ def _folder_tokenizer(given: str, path: Path) -> Tokenizer:
             str(path), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # an incomplete folder raises many kinds of errors
-        raise _unreadable(given, error) from error
+        raise _unreadable(given, path, error) from error
     vocabulary = inner.get_vocab()
     if not vocabulary:  # what transformers makes of a folder without a tokenizer's files
         raise UserError(
@@ -267,7 +267,11 @@ def _ids(vocabulary: dict[str, int], eos_id: int | None, end: int | None) -> dic
     )
 
 
-def _unreadable(given: str, error: Exception) -> UserError:
+def _unreadable(given: str, path: Path, error: Exception) -> UserError:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    remedy = download_again(file) if file.is_file() else ""
+    if "Git LFS" in remedy:
+        return UserError(f"{given} cannot be read as a tokenizer: {file.name}: {remedy}.")
     cause = " ".join(str(error).split())[:200]
     return UserError(
         f"{given} cannot be read as a tokenizer ({cause}): give a tokenizer.json or a folder "

@@ -12,6 +12,7 @@ from moe_jax.hf.config_keys import Keys
 from moe_jax.hf.families import FAMILIES
 from moe_jax.hf.families.base import Family
 from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.utils.files import download_again
 from moe_jax.utils.progress import say_once
 
 CONFIG = "config.json"
@@ -45,7 +46,7 @@ def read_config(folder: Path | str) -> Architecture:
     """
     folder = Path(folder)
     if not is_hf_folder(folder):
-        raise UserError(f"{folder} has no {CONFIG}: name a folder with a Hugging Face checkpoint.")
+        raise UserError(_without_config(folder))
     config = _read_json(folder / CONFIG)
     family, model, moe, passed = _map(config, str(folder / CONFIG))
     if passed:
@@ -141,11 +142,32 @@ def eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _without_config(folder: Path) -> str:
+    """What is wrong with a folder that has no config.json, and what to do about it."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder} holds an adapter (LoRA) without its model: merge the two with peft's "
+            f"merge_and_unload, save the result and name that folder."
+        )
+    if gguf := sorted(folder.glob("*.gguf")):
+        return (
+            f"{folder} holds GGUF ({gguf[0].name}), which is not read: take the model's "
+            f"safetensors."
+        )
+    # A folder of the hub's cache (models--org--name) has its files in snapshots/COMMIT.
+    inner = sorted(folder.glob(f"snapshots/*/{CONFIG}")) or sorted(folder.glob(f"*/{CONFIG}"))
+    if len(inner) == 1:
+        return f"{folder} has no {CONFIG}, and {inner[0].parent} has: name that folder."
+    if inner:
+        return f"{folder} has no {CONFIG}: name a model in it, such as {inner[0].parent}."
+    return f"{folder} has no {CONFIG}: name a folder with a Hugging Face checkpoint."
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again.") from None
+        raise UserError(f"{path} is not JSON ({error}): {download_again(path)}.") from None
     if not isinstance(content, dict):
         raise UserError(
             f"{path} must hold an object, not a {type(content).__name__}: download it again."

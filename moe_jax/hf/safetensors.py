@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.utils.files import download_again
 
 FILE_DTYPES: dict[str, Any] = {
     "F64": "f8",
@@ -120,7 +121,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= _LONGEST_HEADER:
-            raise UserError(f"{path} is not a safetensors file: download it again.")
+            raise UserError(f"{path} is not a safetensors file: {download_again(path)}.")
         if size < 8 + length:
             raise _truncated(path, size, 8 + length)
         text = file.read(length)
@@ -176,6 +177,11 @@ def _all_entries(folder: Path) -> dict[str, Entry]:
             f"{folder} holds its weights as pickles ({pickles[0]}), which are never loaded: "
             f"convert them to safetensors."
         )
+    if others := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds {others[0]} and neither {SINGLE} nor {INDEX}: download what is "
+            f"missing, or take the form of this model that transformers loads."
+        )
     raise UserError(
         f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with a whole checkpoint."
     )
@@ -193,7 +199,7 @@ def _indexed(folder: Path) -> dict[str, Entry]:
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{index} cannot be read as an index of shards: download it again."
+            f"{index} cannot be read as an index of shards: {download_again(index)}."
         ) from None
     headers = {shard: _shard_header(folder, shard) for shard in sorted(set(shard_of.values()))}
     for name, shard in shard_of.items():

@@ -33,7 +33,7 @@ from moe_jax.inference.session import LoadedModel, Session
 from moe_jax.model_io import packed_header
 from moe_jax.model_io.describe import read_kept_config
 from moe_jax.model_io.hub import name_of
-from moe_jax.model_io.source import PackedSource, RunSource, find_local
+from moe_jax.model_io.source import PackedSource, RunSource, YamlSource, find_local
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
@@ -174,6 +174,8 @@ def find_model(
     }
     if isinstance(source, RunSource):
         return _find_run(source.path, devices, held, step, fallback)
+    if isinstance(source, YamlSource):
+        source.weights()  # refuses: it has none
     return _find_hf(source.path, devices, held)
 
 

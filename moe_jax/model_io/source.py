@@ -148,6 +148,7 @@ def find(path: Path, *, yaml: bool = False) -> Source:
     if is_run(path):
         return RunSource(path)
     if path.is_file():
+        _refuse_part(path)
         return YamlSource(path)
     if path.is_dir():
         return HuggingFaceSource(path)
@@ -158,6 +159,16 @@ def find(path: Path, *, yaml: bool = False) -> Source:
         f"{path} does not exist: give a Hugging Face folder, a run, a converted folder, or a model "
         f"on the hub such as Qwen/Qwen3-30B-A3B{also}."
     )
+
+
+def _refuse_part(path: Path) -> None:
+    """Raises UserError for a file of a model where its folder is wanted."""
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} is GGUF, which is not read: take the model's safetensors.")
+    folder = path.parent
+    kept = (folder / "config.json").is_file() or (folder / PACKED_HEADER).is_file()
+    if kept and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path} is one file of a model: name its folder, {folder}.")
 
 
 def is_run(path: Path) -> bool:

@@ -62,6 +62,19 @@ def is_hub_name(path: Path) -> bool:
     return shaped and not name.endswith((".yaml", ".yml")) and not path.exists()
 
 
+def download_again(path: Path) -> str:
+    """What to do about a file that is not what its name says: a clone without Git LFS has pointers
+    of a few lines in place of its large files, and cloned again it would have them again.
+    """
+    with path.open("rb") as file:
+        pointer = file.read(20) == b"version https://git-"
+    return (
+        "it is a pointer of Git LFS, so run `git lfs pull` in its folder"
+        if pointer
+        else "download it again"
+    )
+
+
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     """`replace_bytes` of a text in UTF-8."""
     replace_bytes(path, text.encode(), durable=durable)

@@ -162,6 +162,7 @@ def test_eval_and_bench(capsys, tmp_path, model):
     out = capsys.readouterr().out
     assert re.search(r"(?m)^share of floor +\d+\.\d%$", out) and "_" not in out
     assert re.search(r"(?m)^decode read per step +[\d.]+ (bytes|[KM]iB)$", out)
+    assert re.search(r"(?m)^read per second +[\d.]+ [KMG]iB/s$", out)
     assert re.search(r"(?m)^prefill +[\d.e-]+ s$", out)
     assert call("eval", tmp_path, "--json", *text) == 0
     found = json.loads(capsys.readouterr().out)

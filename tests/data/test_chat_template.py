@@ -161,6 +161,13 @@ def test_a_template_that_hides_what_is_said_is_refused(tmp_path: Path) -> None:
         chat(load_tokenizer(str(silent))).conversation(TWICE)
 
 
+def test_a_template_that_writes_nothing_is_not_an_empty_prompt(tmp_path: Path) -> None:
+    nothing = "{% for m in messages if m.role == 'tool' %}{{ m.content }}{% endfor %}"
+    tokenizer = load_tokenizer(str(made.chat_folder(tmp_path / "x", nothing, [])))
+    with pytest.raises(UserError, match="its chat template makes no text of these messages"):
+        chat(tokenizer).prompt([{"role": "user", "content": "Hi"}])
+
+
 @pytest.mark.parametrize(
     ("name", "end"),
     [

@@ -219,3 +219,11 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
     except UserError as error:
         assert "data.tokenizer=" in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pointer_of_git_lfs_is_said_to_be_that(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+    (tmp_path / "tokenizer.json").write_text(pointer, encoding="utf-8")
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match=r"tokenizer\.json: it is a pointer of Git LFS, so run"):
+            load_tokenizer(str(place))

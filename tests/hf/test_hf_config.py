@@ -450,6 +450,24 @@ def test_folders_that_describe_no_model(tmp_path: Path) -> None:
             hf.read_config(tmp_path)
 
 
+def test_folders_without_a_config_say_what_they_are(tmp_path: Path) -> None:
+    lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+    one = "models--a--b/snapshots/0f"
+    for place, file, text, says in (
+        ("lora", "adapter_config.json", "{}", r"adapter \(LoRA\) without its model"),
+        ("gguf", "model-Q4.gguf", "GGUF", r"holds GGUF \(model-Q4.gguf\), which is not read"),
+        (one, "config.json", "{}", "and .*snapshots/0f has: name that folder"),
+        ("many/a", "config.json", "{}", "many/a has: name that folder"),
+        ("many/b", "config.json", "{}", "name a model in it, such as .*many/a"),
+        ("lfs", "config.json", lfs, "is a pointer of Git LFS, so run `git lfs pull`"),
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / file).write_text(text)
+        folder = tmp_path / place.split("/")[0]
+        with pytest.raises(UserError, match=says):
+            hf.read_config(folder)
+
+
 def test_ends_of_text_are_those_of_generation_config(tmp_path: Path) -> None:
     config = {"model_type": "llama", "eos_token_id": 2} | SIZES
     (tmp_path / "config.json").write_text(json.dumps(config))

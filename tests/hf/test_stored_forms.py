@@ -18,6 +18,7 @@ from moe_jax import hf
 from moe_jax.errors import UserError
 from moe_jax.hf.export import export
 from moe_jax.hf.families import FAMILIES
+from moe_jax.hf.safetensors import Shards
 from moe_jax.model_io.describe import describe_hugging_face
 from tests.support.hf_cases import CASES, build, family
 
@@ -214,3 +215,20 @@ def test_a_layer_without_its_fused_tensor_is_named(tmp_path: Path) -> None:
 
 def _names(folder: Path) -> list[str]:
     return list(load_file(folder / "model.safetensors"))
+
+
+# Files that are not what their names say
+
+
+def test_weights_that_a_clone_or_a_download_left_out(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(pointer)
+    with pytest.raises(UserError, match="is a pointer of Git LFS, so run `git lfs pull`"):
+        Shards(tmp_path)
+    single.write_bytes(b"<!DOCTYPE html><html>404</html>")
+    with pytest.raises(UserError, match="is not a safetensors file: download it again"):
+        Shards(tmp_path)
+    single.rename(tmp_path / PARTS[0])
+    with pytest.raises(UserError, match=f"holds {PARTS[0]} and neither .* nor .*index.json"):
+        Shards(tmp_path)

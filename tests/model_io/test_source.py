@@ -41,6 +41,23 @@ def test_a_file_is_a_configuration_and_has_no_weights() -> None:
         source.weights()
 
 
+@pytest.mark.parametrize("name", ["config.json", "moe_jax.json"])
+def test_a_file_of_a_model_is_not_a_configuration(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for file in (name, "model.safetensors"):
+        with pytest.raises(UserError, match=f"{file} is one file of a model: name its folder"):
+            find(tmp_path / file, yaml=True)
+    (tmp_path / "train.yaml").write_text("{}")
+    assert find(tmp_path / "train.yaml") == YamlSource(tmp_path / "train.yaml")
+
+
+def test_gguf_is_said_to_be_that(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="is GGUF, which is not read"):
+        find(tmp_path / "model-Q4.gguf", yaml=True)
+
+
 def test_nothing_and_a_checkpoint_of_no_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist: give a Hugging Face folder, a run"):
         find(tmp_path / "nothing")
