@@ -8,7 +8,7 @@ PROCESSES ?= 2
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-live mutation lint format types docs lock clean
+.PHONY: help install demo test test-all test-live test-optimised mutation lint format types docs lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ test-all: $(VENV)/.installed-dev ## Run all tests but test-live, and show which 
 
 test-live: $(VENV)/.installed-torch ## Compare with transformers itself, for which torch is installed
 	@$(BIN)/python -m pytest tests/hf/test_live.py
+
+test-optimised: $(VENV)/.installed-dev ## Run the tests of what is computed with the compiler as users have it
+	@OPTIMISED=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile tests/ops tests/moe/test_layer.py tests/hf/test_logits.py
 
 mutation: $(VENV)/.installed-dev ## Plant faults and list those that no test notices: SAMPLE=20 per room (all: many hours)
 	@$(BIN)/python scripts/mutate.py --sample $(SAMPLE)
