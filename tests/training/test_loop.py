@@ -153,7 +153,7 @@ def test_a_router_that_cannot_learn_is_said(
 ) -> None:
     """Before anything is read or compiled."""
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise UserError("read no further")
 
     monkeypatch.setattr(trainer, "load_corpus", stop)
