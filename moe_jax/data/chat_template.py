@@ -227,7 +227,7 @@ def load_template(given: str, inner: Any) -> ChatTemplate:
 
     def render(messages: Messages, opened: bool, variables: Mapping[str, Any]) -> str:
         try:
-            import jinja2  # noqa: F401
+            import jinja2
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{given}: its chat template needs the `jinja2` package: pip install "
@@ -239,6 +239,11 @@ def load_template(given: str, inner: Any) -> ChatTemplate:
             )
         except Exception as error:  # a template is a program: it may raise anything
             cause = " ".join(str(error).split())[:200]
+            if isinstance(error, jinja2.TemplateSyntaxError):
+                raise UserError(
+                    f"{given}: its chat template is not Jinja ({cause}): correct it, or download "
+                    f"it again."
+                ) from error
             raise UserError(
                 f"{given}: its chat template refuses these messages ({cause}): use other roles, or "
                 f"correct the template."

@@ -161,6 +161,12 @@ def test_a_template_that_hides_what_is_said_is_refused(tmp_path: Path) -> None:
         chat(load_tokenizer(str(silent))).conversation(TWICE)
 
 
+def test_a_template_that_is_cut_short_is_not_said_to_refuse_a_role(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(made.chat_folder(tmp_path / "x", "{{ messages ", [])))
+    with pytest.raises(UserError, match=r"its chat template is not Jinja .*download it again"):
+        chat(tokenizer).prompt([{"role": "user", "content": "Hi"}])
+
+
 def test_a_template_that_writes_nothing_is_not_an_empty_prompt(tmp_path: Path) -> None:
     nothing = "{% for m in messages if m.role == 'tool' %}{{ m.content }}{% endfor %}"
     tokenizer = load_tokenizer(str(made.chat_folder(tmp_path / "x", nothing, [])))
