@@ -194,7 +194,8 @@ def _default_run_dir(config: Path, name: str) -> Path:
     """The run that `config` belongs to, wherever it was moved and whatever its name says; runs/NAME
     for any other configuration.
     """
-    if config.name == "config.yaml" and (config.parent / "checkpoints").is_dir():
+    marks = ("environment.json", "checkpoints")  # the second alone where files were copied by hand
+    if config.name == "config.yaml" and any((config.parent / mark).exists() for mark in marks):
         return config.parent
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(

@@ -152,15 +152,19 @@ def test_train_passes_its_arguments_on(monkeypatch):
     assert calls[1][1:] == (Path("there"), {"resume": True, "overwrite": False, "fallback": True})
 
 
+@pytest.mark.parametrize("mark", ["environment.json", "checkpoints"])
 @pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
-def test_the_configuration_of_a_run_is_that_run_whatever_its_name(flags, monkeypatch, tmp_path):
+def test_the_configuration_of_a_run_is_that_run_whatever_its_name(
+    mark, flags, monkeypatch, tmp_path
+):
     """A run that was moved or copied: runs/NAME is another one."""
     places = []
     monkeypatch.setattr(
         "moe_jax.training.trainer.train",
         lambda config, place, **options: places.append(place) or SimpleNamespace(report=None),
     )
-    (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / mark).touch()
     own = tmp_path / "moved" / "config.yaml"
     own.write_text("name: mine")
     (tmp_path / "config.yaml").write_text("name: mine")
