@@ -55,6 +55,15 @@ def forget_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interrupts():
+    """A shell starts what runs in the background with SIGINT ignored, which tests of Ctrl-C are
+    not.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
     """No test leaves a handler behind, which the next ones, or pytest itself, would run into."""

@@ -43,7 +43,9 @@ def parse_mesh(text: str) -> MeshConfig:
     axes: dict[str, int] = {}
     for part in text.split(","):
         axis = re.fullmatch(r"\s*(data|expert|tensor)\s*=\s*(\d{1,6})\s*", part)
-        if not axis or axis[1] in axes:
+        if axis and axis[1] in axes:
+            raise UserError(f"--mesh {text!r} has {axis[1]} twice: give each axis once.")
+        if not axis:
             raise UserError(
                 f"--mesh {text!r} cannot be read at {part!r}: write axes as expert=4,tensor=2 "
                 f"(there are data, expert, tensor)."

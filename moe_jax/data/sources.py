@@ -229,8 +229,9 @@ def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
     if isinstance(value, list):
         return ChatDocument([_message(message, field, where) for message in value], where)
     if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
         raise UserError(
-            f"data.text_field={field!r} is not text in {where} ({type(value).__name__}): name "
+            f"data.text_field={field!r} is not text in {where} ({kind}): name "
             f"a field of text, or correct it."
         )
     return without_surrogates(value)

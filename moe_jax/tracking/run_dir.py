@@ -100,8 +100,8 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
         _check_needs_nothing(config, run_dir)
     else:
         raise UserError(
-            f"--run-dir {run_dir} holds a run already: continue it with --resume, replace it with "
-            f"--overwrite, or name another."
+            f"{run_dir} holds a run already: continue it with --resume, replace it with "
+            f"--overwrite, or name another directory with --run-dir."
         )
 
 

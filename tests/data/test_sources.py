@@ -173,7 +173,7 @@ def test_wrong_columns(tmp_path: Path) -> None:
     ):
         documents(write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]}))
     with pytest.raises(
-        UserError, match=r"data\.text_field='text' is not text in row 2 of .*NoneType"
+        UserError, match=r"data\.text_field='text' is not text in row 2 of .*\(null\)"
     ):
         documents(write_parquet(tmp_path / "a.parquet", {"text": ["x", None]}))
 

@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert {path.name for path in tmp_path.iterdir()} == {"in"}
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"its disk has 0\.0 MiB left"),
+        pytest.raises(UserError, match=r"its disk has 10 bytes left"),
     ):
         patch.setattr(
             packed_checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})

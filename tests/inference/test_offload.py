@@ -239,7 +239,7 @@ def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*generate, folder, "--expert-cache-size", "2") == 0
     found, said = capsys.readouterr()
     assert found == text
-    assert re.search(r"experts: \d+\.\d% found on the device, [\d.]+ MiB fetched per token", said)
+    assert re.search(r"experts: \d+\.\d% found on the device, [\d.]+ KiB fetched per token", said)
     assert call("convert", folder, tmp_path / "out", "--quantize", "int8") == 0
     (tmp_path / "text").write_text("The sea, the sea.")
     assert (
@@ -285,6 +285,9 @@ def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts = large["held_bytes"]["experts"]
     assert small["held_bytes"] == large["held_bytes"] | {"experts": experts * 2 // 8}
     assert (
-        small["notes"][-1].startswith("The device keeps 2 of the 8 experts of a layer")
+        any(
+            note.startswith("The device keeps 2 of the 8 experts of a layer")
+            for note in small["notes"]
+        )
         and small["whole_bytes"] == large["whole_bytes"]
     )
