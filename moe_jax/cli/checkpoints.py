@@ -28,7 +28,7 @@ from moe_jax.cli.options import (
     path_argument,
     path_option,
 )
-from moe_jax.model_io.source import check_step, find
+from moe_jax.model_io.source import INT4_GROUP, check_step, find
 from moe_jax.utils.files import refuse_existing
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import parse_bytes
@@ -39,7 +39,7 @@ def convert(
     out: Out,
     dtype: Dtype = None,
     quantize: Quantize = None,
-    group: Group = 64,
+    group: Group = INT4_GROUP,
     step: Step = None,
     fallback: Fallback = False,
 ) -> None:
@@ -92,7 +92,7 @@ def inspect(
     mesh: Mesh = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
-    group: Group = 64,
+    group: Group = INT4_GROUP,
     expert_cache_size: ExpertCacheSize = None,
     memory: Annotated[
         str | None,

@@ -28,7 +28,7 @@ from moe_jax.cli.options import (
 )
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import DTYPES, QUANTIZED, check_step, is_run
+from moe_jax.model_io.source import DTYPES, INT4_GROUP, QUANTIZED, check_step, is_run
 from moe_jax.runtime.devices import start_devices
 from moe_jax.utils.files import is_hub_name
 from moe_jax.utils.units import parse_bytes
@@ -62,7 +62,7 @@ def one_of(option: str, value: str | None, values: tuple[str, ...]) -> None:
         raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(values)}.")
 
 
-def check_types(dtype: str | None, quantize: str | None = None, group: int = 64) -> None:
+def check_types(dtype: str | None, quantize: str | None = None, group: int = INT4_GROUP) -> None:
     """Raises UserError for types that weights cannot have."""
     one_of("--dtype", dtype, DTYPES)
     one_of("--quantize", quantize, QUANTIZED)
@@ -71,7 +71,7 @@ def check_types(dtype: str | None, quantize: str | None = None, group: int = 64)
             f"--group {group} is odd, and int4 keeps two values per byte: choose an even number "
             f"such as 32 or 64."
         )
-    if group != 64 and quantize != "int4":
+    if group != INT4_GROUP and quantize != "int4":
         raise UserError(
             f"--group {group} is for --quantize int4: give that too, or leave --group out."
         )
@@ -84,7 +84,7 @@ class ModelOptions:
     mesh: Mesh = None
     dtype: Dtype = None
     quantize: Quantize = None
-    group: Group = 64
+    group: Group = INT4_GROUP
     expert_cache_size: ExpertCacheSize = None
     memory: Memory = None
     context: Context = None

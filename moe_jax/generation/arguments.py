@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.model_io.source import DTYPES, QUANTIZED
+from moe_jax.model_io.source import DTYPES, INT4_GROUP, QUANTIZED
 
 _ONE_OR_MORE = "a whole number of 1 or more"
 
@@ -29,7 +29,7 @@ def check_load(path: Any, **options: Any) -> None:
         _require(name, value, value is None or value in allowed, " or ".join(map(repr, allowed)))
     even = _is_count(group) and group % 2 == 0
     _require("group", group, even, "an even number, such as 32 or 64")
-    if group != 64 and quantize != "int4":
+    if group != INT4_GROUP and quantize != "int4":
         raise UserError(f"group={group} is for quantize='int4': give that too, or leave it out.")
     for name in ("memory", "context", "expert_cache"):
         value = options[name]

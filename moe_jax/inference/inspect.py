@@ -26,6 +26,7 @@ from moe_jax.inference.kv_cache import CacheLayout, places_for
 from moe_jax.inference.memory import WeightMemory, weight_bytes_per_device, weight_memory
 from moe_jax.inference.offload import check_size
 from moe_jax.model_io.describe import Description
+from moe_jax.model_io.source import INT4_GROUP
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.models.parameters import PARAMETER_KINDS, by_kind
 from moe_jax.models.paths import ParameterPath
@@ -80,7 +81,7 @@ def inspect(
     mesh: MeshConfig | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    group: int = 64,
+    group: int = INT4_GROUP,
     memory: int | None = None,
     context: int | None = None,
     batch: int = 1,

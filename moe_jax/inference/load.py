@@ -33,7 +33,7 @@ from moe_jax.inference.session import LoadedModel, Session
 from moe_jax.model_io import packed_header
 from moe_jax.model_io.describe import read_kept_config
 from moe_jax.model_io.hub import name_of
-from moe_jax.model_io.source import PackedSource, RunSource, YamlSource, find_local
+from moe_jax.model_io.source import INT4_GROUP, PackedSource, RunSource, YamlSource, find_local
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import make_mesh
@@ -51,7 +51,7 @@ def open_model(
     mesh: MeshConfig | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    group: int = 64,
+    group: int = INT4_GROUP,
     memory: int | None = None,
     step: int | None = None,
     fallback: bool = False,

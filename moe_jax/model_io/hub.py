@@ -47,9 +47,9 @@ def download(name: str, field: str = "") -> Path:
     return folder
 
 
-def fetch_headers(name: str, field: str = "") -> tuple[Path, Shards | None]:
-    """A folder with the model's config.json, and what the headers of its safetensors say; None for
-    them where the folder holds the weights, downloaded earlier. No more is fetched.
+def fetch_headers(name: str, field: str = "") -> tuple[Path, Shards]:
+    """A folder with the model's config.json, and what the headers of its safetensors say: in the
+    folder where it holds the weights, downloaded earlier, else on the hub. No more is fetched.
 
     Raises UserError, which begins with `field`, where the model cannot be had.
     """
@@ -60,8 +60,8 @@ def fetch_headers(name: str, field: str = "") -> tuple[Path, Shards | None]:
     hub = HfApi()
     with _explained(name, field):
         folder = Path(hub.snapshot_download(name, allow_patterns=list(DESCRIBING)))
-        if _has_weights(folder):  # which needs no network
-            return folder, None
+        if downloaded := _downloaded(folder):  # which needs no network
+            return folder, downloaded
         # The folder is named by the commit, so that all files are of one.
         weights = hub.get_safetensors_metadata(name, revision=folder.name)
     entries = {
@@ -73,14 +73,15 @@ def fetch_headers(name: str, field: str = "") -> tuple[Path, Shards | None]:
     return folder, Shards(entries)
 
 
-def _has_weights(folder: Path) -> bool:
-    """Whether a folder holds all the weights that it should."""
+def _downloaded(folder: Path) -> Shards | None:
+    """The weights in a folder that holds all that it should."""
     from moe_jax.hf.safetensors import Shards
 
     try:
-        return bool(Shards(folder).entries)
+        shards = Shards(folder)
     except UserError:
-        return False
+        return None
+    return shards if shards.entries else None
 
 
 def name_of(folder: Path) -> str:

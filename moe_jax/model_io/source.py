@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int8", "int4")
+INT4_GROUP = 64  # weights that share a scale, if nobody says otherwise
 
 
 class HuggingFaceSource(NamedTuple):

@@ -20,7 +20,7 @@ from moe_jax.config.schema import Config
 from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.tracking.run_lock import LOCK_FILE
-from moe_jax.utils.files import PART, is_left_by_system, rename_folder, replace_text
+from moe_jax.utils.files import PART, is_left_by_system, local_path, rename_folder, replace_text
 
 # What a run writes.
 CONTENTS = (
@@ -174,7 +174,7 @@ def _check_needs_nothing(config: Config, run_dir: Path) -> None:
         "placement.topology": config.placement.topology,
     }
     for key, value in needed.items():
-        if value and Path(value).expanduser().resolve().is_relative_to(run_dir.resolve()):
+        if value and local_path(value).resolve().is_relative_to(run_dir.resolve()):
             raise UserError(
                 f"{key}={value} lies in {run_dir}, which --overwrite would delete: copy it "
                 f"elsewhere, or name another --run-dir."

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from moe_jax.errors import UserError
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
 from moe_jax.training.optimizer import make_schedule
 from moe_jax.training.restore import SavedRun
+from moe_jax.utils.files import local_path
 
 SMALL_CHANGE = 0.01  # of the learning rate, relative, that is not worth a line
 
@@ -39,7 +39,7 @@ def own_tokenizer(run_dir: Path, data: DataConfig) -> str:
     kept, began = run_tokenizer(run_dir, before), before.data.tokenizer
     named = f"data.tokenizer={data.tokenizer}"
     own = f"the run goes on with its own copy, {kept}"
-    if not os.path.exists(os.path.expanduser(data.tokenizer)) and data.tokenizer != "bytes":
+    if not local_path(data.tokenizer).exists() and data.tokenizer != "bytes":
         if data.tokenizer != began:
             print(f"{named} does not exist: {own}.")
         return kept

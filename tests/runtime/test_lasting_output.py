@@ -65,6 +65,7 @@ def test_a_dead_stderr_ends_nothing_either(monkeypatch: pytest.MonkeyPatch) -> N
             print("a warning", file=sys.stderr, flush=True)
             print("a line", flush=True)
             print("a warning", file=sys.stderr, flush=True)
+        assert (sys.stdout, sys.stderr) == (out, err)
 
 
 def test_a_process_without_a_stdout_may_print(monkeypatch: pytest.MonkeyPatch) -> None:
