@@ -7,15 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from moe_jax.checkpoint.manager import Adapt, Checkpoints
+from moe_jax.checkpoint.manager import Checkpoints
+from moe_jax.checkpoint.read_state import SlotSources
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.models.paths import ParameterPath
-from moe_jax.moe.slots import take_slots
 from moe_jax.placement.table import Placement, slot_sources
 
 
@@ -62,27 +61,24 @@ def saved_meta(
     return None
 
 
-def adapt_to(
+def sources_for(
     model: ModelConfig, moe: MoEConfig, placement: Placement
-) -> Callable[[dict[str, Any]], Adapt]:
-    """From the meta of each checkpoint tried, how its own table's experts come into the slots of
-    `placement`.
-    """
-    return lambda meta: adapter(model, moe, Placement.from_json(meta["placement"]), placement)
+) -> Callable[[dict[str, Any]], SlotSources]:
+    """From the meta of each checkpoint tried, which of its slots each slot of `placement` holds."""
+    return lambda meta: between(model, moe, Placement.from_json(meta["placement"]), placement)
 
 
-def adapter(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> Adapt:
-    """Expert arrays [repeats, P, ...] of one table for another; none is touched where both say the
-    same.
+def between(model: ModelConfig, moe: MoEConfig, old: Placement, new: Placement) -> SlotSources:
+    """Where the experts' arrays [repeats, P, ...] of one table are in those of another; all are
+    left as they were stored where both say the same.
     """
-    same = np.array_equal(old.physical_to_logical, new.physical_to_logical)
+    if np.array_equal(old.physical_to_logical, new.physical_to_logical):
+        return lambda path: None
     sources_LP = slot_sources(old, new)
     layers = expert_layers(model, moe)
 
-    def change(path: str, array: jax.Array) -> jax.Array:
-        if array.ndim < 2:  # a placeholder of adafactor's
-            return array
-        rows = np.array(layers[ParameterPath.parse(path).layer_block])
-        return take_slots(array, sources_LP[rows])
+    def sources(path: str) -> np.ndarray | None:
+        parsed = ParameterPath.parse(path)
+        return sources_LP[np.array(layers[parsed.layer_block])] if parsed.is_expert else None
 
-    return Adapt(lambda path: not same and ParameterPath.parse(path).is_expert, change)
+    return sources

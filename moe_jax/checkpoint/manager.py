@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import math
 import re
@@ -42,10 +43,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from moe_jax.checkpoint import integrity, orbax_io
+from moe_jax.checkpoint import agreement, integrity, orbax_io
+from moe_jax.checkpoint.read_state import SlotSources, moved_slots, read_proven
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.utils.progress import say
 
@@ -53,13 +53,8 @@ CHECKPOINT_FORMAT = 1
 COMMITTED = ".committed"
 
 
-class Adapt(NamedTuple):
-    """How stored arrays become those of a target that lays them out otherwise."""
-
-    concerns: Callable[[str], bool]  # by path: arrays to change even where the shapes agree
-    change: Callable[
-        [str, jax.Array], Any
-    ]  # a path like "params/blocks/moe/gate_up" and the stored array, whole on every device
+# Numbers the saves of this process, which are in the same order on every process.
+_saves = itertools.count()
 
 
 class Restored(NamedTuple):
@@ -122,8 +117,7 @@ class Checkpoints:
         """Raises `CorruptCheckpoint` where the files of a step are not those that were written."""
         with self._remedy(step):
             path = self._find(step)
-            manifest = _read_manifest(path)
-            _by_first_process(lambda: integrity.verify_directory(path, manifest))
+            self._verify_files(path, _read_manifest(path))
 
     # Saving
 
@@ -158,21 +152,17 @@ class Checkpoints:
         loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         # Nothing that the background thread gets may hold the state's arrays: their memory is the
         # next step's.
-        sums = integrity.checksum_texts(arrays)
-        described = {
-            path: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[path]}
-            for path, array in arrays.items()
-        }
+        described = integrity.describe(arrays, orbax_io.has_slots)
         content = {"format": CHECKPOINT_FORMAT, "step": step, "val_loss": loss, "arrays": described}
         self._saving = step
         partial = self._path(step, ".partial")
         with self._together():
             self._prepare(partial, sum(array.nbytes for array in stored.values()))
         with self._together():
-            finish_writing = orbax_io.start_writing(partial / "state", stored)
+            writing = orbax_io.Writing(partial / "state", stored)
         self._thread = threading.Thread(
             target=self._finish,
-            args=(finish_writing, step, text, content),
+            args=(writing, step, text, content, f"digests of save {next(_saves)}"),
             name=f"save step {step}",
         )
         self._thread.start()
@@ -201,7 +191,9 @@ class Checkpoints:
             self._clean()
             if partial.exists():  # committed by a marker: the same step once more
                 self._remove(self._saving)
-            partial.mkdir()  # before the room is measured: a read-only disk has none, and says so
+            # before the room is measured: a read-only disk has none, and says so
+            partial.mkdir()
+            (partial / "state").mkdir()
             disk = shutil.disk_usage(self.directory)
             if disk.total and disk.free < size:  # a bucket has no size
                 raise OSError(
@@ -221,25 +213,46 @@ class Checkpoints:
                     path.rename(final)
 
     def _finish(
-        self, finish_writing: Callable[[], None], step: int, meta: str, content: dict[str, Any]
+        self,
+        writing: orbax_io.Writing,
+        step: int,
+        meta: str,
+        content: dict[str, Any],
+        digests_of: str,
     ) -> None:
-        """In the background: wait for Orbax, then make the step count. Keeps an error for
-        `_agree`.
+        """In the background: wait for this process's files and hash them; on the first process,
+        when the others have told theirs, make the step count. Keeps an error for `_agree`.
         """
+        partial, process = self._path(step, ".partial"), jax.process_index()
         try:
-            finish_writing()
-            if jax.process_index() == 0:
-                self._commit(step, meta, content)
+            writing.wait()
+            if process == 0:
+                known: dict[str, Any] = {}
+                for digests in agreement.hear_all(digests_of):
+                    if digests is None:
+                        return  # it failed there, which `_agree` tells
+                    known |= digests
+                writing.merge()
+                self._commit(step, meta, content, known)
                 self._prune(step)
+            else:
+                mine = [
+                    path
+                    for path in integrity.list_files(partial)
+                    if integrity.writer_of(path) == process
+                ]
+                agreement.tell(digests_of, integrity.digest_files(partial, mine))
         except Exception as error:
             self._error = error
+            if process != 0:
+                agreement.tell(digests_of, None)
 
-    def _commit(self, step: int, meta: str, content: dict[str, Any]) -> None:
+    def _commit(self, step: int, meta: str, content: dict[str, Any], known: dict[str, Any]) -> None:
         partial, final, replaced = (
             self._path(step, suffix) for suffix in (".partial", "", ".replaced")
         )
         integrity.write_durably(partial / "meta.json", meta)
-        integrity.seal_directory(partial, content)
+        integrity.seal_directory(partial, content, known)
         try:
             if final.exists():
                 final.rename(replaced)  # Still counts as the step until the next line is done.
@@ -299,75 +312,60 @@ class Checkpoints:
         self._agree()
 
     def _agree(self) -> None:
-        """Raise the error of this process's save, or, so that no process runs on alone, say that
-        another's failed.
+        """Raise the error of this process's save or, so that no process runs on alone, that of
+        another's.
         """
         error, self._error = self._error, None
-        failed = error is not None
-        if jax.process_count() > 1:
-            failed = bool(np.any(multihost_utils.process_allgather(np.array(failed))))
-        if not failed:
-            return
-        if jax.process_index() == 0 and self._saving in self.partial_steps():
-            shutil.rmtree(
-                self._path(self._saving, ".partial"), ignore_errors=True
-            )  # What resists goes with the next save.
-        if error is None:
-            raise UserError(
-                f"saving step {self._saving} in {self.directory} failed on another process: see "
-                f"its message."
-            )
-        explained = orbax_io.explain(error, self._saving, self.directory)
-        raise error if explained is None else explained from error
+        cause = error
+        if error is not None:
+            error = orbax_io.explain(error, self._saving, self.directory) or error
+            if isinstance(error, UserError) and jax.process_count() > 1:
+                error = UserError(f"process {jax.process_index()}: {error}")
+        try:
+            agreement.raise_together(error)
+        except Exception as failure:
+            if jax.process_index() == 0 and self._saving in self.partial_steps():
+                shutil.rmtree(
+                    self._path(self._saving, ".partial"), ignore_errors=True
+                )  # What resists goes with the next save.
+            if failure is cause:
+                raise
+            raise failure from cause
 
     # Restoring
 
     def restore(
-        self, step: int, target: Any, adapt: Adapt | None = None, subset: bool = False
+        self, step: int, target: Any, sources: SlotSources | None = None, subset: bool = False
     ) -> Any:
         """The state of a step with the structure, dtypes and shardings of `target`, every byte of
-        it verified: files by the first process, what was read of each array by all of them.
+        it verified: each file by one process, what was read of each array by all of them.
 
-        `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. An array
-        whose stored shape differs, or which `adapt` concerns, is read whole onto every device and
-        goes through it; what that returns is placed as the target says. With `subset` the target
-        may leave arrays out, such as the optimizer's for sampling. Raises `CorruptCheckpoint`
-        naming the file or array that is damaged, `UserError` for no such step and for arrays that
-        are missing, unexpected, of another dtype or, without `adapt`, of another shape.
+        `target` is a pytree of `jax.ShapeDtypeStruct` with `NamedSharding`s, on any mesh. Each
+        process reads what its devices will hold, of an array that has other slots than those stored
+        (`sources`) too. With `subset` the target may leave arrays out, such as the optimizer's for
+        sampling. Raises `CorruptCheckpoint` naming the file or array that is damaged, `UserError`
+        for no such step and for arrays that are missing, unexpected, or of another dtype or shape.
         """
         self.wait()
         with self._remedy(step):
             path = self._find(step)
             manifest = _read_manifest(path)
-            wanted = orbax_io.flatten(target)
-            stored = manifest["arrays"]
-            orbax_io.match(path, wanted, stored, adapt is not None, subset)
-            _by_first_process(lambda: integrity.verify_directory(path, manifest))
-            reshaped = {
-                name for name, leaf in wanted.items() if tuple(stored[name]["shape"]) != leaf.shape
-            }
-            changed = reshaped | {
-                name for name in wanted if adapt is not None and adapt.concerns(name)
-            }
-            asked = {
-                name: orbax_io.whole(leaf, stored[name]["shape"]) if name in changed else leaf
-                for name, leaf in wanted.items()
-            }
-            arrays = orbax_io.read(path / "state", asked)
-            for name, checksum in integrity.checksum_texts(arrays).items():
-                if checksum != stored[name]["checksum"]:
-                    raise CorruptCheckpoint(
-                        f"array {name} of {path} does not hold the values that were saved"
-                    )
-        for name in changed:
-            assert adapt is not None
-            arrays[name] = orbax_io.place(name, adapt.change(name, arrays[name]), wanted[name])
+            wanted, stored = orbax_io.flatten(target), manifest["arrays"]
+            moved = moved_slots(wanted, sources)
+            orbax_io.match(path, wanted, stored, moved, subset)
+            self._verify_files(path, manifest)
+            arrays = read_proven(path, wanted, stored, moved)
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
+
+    def _verify_files(self, path: Path, manifest: dict[str, Any]) -> None:
+        """This process's share of them; raises on all where one finds damage."""
+        process, processes = jax.process_index(), jax.process_count()
+        agreement.by_all(lambda: integrity.verify_directory(path, manifest, process, processes))
 
     def restore_latest(
         self,
         target: Any,
-        adapt: Callable[[dict[str, Any]], Adapt] | None = None,
+        sources: Callable[[dict[str, Any]], SlotSources] | None = None,
         step: int | None = None,
         fallback: bool = False,
         subset: bool = False,
@@ -376,7 +374,7 @@ class Checkpoints:
         """Restore the newest step, or `step`; with `fallback`, the newest before it that is not
         damaged.
 
-        `adapt` makes, from a checkpoint's meta, what `restore` takes. `known` is a step with the
+        `sources` makes, from a checkpoint's meta, what `restore` takes. `known` is a step with the
         meta that was read of it already.
 
         Raises `UserError` where there is no checkpoint, `CorruptCheckpoint` for a damaged one (with
@@ -398,7 +396,7 @@ class Checkpoints:
             try:
                 meta = known[1] if known and known[0] == candidate else self.read_meta(candidate)
                 state = self.restore(
-                    candidate, target, None if adapt is None else adapt(meta), subset
+                    candidate, target, None if sources is None else sources(meta), subset
                 )
                 return Restored(state, meta, candidate, skipped)
             except CorruptCheckpoint as error:
@@ -455,35 +453,6 @@ def _say_how_steps_are_committed(directory: Path) -> None:
         f"{directory}: the file system does not rename folders, so a checkpoint counts by a file "
         f"step_N{COMMITTED} beside its folder step_N.partial: keep both."
     )
-
-
-def _by_first_process(check: Callable[[], None]) -> None:
-    """Runs a check on the first process alone, so that files are read once and not by each of many
-    hosts. Where it fails there, every process raises the same.
-    """
-    error: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            check()
-        except Exception as failure:
-            error = failure
-    if jax.process_count() > 1:
-        told = "" if error is None else f"{type(error).__name__} {error}"
-        name, _, sentence = _broadcast(told).partition(" ")
-        if name and error is None:
-            damaged = name == CorruptCheckpoint.__name__
-            error = CorruptCheckpoint(sentence) if damaged else UserError(sentence)
-    if error is not None:
-        raise error
-
-
-def _broadcast(text: str) -> str:
-    """The first process's text, on all of them."""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
-    if not size:
-        return ""
-    padded = np.frombuffer(text.encode().ljust(size, b"\0")[:size], np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def restore_packed(
     On one device experts can be left in the host's memory, for `offload`.
     """
 
-    def target(name: str, leaf: WeightPlan) -> Any:
+    def planned(name: str, leaf: WeightPlan) -> Any:
         shapes, shardings = leaf.abstract(), named(plan.mesh, leaf.held_spec())
         if experts_on_host and ParameterPath.parse(name).is_expert:
             host = SingleDeviceSharding(host_device())
@@ -101,13 +101,15 @@ def restore_packed(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
         )
 
-    params = nested({name: target(name, leaf) for name, leaf in plan.weights.items()})
+    params = nested({name: planned(name, leaf) for name, leaf in plan.weights.items()})
     layers, experts = count_moe_layers(plan.model, plan.moe), plan.moe.num_experts
     bias = jax.ShapeDtypeStruct(
         (layers, experts), jnp.float32, sharding=NamedSharding(plan.mesh, P())
     )
-    adapt = expert_layout.adapter(
+    sources = expert_layout.between(
         plan.model, plan.moe, contiguous(layers, experts, 1), plan.placement
     )
-    state = Checkpoints(path / "weights", 1, 0).restore(0, {"params": params, "bias": bias}, adapt)
+    state = Checkpoints(path / "weights", 1, 0).restore(
+        0, {"params": params, "bias": bias}, sources
+    )
     return state["params"], state["bias"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint.expert_layout import adapt_to
+from moe_jax.checkpoint.expert_layout import sources_for
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import nested
@@ -51,7 +51,7 @@ def restore_model(
     target = {"params": params, "tables": {"bias_E": bias}}
     restored = checkpoints.restore_latest(
         target,
-        adapt_to(plan.model, plan.moe, plan.placement),
+        sources_for(plan.model, plan.moe, plan.placement),
         step=step,
         fallback=fallback,
         subset=True,

@@ -72,7 +72,7 @@ def run_weights(
             },
             "tables": {"bias_E": _bias(described, on_host)},
         },
-        expert_layout.adapt_to(described.model, described.moe, placement),
+        expert_layout.sources_for(described.model, described.moe, placement),
         step=step,
         fallback=fallback,
         subset=True,

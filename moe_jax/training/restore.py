@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.checkpoint.expert_layout import adapt_to, saved_meta
+from moe_jax.checkpoint.expert_layout import saved_meta, sources_for
 from moe_jax.checkpoint.manager import Checkpoints, Restored
 from moe_jax.moe.tables import LayerTables
 from moe_jax.placement.table import Placement
@@ -46,7 +46,7 @@ def restore_state(
     """
     restored = checkpoints.restore_latest(
         _target(program),
-        adapt_to(program.model, program.moe, program.placement),
+        sources_for(program.model, program.moe, program.placement),
         step=step,
         fallback=fallback,
         subset=True,

@@ -14,15 +14,20 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint.integrity import (
-    checksum_texts,
+    agrees,
+    array_checksum,
+    checksum_text,
+    describe,
     read_manifest,
     seal_directory,
+    share,
+    slot_checksums,
     verify_directory,
 )
 
 
 def checksum_of(array: jax.Array) -> str:
-    return checksum_texts({"it": array})["it"]
+    return checksum_text(array)
 
 
 def reference(words: np.ndarray) -> str:
@@ -78,6 +83,41 @@ def test_is_the_same_on_every_mesh(kind: AxisType) -> None:
         ):
             found.add(checksum_of(jax.device_put(values, NamedSharding(mesh, spec))))
     assert found == {reference(values.view(np.uint32))}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_checksums_of_slots_sum_to_the_arrays(kind: AxisType, dtype: str) -> None:
+    """And each goes with its slot to another place, on another mesh."""
+    values = np.random.default_rng(0).integers(0, 100, (3, 8, 4, 6)).astype(jnp.dtype(dtype))
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(kind,) * 2)
+    saved = jax.device_put(values, NamedSharding(mesh, PartitionSpec(None, "expert", "data")))
+    rows = np.tile(np.arange(8), (3, 1))
+    total = slot_checksums(saved, rows, 8).sum((0, 1), dtype=np.uint32)
+    assert total.tolist() == np.asarray(array_checksum(saved)).tolist()
+    entry = describe({"it": saved}, lambda name, ndim: True)["it"]
+    assert entry["checksum"] == checksum_of(saved)
+    changed = values.copy()
+    changed[2, 7, 3, 5] += 1
+    assert agrees(saved, entry, rows)
+    assert not agrees(jax.device_put(changed, saved.sharding), entry, rows)
+    source = np.array([[7, -1], [1, 1], [0, 5]])
+    moved = np.take_along_axis(values, source[..., None, None], axis=1)
+    moved = jax.device_put(moved, NamedSharding(mesh, PartitionSpec(None, "data", "expert")))
+    assert agrees(moved, entry, source)
+    assert not agrees(moved, entry, np.array([[7, -1], [1, 2], [0, 5]]))
+
+
+def test_each_file_is_one_processs_to_verify() -> None:
+    sizes = {"meta.json": 1, "state/d/a": 900, "state/d/b": 500, "state/d/c": 500, "state/x": 0}
+    files = {name: {"bytes": size} for name, size in sizes.items()}
+    shares = [share(files, process, 3) for process in range(3)]
+    assert sorted(name for names in shares for name in names) == sorted(files)
+    assert max(sum(sizes[name] for name in names) for names in shares) == 900
+    files["state/ocdbt.process_1/d/e"] = {"bytes": 9000}
+    files["state/array_metadatas/process_1"] = {"bytes": 1}
+    assert share(files, 1, 2) == ["state/array_metadatas/process_1", "state/ocdbt.process_1/d/e"]
+    assert share(files, 0, 1) == sorted(files)
 
 
 @given(place=st.integers(0, 63), bit=st.integers(0, 31), seed=st.integers(0, 99))

@@ -5,11 +5,8 @@ half-written does not count.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 import jax
@@ -19,35 +16,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint import integrity, orbax_io
-from moe_jax.checkpoint.manager import Adapt, Checkpoints
+from moe_jax.checkpoint.manager import Checkpoints, SlotSources
 from moe_jax.errors import CorruptCheckpoint, UserError
-from moe_jax.runtime.quiet import quiet_checkpoints
-from tests.support.command import run_module
-from tests.support.killed_saves import MOMENTS
-from tests.support.saved_state import assert_same, make_state, mesh, target_of
-
-
-def saved(
-    directory: Path,
-    *steps: int,
-    keep_last: int = 9,
-    keep_best: int = 0,
-    losses: dict[int, float] | None = None,
-) -> Checkpoints:
-    checkpoints = Checkpoints(directory, keep_last, keep_best)
-    for step in steps:
-        checkpoints.save(
-            step, make_state(mesh(2, 4), step), {"step": step}, (losses or {}).get(step), wait=True
-        )
-    return checkpoints
-
-
-def step_path(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
-
-
-def all_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+from tests.support.restoring_process import bytes_read
+from tests.support.saved_state import assert_same, make_state, mesh, saved, step_path, target_of
 
 
 @pytest.mark.parametrize(("data", "expert"), [(2, 4), (1, 1), (8, 1), (1, 2)])
@@ -101,46 +73,6 @@ def test_save_of_an_earlier_step_replaces_what_the_run_left(tmp_path: Path) -> N
     assert checkpoints.read_meta(2) == {"again": True}
 
 
-def test_any_flipped_bit_is_refused_with_the_file_named(tmp_path: Path) -> None:
-    saved(tmp_path / "good", 1)
-    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
-    rng = np.random.default_rng(0)
-    for path in all_files(tmp_path / "good"):
-        data = bytearray(path.read_bytes())
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(tmp_path / "good", copy)
-        if not data:
-            data = bytearray(b"x")
-        else:
-            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        (copy / path.relative_to(tmp_path / "good")).write_bytes(data)
-        with pytest.raises(CorruptCheckpoint) as caught:
-            Checkpoints(copy, 1, 0).restore(1, target)
-        assert path.name in str(caught.value)
-
-
-@pytest.mark.parametrize("harm", ["truncate", "remove", "add"])
-def test_truncated_missing_and_extra_files_are_refused(tmp_path: Path, harm: str) -> None:
-    saved(tmp_path / "good", 1)
-    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
-    for path in all_files(tmp_path / "good"):
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(tmp_path / "good", copy)
-        harmed = copy / path.relative_to(tmp_path / "good")
-        if harm == "truncate":
-            os.truncate(harmed, harmed.stat().st_size // 2)
-        elif harm == "remove":
-            harmed.unlink()
-        else:
-            harmed = harmed.with_name("extra")
-            harmed.write_bytes(b"")
-        with pytest.raises(CorruptCheckpoint) as caught:
-            Checkpoints(copy, 1, 0).restore(1, target)
-        assert harmed.name in str(caught.value)
-
-
 def test_values_are_verified_even_if_the_files_are_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,36 +81,24 @@ def test_values_are_verified_even_if_the_files_are_right(
     """
     checkpoints = saved(tmp_path, 1)
     state = make_state(mesh(2, 4), 1)
-    read = orbax_io.read
+    real = {"read": orbax_io.read, "read_slots": orbax_io.read_slots}
 
-    def faulty(path, asked):
-        arrays = read(path, asked)
-        arrays["params/embed"] = arrays["params/embed"].at[3, 3].add(1e-3)
-        return arrays
+    def make_faulty(reader: str, name: str, place: tuple[int, ...]) -> None:
+        def faulty(*arguments):
+            arrays = real[reader](*arguments)
+            arrays[name] = arrays[name].at[place].add(1e-3)
+            return arrays
 
-    monkeypatch.setattr(orbax_io, "read", faulty)
+        monkeypatch.setattr(orbax_io, reader, faulty)
+
+    target = target_of(state, mesh(2, 4))
+    make_faulty("read", "params/embed", (3, 3))
     with pytest.raises(CorruptCheckpoint, match="array params/embed"):
-        checkpoints.restore(1, target_of(state, mesh(2, 4)))
-
-
-def test_fallback_takes_the_newest_good_step_and_says_what_it_skipped(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, 1, 2, 3)
-    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
-    for step in (2, 3):
-        (step_path(tmp_path, step) / "meta.json").write_text("{}")
-    with pytest.raises(CorruptCheckpoint, match=r"meta\.json .*--fallback takes step 2"):
-        checkpoints.restore_latest(target)
-    found = checkpoints.restore_latest(target, fallback=True)
-    assert (found.step, found.meta) == (1, {"step": 1})
-    assert [
-        "step_0000000" + step in note for step, note in zip("32", found.skipped, strict=True)
-    ] == [True, True]
-    assert_same(found.state, make_state(mesh(2, 4), 1))
-    (step_path(tmp_path, 1) / "manifest.json").unlink()
-    with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* is whole"):
-        checkpoints.restore_latest(target, fallback=True)
-    with pytest.raises(CorruptCheckpoint, match="train again"):
-        checkpoints.restore_latest(target, step=1)
+        checkpoints.restore(1, target)
+    monkeypatch.undo()
+    make_faulty("read_slots", f"opt_state/0/mu/{EXPERTS}", (1, 7, 3, 3))
+    with pytest.raises(CorruptCheckpoint, match=f"array opt_state/0/mu/{EXPERTS}"):
+        checkpoints.restore(1, target, sources(np.tile(np.arange(8)[::-1], (2, 1))))
 
 
 def test_nothing_to_restore_names_the_directory(tmp_path: Path) -> None:
@@ -217,55 +137,73 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_adapt_receives_the_stored_array_and_its_result_is_placed(tmp_path: Path) -> None:
-    """Two more expert slots than were stored: `adapt` appends them."""
-    checkpoints = saved(tmp_path, 1)
-    state = make_state(mesh(2, 4), 1)
-    target = target_of(state, mesh(1, 2))
-    sharding = NamedSharding(mesh(1, 2), PartitionSpec("expert"))
-    target["params"]["blocks"][0]["gate_up"] = jax.ShapeDtypeStruct(
-        (10, 8, 4), jnp.float32, sharding=sharding
+EXPERTS = "stacks/0/blocks/0/mlp/experts/gate_up"
+# Which stored slot is in each of ten, for two layers: some twice, one nowhere, two empty.
+OTHER_SLOTS = np.array([[7, 0, 1, 2, 3, -1, 5, 6, 0, -1], [0, 0, -1, 6, 5, 4, 3, 2, 1, 7]])
+
+
+def sources(rows: np.ndarray) -> SlotSources:
+    return lambda path: rows if path.endswith(EXPERTS) else None
+
+
+def with_other_slots(state):
+    """The same with the slots of OTHER_SLOTS, moments too."""
+
+    def change(path, array: np.ndarray) -> np.ndarray:
+        if "experts" not in jax.tree_util.keystr(path):
+            return np.asarray(array)
+        laid = np.take_along_axis(np.asarray(array), OTHER_SLOTS[..., None, None], axis=1)
+        return np.where(OTHER_SLOTS[..., None, None] < 0, 0, laid)
+
+    return jax.tree.map_with_path(change, state)
+
+
+def target_with_other_slots(state, onto):
+    target = target_of(state, onto)
+    changed = with_other_slots(state)
+    return jax.tree.map(
+        lambda leaf, array: jax.ShapeDtypeStruct(array.shape, leaf.dtype, sharding=leaf.sharding),
+        target,
+        changed,
     )
-    seen = []
-
-    def adapt(path: str, array: jax.Array) -> jax.Array:
-        seen.append((path, array.shape, array.sharding.is_fully_replicated))
-        return jnp.concatenate([array, array[:2]])
-
-    found = checkpoints.restore(1, target, Adapt(lambda path: False, adapt))["params"]["blocks"][0][
-        "gate_up"
-    ]
-    assert seen == [("params/blocks/0/gate_up", (8, 8, 4), True)]
-    assert found.sharding == sharding
-    expected = np.asarray(state["params"]["blocks"][0]["gate_up"])
-    np.testing.assert_array_equal(np.asarray(found), np.concatenate([expected, expected[:2]]))
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory for each moment, left by a process that was killed then."""
-    root = tmp_path_factory.mktemp("killed")
-    done = run_module("killed_saves", root, *MOMENTS)
-    assert (json.loads(done.stdout), done.stderr) == (dict.fromkeys(MOMENTS, -signal.SIGKILL), "")
-    return root
+@pytest.mark.parametrize("saved_by", ["this version", "one without checksums of slots"])
+@pytest.mark.parametrize(("data", "expert"), [(4, 2), (1, 1), (1, 5)])
+def test_experts_are_laid_out_in_other_slots(
+    tmp_path: Path, data: int, expert: int, saved_by: str
+) -> None:
+    checkpoints = saved(tmp_path, 1)
+    if saved_by != "this version":
+        manifest = integrity.read_manifest(step_path(tmp_path, 1))
+        for entry in manifest["arrays"].values():
+            entry.pop("slots", None)
+        for name in (integrity.MANIFEST, integrity.SEAL):
+            (step_path(tmp_path, 1) / name).unlink()
+        integrity.seal_directory(step_path(tmp_path, 1), manifest)
+    state = make_state(mesh(2, 4), 1)
+    target = target_with_other_slots(state, mesh(data, expert))
+    found = checkpoints.restore(1, target, sources(OTHER_SLOTS))
+    assert_same(found, with_other_slots(state))
+    assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding == t.sharding, found, target))
+    with pytest.raises(UserError, match=r"gate_up .* has shape \(2, 8, 8, 4\) where"):
+        checkpoints.restore(1, target)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_during_a_save_leaves_the_step_before_as_latest(killed: Path, moment: str) -> None:
-    directory = killed / moment
-    step, seed = MOMENTS[moment]
-    target = target_of(make_state(mesh(2, 4)), mesh(2, 4))
-    checkpoints = Checkpoints(directory, keep_last=9, keep_best=0)
-    found = checkpoints.restore_latest(target)
-    assert (found.step, found.meta, found.skipped) == (step, {"step": seed}, [])
-    assert_same(found.state, make_state(mesh(2, 4), seed))
-    checkpoints.save(3, make_state(mesh(2, 4), 3), {}, wait=True)
-    # The first save swept up what the killed one left, and nothing that counted.
-    assert checkpoints.partial_steps() == []
-    assert {path.name for path in directory.iterdir()} == {
-        f"step_{kept:08d}" for kept in checkpoints.steps()
-    }
-    assert_same(checkpoints.restore(step, target), make_state(mesh(2, 4), seed))
+def test_only_the_slots_that_devices_hold_are_read(tmp_path: Path) -> None:
+    """Each once, whatever devices share it; counted in bytes."""
+    sharding = NamedSharding(mesh(2, 4), PartitionSpec(None, "expert", "data"))
+    bits = np.random.default_rng(0).integers(0, 2**32, (2, 8, 64, 256), np.uint32)
+    checkpoints = Checkpoints(tmp_path, 1, 0)
+    checkpoints.save(1, {EXPERTS: jax.device_put(bits, sharding)}, {}, wait=True)
+    rows = np.array([[5, 0, 5, -1], [1, 1, 2, 5]])
+    leaf = jax.ShapeDtypeStruct((2, 4, 64, 256), np.uint32, sharding=sharding)
+    path, before = step_path(tmp_path, 1) / "state", bytes_read()
+    found = orbax_io.read_slots(path, {EXPERTS: leaf}, {EXPERTS: rows})[EXPERTS]
+    read, slot = bytes_read() - before, bits[0, 0].nbytes
+    assert 5 * slot <= read < 5.1 * slot
+    expected = np.take_along_axis(bits, rows[..., None, None], axis=1)
+    np.testing.assert_array_equal(found, np.where(rows[..., None, None] < 0, 0, expected))
 
 
 @pytest.fixture
@@ -342,14 +280,6 @@ def test_a_marker_that_cannot_be_written_leaves_the_step_uncounted(
     assert (checkpoints.steps(), checkpoints.partial_steps()) == ([1], [])
 
 
-def test_what_a_desktop_leaves_in_a_checkpoint_is_no_damage(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, 1)
-    for folder in (tmp_path, step_path(tmp_path, 1), step_path(tmp_path, 1) / "state"):
-        (folder / ".DS_Store").write_bytes(b"\0")
-    state = make_state(mesh(2, 4), 1)
-    assert_same(checkpoints.restore(1, target_of(state, mesh(2, 4))), state)
-
-
 def test_an_opened_directory_is_left_alone_while_another_saves(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     (tmp_path / "step_00000002.partial").mkdir()
@@ -371,54 +301,6 @@ def test_a_step_pruned_while_it_is_read_is_not_called_damaged(
     monkeypatch.setattr(orbax_io, "match", prune_then_match)
     with pytest.raises(UserError, match="has just removed step 1"):
         checkpoints.restore(1, target_of(make_state(mesh(2, 4)), mesh(2, 4)))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk],
-            check=True,
-            capture_output=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("noticed", ["before", "while writing"])
-def test_a_full_disk_is_one_sentence_and_earlier_steps_stay(
-    small_disk: Path,
-    noticed: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    quiet_checkpoints()
-    checkpoints = saved(small_disk, 1)
-    noise = np.random.default_rng(0).standard_normal((8, 1024, 128), np.float32)
-    large = {
-        str(i): jax.device_put(part, NamedSharding(mesh(2, 4), PartitionSpec("expert")))
-        for i, part in enumerate(noise)
-    }
-    if noticed == "while writing":
-        monkeypatch.setattr(
-            shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40)
-        )
-    with pytest.raises(UserError, match=r"the disk of .* is too full to save step 2"):
-        checkpoints.save(2, large, {})
-        checkpoints.wait()
-    assert (checkpoints.steps(), checkpoints.partial_steps()) == ([1], [])
-    checkpoints.save(3, make_state(mesh(2, 4), 3), {}, wait=True)
-    assert_same(
-        checkpoints.restore(3, target_of(make_state(mesh(2, 4)), mesh(2, 4))),
-        make_state(mesh(2, 4), 3),
-    )
-    captured = capfd.readouterr()
-    assert captured.out + captured.err == ""
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])
@@ -444,25 +326,6 @@ def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"step 1 cannot be saved in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints", 1, 0).save(1, make_state(mesh(2, 4)), {})
-
-
-def test_a_read_only_disk_is_not_called_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has no free space either."""
-    checkpoints, mkdir = saved(tmp_path, 1), Path.mkdir
-
-    def refuse(path: Path, *rest: object, **options: object) -> None:
-        if path.suffix == ".partial":
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        mkdir(path, *rest, **options)
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    full = shutil._ntuple_diskusage(2**40, 2**40, 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(UserError, match=r"step 2 cannot be saved .* is read-only: name another"):
-        checkpoints.save(2, make_state(mesh(2, 4), 2), {}, wait=True)
-    assert checkpoints.steps() == [1]
 
 
 def test_states_that_cannot_be_named_or_stored_are_refused(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def arm(moment: str) -> None:
 
     match moment:
         case "copied":
-            kill(orbax_io, "start_writing", after=always)
+            kill(orbax_io, "Writing", after=always)
         case "written":
             kill(integrity, "write_durably", before=always)
         case "sealed":

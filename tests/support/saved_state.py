@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.checkpoint.manager import Checkpoints
 
 
 def mesh(data: int, expert: int) -> Mesh:
@@ -27,9 +30,11 @@ def make_state(mesh: Mesh, seed: int = 0) -> dict[str, Any]:
     def put(array: Any, *spec: str | None) -> jax.Array:
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
+    # two layers, eight slots
+    experts = put(rng.standard_normal((2, 8, 8, 4), np.float32), None, "expert", "data")
     params = {
         "embed": put(rng.standard_normal((16, 8), np.float32), "data"),
-        "blocks": [{"gate_up": put(rng.standard_normal((8, 8, 4), np.float32), "expert", "data")}],
+        "stacks": [{"blocks": [{"mlp": {"experts": {"gate_up": experts}}}]}],
         "norm": put(np.asarray(rng.standard_normal(8), jnp.bfloat16)),
         "none": put(np.zeros((0, 4), np.float32)),
     }
@@ -41,6 +46,25 @@ def make_state(mesh: Mesh, seed: int = 0) -> dict[str, Any]:
         "rng": put(np.array([1, 2**32 - 1], np.uint32)),
         "step": put(np.int32(seed)),
     }
+
+
+def saved(
+    directory: Path,
+    *steps: int,
+    keep_last: int = 9,
+    keep_best: int = 0,
+    losses: dict[int, float] | None = None,
+) -> Checkpoints:
+    checkpoints = Checkpoints(directory, keep_last, keep_best)
+    for step in steps:
+        checkpoints.save(
+            step, make_state(mesh(2, 4), step), {"step": step}, (losses or {}).get(step), wait=True
+        )
+    return checkpoints
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
 
 
 def target_of(state: Any, mesh: Mesh) -> Any:
