@@ -1,10 +1,8 @@
 """What the processes of a job tell each other while they save or restore together.
 
-    value = by_all(lambda: read(my_share))      # raises on every process where it fails on one
-    tell("digests of save 3", {"a/b": "..."})   # from any thread
-    parts = hear_all("digests of save 3")       # on the first process
-
-With one process all of it is a plain call.
+value = by_all(lambda: read(my_share))      # raises on every process where it fails on one
+tell("digests of save 3", {"a/b": "..."})   # from any thread
+digests = hear("digests of save 3", 1)      # what process 1 told
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ from moe_jax.errors import CorruptCheckpoint, UserError
 
 T = TypeVar("T")
 
-# How long the first process waits for what another has to tell, in seconds. One that fails tells
-# so, and the death of one ends all of them sooner: this is for one that stands still.
+# How long a process waits for what another has to tell, in seconds. One that fails tells so, and
+# the death of one ends all of them sooner: this is for one that stands still.
 LIMIT = 600
 
 
@@ -59,37 +57,30 @@ def raise_together(error: Exception | None) -> None:
 
 
 def tell(what: str, value: Any) -> None:
-    """Gives the first process something that JSON can say. No two calls may have the same
-    `what`.
+    """Lets other processes hear something that JSON can say. No two calls of a process may have the
+    same `what`.
     """
-    key = f"{_folder(what)}{jax.process_index()}"
-    _client().key_value_set(key, json.dumps(value))
+    if jax.process_count() > 1:
+        _client().key_value_set(_key(what, jax.process_index()), json.dumps(value))
 
 
-def hear_all(what: str) -> list[Any]:
-    """What the second to last processes told, in their order. Raises UserError naming the one that
-    was silent.
-    """
-    heard: list[Any] = []
-    for process in range(1, jax.process_count()):
-        try:
-            text = _client().blocking_key_value_get(f"{_folder(what)}{process}", LIMIT * 1000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            raise UserError(
-                f"process {process} has not told the {what} within {LIMIT} s: look at its log."
-            ) from error
-        heard.append(json.loads(text))
-    if heard:
-        _client().key_value_delete(_folder(what))
-    return heard
+def hear(what: str, process: int) -> Any:
+    """What a process told. Raises UserError naming the process where it is silent."""
+    try:
+        text = _client().blocking_key_value_get(_key(what, process), LIMIT * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise UserError(
+            f"process {process} has not told the {what} within {LIMIT} s: look at its log."
+        ) from error
+    return json.loads(text)
+
+
+def _key(what: str, process: int) -> str:
+    return f"moe_jax/{what}/{process}"
 
 
 def _client() -> Any:
     """The store of texts that the processes of a job have in common."""
     return distributed.global_state.client
-
-
-def _folder(what: str) -> str:
-    return f"moe_jax/{what}/"

@@ -3,7 +3,8 @@
     checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=2, keep_best=1)
     checkpoints.save(step, state, meta, val_loss)   # returns once the state is copied to the host
     state, meta, step, skipped = checkpoints.restore_latest(target)
-    checkpoints.close()                             # waits; raises what the last save has to say
+    checkpoints.close()                             # waits; raises what the last save has to say;
+                                                    # or use it as a context manager
 
 A step is a directory `step_00000100` with `state/` (Orbax), `meta.json`, `manifest.json` and
 `manifest.b2`. It is written as `step_00000100.partial`; renaming it, after everything in it has
@@ -83,6 +84,7 @@ class Checkpoints:
         self._keep_last, self._keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._saving = 0
+        self._digests = ""  # the name under which the processes tell theirs of that save
         self._error: Exception | None = None
 
     # Looking
@@ -154,7 +156,7 @@ class Checkpoints:
         # next step's.
         described = integrity.describe(arrays, orbax_io.has_slots)
         content = {"format": CHECKPOINT_FORMAT, "step": step, "val_loss": loss, "arrays": described}
-        self._saving = step
+        self._saving, self._digests = step, f"digests of save {next(_saves)}"
         partial = self._path(step, ".partial")
         with self._together():
             self._prepare(partial, sum(array.nbytes for array in stored.values()))
@@ -162,7 +164,7 @@ class Checkpoints:
             writing = orbax_io.Writing(partial / "state", stored)
         self._thread = threading.Thread(
             target=self._finish,
-            args=(writing, step, text, content, f"digests of save {next(_saves)}"),
+            args=(writing, step, text, content),
             name=f"save step {step}",
         )
         self._thread.start()
@@ -181,6 +183,23 @@ class Checkpoints:
         become whole.
         """
         self.wait()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """`close`. Where several processes end with an error, which may be one's alone, they do not
+        agree on anything: with a `UserError` the save under way still becomes whole, with another
+        one, such as that a process has gone, nobody waits for it.
+        """
+        if error is None or jax.process_count() == 1:
+            self.close()
+        elif isinstance(error, UserError) and self._thread is not None:
+            self._thread.join()
+            if jax.process_index() != 0:
+                agreement.hear(self._digests, 0)  # told when all is done
+            if self._error is not None:
+                say(str(self._explained(self._error)))
 
     def _prepare(self, partial: Path, size: int) -> None:
         """Remove what killed saves left, see that the disk has room, make the directory to write
@@ -213,39 +232,28 @@ class Checkpoints:
                     path.rename(final)
 
     def _finish(
-        self,
-        writing: orbax_io.Writing,
-        step: int,
-        meta: str,
-        content: dict[str, Any],
-        digests_of: str,
+        self, writing: orbax_io.Writing, step: int, meta: str, content: dict[str, Any]
     ) -> None:
         """In the background: wait for this process's files and hash them; on the first process,
         when the others have told theirs, make the step count. Keeps an error for `_agree`.
         """
-        partial, process = self._path(step, ".partial"), jax.process_index()
+        partial, process, mine = self._path(step, ".partial"), jax.process_index(), None
         try:
             writing.wait()
-            if process == 0:
-                known: dict[str, Any] = {}
-                for digests in agreement.hear_all(digests_of):
-                    if digests is None:
-                        return  # it failed there, which `_agree` tells
-                    known |= digests
+            if process != 0:
+                files = integrity.list_files(partial)
+                files = [path for path in files if integrity.writer_of(path) == process]
+                mine = integrity.digest_files(partial, files)
+                return
+            told = [agreement.hear(self._digests, other) for other in range(1, jax.process_count())]
+            if None not in told:  # else one has failed, which `_agree` tells
                 writing.merge()
-                self._commit(step, meta, content, known)
+                self._commit(step, meta, content, {k: v for one in told for k, v in one.items()})
                 self._prune(step)
-            else:
-                mine = [
-                    path
-                    for path in integrity.list_files(partial)
-                    if integrity.writer_of(path) == process
-                ]
-                agreement.tell(digests_of, integrity.digest_files(partial, mine))
         except Exception as error:
             self._error = error
-            if process != 0:
-                agreement.tell(digests_of, None)
+        finally:
+            agreement.tell(self._digests, mine)
 
     def _commit(self, step: int, meta: str, content: dict[str, Any], known: dict[str, Any]) -> None:
         partial, final, replaced = (
@@ -315,14 +323,9 @@ class Checkpoints:
         """Raise the error of this process's save or, so that no process runs on alone, that of
         another's.
         """
-        error, self._error = self._error, None
-        cause = error
-        if error is not None:
-            error = orbax_io.explain(error, self._saving, self.directory) or error
-            if isinstance(error, UserError) and jax.process_count() > 1:
-                error = UserError(f"process {jax.process_index()}: {error}")
+        cause, self._error = self._error, None
         try:
-            agreement.raise_together(error)
+            agreement.raise_together(None if cause is None else self._explained(cause))
         except Exception as failure:
             if jax.process_index() == 0 and self._saving in self.partial_steps():
                 shutil.rmtree(
@@ -331,6 +334,13 @@ class Checkpoints:
             if failure is cause:
                 raise
             raise failure from cause
+
+    def _explained(self, error: Exception) -> Exception:
+        """What went wrong with a save in words, as far as there are any."""
+        error = orbax_io.explain(error, self._saving, self.directory) or error
+        if isinstance(error, UserError) and jax.process_count() > 1:
+            return UserError(f"process {jax.process_index()}: {error}")
+        return error
 
     # Restoring
 

@@ -302,7 +302,7 @@ class Trainer:
         with (
             noted_signals(signal.SIGINT, signal.SIGTERM) as signals,
             closing(self.writer),
-            closing(self.checkpoints),
+            self.checkpoints,
             RunProgress(steps, start) as self.progress,
         ):
             if start:

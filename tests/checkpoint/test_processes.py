@@ -76,8 +76,8 @@ def files_of(step: Path) -> list[str]:
 def test_each_file_is_hashed_by_one_process(two: tuple[Path, list[dict[str, Any]]]) -> None:
     root, (first, second) = two
     partial = [
-        path.replace("step_00000002", "step_00000002.partial")
-        for path in files_of(root / "two" / "step_00000002")
+        path.replace("step_00000001", "step_00000001.partial")
+        for path in files_of(root / "two" / "step_00000001")
     ]
     assert sorted(first["sealed"] + second["sealed"]) == partial
     assert sorted(first["verified"] + second["verified"]) == files_of(
@@ -107,6 +107,14 @@ def test_a_save_that_fails_on_one_process_fails_on_all(
         assert one["told_of_save"].startswith("process 1: the disk of ")
         assert one["seconds"] < 60  # Orbax alone waits for ten minutes
     assert said[0]["after_failure"] == [[1, 2], []]
+
+
+def test_an_error_of_the_work_waits_for_the_save_under_way(
+    two: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    _, said = two
+    for one in said:
+        assert (one["ended_with"], one["then"]) == ("the loss is not finite", [1, 2, 4])
 
 
 def test_each_process_reads_the_experts_that_it_will_hold(

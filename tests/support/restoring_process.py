@@ -169,10 +169,20 @@ def main(rank: int, port: int, root: Path) -> None:
     for step in (1, 2):
         state = values(placement, step)
         checkpoints.save(step, put(state, mesh), {"step": step}, wait=True)
-        out["sealed"] = watch.take()
+        out.setdefault("sealed", watch.take())
 
     out["told_of_save"], out["seconds"] = failing_save(checkpoints, rank, put(state, mesh))
     out["after_failure"] = [checkpoints.steps(), checkpoints.partial_steps()]
+    watch.take()
+
+    try:
+        with checkpoints:
+            checkpoints.save(4, put(state, mesh), {})
+            raise UserError("the loss is not finite")  # on all, or on one alone: nobody can know
+    except UserError as error:
+        out["ended_with"], out["then"] = str(error), checkpoints.steps()
+    multihost_utils.sync_global_devices("ended")
+    checkpoints.save(2, put(state, mesh), {"step": 2}, wait=True)
     watch.take()
 
     step_2 = root / "two" / "step_00000002" / "state"
