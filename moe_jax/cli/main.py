@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from moe_jax import __version__
-from moe_jax.cli import checkpoints, inference, placement
+from moe_jax.cli import checkpoints, data, inference, placement
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.options import Fallback, RunDir, option, path_argument, path_option
 from moe_jax.errors import UserError
@@ -212,6 +212,8 @@ for _name, _command, _example in (*inference.COMMANDS, *checkpoints.COMMANDS):
 app.add_typer(
     placement.app, name="placement", epilog="\b\nExample:\n  moe-jax placement show runs/first"
 )
+
+app.add_typer(data.app, name="data", epilog="\b\nExample:\n  moe-jax data verify prepared")
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax report runs/first")

@@ -166,6 +166,9 @@ def type_text(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
+    if (inner := _section_of_list(hint)) is not None:
+        keys = ", ".join(f"{name}: {type_text(kind)}" for name, kind in field_types(inner).items())
+        return f"a list, each {{{keys}}}"
     if typing.get_origin(hint) is tuple:
         return f"a list, each {type_text(arguments[0])}"
     if isinstance(hint, types.UnionType):
@@ -299,8 +302,14 @@ def _located(
     placed = dict(values)
     for name, value in values.items():
         key, kind = f"{prefix}{name}", section.__dataclass_fields__[name].metadata["path"]
+        inner = _section_of_list(hints[name])
         if isinstance(value, Mapping):
             placed[name] = _located(hints[name], value, source, folder, f"{key}.")
+        elif inner is not None:
+            placed[name] = tuple(
+                _located(inner, each, source, folder, f"{key}[{number}].")
+                for number, each in enumerate(value)
+            )
         elif value and kind is not None:
             placed[name] = _Located(value, kind, f"{source}: {key}={value!r}", folder)
     return placed
@@ -308,14 +317,15 @@ def _located(
 
 def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of all layers together, with absolute paths."""
-    return {
-        name: _absolute(value)
-        if isinstance(value, Mapping)
-        else value.absolute()
-        if isinstance(value, _Located)
-        else value
-        for name, value in values.items()
-    }
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _absolute(value)
+        if isinstance(value, tuple) and any(isinstance(each, Mapping) for each in value):
+            return tuple(_absolute(each) for each in value)
+        return value.absolute() if isinstance(value, _Located) else value
+
+    return {name: absolute(value) for name, value in values.items()}
 
 
 def _override(text: str) -> dict[str, Any]:
@@ -361,7 +371,9 @@ def _checked(
         if name not in hints:
             raise UserError(f"{source}: there is no key {key!r}; {_nearest(str(name), prefix)}")
         hint = hints[name]
-        if not dataclasses.is_dataclass(hint):
+        if (inner := _section_of_list(hint)) is not None:
+            checked[name] = _checked_list(inner, value, source, key)
+        elif not dataclasses.is_dataclass(hint):
             field = section.__dataclass_fields__[name]
             checked[name] = _leaf(hint, value, source, key, bounds_text(field.metadata))
         elif isinstance(value, Mapping):
@@ -372,6 +384,28 @@ def _checked(
                 f"{key}.{next(iter(field_types(hint)))}."
             )
     return checked
+
+
+def _section_of_list(hint: Any) -> Any:
+    """The section of a list of sections (`tuple[Section, ...]`), else None."""
+    inner = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return inner if dataclasses.is_dataclass(inner) else None
+
+
+def _checked_list(section: Any, value: Any, source: str, key: str) -> tuple[dict[str, Any], ...]:
+    """The sections of a list, each built once so that its bounds are checked where it stands."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(x, Mapping) for x in value):
+        keys = ", ".join(f"{name}: ..." for name in field_types(section))
+        raise UserError(f"{source}: {key}={_shown(value)} must be a list of {{{keys}}}.")
+    checked = []
+    for number, each in enumerate(value):
+        place = f"{key}[{number}]."
+        checked.append(_checked(section, each, source, place))
+        try:
+            _build(section, checked[-1])
+        except UserError as error:
+            raise UserError(str(error).replace(section.SECTION, place)) from error
+    return tuple(checked)
 
 
 @functools.cache
@@ -435,7 +469,11 @@ def _build(section: Any, values: Mapping[str, Any]) -> Any:
     hints = field_types(section)
     return section(
         **{
-            name: _build(hints[name], value) if isinstance(value, Mapping) else value
+            name: tuple(_build(inner, each) for each in value)
+            if (inner := _section_of_list(hints[name])) is not None
+            else _build(hints[name], value)
+            if isinstance(value, Mapping)
+            else value
             for name, value in values.items()
         }
     )

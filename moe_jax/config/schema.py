@@ -123,6 +123,22 @@ class DevicesConfig:
 
 
 @section
+class MixtureSource:
+    """One of several sources."""
+
+    SECTION = "data.mixture."
+
+    source: str = setting(
+        default="builtin",
+        help="As `data.source`.",
+        path=PathTo(words="builtin|hf:.*"),
+    )
+    weight: float = setting(
+        default=1.0, help="Its share of the sequences, relative to the others'.", gt=0
+    )
+
+
+@section
 class DataConfig:
     """Text in, packed token sequences out."""
 
@@ -131,8 +147,13 @@ class DataConfig:
     source: str = setting(
         default="builtin",
         help="`builtin` (Python's own documentation and sources), a file or folder (.txt .py .md "
-        ".jsonl .parquet), or `hf:NAME`.",
+        ".jsonl .parquet), a folder that `moe-jax data prepare` wrote, or `hf:NAME`.",
         path=PathTo(words="builtin|hf:.*"),
+    )
+    mixture: tuple[MixtureSource, ...] = setting(
+        default=(),
+        help="Several sources in place of `source`, as `[{source: PATH, weight: 2}, ...]`: each "
+        "gives its exact share of the sequences (docs/data.md).",
     )
     tokenizer: str = setting(
         default="bytes",
@@ -153,6 +174,13 @@ class DataConfig:
     validation_fraction: float = setting(
         default=0.05, help="Fraction of the documents held out for validation.", gt=0, le=0.5
     )
+
+    def check(self) -> None:
+        if self.mixture and self.source != "builtin":
+            raise UserError(
+                f"data.source={self.source} does not go with data.mixture, which names the sources "
+                f"itself: leave one of them out."
+            )
 
 
 @section

@@ -1,7 +1,8 @@
 """The documents of `data.source`: the built-in corpus, files and folders, or a hub dataset.
 
 A document is a text or a conversation. The order is fixed, so that the same source gives the same
-corpus. In a folder, files of other kinds and folders behind links are passed over; hidden files and
+corpus. A source is read in pieces of about `PIECE` bytes, each of which a process can read by
+itself. In a folder, files of other kinds and folders behind links are passed over; hidden files and
 folders too: editors, desktops and version control keep copies there that nobody meant as text. A
 line says so. A file of a known kind that cannot be read is refused by its name and, if it has
 lines, the line.
@@ -11,8 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +28,30 @@ from moe_jax.utils.progress import say
 
 # Fields that hold a conversation, where a row has no `data.text_field`.
 _CONVERSATIONS = ("messages", "conversations")
+_BUILTIN_BYTES = 5_000_000  # about
 _SHARED = {"human": "user", "gpt": "assistant"}  # roles in the files of ShareGPT
+
+
+# Bytes of a source from which a piece is made; a text file and a row group are never divided.
+PIECE = 32 << 20
+
+
+class Line(NamedTuple):
+    """A line of a file whose lines are counted from the first that begins at or after a byte."""
+
+    path: Path
+    begin: int
+    number: int
+
+    def __str__(self) -> str:
+        with self.path.open("rb") as file:  # counted only for those who read it
+            file.seek(max(self.begin - 1, 0))
+            end = self.begin - 1 + len(file.readline()) if self.begin else 0
+            file.seek(0)
+            before = 0
+            while (left := end - file.tell()) > 0:
+                before += file.read(min(left, 1 << 24)).count(b"\n")
+        return f"line {before + self.number} of {self.path}"
 
 
 class ChatDocument(NamedTuple):
@@ -32,23 +59,49 @@ class ChatDocument(NamedTuple):
 
     messages: list[dict[str, Any]]
     """Each has a `role` and its `content`."""
-    where: str
+    where: str | Line
     """Where it was read, for messages."""
 
 
 Document = str | ChatDocument
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents of `data.source`, read lazily; some may be blank.
+class Part(NamedTuple):
+    """A part of a source: of a JSONL file the lines that begin at bytes [begin, end), of a large
+    parquet file row groups, of a hub dataset rows; other files whole.
+    """
+
+    path: str
+    begin: int
+    end: int
+    size: int
+    """Bytes that are read."""
+
+
+class Source(NamedTuple):
+    """What `data.source` names, not yet read."""
+
+    pieces: list[list[Part]]
+    """The same for the same files, whoever asks."""
+    identity: list[Any]
+    """For JSON. Differs where the content may: the names, sizes and times of its files."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(part.size for piece in self.pieces for part in piece)
+
+
+def find_source(config: DataConfig) -> Source:
+    """The files or rows of `data.source`.
 
     Raises:
-      UserError: the source is missing or cannot be read, or a document lacks `data.text_field`.
+      UserError: the source is missing or none that can be read.
     """
     if config.source == "builtin":
-        return _builtin_documents()
+        return Source([[Part("", 0, 0, _BUILTIN_BYTES)]], ["builtin", sys.version])
     if config.source.startswith("hf:"):
-        return _hub_documents(config)
+        return _hub_source(config)
     path = local_path(config.source)
     if not os.path.exists(path):  # Path.exists raises where a parent folder may not be entered
         raise UserError(
@@ -68,11 +121,63 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
         raise UserError(
             f"data.source={config.source!r} is a kind of file that is not read: give {_SUFFIXES}."
         )
-    return (
-        document
-        for file in files
-        for document in _READERS[file.suffix.lower()](file, config.text_field)
-    )
+    parts: list[Part] = []
+    identity: list[Any] = []
+    for file in files:
+        status = file.stat()
+        identity.append([os.path.relpath(file, path), status.st_size, status.st_mtime_ns])
+        parts += _parts(file, status.st_size)
+    return Source(_pieces(parts), identity)
+
+
+def read_piece(config: DataConfig, piece: list[Part]) -> Iterator[Document]:
+    """The documents of a piece of `data.source`, read lazily; some may be blank.
+
+    Raises:
+      UserError: a file cannot be read, or a document lacks `data.text_field`.
+    """
+    for part in piece:
+        if config.source == "builtin":
+            yield from _builtin_documents()
+        elif config.source.startswith("hf:"):
+            yield from _hub_documents(config, part)
+        else:
+            reader = _READERS[Path(part.path).suffix.lower()]
+            yield from reader(Path(part.path), part, config.text_field)
+
+
+def read_documents(config: DataConfig) -> Iterator[Document]:
+    """The documents of the whole of `data.source`; see `find_source` and `read_piece`."""
+    pieces = find_source(config).pieces
+    return (document for piece in pieces for document in read_piece(config, piece))
+
+
+def _parts(file: Path, size: int) -> list[Part]:
+    """A file in parts of about `PIECE` bytes where it can be divided."""
+    count = -(-size // PIECE)
+    if count > 1 and file.suffix.lower() == ".jsonl":
+        ends = [min(number * PIECE, size) for number in range(count + 1)]
+    elif count > 1 and file.suffix.lower() == ".parquet":
+        groups = _row_groups(file)
+        count = min(count, groups)
+        ends = [number * groups // count for number in range(count + 1)]
+        return [Part(str(file), a, b, size // count) for a, b in pairwise(ends)]
+    else:
+        ends = [0, size]
+    return [Part(str(file), a, b, b - a) for a, b in pairwise(ends)]
+
+
+def _pieces(parts: list[Part]) -> list[list[Part]]:
+    """Consecutive parts together, as long as they have no more than `PIECE` bytes."""
+    pieces: list[list[Part]] = []
+    room = 0
+    for part in parts:
+        if not pieces or part.size > room:
+            pieces.append([])
+            room = PIECE
+        pieces[-1].append(part)
+        room -= part.size
+    return pieces
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -135,7 +240,7 @@ def _builtin_documents() -> Iterator[str]:
             continue  # a module may declare another encoding; the corpus does not need it
 
 
-def _text_documents(path: Path, text_field: str) -> Iterator[str]:
+def _text_documents(path: Path, part: Part, text_field: str) -> Iterator[str]:
     """The whole file."""
     try:
         yield read_characters(path)
@@ -147,29 +252,53 @@ def _text_documents(path: Path, text_field: str) -> Iterator[str]:
         raise _unreadable(path, error) from error
 
 
-def _jsonl_documents(path: Path, text_field: str) -> Iterator[Document]:
+def _jsonl_documents(path: Path, part: Part, text_field: str) -> Iterator[Document]:
     """The text or conversation of the object on each line; blank lines are ignored."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise _unreadable(path, error) from error
     with file:
-        for number, line in enumerate(file, start=1):
+        position, number = part.begin, 0
+        if position:  # a line belongs to the part in which it begins
+            file.seek(position - 1)
+            position += len(file.readline()) - 1
+        while position < part.end and (line := file.readline()):
+            position += len(line)
+            number += 1
             if not line.strip():
                 continue
+            where = Line(path, part.begin, number)
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"data.source: line {number} of {path} is not valid JSON ({error}): correct "
-                    f"or remove it."
+                    f"data.source: {where} is not valid JSON ({error}): correct or remove it."
                 ) from error
-            fields = row if isinstance(row, dict) else {}
-            yield _document(fields, text_field, f"line {number} of {path}")
+            yield _document(row if isinstance(row, dict) else {}, text_field, where)
 
 
-def _parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
+def _parquet_documents(path: Path, part: Part, text_field: str) -> Iterator[Document]:
     """The text or conversation of each row."""
+    with _parquet(path) as file:
+        field = _field(file.schema_arrow.names, text_field, str(path))
+        whole = part.size == path.stat().st_size
+        groups = range(file.num_row_groups) if whole else range(part.begin, part.end)
+        number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+        for rows in file.iter_batches(columns=[field], row_groups=list(groups)):
+            for row in rows.to_pylist():
+                number += 1
+                yield _document(row, field, f"row {number} of {path}")
+
+
+def _row_groups(path: Path) -> int:
+    with _parquet(path) as file:
+        return file.num_row_groups
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """The open file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -178,19 +307,14 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
             f"data.source: {path} needs the `pyarrow` package: pip install pyarrow."
         ) from error
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            field = _field(file.schema_arrow.names, text_field, str(path))
-            for rows in file.iter_batches(columns=[field]):
-                for row in rows.to_pylist():
-                    number += 1
-                    yield _document(row, field, f"row {number} of {path}")
+            yield file
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
 
 
-def _hub_documents(config: DataConfig) -> Iterator[Document]:
-    """The rows of a Hugging Face dataset; `datasets` has its own cache."""
+def _load_hub(config: DataConfig) -> Any:
+    """A Hugging Face dataset; `datasets` has its own cache."""
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -198,19 +322,39 @@ def _hub_documents(config: DataConfig) -> Iterator[Document]:
             f"data.source={config.source!r} needs the `datasets` package: pip install datasets."
         ) from error
     try:
-        rows: Any = datasets.load_dataset(config.source.removeprefix("hf:"), split=config.split)
+        return datasets.load_dataset(config.source.removeprefix("hf:"), split=config.split)
     except Exception as error:  # network, name or split: errors of many kinds, with no common base
         raise UserError(
             f"data.source={config.source!r} with data.split={config.split!r} cannot be loaded "
             f"({_cause(error)}): "
             "check both names, and the network."
         ) from error
+
+
+def _hub_source(config: DataConfig) -> Source:
+    rows = _load_hub(config)
+    files = [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+    sizes = [file.stat().st_size for file in files]
+    count = min(-(-sum(sizes) // PIECE), len(rows)) or 1
+    ends = [number * len(rows) // count for number in range(count + 1)]
+    parts = [Part("", a, b, sum(sizes) // count) for a, b in pairwise(ends)]
+    stamps = [
+        [str(file), size, file.stat().st_mtime_ns] for file, size in zip(files, sizes, strict=True)
+    ]
+    return Source([[part] for part in parts], [config.source, config.split, len(rows), stamps])
+
+
+def _hub_documents(config: DataConfig, part: Part) -> Iterator[Document]:
+    """The rows of a part of a dataset."""
+    rows = _load_hub(config)
     field = _field(rows.column_names, config.text_field, config.source)
-    for number, row in enumerate(rows, start=1):
+    if (part.begin, part.end) != (0, len(rows)):
+        rows = rows.select(range(part.begin, part.end))
+    for number, row in enumerate(rows, start=part.begin + 1):
         yield _document(row, field, f"row {number} of {config.source}")
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, Part, str], Iterator[Document]]] = {
     ".txt": _text_documents,
     ".md": _text_documents,
     ".py": _text_documents,
@@ -220,7 +364,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
 _SUFFIXES = ", ".join(_READERS)
 
 
-def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
+def _document(row: dict[str, Any], text_field: str, where: str | Line) -> Document:
     """The text of the row, with "?" for what UTF-8 cannot hold (lone surrogates in JSON), or its
     conversation.
     """
@@ -237,7 +381,7 @@ def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
     return without_surrogates(value)
 
 
-def _message(message: Any, field: str, where: str) -> dict[str, Any]:
+def _message(message: Any, field: str, where: str | Line) -> dict[str, Any]:
     """A message as chat templates take it."""
     fields = message if isinstance(message, dict) else {}
     if "from" in fields and "value" in fields:
@@ -252,7 +396,7 @@ def _message(message: Any, field: str, where: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None or key == "content"}
 
 
-def _field(names: list[str], text_field: str, where: str) -> str:
+def _field(names: list[str], text_field: str, where: str | Line) -> str:
     """The field to read of those that are there. Raises UserError where none is."""
     for name in (text_field, *_CONVERSATIONS):
         if name in names:

@@ -16,11 +16,17 @@ CACHE_VARIABLE = "MOE_JAX_CACHE"
 SHORTEST = 0.2  # seconds of compiling from which a program is kept
 
 
-def cache_folder() -> Path | None:
-    """Where compiled programs go, or None."""
+def cache_root() -> Path | None:
+    """The folder of all that is kept, or None."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     chosen = os.environ.get(CACHE_VARIABLE, Path(home) / "moe-jax")
-    return Path(chosen) / _processor() if chosen else None
+    return Path(chosen) if chosen else None
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs go, or None."""
+    root = cache_root()
+    return None if root is None else root / _processor()
 
 
 def _processor() -> str:

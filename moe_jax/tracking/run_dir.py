@@ -142,7 +142,11 @@ def clear(run_dir: Path) -> None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting by its dotted key."""
+    """Every setting by its dotted key; of the sources of a mixture their weights, as the texts are
+    known by their hash.
+    """
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        return {prefix: tuple(part.weight for part in value)}
     if not dataclasses.is_dataclass(value):
         return {prefix: value}
     fields = (field.name for field in dataclasses.fields(value))
@@ -172,6 +176,9 @@ def _check_needs_nothing(config: Config, run_dir: Path) -> None:
         "data.tokenizer": config.data.tokenizer,
         "placement.file": config.placement.file,
         "placement.topology": config.placement.topology,
+    } | {
+        f"data.mixture[{number}].source": part.source
+        for number, part in enumerate(config.data.mixture)
     }
     for key, value in needed.items():
         if value and local_path(value).resolve().is_relative_to(run_dir.resolve()):

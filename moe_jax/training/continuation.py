@@ -68,10 +68,16 @@ def check_corpus(saved: SavedRun, corpus: Corpus, data: DataConfig) -> None:
             f"({began.tokenizer}): restore that, or start another run."
         )
     raise UserError(
-        f"data.source={data.source} gives other text (hash {corpus.hash[:12]}) than the run began "
-        f"with (data.source={began.source}, hash {saved.meta['corpus_hash'][:12]}): restore the "
+        f"{_named(data)} gives other text (hash {corpus.hash[:12]}) than the run began "
+        f"with ({_named(began)}, hash {saved.meta['corpus_hash'][:12]}): restore the "
         f"text (the built-in corpus changes with the Python version), or start another run."
     )
+
+
+def _named(data: DataConfig) -> str:
+    """The source or sources, for messages."""
+    sources = ", ".join(part.source for part in data.mixture)
+    return f"data.mixture of {sources}" if sources else f"data.source={data.source}"
 
 
 def check_steps(step: int, steps: int, run_dir: Path) -> None:

@@ -187,10 +187,7 @@ def _read_corpus(config: Config, tokenizer: str) -> Corpus:
     """The run's text, by a tokenizer that may be a copy of the one that it names."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     corpus = load_corpus(data, config.train.seq_len, config.train.seed, tell=_say)
-    _say(
-        f"{len(corpus.train.tokens):,} tokens to train on, "
-        f"{len(corpus.validation.tokens):,} held out."
-    )
+    _say(f"{corpus.train.size:,} tokens to train on, {corpus.validation.size:,} held out.")
     return corpus
 
 

@@ -10,6 +10,8 @@ What is being written has the suffix `.part`: a killed write leaves nothing else
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -20,7 +22,8 @@ from pathlib import Path
 from moe_jax.errors import UserError
 
 PART = ".part"
-KNOWN_BY = ("config.json", "config.yaml", "moe_jax.json")  # a model's folder
+# What a model's folder and a prepared text are known by.
+KNOWN_BY = ("config.json", "config.yaml", "moe_jax.json", "prepared.json")
 
 _URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"  # Path writes gs://bucket as gs:/bucket
 
@@ -145,3 +148,25 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds the lock of a file, which is made; gives whether it could: with `wait` always, else
+    not where another process holds it.
+
+    The system keeps the lock (flock), so it ends with its process. A file system without locks
+    gives True.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            held = True
+        else:
+            held = True
+        yield held

@@ -20,7 +20,7 @@ from moe_jax.config.load import (
     with_absolute_paths,
 )
 from moe_jax.config.model import ModelConfig, MoEConfig
-from moe_jax.config.schema import Config, DataConfig, OptimizerConfig, TrainConfig
+from moe_jax.config.schema import Config, DataConfig, MixtureSource, OptimizerConfig, TrainConfig
 from moe_jax.errors import UserError
 from tests.support import ROOT
 
@@ -176,6 +176,14 @@ def test_an_override_of_a_text_is_taken_as_typed(typed, meant):
         ("moe: {score: soft}", ["moe.score='soft'", "one of softmax, sigmoid"]),
         ("moe: {dense_layers: [0, x]}", ["moe.dense_layers", "a list, each a whole number"]),
         ("moe: {dense_layers: 3}", ["moe.dense_layers=3", "a list"]),
+        ("data: {mixture: texts}", ["data.mixture='texts' must be a list of {source: ..., weig"]),
+        ("data: {mixture: [a, b]}", ["data.mixture=['a', 'b'] must be a list of {source"]),
+        ("data: {mixture: [{weigth: 1}]}", ["'data.mixture[0].weigth'", "did you mean"]),
+        ("data: {mixture: [{}, {weight: a}]}", ["data.mixture[1].weight='a'", "number, > 0"]),
+        ("data: {mixture: [{weight: 0}]}", ["data.mixture[0].weight=0.0 is out of range", "> 0"]),
+        ("data: {mixture: [{weight: -1}]}", ["data.mixture[0].weight=-1.0 is out of range"]),
+        ("data: {mixture: [{weight: .nan}]}", ["data.mixture[0].weight=nan", "a finite number"]),
+        ("data: {source: x, mixture: [{}]}", ["does not go with data.mixture"]),
         ("model: {vocab_size: x}", ["a whole number or null, >= 2"]),
         ("name: 12", ["name=12", "put it in quotes"]),
         ("moe:", ["moe=null", "a mapping", "moe.num_experts"]),
@@ -295,6 +303,18 @@ def test_a_path_of_an_override_is_relative_to_the_working_directory(key, places)
     assert leaf(config, key) == str(places.parent / "elsewhere" / "one")
 
 
+def test_the_paths_of_a_mixture(places):
+    """Each by itself; a list above takes the place of the whole list below."""
+    config = "data: {mixture: [{source: ../data/one, weight: 2}, {source: builtin}]}"
+    (places / "configs" / "run.yaml").write_text(config)
+    one, two = load_config(places / "configs" / "run.yaml").data.mixture
+    assert (one.source, one.weight) == (str(places / "data" / "one"), 2)
+    assert (two.source, two.weight) == ("builtin", 1)
+    override = ["data.mixture=[{source: here, weight: 0.5}]"]
+    (only,) = load_config(places / "configs" / "run.yaml", override).data.mixture
+    assert (only.source, only.weight) == (str(places.parent / "elsewhere" / "here"), 0.5)
+
+
 def test_a_file_relative_to_the_working_directory_is_refused_with_the_path_to_write(places):
     """As paths in a YAML once were."""
     (places.parent / "elsewhere" / "one.txt").write_text("")
@@ -343,6 +363,7 @@ def test_a_configuration_made_by_hand_gets_absolute_paths(places):
 
 words = st.text(st.characters(codec="utf-8"))
 finite = st.floats(min_value=1e-9, max_value=1e9)
+mixtures = st.lists(st.builds(MixtureSource, source=words, weight=finite), max_size=2)
 configs = st.builds(
     Config,
     name=words,
@@ -355,7 +376,8 @@ configs = st.builds(
     ),
     data=st.builds(
         DataConfig, source=words, tokenizer=st.sampled_from(["3e-4", "no", "~", "017", "1_0", ""])
-    ),
+    )
+    | st.builds(DataConfig, mixture=mixtures.map(tuple)),
     optimizer=st.builds(OptimizerConfig, learning_rate=finite, eps=finite),
     train=st.builds(TrainConfig, seed=st.integers(0, 2**32 - 1), sample_prompt=words),
 )

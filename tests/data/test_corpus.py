@@ -1,9 +1,8 @@
-"""Packing worked by hand, the split by content, and batches that resume and shard exactly."""
+"""Packing worked by hand, and batches that resume and shard exactly."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from itertools import pairwise
@@ -15,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config.schema import DataConfig
-from moe_jax.data.corpus import Corpus, hold_out, load_corpus
-from moe_jax.data.packing import Packed, counted_tokens, pack_documents, token_dtype
+from moe_jax.data.corpus import Corpus, load_corpus
+from moe_jax.data.packing import Packed, counted_tokens, token_dtype
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
+from tests.support.texts import counted_of, documents_of, packed, tokens_of
 from tests.support.tokenizers import CHATML, CHATML_TOKENS, chat_folder
 
 BYTES = load_tokenizer("bytes")
@@ -57,12 +57,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def test_packing_by_hand() -> None:
     # Stream: a b | EOS, c | EOS, d e f | EOS -> windows of 4 inputs start at 0, 4 and end in
     # padding.
-    packed = pack_documents([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 4, BYTES)
-    assert packed.tokens.dtype == np.uint16
-    assert packed.tokens.tolist() == [1, 2, EOS, 3, EOS, 4, 5, 6, EOS]
-    assert packed.starts.tolist() == [0, 3, 5]
-    assert len(packed) == 2
-    batch = packed.batch(np.array([0, 1]))
+    text = packed([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 4, BYTES)
+    assert tokens_of(text).dtype == np.uint16
+    assert tokens_of(text).tolist() == [1, 2, EOS, 3, EOS, 4, 5, 6, EOS]
+    assert text.stream.shard(0).starts.tolist() == [0, 3, 5, 9]
+    assert len(text) == 2
+    batch = text.batch(np.array([0, 1]))
     assert batch["tokens"].tolist() == [[1, 2, EOS, 3], [EOS, 4, 5, 6]]
     assert batch["targets"].tolist() == [[2, EOS, 3, EOS], [4, 5, 6, EOS]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2], [1, 2, 2, 2]]
@@ -78,10 +78,10 @@ def test_packing_by_hand() -> None:
 
 
 def test_padding_by_hand() -> None:
-    packed = pack_documents(
+    text = packed(
         [np.array([1, 2, 3]), np.array([4, 5])], 5, BYTES
     )  # 1 2 3 EOS 4 | 5 EOS, then three of padding
-    batch = packed.batch(np.array([1]))
+    batch = text.batch(np.array([1]))
     assert batch["tokens"].tolist() == [[5, EOS, EOS, EOS, EOS]]
     assert batch["segments"].tolist() == [[1, 1, 0, 0, 0]]
     assert batch["positions"].tolist() == [[0, 1, 0, 0, 0]]
@@ -92,14 +92,13 @@ def test_what_does_not_count_by_hand() -> None:
     # a b* | EOS does not count as its document's last token does not; c | EOS; d* e | EOS*.
     chat = counted_tokens(np.array([1, 2, 3]), np.array([False, True, False]))
     more = counted_tokens(np.array([5, 6]), np.array([False, True]))
-    packed = pack_documents([chat, np.array([4]), more], 9, BYTES)
-    assert packed.tokens.tolist() == [1, 2, 3, EOS, 4, EOS, 5, 6, EOS]
-    assert packed.counted is not None
-    assert packed.counted.astype(int).tolist() == [0, 1, 0, 0, 1, 1, 0, 1, 1]
-    batch = packed.batch(np.array([0]))
+    text = packed([chat, np.array([4]), more], 9, BYTES)
+    assert tokens_of(text).tolist() == [1, 2, 3, EOS, 4, EOS, 5, 6, EOS]
+    assert counted_of(text).astype(int).tolist() == [0, 1, 0, 0, 1, 1, 0, 1, 1]
+    batch = text.batch(np.array([0]))
     assert batch["targets"][0].tolist() == [2, 3, EOS, 4, EOS, 5, 6, EOS, EOS]
     assert batch["mask"][0].tolist() == [1, 0, 0, 0, 1, 0, 1, 1, 0]
-    assert pack_documents([np.array([1])], 4, BYTES).counted is None
+    assert packed([np.array([1])], 4, BYTES).stream.shard(0).counted is None
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +122,18 @@ def chat_corpus(talks: Path, **changes: str) -> Corpus:
 
 def test_of_conversations_the_assistants_turns_count(talks: Path) -> None:
     corpus = chat_corpus(talks)
-    tokenizer, packed = corpus.tokenizer, corpus.train
-    assert tokenizer.chat is not None and packed.counted is not None
+    tokenizer, (part,) = corpus.tokenizer, corpus.train.parts
+    assert tokenizer.chat is not None
+    tokens, counted = tokens_of(part), counted_of(part)
     end = tokenizer.chat.tokens["<|im_end|>"]
-    text = tokenizer.decode(packed.tokens[packed.counted].tolist())
+    text = tokenizer.decode(tokens[counted].tolist())
     assert text.startswith("fox ") and "the dog" not in text and "user" not in text
-    assert packed.counted.sum() < len(packed.tokens) / 2
+    assert counted.sum() < len(tokens) / 2
     # One end of a turn per conversation counts, the assistant's.
-    assert (packed.tokens[packed.counted] == end).sum() == len(packed.starts)
-    everything = chat_corpus(talks, loss_on="all").train
-    assert everything.counted is not None and everything.counted.all()
-    np.testing.assert_array_equal(everything.tokens, packed.tokens)
+    assert (tokens[counted] == end).sum() == len(documents_of(part))
+    (everything,) = chat_corpus(talks, loss_on="all").train.parts
+    assert counted_of(everything).all()
+    np.testing.assert_array_equal(tokens_of(everything), tokens)
 
 
 def test_a_sample_begins_as_the_text_does(talks: Path, corpus: Corpus) -> None:
@@ -143,8 +143,8 @@ def test_a_sample_begins_as_the_text_does(talks: Path, corpus: Corpus) -> None:
     assert tokenizer.chat is not None
     assert prompt.tokens == tokenizer.chat.prompt([{"role": "user", "content": prompt.text[5:-11]}])
     plain = corpus.sample_prompt()
-    first = int(corpus.validation.starts[1]) - 1  # shorter than a sample's prompt may be
-    assert plain.tokens == corpus.validation.tokens[:first].tolist() and len(plain.text) == first
+    first = documents_of(corpus.validation.parts[0])[0][:-1].tolist()
+    assert plain.tokens == first[:24] and len(plain.text) == len(plain.tokens)
 
 
 def test_conversations_that_cannot_be_trained_on(talks: Path, tmp_path: Path) -> None:
@@ -173,10 +173,13 @@ def test_conversations_that_cannot_be_trained_on(talks: Path, tmp_path: Path) ->
 def test_windows_reproduce_the_stream(lengths: list[int], seq_len: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     documents = [random.integers(0, 256, length) for length in lengths]
-    packed = pack_documents(documents, seq_len, BYTES)
+    text = packed(documents, seq_len, BYTES)
     stream = [int(token) for document in documents if len(document) for token in (*document, EOS)]
-    assert packed.tokens.tolist() == stream
-    batch = packed.batch(np.arange(len(packed)))
+    if not stream:
+        assert len(text) == 0
+        return
+    assert tokens_of(text).tolist() == stream
+    batch = text.batch(np.arange(len(text)))
     real = batch["segments"] > 0
     # Every token but the last (which has no target) is an input once; a last one may stand beside
     # the padding.
@@ -187,7 +190,7 @@ def test_windows_reproduce_the_stream(lengths: list[int], seq_len: int, seed: in
     )
     # Within a row the segments count up by one, positions restart with them, and a target of
     # another segment is masked.
-    for row in range(len(packed)):
+    for row in range(len(text)):
         segments, positions = batch["segments"][row], batch["positions"][row]
         for i, (a, b) in enumerate(pairwise(segments.tolist())):
             assert b in (a, a + 1, 0)
@@ -198,64 +201,23 @@ def test_windows_reproduce_the_stream(lengths: list[int], seq_len: int, seed: in
 
 
 def test_big_vocabularies_take_four_bytes() -> None:
-    packed = pack_documents(
-        [np.array([70_000])], 2, dataclasses.replace(BYTES, num_ids=100_000, eos_id=99_999)
-    )
-    assert packed.tokens.dtype == np.uint32
-    assert packed.tokens.tolist() == [70_000, 99_999]
+    large = dataclasses.replace(BYTES, num_ids=100_000, eos_id=99_999)
+    tokens = tokens_of(packed([np.array([70_000])], 2, large))
+    assert tokens.dtype == np.uint32
+    assert tokens.tolist() == [70_000, 99_999]
     # Two bytes hold 65,536 ids and no more.
     assert token_dtype(dataclasses.replace(BYTES, num_ids=1 << 16)) == np.uint16
     assert token_dtype(dataclasses.replace(BYTES, num_ids=(1 << 16) + 1)) == np.uint32
 
 
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=5, max_size=5),
-    order=st.lists(st.integers(0, 4), min_size=1, max_size=20),
-    fraction=st.floats(0.01, 0.5),
-    seq_len=st.integers(2, 10),
-)
-@settings(max_examples=80, deadline=None)
-def test_hold_out_loses_and_shares_nothing(
-    lengths: list[int], order: list[int], fraction: float, seq_len: int
-) -> None:
-    # No token is in two of the five documents, which come in any order and number of copies.
-    documents = [100 * i + np.arange(lengths[i]) for i in order]
-    keys = [hashlib.sha256(bytes([i])).digest() for i in order]
-    train, validation = hold_out(documents, keys, fraction, seq_len)
-    trained, held = (
-        np.concatenate([np.empty(0, int), *part]).tolist() for part in (train, validation)
-    )
-    assert sorted(trained + held) == sorted(np.concatenate(documents).tolist())
-    assert not set(trained) & set(held)
-    reordered = hold_out(documents[::-1], keys[::-1], fraction, seq_len)
-    assert sorted(map(bytes, reordered[1])) == sorted(map(bytes, validation))
-
-
-def test_equal_documents_are_held_out_by_share() -> None:
-    documents = [np.full(99, i) for i in range(100)]
-    keys = [hashlib.sha256(bytes([i])).digest() for i in range(100)]
-    train, validation = hold_out(documents, keys, 0.1, 16)
-    assert (len(train), len(validation)) == (90, 10)
-    assert not {int(d[0]) for d in train} & {int(d[0]) for d in validation}
-
-
-def test_one_long_document_gives_its_end() -> None:
-    document = np.arange(1000)
-    train, validation = hold_out([document], [b"k"], 0.1, 16)
-    assert train[0].tolist() == list(range(900))
-    assert validation[0].tolist() == list(range(900, 1000))
-
-
 def test_validation_documents_are_not_trained_on(corpus: Corpus) -> None:
-    def documents(packed: Packed) -> set[bytes]:
-        return {part.tobytes() for part in np.split(packed.tokens, packed.starts[1:])}
+    def documents(text: Packed) -> set[bytes]:
+        return {part.tobytes() for part in documents_of(text)}
 
-    train, validation = documents(corpus.train), documents(corpus.validation)
+    train, validation = documents(corpus.train.parts[0]), documents(corpus.validation.parts[0])
     assert not train & validation
     assert len(train) + len(validation) == 60
-    share = len(corpus.validation.tokens) / (
-        len(corpus.train.tokens) + len(corpus.validation.tokens)
-    )
+    share = corpus.validation.size / (corpus.train.size + corpus.validation.size)
     assert 0.15 < share <= 0.2
 
 
@@ -327,10 +289,10 @@ def test_hash_follows_content_and_tokenizer(tmp_path: Path) -> None:
 
 def test_builtin_corpus() -> None:
     corpus = load_corpus(DataConfig(), seq_len=256, seed=0)
-    tokens = len(corpus.train.tokens) + len(corpus.validation.tokens)
+    tokens = corpus.train.size + corpus.validation.size
     assert 2_000_000 < tokens < 10_000_000
-    assert 0.04 < len(corpus.validation.tokens) / tokens <= 0.05
-    text = corpus.tokenizer.decode(corpus.train.tokens.tolist())
+    assert 0.04 < corpus.validation.size / tokens <= 0.05
+    text = corpus.tokenizer.decode(tokens_of(corpus.train.parts[0]).tolist())
     assert "def " in text and "import " in text
     assert corpus.hash == load_corpus(DataConfig(), seq_len=64, seed=1).hash
 
@@ -340,8 +302,9 @@ def test_tinyshakespeare() -> None:
         pytest.skip(f"{SHAKESPEARE} is not here")
     corpus = load_corpus(DataConfig(source=str(SHAKESPEARE)), seq_len=128, seed=0)
     text = SHAKESPEARE.read_text()
-    assert corpus.tokenizer.decode([*corpus.train.tokens, *corpus.validation.tokens]) == text
-    assert abs(len(corpus.validation.tokens) / len(text) - 0.05) < 0.001
+    parts = (*corpus.train.parts, *corpus.validation.parts)
+    assert "".join(corpus.tokenizer.decode(tokens_of(part).tolist()) for part in parts) == text
+    assert abs(corpus.validation.size / len(text) - 0.05) < 0.001
 
 
 def test_too_little_text(tmp_path: Path) -> None:
@@ -362,7 +325,7 @@ def test_empty_file(tmp_path: Path, content: str) -> None:
 def test_too_few_windows(corpus: Corpus) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch=1000"):
         corpus.train_batches(1000)
-    with pytest.raises(UserError, match=r"data\.validation_fraction .* 400:"):
+    with pytest.raises(UserError, match=r"data\.validation_fraction .* 400\)"):
         corpus.validation_batches(4, 100)
 
 

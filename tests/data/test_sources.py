@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax.config.schema import DataConfig
-from moe_jax.data.sources import ChatDocument, read_documents
+from moe_jax.data import sources
+from moe_jax.data.sources import ChatDocument, Line, find_source, read_documents, read_piece
 from moe_jax.errors import UserError
 from tests.support.imports import replace_import
 
@@ -33,6 +34,36 @@ def test_folder_is_read_in_order(tmp_path: Path) -> None:
     write_parquet(tmp_path / "d.parquet", {"text": ["five", "six"]})
     (tmp_path / "ignored.bin").write_bytes(b"\x80")
     assert documents(tmp_path) == ["één\r\n", "two", "three", "four", "five", "six"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 300])
+def test_pieces_hold_every_document_once(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "x" * (7 * i % 50) + str(i)} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.txt").write_text("whole\n" * 20)
+    table = pyarrow.table({"text": [row["text"] for row in rows]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=7)
+    whole = documents(tmp_path)
+    assert len(whole) == 81
+    monkeypatch.setattr(sources, "PIECE", size)
+    config = DataConfig(source=str(tmp_path))
+    source = find_source(config)
+    assert [text for piece in source.pieces for text in read_piece(config, piece)] == whole
+    assert len(source.pieces) > 3 and len(source.identity) == 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    with pytest.raises(UserError, match=r"line 41 of .*a\.jsonl is not valid JSON"):
+        documents(tmp_path)
+    rows[30]["text"] = 5  # type: ignore[assignment]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"not text in line 31 of .*a\.jsonl"):
+        documents(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    table = pyarrow.table({"text": [*["x"] * 36, None, "y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=7)
+    with pytest.raises(UserError, match=r"not text in row 37 of .*c\.parquet"):
+        documents(tmp_path)
 
 
 def test_hidden_files_are_passed_over_and_said(
@@ -96,14 +127,14 @@ def test_conversations(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert documents(file) == [
-        ChatDocument(said, f"line 1 of {file}"),
+        ChatDocument(said, Line(file, 0, 1)),
         "plain",
-        ChatDocument(said, f"line 3 of {file}"),
+        ChatDocument(said, Line(file, 0, 3)),
     ]
     # A field that is named wins, and may hold a conversation itself.
     file.write_text(json.dumps({"text": "x", "talk": said, "messages": []}))
     assert documents(file) == ["x"]
-    assert documents(file, text_field="talk") == [ChatDocument(said, f"line 1 of {file}")]
+    assert documents(file, text_field="talk") == [ChatDocument(said, Line(file, 0, 1))]
     table = write_parquet(
         tmp_path / "a.parquet", {"messages": [[*said, {"role": "tool", "content": None}]]}
     )

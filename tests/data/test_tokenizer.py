@@ -18,6 +18,7 @@ from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
 from tests.support import ROOT
 from tests.support.imports import replace_import
+from tests.support.texts import tokens_of
 from tests.support.tokenizers import SAMPLE, chat_folder, save_folder, train_tokenizer
 
 TORCHTITAN = ROOT.parent / "shared" / "data" / "tokenizers" / "torchtitan_test_tokenizer.json"
@@ -159,7 +160,9 @@ def test_corpus_through_a_file(tmp_path: Path) -> None:
     corpus = load_corpus(
         DataConfig(source=str(tmp_path / "a.txt"), tokenizer=str(path)), seq_len=8, seed=0
     )
-    assert corpus.tokenizer.decode([*corpus.train.tokens, *corpus.validation.tokens]) == SAMPLE
+    parts = (*corpus.train.parts, *corpus.validation.parts)
+    tokens = [token for part in parts for token in tokens_of(part).tolist()]
+    assert corpus.tokenizer.decode(tokens) == SAMPLE
     assert (
         corpus.hash
         != load_corpus(DataConfig(source=str(tmp_path / "a.txt")), seq_len=8, seed=0).hash

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.config.schema import Config
+from moe_jax.config.schema import Config, DataConfig, MixtureSource
 from moe_jax.errors import UserError
 from moe_jax.tracking.run_dir import claim, read_run_config, write_description
 
@@ -29,3 +29,19 @@ def test_relative_paths_of_an_older_run_are_those_of_the_working_directory(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {source: texts}")
     assert read_run_config(Path("run")).data.source == str(tmp_path / "texts")
+
+
+def test_a_resumed_mixture_keeps_its_weights_and_may_be_elsewhere(tmp_path: Path) -> None:
+    def mixed(*parts: tuple[str, float]) -> Config:
+        sources = (MixtureSource(source=source, weight=weight) for source, weight in parts)
+        return Config(data=DataConfig(mixture=tuple(sources)))
+
+    run = tmp_path / "run"
+    write_description(run, mixed(("/a", 1), ("/b", 2)), {})
+    claim(run, mixed(("/c", 1), ("/b", 2)), resume=True, overwrite=False)
+    for other in (mixed(("/a", 1), ("/b", 3)), mixed(("/a", 1)), Config()):
+        with pytest.raises(UserError, match=r"^data\.mixture=.* began with \[1\.0, 2\.0\]"):
+            claim(run, other, resume=True, overwrite=False)
+    inside = mixed(("/a", 1), (str(run / "texts"), 2))
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.* lies in"):
+        claim(run, inside, resume=False, overwrite=True)

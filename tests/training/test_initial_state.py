@@ -21,7 +21,7 @@ from moe_jax.config.load import config_from_text, dump_config
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.schema import Config
 from moe_jax.data.corpus import Corpus, load_corpus
-from moe_jax.data.packing import Packed, pack_documents
+from moe_jax.data.mixture import Mixture
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference.load import open_model
@@ -32,6 +32,7 @@ from moe_jax.training import initial_state
 from tests.support import ROOT, tiny_run
 from tests.support.command import call
 from tests.support.hf_folder import VOCAB, make_folder
+from tests.support.texts import packed
 
 YAML = """
 devices: {{simulate: 8}}
@@ -300,15 +301,15 @@ def test_another_origin_cannot_be_resumed(tmp_path: Path, tune) -> None:
 def test_what_counts_is_that_no_token_of_the_text_is_beyond_the_embedding() -> None:
     """A tokenizer may have more ids than the model has rows: a padding token was added later."""
     tokenizer = dataclasses.replace(load_tokenizer("bytes"), num_ids=265, eos_id=255)
-    packed = pack_documents([np.array([1, 200])], 2, tokenizer)
+    text = Mixture([packed([np.array([1, 200])], 2, tokenizer)])
 
-    def vocabulary(size: int | None, origin: str | None = None, text: Packed = packed) -> int:
-        corpus = Corpus(tokenizer, "", text, packed, seed=0)
+    def vocabulary(size: int | None, origin: str | None = None, text: Mixture = text) -> int:
+        corpus = Corpus(tokenizer, "", text, text, seed=0)
         config = Config(model=ModelConfig(vocab_size=size), init_from=origin)
         return initial_state.vocabulary(config, corpus)
 
     assert vocabulary(256) == 256 and vocabulary(None) == 272
-    more = pack_documents([np.array([1, 260])], 2, tokenizer)
+    more = Mixture([packed([np.array([1, 260])], 2, tokenizer)])
     assert vocabulary(264, text=more) == 264
     with pytest.raises(
         UserError, match="vocab_size=255 has no row for token 255, which ends a doc"
