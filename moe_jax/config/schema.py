@@ -140,7 +140,7 @@ class MixtureSource:
 
 @section
 class DataConfig:
-    """Text in, packed token sequences out."""
+    """Text in, packed token sequences out ([data.md](data.md))."""
 
     SECTION = "data."
 
@@ -153,7 +153,7 @@ class DataConfig:
     mixture: tuple[MixtureSource, ...] = setting(
         default=(),
         help="Several sources in place of `source`, as `[{source: PATH, weight: 2}, ...]`: each "
-        "gives its exact share of the sequences (docs/data.md).",
+        "gives its exact share of the sequences.",
     )
     tokenizer: str = setting(
         default="bytes",

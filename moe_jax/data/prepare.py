@@ -25,8 +25,8 @@ from moe_jax.data.hold_out import Split, hold_out, tokens_to_hold_out
 from moe_jax.data.packing import Stream, largest_token, sizes_with_ends
 from moe_jax.data.prepared import (
     FORMAT,
-    INDEX,
     PLAN,
+    PREPARED_INDEX,
     Prepared,
     is_prepared,
     map_shards,
@@ -37,7 +37,7 @@ from moe_jax.data.prepared import (
     write_shard,
     write_split,
 )
-from moe_jax.data.sources import PIECE, Part, Source, find_source
+from moe_jax.data.sources import PIECE_BYTES, SourcePart, TextSource, find_source
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.runtime.compile_cache import cache_root
@@ -54,11 +54,11 @@ class _Task(NamedTuple):
     config: DataConfig
     folder: Path
     number: int
-    piece: list[Part]
+    piece: list[SourcePart]
 
 
 def prepare(
-    config: DataConfig, out: Path, workers: int = 1, source: Source | None = None
+    config: DataConfig, out: Path, workers: int = 1, source: TextSource | None = None
 ) -> dict[str, Any]:
     """Tokenizes `data.source` into the new folder `out`; returns its index.
 
@@ -89,7 +89,7 @@ def prepare(
             )
         refuse_existing(out)  # which the other may have finished meanwhile
         replace_text(part / PLAN, json.dumps(plan) + "\n")
-        if not (part / INDEX).exists():
+        if not (part / PREPARED_INDEX).exists():
             _write_shards(config, part, source, workers)
             _write_index(config, part, tokenizer, len(source.pieces))
         (part / _LOCK).unlink()
@@ -97,12 +97,12 @@ def prepare(
     return read_index(out)
 
 
-def _plan(config: DataConfig, tokenizer: Tokenizer, source: Source) -> dict[str, Any]:
+def _plan(config: DataConfig, tokenizer: Tokenizer, source: TextSource) -> dict[str, Any]:
     """What decides what the shards hold; for JSON."""
     known = tokenizer_identity(tokenizer, config.tokenizer)
     return {
         "format": FORMAT,
-        "piece": PIECE,
+        "piece": PIECE_BYTES,
         "source": source.identity,
         "tokenizer": {key: value for key, value in known.items() if key != "name"},
         "text_field": config.text_field,
@@ -138,7 +138,7 @@ def _described(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.json"
 
 
-def _write_shards(config: DataConfig, part: Path, source: Source, workers: int) -> None:
+def _write_shards(config: DataConfig, part: Path, source: TextSource, workers: int) -> None:
     tasks = [
         _Task(config, part, number, piece)
         for number, piece in enumerate(source.pieces)
@@ -242,15 +242,15 @@ def split_for(text: Prepared, fraction: float, seq_len: int) -> Split:
         part = folder.with_name(folder.name + PART)
         part.mkdir(exist_ok=True)
         stated = write_split(part, hold_out(text.stream, fraction, seq_len))
-        replace_text(part / INDEX, json.dumps(stated))
+        replace_text(part / PREPARED_INDEX, json.dumps(stated))
         rename_folder(part, folder)
 
     _once(folder, write)
-    return read_split(folder, json.loads((folder / INDEX).read_bytes()))
+    return read_split(folder, json.loads((folder / PREPARED_INDEX).read_bytes()))
 
 
 def cached(
-    config: DataConfig, tokenizer: Tokenizer, source: Source, tell: Callable[[str], None]
+    config: DataConfig, tokenizer: Tokenizer, source: TextSource, tell: Callable[[str], None]
 ) -> Path | None:
     """The folder in the cache with the text of `data.source`, prepared now where it is not there;
     None where nothing is kept.

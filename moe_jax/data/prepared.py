@@ -34,7 +34,7 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.utils.files import replace_text
 
-INDEX = "prepared.json"
+PREPARED_INDEX = "prepared.json"
 PLAN = "plan.json"
 FORMAT = 1
 _OPEN = 48  # shards mapped at a time: each keeps up to four descriptors, and macOS allows 256
@@ -55,7 +55,7 @@ class Prepared:
 
 def is_prepared(path: Path) -> bool:
     """Whether a folder was written by `moe-jax data prepare`, whole or not."""
-    return path.is_dir() and any((path / name).exists() for name in (INDEX, PLAN))
+    return path.is_dir() and any((path / name).exists() for name in (PREPARED_INDEX, PLAN))
 
 
 def tokenizer_identity(tokenizer: Tokenizer, spec: str) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def map_shards(folder: Path, shards: list[dict[str, Any]]) -> Stream:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """What prepared.json says. Raises UserError where it is not there or damaged."""
-    path = folder / INDEX
+    path = folder / PREPARED_INDEX
     if not path.exists():
         raise UserError(
             f"{folder} is half prepared: run the same moe-jax data prepare once more, which goes "
@@ -130,7 +130,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Writes prepared.json, by which a folder is whole."""
     text = json.dumps({"sha256": _hash_of(index), "index": index}, indent=1)
-    replace_text(folder / INDEX, text + "\n", durable=True)
+    replace_text(folder / PREPARED_INDEX, text + "\n", durable=True)
 
 
 def verify_prepared(folder: Path) -> Iterator[int]:

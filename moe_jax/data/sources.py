@@ -1,7 +1,7 @@
 """The documents of `data.source`: the built-in corpus, files and folders, or a hub dataset.
 
 A document is a text or a conversation. The order is fixed, so that the same source gives the same
-corpus. A source is read in pieces of about `PIECE` bytes, each of which a process can read by
+corpus. A source is read in pieces of about `PIECE_BYTES` bytes, each of which a process can read by
 itself. In a folder, files of other kinds and folders behind links are passed over; hidden files and
 folders too: editors, desktops and version control keep copies there that nobody meant as text. A
 line says so. A file of a known kind that cannot be read is refused by its name and, if it has
@@ -33,7 +33,7 @@ _SHARED = {"human": "user", "gpt": "assistant"}  # roles in the files of ShareGP
 
 
 # Bytes of a source from which a piece is made; a text file and a row group are never divided.
-PIECE = 32 << 20
+PIECE_BYTES = 32 << 20
 
 
 class Line(NamedTuple):
@@ -66,7 +66,7 @@ class ChatDocument(NamedTuple):
 Document = str | ChatDocument
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """A part of a source: of a JSONL file the lines that begin at bytes [begin, end), of a large
     parquet file row groups, of a hub dataset rows; other files whole.
     """
@@ -78,10 +78,10 @@ class Part(NamedTuple):
     """Bytes that are read."""
 
 
-class Source(NamedTuple):
+class TextSource(NamedTuple):
     """What `data.source` names, not yet read."""
 
-    pieces: list[list[Part]]
+    pieces: list[list[SourcePart]]
     """The same for the same files, whoever asks."""
     identity: list[Any]
     """For JSON. Differs where the content may: the names, sizes and times of its files."""
@@ -92,14 +92,14 @@ class Source(NamedTuple):
         return sum(part.size for piece in self.pieces for part in piece)
 
 
-def find_source(config: DataConfig) -> Source:
+def find_source(config: DataConfig) -> TextSource:
     """The files or rows of `data.source`.
 
     Raises:
       UserError: the source is missing or none that can be read.
     """
     if config.source == "builtin":
-        return Source([[Part("", 0, 0, _BUILTIN_BYTES)]], ["builtin", sys.version])
+        return TextSource([[SourcePart("", 0, 0, _BUILTIN_BYTES)]], ["builtin", sys.version])
     if config.source.startswith("hf:"):
         return _hub_source(config)
     path = local_path(config.source)
@@ -121,16 +121,16 @@ def find_source(config: DataConfig) -> Source:
         raise UserError(
             f"data.source={config.source!r} is a kind of file that is not read: give {_SUFFIXES}."
         )
-    parts: list[Part] = []
+    parts: list[SourcePart] = []
     identity: list[Any] = []
     for file in files:
         status = file.stat()
         identity.append([os.path.relpath(file, path), status.st_size, status.st_mtime_ns])
         parts += _parts(file, status.st_size)
-    return Source(_pieces(parts), identity)
+    return TextSource(_pieces(parts), identity)
 
 
-def read_piece(config: DataConfig, piece: list[Part]) -> Iterator[Document]:
+def read_piece(config: DataConfig, piece: list[SourcePart]) -> Iterator[Document]:
     """The documents of a piece of `data.source`, read lazily; some may be blank.
 
     Raises:
@@ -152,29 +152,29 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     return (document for piece in pieces for document in read_piece(config, piece))
 
 
-def _parts(file: Path, size: int) -> list[Part]:
-    """A file in parts of about `PIECE` bytes where it can be divided."""
-    count = -(-size // PIECE)
+def _parts(file: Path, size: int) -> list[SourcePart]:
+    """A file in parts of about `PIECE_BYTES` bytes where it can be divided."""
+    count = -(-size // PIECE_BYTES)
     if count > 1 and file.suffix.lower() == ".jsonl":
-        ends = [min(number * PIECE, size) for number in range(count + 1)]
+        ends = [min(number * PIECE_BYTES, size) for number in range(count + 1)]
     elif count > 1 and file.suffix.lower() == ".parquet":
         groups = _row_groups(file)
         count = min(count, groups)
         ends = [number * groups // count for number in range(count + 1)]
-        return [Part(str(file), a, b, size // count) for a, b in pairwise(ends)]
+        return [SourcePart(str(file), a, b, size // count) for a, b in pairwise(ends)]
     else:
         ends = [0, size]
-    return [Part(str(file), a, b, b - a) for a, b in pairwise(ends)]
+    return [SourcePart(str(file), a, b, b - a) for a, b in pairwise(ends)]
 
 
-def _pieces(parts: list[Part]) -> list[list[Part]]:
-    """Consecutive parts together, as long as they have no more than `PIECE` bytes."""
-    pieces: list[list[Part]] = []
+def _pieces(parts: list[SourcePart]) -> list[list[SourcePart]]:
+    """Consecutive parts together, as long as they have no more than `PIECE_BYTES` bytes."""
+    pieces: list[list[SourcePart]] = []
     room = 0
     for part in parts:
         if not pieces or part.size > room:
             pieces.append([])
-            room = PIECE
+            room = PIECE_BYTES
         pieces[-1].append(part)
         room -= part.size
     return pieces
@@ -240,7 +240,7 @@ def _builtin_documents() -> Iterator[str]:
             continue  # a module may declare another encoding; the corpus does not need it
 
 
-def _text_documents(path: Path, part: Part, text_field: str) -> Iterator[str]:
+def _text_documents(path: Path, part: SourcePart, text_field: str) -> Iterator[str]:
     """The whole file."""
     try:
         yield read_characters(path)
@@ -252,7 +252,7 @@ def _text_documents(path: Path, part: Part, text_field: str) -> Iterator[str]:
         raise _unreadable(path, error) from error
 
 
-def _jsonl_documents(path: Path, part: Part, text_field: str) -> Iterator[Document]:
+def _jsonl_documents(path: Path, part: SourcePart, text_field: str) -> Iterator[Document]:
     """The text or conversation of the object on each line; blank lines are ignored."""
     try:
         file = path.open("rb")
@@ -278,7 +278,7 @@ def _jsonl_documents(path: Path, part: Part, text_field: str) -> Iterator[Docume
             yield _document(row if isinstance(row, dict) else {}, text_field, where)
 
 
-def _parquet_documents(path: Path, part: Part, text_field: str) -> Iterator[Document]:
+def _parquet_documents(path: Path, part: SourcePart, text_field: str) -> Iterator[Document]:
     """The text or conversation of each row."""
     with _parquet(path) as file:
         field = _field(file.schema_arrow.names, text_field, str(path))
@@ -331,20 +331,20 @@ def _load_hub(config: DataConfig) -> Any:
         ) from error
 
 
-def _hub_source(config: DataConfig) -> Source:
+def _hub_source(config: DataConfig) -> TextSource:
     rows = _load_hub(config)
     files = [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
     sizes = [file.stat().st_size for file in files]
-    count = min(-(-sum(sizes) // PIECE), len(rows)) or 1
+    count = min(-(-sum(sizes) // PIECE_BYTES), len(rows)) or 1
     ends = [number * len(rows) // count for number in range(count + 1)]
-    parts = [Part("", a, b, sum(sizes) // count) for a, b in pairwise(ends)]
+    parts = [SourcePart("", a, b, sum(sizes) // count) for a, b in pairwise(ends)]
     stamps = [
         [str(file), size, file.stat().st_mtime_ns] for file, size in zip(files, sizes, strict=True)
     ]
-    return Source([[part] for part in parts], [config.source, config.split, len(rows), stamps])
+    return TextSource([[part] for part in parts], [config.source, config.split, len(rows), stamps])
 
 
-def _hub_documents(config: DataConfig, part: Part) -> Iterator[Document]:
+def _hub_documents(config: DataConfig, part: SourcePart) -> Iterator[Document]:
     """The rows of a part of a dataset."""
     rows = _load_hub(config)
     field = _field(rows.column_names, config.text_field, config.source)
@@ -354,7 +354,7 @@ def _hub_documents(config: DataConfig, part: Part) -> Iterator[Document]:
         yield _document(row, field, f"row {number} of {config.source}")
 
 
-_READERS: dict[str, Callable[[Path, Part, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, SourcePart, str], Iterator[Document]]] = {
     ".txt": _text_documents,
     ".md": _text_documents,
     ".py": _text_documents,

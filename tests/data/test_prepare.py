@@ -34,7 +34,7 @@ from tests.support.tokenizers import CHATML, CHATML_TOKENS, chat_folder
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 1_000)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1_000)
 
 
 def write_source(folder: Path, chats: bool = False) -> Path:

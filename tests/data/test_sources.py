@@ -47,7 +47,7 @@ def test_pieces_hold_every_document_once(
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=7)
     whole = documents(tmp_path)
     assert len(whole) == 81
-    monkeypatch.setattr(sources, "PIECE", size)
+    monkeypatch.setattr(sources, "PIECE_BYTES", size)
     config = DataConfig(source=str(tmp_path))
     source = find_source(config)
     assert [text for piece in source.pieces for text in read_piece(config, piece)] == whole

@@ -18,7 +18,7 @@ from moe_jax.runtime.workers import worker_processes
 
 if __name__ == "__main__":
     source, folder = sys.argv[1], Path(sys.argv[2])
-    sources.PIECE = 1_000
+    sources.PIECE_BYTES = 1_000
     prepare(DataConfig(source=source), folder / "two", workers=2)
     with worker_processes(2) as run:
         for _ in run(time.sleep, [0.0, 0.0]):
