@@ -34,6 +34,7 @@ from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.collectives import AXES
 from moe_jax.placement.table import EMPTY, Placement, contiguous
+from moe_jax.profiling.network import NetworkEstimate, estimate_network
 from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.units import gibibytes, ranges, si
 
@@ -72,6 +73,8 @@ class Inspection(NamedTuple):
     fits: bool | None
     here: WeightMemory | None
     """Its weights on this machine, if that has the mesh's devices and no `memory` was given."""
+    network: NetworkEstimate | None
+    """Decoding over hosts with one device each; None where nothing is exchanged."""
     notes: tuple[str, ...]
 
 
@@ -141,6 +144,7 @@ def inspect(
         memory=memory,
         fits=None if memory is None else total <= memory,
         here=_on_this_machine(plan, described, expert_cache) if memory is None else None,
+        network=estimate_network(plan, batch),
         notes=(*described.notes, *notes),
     )
 
@@ -265,6 +269,9 @@ def to_json(inspection: Inspection) -> str:
         f"{name}_total": sum(values[name].values())
         for name in ("parameters", "active", "whole_bytes", "held_bytes")
     }
+    if inspection.network is not None:
+        links = [link._asdict() for link in inspection.network.links]
+        values["network"] = inspection.network._asdict() | {"links": links}
     if inspection.file_bytes is not None:
         sums["file_bytes_total"] = sum(inspection.file_bytes.values())
     return json.dumps(values | sums, indent=2)
@@ -340,8 +347,38 @@ def print_inspection(inspection: Inspection) -> None:
             f"{verdict} into this machine: {gibibytes(here.needed)} of {gibibytes(here.free)} "
             f"{whose}."
         )
+    if inspection.network is not None:
+        console.print(_network_table(inspection.network, frame))
     for note in inspection.notes:
         console.print(escape(note))
+
+
+def _network_table(network: NetworkEstimate, frame: Any) -> Any:
+    """What a step would take over hosts."""
+    from rich.table import Table
+
+    table = Table(
+        "decoding over hosts: estimate",
+        *("exchange, ms", "tokens/s at most", "tokens/s"),
+        box=frame,
+        pad_edge=False,
+        caption=f"{network.messages:,} messages in a row and {si(network.bytes_sent, 'B')} sent "
+        f"per step; the last column adds the reading of "
+        f"{si(network.weight_bytes, 'B')} of weights at "
+        f"{si(network.memory_bandwidth, 'B/s')}.",
+        caption_justify="left",
+        caption_style="",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for link in network.links:
+        table.add_row(
+            link.link,
+            f"{1000 * link.exchange_seconds:.1f}",
+            f"{link.tokens_per_second_at_most:.1f}",
+            f"{link.tokens_per_second:.1f}",
+        )
+    return table
 
 
 def _row(values: list[int | None]) -> list[str]:

@@ -71,6 +71,8 @@ class ServingPlan:
             group=group if quantization == "int4" else 1,
         )
         apply_rules(abstract, rules)
+        self.rules = rules
+        """Mesh axes over which each kind of dims is split."""
         self.kv_axes = () if model.latent.kv_rank else rules["kv_heads"]
         """Mesh axes over which the cache's heads are split."""
         self.graph, variables = nnx.split(abstract)
@@ -147,17 +149,19 @@ class ServingPlan:
         With several rows it counts the experts that even, independent choices would touch on
         average.
         """
+        return round(
+            sum(bytes_of(w) * self.read_part(path, batch) for path, w in self.weights.items())
+        )
+
+    def read_part(self, path: str, batch: int) -> float:
+        """The part of a parameter that `decode_bytes` counts."""
+        if path == "embedding" and not self.model.tied_embeddings:
+            return batch / self.vocab_size  # rows of it alone
+        if not ParameterPath.parse(path).is_expert:
+            return 1.0
         experts, top_k = self.moe.num_experts, self.moe.top_k
         touched = experts * (1 - (1 - top_k / experts) ** batch)
-        total = 0.0
-        for path, weight in self.weights.items():
-            size: float = bytes_of(weight)
-            if path == "embedding" and not self.model.tied_embeddings:
-                size = batch * self.model.width * self.dtype.itemsize  # rows of it alone
-            if ParameterPath.parse(path).is_expert:
-                size = size * touched / self.placement.num_slots
-            total += size
-        return round(total)
+        return touched / self.placement.num_slots
 
     def expert_bytes(self) -> int:
         """Bytes of all routed experts' weights, each slot once."""
