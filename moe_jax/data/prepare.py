@@ -40,10 +40,10 @@ from moe_jax.data.prepared import (
 from moe_jax.data.sources import PIECE_BYTES, SourcePart, TextSource, find_source
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.runtime.compile_cache import cache_root
+from moe_jax.runtime.compile_cache import CACHE_VARIABLE, cache_root
 from moe_jax.runtime.workers import worker_processes
 from moe_jax.utils.files import PART, exclusive, refuse_existing, rename_folder, replace_text
-from moe_jax.utils.progress import byte_progress
+from moe_jax.utils.progress import byte_progress, say
 
 _LOCK = ".lock"
 
@@ -269,10 +269,24 @@ def cached(
 
 
 def _once(folder: Path, make: Callable[[], object]) -> None:
-    """Makes a folder that is not there; of several processes of a machine one does, while the
-    others wait.
+    """Makes a folder of the cache that is not there; of several processes that want it one does,
+    while the others wait. Raises UserError where the cache cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_name(folder.name + _LOCK), wait=True):
-        if not folder.exists():
+    lock = folder.with_name(folder.name + _LOCK)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}, where tokenized text is kept, cannot be written ({error.strerror}): "
+            f"set {CACHE_VARIABLE} to a folder that can."
+        ) from error
+    with exclusive(lock, wait=False) as free:
+        if free:
+            if not folder.exists():
+                make()
+            return
+    say(f"Waiting for another process, which is writing {folder}.")
+    with exclusive(lock, wait=True):
+        if not folder.exists():  # the other has failed
             make()

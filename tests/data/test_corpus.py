@@ -266,6 +266,23 @@ def test_processes_share_the_global_batch(corpus: Corpus, processes: int) -> Non
         assert_same(concatenate([share[i] for share in shares]), batch)
 
 
+def test_an_epoch_is_whole_across_restarts_with_other_numbers_of_processes(corpus: Corpus) -> None:
+    part = corpus.train.parts[0]
+    windows = {part.batch(np.array([w]))["tokens"].tobytes(): w for w in range(len(part))}
+    seen: list[int] = []
+    state = corpus.train_batches(8).get_state()
+    for count in (1, 2, 4, 8, 2, 1) * (2 * len(part) // 48 + 1):
+        processes = [corpus.train_batches(8, p, count) for p in range(count)]
+        for process in processes:
+            process.set_state(state)
+        batch = concatenate([next(process) for process in processes])
+        seen += [windows[row.tobytes()] for row in batch["tokens"]]
+        state = json.loads(json.dumps(processes[-1].get_state()))
+    for epoch in range(2):
+        own = seen[epoch * len(part) : (epoch + 1) * len(part)]
+        assert sorted(own) == list(range(len(part)))
+
+
 def test_validation_is_the_same_every_time(corpus: Corpus) -> None:
     first, again = (
         corpus.validation_batches(4, 3),

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,44 @@ def test_large_sources_are_prepared_once_into_the_cache(
         assert len(list((tmp_path / "cache" / "text" / "splits").glob("*/prepared.json"))) == 1
     (source / "c.md").write_text("END")
     assert load_corpus(config, 8, seed=3).hash != small.hash
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_of_several_that_start_at_once_one_prepares(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads have a lock each, as processes do."""
+    monkeypatch.setattr(corpus_module, "SMALL_BYTES", 0)
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
+    encode, encoded, others = module.encode_piece, [], threading.Semaphore(0)
+
+    def encode_piece(*args: Any) -> Any:
+        if not encoded:  # until the others wait
+            assert others.acquire(timeout=60) and others.acquire(timeout=60)
+        encoded.append(str(args[0]))
+        return encode(*args)
+
+    monkeypatch.setattr(module, "encode_piece", encode_piece)
+    monkeypatch.setattr(module, "say", lambda text: others.release())
+    with ThreadPoolExecutor(3) as pool:
+        config = DataConfig(source=str(source))
+        results = [pool.submit(load_corpus, config, 8, seed=3) for _ in range(3)]
+        one, *rest = [result.result(timeout=120) for result in results]
+    for other in rest:
+        assert_same_corpus(one, other)
+    assert len(encoded) == len(set(encoded)) >= 5
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(corpus_module, "SMALL_BYTES", 0)
+    with pytest.raises(UserError, match=r"file/text, where .* kept, cannot .*set MOE_JAX_CACHE to"):
+        load_corpus(DataConfig(source=str(source)), 8, 0)
 
 
 @pytest.mark.usefixtures("small_pieces")
