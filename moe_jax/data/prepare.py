@@ -62,8 +62,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenizes `data.source` into the new folder `out`; returns its index.
 
-    Memory: some hundred bytes per byte of the largest piece for each worker, a file of text being
-    one piece; and 3 bytes per document.
+    Memory: about 5 bytes per byte of the largest piece for each worker, a file of text being one
+    piece; and 3 bytes per document.
 
     Args:
       config: source, tokenizer, and the fraction whose split is stored.

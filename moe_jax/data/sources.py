@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.chat_template import without_surrogates
 from moe_jax.errors import UserError
-from moe_jax.utils.files import local_path, read_characters
+from moe_jax.utils.files import PART, local_path, read_characters
 from moe_jax.utils.progress import say
 
 # Fields that hold a conversation, where a row has no `data.text_field`.
@@ -104,6 +104,11 @@ def find_source(config: DataConfig) -> TextSource:
         return _hub_source(config)
     path = local_path(config.source)
     if not os.path.exists(path):  # Path.exists raises where a parent folder may not be entered
+        if os.path.exists(f"{path}{PART}"):
+            raise UserError(
+                f"data.source={config.source!r} is half prepared, in {path}{PART}: run the same "
+                f"moe-jax data prepare once more, which goes on where it stopped."
+            )
         raise UserError(
             f"data.source={config.source!r} does not exist: use 'builtin', 'hf:NAME', or the path "
             f"of a file or folder."

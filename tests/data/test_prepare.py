@@ -185,6 +185,8 @@ def test_a_killed_preparation_goes_on(
         assert not out.exists() and len(list(part.glob("*.json"))) == count + 1
     with pytest.raises(UserError, match=r"out\.part.* is half prepared: run the same"):
         load_corpus(dataclasses.replace(config, source=str(part)), 8, 0)
+    with pytest.raises(UserError, match=r"/out' is half prepared, in .*/out\.part: run the same"):
+        load_corpus(dataclasses.replace(config, source=str(out)), 8, 0)
     with pytest.raises(UserError, match=r"half prepared from something else \(its text_field"):
         prepare(dataclasses.replace(config, text_field="body"), out)
     monkeypatch.setattr(module, "encode_piece", killed_after(10**6))
@@ -310,7 +312,7 @@ def test_a_text_of_10_gigabytes_is_opened_at_once(tmp_path: Path) -> None:
         batch = next(batches)
     held = corpus.validation_batches(16, 4)
     seconds = time.perf_counter() - began
-    assert seconds < 10  # 0.1 s on a free machine
+    assert seconds < 10
     assert len(corpus.train) == -(-(4_750_000_000 - 1) // 256) and len(held) == 4
     assert batch["segments"].max() == 2 and (batch["positions"][:, -1] < 500).all()
 
