@@ -239,6 +239,13 @@ class TrainConfig:
         help="The run stops after this many steps in a row whose loss or gradient is not finite.",
         ge=1,
     )
+    hang_timeout: float | None = setting(
+        default=None,
+        help="Seconds after which a process ends, with exit code 75, where what it does stands "
+        "still; starting, compiling and restoring have at least 600 s. null: 10 times the slowest "
+        "of the newest steps, at least 60 s.",
+        gt=0,
+    )
     sample_prompt: str | None = setting(
         default=None,
         help="Prompt of the sample printed at the end; null takes the beginning of a held-out "

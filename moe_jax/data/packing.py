@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,19 @@ HostBatch = dict[str, np.ndarray]
 """`tokens`, `targets`, `positions`, `segments` int32 [B, S] and `mask` float32 [B, S], 1 where the
 target counts.
 """
+
+
+class Batches(Protocol):
+    """Training batches without end, with a position that a checkpoint keeps."""
+
+    def __next__(self) -> HostBatch:
+        """The next batch."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:

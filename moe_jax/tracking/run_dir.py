@@ -19,6 +19,7 @@ from moe_jax.config.load import (
 from moe_jax.config.schema import Config
 from moe_jax.data.tokenizer_files import copy_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.tracking.process_files import ATTEMPTS, FOLDER
 from moe_jax.tracking.run_lock import LOCK_FILE
 from moe_jax.utils.files import PART, is_left_by_system, local_path, rename_folder, replace_text
 
@@ -34,8 +35,11 @@ CONTENTS = (
     "tensorboard",
     "tokenizer",
     "hf_config.json",
+    FOLDER,
+    ATTEMPTS,
     LOCK_FILE,
 )
+BEFORE_A_RUN = {FOLDER, ATTEMPTS, LOCK_FILE}  # what a start that was killed may leave
 
 # What a resumed run must share with its beginning: sections and keys, except those in FREE. These
 # only say how to compute, or where the text is: its hash tells whether it is still the same.
@@ -80,7 +84,7 @@ def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> No
         if run_dir.exists()
         else set()
     )
-    if not names - {LOCK_FILE}:
+    if not names - BEFORE_A_RUN:
         return
     if "config.yaml" not in names:
         raise UserError(
@@ -131,13 +135,15 @@ def keep_tokenizer(run_dir: Path, tokenizer: str) -> None:
 
 def clear(run_dir: Path) -> None:
     """Deletes the run in a directory that `claim` has checked; config.yaml, by which it is known as
-    one, goes last. The lock stays.
+    one, goes last. The lock stays, and what the processes of the new run say already.
     """
     if run_dir.exists():
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.yaml"):
+            if path.name in (FOLDER, LOCK_FILE):
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != LOCK_FILE:
+            else:
                 path.unlink()
 
 

@@ -22,7 +22,7 @@ import signal
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config
 from moe_jax.data.corpus import Corpus, load_corpus
-from moe_jax.data.packing import HostBatch
+from moe_jax.data.packing import Batches, HostBatch
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
 from moe_jax.parallel.mesh import make_mesh
@@ -49,6 +49,7 @@ from moe_jax.tracking import run_dir
 from moe_jax.tracking.alerts import Alerts
 from moe_jax.tracking.environment import describe_environment
 from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
+from moe_jax.tracking.phases import Phases
 from moe_jax.tracking.report import write_report
 from moe_jax.tracking.run_lock import locked
 from moe_jax.tracking.traffic import write_traffic
@@ -68,19 +69,6 @@ SAMPLE_LIMIT = 2 << 30
 COUNT_LIMIT = 2**31 - 1  # of routing counts that the device sums up in int32
 
 
-class Batches(Protocol):
-    """Training batches without end, with a position that a checkpoint keeps."""
-
-    def __next__(self) -> HostBatch:
-        """The next batch."""
-
-    def get_state(self) -> dict[str, Any]:
-        """The position."""
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
-
-
 def train(
     config: Config,
     directory: Path,
@@ -98,14 +86,13 @@ def train(
     """
     origin = initial_state.Origin(config, directory)
     config = initial_state.resolve(config, directory, origin, resume=resume)
-    if config.moe.weight_is_constant and count_moe_layers(config.model, config.moe):
-        say(
-            "moe.top_k=1 with moe.normalize=after: the weight of a token's one expert is always 1, "
-            "so the router learns nothing from what its experts give; with moe.normalize=before "
-            "it does."
-        )
+    _tell_constant_weight(config)
     run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
-    with locked(directory, active=_is_first()), collected_signals(*SAVE_SIGNALS) as save_requests:
+    with (
+        locked(directory, active=_is_first()),
+        collected_signals(*SAVE_SIGNALS) as save_requests,
+        Phases(directory, *_process(), hang_timeout=config.train.hang_timeout) as phases,
+    ):
         # Once more: meanwhile another process may have begun a run here, and ended.
         run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
         use_devices(config.devices)
@@ -139,6 +126,7 @@ def train(
             corpus=corpus,
             batches=batches,
             save_requests=save_requests,
+            phases=phases,
         )
         if saved is None:
             state = initial_state.first_state(program, config, origin)
@@ -157,7 +145,22 @@ def train(
 
 def _is_first() -> bool:
     """Whether this is the process that writes; JAX's back end need not run yet for that."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    return _process()[0] == 0
+
+
+def _tell_constant_weight(config: Config) -> None:
+    if config.moe.weight_is_constant and count_moe_layers(config.model, config.moe):
+        say(
+            "moe.top_k=1 with moe.normalize=after: the weight of a token's one expert is always 1, "
+            "so the router learns nothing from what its experts give; with moe.normalize=before "
+            "it does."
+        )
+
+
+def _process() -> tuple[int, int]:
+    """The number of this process and how many there are."""
+    joined = jax.distributed.is_initialized()
+    return (jax.process_index(), jax.process_count()) if joined else (0, 1)
 
 
 def _say(text: str) -> None:
@@ -228,10 +231,11 @@ class Trainer:
         corpus: Corpus,
         batches: Batches,
         save_requests: list[signal.Signals],
+        phases: Phases,
     ):
         self.config, self.directory, self.program = config, directory, program
         self.replanner, self.checkpoints = replanner, checkpoints
-        self.corpus, self.batches = corpus, batches
+        self.corpus, self.batches, self.phases = corpus, batches, phases
         self.save_requests = save_requests  # signals come in here
         self.rate_change: continuation.RateChange | None = None
         self.links, self.alerts = LinkTraffic(), Alerts(config.monitor)
@@ -243,11 +247,13 @@ class Trainer:
         self.first_sequence = jax.process_index() * rows
         self.awaits_steps = platform_of(program.mesh.devices.flat[0]).simulated
         self.max_pending = max(COUNT_LIMIT // (self.tokens * config.moe.top_k), 1)
+        self.evaluated = False
         self.skipped = 0  # steps that metrics.jsonl has told of
 
     def restore(self, saved: restore.SavedRun, *, fallback: bool) -> TrainState:
         """The state of a checkpoint, with what else the run goes on from."""
         config = self.config
+        self.phases.enter("restore", saved.step)
         restored = restore.restore_state(
             self.checkpoints, self.program, step=None, fallback=fallback, known=saved
         )
@@ -260,6 +266,7 @@ class Trainer:
         self.replanner.restore(saved.meta.get("replanning"), saved.placement)
         self.batches.set_state(saved.meta["data"])
         self.rate_change = continuation.rate_change(saved, config.optimizer, config.train.steps)
+        self.phases.enter("start", restored.step)
         return restored.state
 
     def measure(self, state: TrainState) -> dict[str, Any]:
@@ -305,11 +312,13 @@ class Trainer:
             if start:
                 self._tell_resumed(start)
             for step in range(start + 1, steps + 1):
+                first = step == start + 1  # compiles, so its time is not the others'
                 self.pending.start()
+                self.phases.enter("data", step)
                 batch = self.program.shard(next(self.batches), self.first_sequence)
+                self.phases.enter("compile" if first else "step", step)
                 state, stats = self.program.train_step(state, batch)
                 self.pending.add(stats)
-                first = step == start + 1  # compiles, so its time is not the others'
                 if not (first or self._must_fetch(step) or signals or self.save_requests):
                     continue
                 fetched = self.pending.fetch()
@@ -379,6 +388,8 @@ class Trainer:
         self.links.add(fetched.counts, fetched.steps)
         seconds = fetched.seconds if timed else None
         self.replanner.observe(fetched.counts, fetched.steps, seconds)
+        if self.replanner.due(step, self.config.train.steps):
+            self.phases.enter("migration", step)
         state, events = self.replanner.replan(step, state, self.config.train.steps)
         for event in events:
             self.writer.write(event)
@@ -430,10 +441,11 @@ class Trainer:
 
     def _validate(self, step: int, state: TrainState, batches: list[Any]) -> dict[str, Any]:
         began = time.perf_counter()
-        sums = [
-            jax.device_get(self.program.eval_step(state.params, state.tables, batch))
-            for batch in batches
-        ]
+        sums = []
+        for batch in batches:
+            self.phases.enter("evaluation" if self.evaluated else "compile", step)
+            sums.append(jax.device_get(self.program.eval_step(state.params, state.tables, batch)))
+            self.evaluated = True
         loss, tokens = np.sum(np.array(sums, np.float64), axis=0)
         return {
             "step": step,
@@ -445,6 +457,7 @@ class Trainer:
     def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         # Its line is written before the save, so that the lines up to a checkpoint are whole
         # whenever it counts.
+        self.phases.enter("checkpoint", step)
         self.writer.write({"step": step, "event": "checkpoint"})
         if self.moe_layers and jax.process_index() == 0:
             window = self.replanner.longer_window()
@@ -462,6 +475,7 @@ class Trainer:
 
     def _end(self, step: int) -> TrainingResult:
         """Draws the report."""
+        self.phases.enter("end", step)
         params = jax.tree.leaves(self.program.abstract_state.params)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
         return TrainingResult(

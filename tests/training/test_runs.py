@@ -551,9 +551,9 @@ def test_the_environment_says_what_each_device_holds(whole: Path, folder: Path) 
 
 def test_the_run_directory_is_complete(whole: Path, folder: Path) -> None:
     assert {path.name for path in whole.iterdir()} == set(run_dir.CONTENTS) - {
-        "tokenizer",
-        "hf_config.json",
-    }  # which runs with init_from keep
+        *("tokenizer", "hf_config.json"),  # which runs with init_from keep
+        "attempts.jsonl",  # of attempts that a later one followed
+    }
     resolved = tiny(folder, *STATEFUL, "moe.dropless=false")  # null: nothing to begin from
     assert load_config(whole / "config.yaml") == resolved
     assert yaml.safe_load((whole / "config.yaml").read_text())["train"]["steps"] == 8
