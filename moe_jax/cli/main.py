@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from moe_jax import __version__
-from moe_jax.cli import checkpoints, data, inference, placement
+from moe_jax.cli import checkpoints, data, inference, launch, placement
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.options import Fallback, RunDir, option, path_argument, path_option
 from moe_jax.errors import UserError
@@ -27,6 +27,7 @@ from moe_jax.model_io.source import require_run
 from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
 from moe_jax.runtime.lasting_output import lasting_output
+from moe_jax.runtime.parent import end_with_launch
 from moe_jax.runtime.process import prepare_process
 from moe_jax.runtime.signals import exit_on_sigterm
 
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
         restart_with_huge_pages()
+    end_with_launch()
     prepare_process()
     with exit_on_sigterm():
         try:
@@ -132,9 +134,10 @@ def train(
     if fallback and not resume:
         raise UserError("--fallback chooses the checkpoint to resume from: give --resume too.")
     from moe_jax.config.load import load_config
+    from moe_jax.tracking.run_dir import default_run_dir
 
     tree = load_config(config, overrides or [])
-    place = _default_run_dir(config, tree.name) if run_dir is None else run_dir
+    place = default_run_dir(config, tree.name) if run_dir is None else run_dir
     notice = f"Nobody reads standard output; the run goes on: moe-jax watch {place} shows it."
     with lasting_output(notice), explained_disk_errors(place):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
@@ -190,23 +193,16 @@ def _print_sample(config: Config, run_dir: Path, fits: bool, given: SamplePrompt
     print(f"Sample (temperature 0.8, top-p 0.95):\n{text}{''.join(pieces)}\n")
 
 
-def _default_run_dir(config: Path, name: str) -> Path:
-    """The run that `config` belongs to, wherever it was moved and whatever its name says; runs/NAME
-    for any other configuration.
-    """
-    marks = ("environment.json", "checkpoints")  # the second alone where files were copied by hand
-    if config.name == "config.yaml" and any((config.parent / mark).exists() for mark in marks):
-        return config.parent
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(
-            f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or "
-            f"give --run-dir."
-        )
-    return Path("runs") / name
-
-
 for _name, _command, _example in (*inference.COMMANDS, *checkpoints.COMMANDS):
     app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
+
+
+# Options end where COMMAND begins: what follows is its own.
+app.command(
+    "launch",
+    context_settings={"allow_interspersed_args": False},
+    epilog=f"\b\nExample:\n  {launch.EXAMPLE}",
+)(launch.launch)
 
 
 app.add_typer(

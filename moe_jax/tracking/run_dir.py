@@ -37,6 +37,7 @@ CONTENTS = (
     "hf_config.json",
     FOLDER,
     ATTEMPTS,
+    "logs",  # what each process wrote to stderr, by `moe-jax launch`
     LOCK_FILE,
 )
 BEFORE_A_RUN = {FOLDER, ATTEMPTS, LOCK_FILE}  # what a start that was killed may leave
@@ -57,6 +58,21 @@ FREE = (
     *("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below"),
     *("data.source", "data.tokenizer", "data.text_field", "data.split"),
 )
+
+
+def default_run_dir(config: Path, name: str) -> Path:
+    """The run that `config` belongs to, wherever it was moved and whatever its name says; runs/NAME
+    for any other configuration.
+    """
+    marks = ("environment.json", "checkpoints")  # the second alone where files were copied by hand
+    if config.name == "config.yaml" and any((config.parent / mark).exists() for mark in marks):
+        return config.parent
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(
+            f"name={name!r} cannot name a directory in runs/: use letters, digits, - and _, or "
+            f"give --run-dir."
+        )
+    return Path("runs") / name
 
 
 def read_run_config(run_dir: Path) -> Config:

@@ -36,7 +36,17 @@ def run_dir(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["generate"], ["chat"], ["eval"], ["bench"], ["report"], ["doctor"]],
+    [
+        [],
+        ["train"],
+        ["generate"],
+        ["chat"],
+        ["eval"],
+        ["bench"],
+        ["launch"],
+        ["report"],
+        ["doctor"],
+    ],
     ids=lambda command: "-".join(command) or "moe-jax",
 )
 def test_help_fits_80_columns_and_ends_with_an_example(command, capsys):
