@@ -53,6 +53,7 @@ class ProcessLog:
         self._broken = False
         self._waiting, self._tail = b"", b""  # for the file; for messages
         self._line, self._trace = b"", b""  # held back from the terminal
+        self._begun = False  # whether the terminal has the beginning of the line that comes
         self._trace_since, self._after_dump = 0.0, False
         self.told_user = False  # whether the terminal has a sentence of this process
         self._thread = threading.Thread(target=self._read, name="log", daemon=True)
@@ -123,12 +124,17 @@ class ProcessLog:
         hidden. `data` is None where nothing came for a while, and empty at the end.
         """
         *lines, rest = (self._line + (data or b"")).split(b"\n")
-        shown = b"".join(self._chosen(line + b"\n") for line in lines)
+        shown = b""
+        for line in lines:
+            shown += line + b"\n" if self._begun else self._chosen(line + b"\n")
+            self._begun = False
         if self._trace and data != b"" and time.monotonic() - self._trace_since > _LIVES:
             shown, self._trace = self._trace + shown, b""
-        settled = not data or b"\r" in rest or rest[:1] not in _UNDECIDED
-        if settled and not self._trace and not _DUMP.match(rest):
-            shown, rest = shown + rest, b""
+        settled = self._begun or not data or b"\r" in rest or rest[:1] not in _UNDECIDED
+        if rest and settled and not self._trace and not _DUMP.match(rest):
+            # What draws a bar is no beginning of a line: words may follow that have to be hidden.
+            shown, rest, self._begun = shown + rest, b"", not rest.endswith(b"\r")
+            self._after_dump = False
         self._line = rest
         if shown:
             try:

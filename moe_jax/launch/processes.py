@@ -27,8 +27,10 @@ from typing import Any
 from moe_jax.launch.process_log import ProcessLog, terminal_stderr
 from moe_jax.runtime.parent import PARENT_VARIABLE
 from moe_jax.runtime.signals import collected_signals
+from moe_jax.tracking.phases import HUNG
+from moe_jax.tracking.process_files import process_path
 
-_USER_ERROR, _LOST_PEER, _HANG = 2, 69, 75  # exit codes of a process; others above 0 are deaths
+_USER_ERROR, _LOST_PEER = 2, 69  # exit codes of a process, as is HUNG; others above 0 are deaths
 TOGETHER = 0.5  # seconds within which several ends have one cause
 PORTS = 5  # tries, where another program takes the port between our look and its use
 LONGEST_WAIT = 60.0  # seconds before a restart
@@ -75,7 +77,7 @@ class Death:
     def how(self) -> str:
         if self.code < 0:
             return f"was killed by {signal.Signals(-self.code).name}"
-        return f"ended with exit code {self.code}" + (" (it hung)" if self.code == _HANG else "")
+        return f"ended with exit code {self.code}" + (" (it hung)" if self.code == HUNG else "")
 
 
 ArgumentsOf = Callable[[Job, int, int], list[str]]
@@ -273,7 +275,7 @@ def _phase(run_dir: Path | None, process: int, pid: int) -> str:
     """What a process did last, as it said itself; nothing where it has not begun to say so."""
     if run_dir is None:
         return ""
-    path = run_dir / "processes" / f"process_{process}.json"
+    path = process_path(run_dir, process)
     if not path.exists():
         return ""
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
