@@ -21,7 +21,7 @@ import typer
 from moe_jax import __version__
 from moe_jax.cli import checkpoints, data, inference, launch, placement
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.options import Fallback, RunDir, option, path_argument, path_option
+from moe_jax.cli.options import AsJson, Fallback, RunDir, option, path_argument, path_option
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import require_run
 from moe_jax.runtime.compile_cache import use_compile_cache
@@ -235,6 +235,15 @@ def watch(
 
     with explained_disk_errors(run_dir):
         follow(run_dir, once=once, interval=interval)
+
+
+@app.command(epilog="\b\nExample:\n  moe-jax status runs/first --json")
+def status(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Tell how a run does: processes, load, and where time went."""
+    from moe_jax.tracking.status.table import print_status
+
+    with explained_disk_errors(run_dir):
+        print_status(run_dir, as_json=as_json)
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax doctor --json")

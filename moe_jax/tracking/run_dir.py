@@ -82,6 +82,20 @@ def read_run_config(run_dir: Path) -> Config:
     return with_absolute_paths(config_from_text(path.read_text(encoding="utf-8"), str(path)))
 
 
+def require_run_or_start(run_dir: Path) -> None:
+    """Raises UserError for what is neither the directory of a run nor of one that is starting."""
+    if not run_dir.exists():
+        raise UserError(f"{run_dir} does not exist: give the --run-dir of a `moe-jax train`.")
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file: give the --run-dir of a `moe-jax train`.")
+    names = {path.name for path in run_dir.iterdir()}
+    if "config.yaml" not in names and not names & BEFORE_A_RUN:
+        raise UserError(
+            f"{run_dir} is not a run directory (it has no config.yaml): give the --run-dir of a "
+            f"`moe-jax train`."
+        )
+
+
 def claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
     """Checks that the run may write to `run_dir`; changes nothing.
 

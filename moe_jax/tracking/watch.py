@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from moe_jax.errors import UserError
 from moe_jax.tracking.follow import FollowedRun
+from moe_jax.tracking.run_dir import require_run_or_start
 from moe_jax.tracking.watch_frame import draw
 
 
@@ -24,14 +24,14 @@ def watch(run_dir: Path, *, once: bool = False, interval: float = 2.0) -> None:
     frame.
 
     Looks for new lines every `interval` seconds. A run that has not begun is waited for. Raises
-    UserError if there is nothing to print one frame of, or if a file is damaged.
+    UserError for a folder that is no run, where there is nothing to print one frame of, and where a
+    file is damaged.
     """
     console = Console(highlight=False)
     once = once or not console.is_terminal
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{run_dir} is a file: give the --run-dir of a `moe-jax train`.")
-    if once and not run_dir.is_dir():
-        raise UserError(f"{run_dir} does not exist: give the --run-dir of a `moe-jax train`.")
+    empty = run_dir.is_dir() and not any(run_dir.iterdir())  # a run may be about to begin there
+    if (once or run_dir.exists()) and not empty:
+        require_run_or_start(run_dir)
     with closing(FollowedRun(run_dir)) as run:
         run.read()
         if once:

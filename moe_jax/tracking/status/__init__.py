@@ -1,0 +1,1 @@
+"""How a run does: its processes, load and checkpoints, and where its time went."""
