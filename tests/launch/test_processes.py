@@ -18,6 +18,7 @@ import pytest
 from moe_jax.launch import processes
 from moe_jax.launch.processes import Job, supervise
 from tests.support import ROOT
+from tests.support.command import run_module
 from tests.support.launching import launched_arguments
 
 TRAIN = ("train", "tiny.yaml", "--overwrite", "--set", "seed=1")
@@ -257,6 +258,14 @@ def test_a_second_signal_kills(tmp_path):
     program.communicate(timeout=30)
     assert program.returncode == 143
     assert not lives(tmp_path, 0) and not lives(tmp_path, 1)
+
+
+def test_at_a_terminal_process_0_reads_and_gets_ctrl_c_once(tmp_path):
+    scripts = ["read;make=typed;interrupted;out=stopped;make=over", "await=over"]
+    done = run_module("at_terminal", tmp_path, *scripts, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["typed", "typed", "^Cstopped"]  # the first is the echo
+    assert [path.name[:5] for path in tmp_path.glob("int_*")] == ["int_0"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped process stays")

@@ -19,6 +19,9 @@ def main(folder: Path, process: str, script: str) -> None:
     """Runs the words of `script`, one after the other."""
     end_with_launch()
     signal.signal(signal.SIGTERM, lambda *_: (folder / f"saved_{process}").touch())
+    signal.signal(
+        signal.SIGINT, lambda *_: (folder / f"int_{process}_{time.monotonic_ns()}").touch()
+    )
     (folder / f"pid_{process}.part").write_text(str(os.getpid()))
     (folder / f"pid_{process}.part").rename(folder / f"pid_{process}")
     for word in script.split(";"):
@@ -37,6 +40,10 @@ def main(folder: Path, process: str, script: str) -> None:
         elif name == "await":
             while not (folder / value).exists():
                 time.sleep(0.01)
+        elif name == "interrupted":
+            while not list(folder.glob(f"int_{process}_*")):
+                time.sleep(0.01)
+            time.sleep(0.2)  # for a second one
         elif name == "kill":
             os.kill(os.getpid(), int(value))
         elif name == "exit":
