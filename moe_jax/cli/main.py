@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -127,6 +128,16 @@ def train(
         bool, typer.Option("--overwrite", help="Delete the run in DIR first.")
     ] = False,
     fallback: Fallback = False,
+    metrics_port: Annotated[
+        int | None,
+        option(
+            "--metrics-port",
+            metavar="PORT",
+            min=1,
+            max=65535,
+            help="Serve metrics for Prometheus, on all addresses of process 0.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model and write its run directory."""
     if resume and overwrite:
@@ -139,7 +150,11 @@ def train(
     tree = load_config(config, overrides or [])
     place = default_run_dir(config, tree.name) if run_dir is None else run_dir
     notice = f"Nobody reads standard output; the run goes on: moe-jax watch {place} shows it."
-    with lasting_output(notice), explained_disk_errors(place):
+    with (
+        lasting_output(notice),
+        explained_disk_errors(place),
+        _served_metrics(place, metrics_port),
+    ):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
         if result.report is None:  # another process speaks, or there is nothing to draw
             return
@@ -159,6 +174,14 @@ def run_training(config: Config, directory: Path, **options: bool) -> TrainingRe
     from moe_jax.training import trainer
 
     return trainer.train(config, directory, **options)
+
+
+def _served_metrics(run_dir: Path, port: int | None) -> AbstractContextManager[None]:
+    if port is None:
+        return nullcontext()
+    from moe_jax.tracking.status.prometheus import served_metrics
+
+    return served_metrics(run_dir, port)
 
 
 def write_report(run_dir: Path) -> Path:

@@ -22,7 +22,7 @@ from moe_jax.tracking.process_files import longest_lived, read_attempts, read_pr
 from moe_jax.tracking.run_dir import read_run_config, require_run_or_start
 from moe_jax.tracking.status.goodput import goodput
 
-SILENT = 10.0  # seconds without a word after which a process does not count as live
+SILENT = 10.0  # seconds without a word after which a process is silent, and not live
 GROUPS = 8  # of layers, at most
 RECENT = 20  # training lines whose load is compared
 # A process is slow by itself where a step waits so much longer for its data than the others', as a
@@ -147,8 +147,12 @@ def _data_seconds(said: dict[str, Any]) -> float:
 def _process(said: dict[str, Any], now: float) -> dict[str, Any]:
     ours = said["host"] == socket.gethostname()
     silent = now - said["beat"]
-    live = not said["ended"] and silent <= SILENT and not (ours and _gone(said["pid"]))
-    state = "live" if live else "ended" if said["ended"] else "dead"
+    if said["ended"]:
+        state = "ended"
+    elif ours and _gone(said["pid"]):
+        state = "dead"
+    else:
+        state = "live" if silent <= SILENT else "silent"
     names = ("process", "host", "pid", "step", "phase", "step_seconds", "seconds", "attempt")
     told = {name: said[name] for name in names}
     return {**told, "state": state, "phase_age": now - said["since"], "silent": silent}
@@ -169,7 +173,9 @@ def _state(processes: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> s
     if not accounts:
         return "unknown"  # of an earlier version
     if "live" in states:
-        return "running" if states <= {"live", "ended"} else "running, with a process that is dead"
+        return "running" if states <= {"live", "ended"} else "running, but not all of it"
+    if "silent" in states:
+        return "silent"
     return "ended" if accounts[-1]["ended"] else "dead"
 
 

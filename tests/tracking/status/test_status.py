@@ -48,8 +48,8 @@ def test_a_run_of_two_processes_is_told_in_80_columns(tmp_path: Path) -> None:
     (saved / "meta.json").write_text(json.dumps({"placement": monitored_run.TABLE.to_json()}))
     os.utime(saved, (30.0, 30.0))
     status = gather_status(run, 63.0)
-    assert [process["state"] for process in status["processes"]] == ["live", "dead"]
-    assert status["state"] == "running, with a process that is dead" and status["step"] == 10
+    assert [process["state"] for process in status["processes"]] == ["live", "silent"]
+    assert status["state"] == "running, but not all of it" and status["step"] == 10
     assert status["experts"]["slots"] == 6 and status["experts"]["slots_per_rank"] == 6
     group = status["experts"]["groups"][0]
     assert group["layers"] == [0] and group["load_max_over_mean"] == 1.6 and group["dropped"] == 5
