@@ -22,9 +22,19 @@ import typer
 from moe_jax import __version__
 from moe_jax.cli import checkpoints, data, inference, launch, placement
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.options import AsJson, Fallback, RunDir, option, path_argument, path_option
+from moe_jax.cli.options import (
+    AsJson,
+    Fallback,
+    ProcessFlags,
+    RunDir,
+    option,
+    path_argument,
+    path_option,
+    spread,
+)
 from moe_jax.errors import UserError
 from moe_jax.model_io.source import require_run
+from moe_jax.runtime import distributed
 from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
 from moe_jax.runtime.lasting_output import lasting_output
@@ -61,10 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     prepare_process()
     with exit_on_sigterm():
         try:
-            with explained_disk_errors():
+            with explained_disk_errors(), distributed.ending_together():
                 app(args=arguments, prog_name="moe-jax")
         except UserError as error:
             print(f"moe-jax: {error}", file=sys.stderr)
+            distributed.fail(str(error), 2)
             raise SystemExit(2) from None
         finally:
             _flush_stdout()
@@ -102,6 +113,7 @@ def common(
     epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --set train.steps=50 --run-dir "
     "runs/short"
 )
+@spread
 def train(
     config: Annotated[Path, path_argument("CONFIG", help="YAML configuration.")],
     overrides: Annotated[
@@ -138,22 +150,25 @@ def train(
             help="Serve metrics for Prometheus, on all addresses of process 0.",
         ),
     ] = None,
+    *,
+    processes: ProcessFlags,
 ) -> None:
     """Train a model and write its run directory."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them.")
     if fallback and not resume:
         raise UserError("--fallback chooses the checkpoint to resume from: give --resume too.")
-    from moe_jax.config.load import load_config
+    from moe_jax.config.load import dump_config, load_config
     from moe_jax.tracking.run_dir import default_run_dir
 
     tree = load_config(config, overrides or [])
     place = default_run_dir(config, tree.name) if run_dir is None else run_dir
+    processes.join(configuration=dump_config(tree), run_directory=str(place.absolute()))
     notice = f"Nobody reads standard output; the run goes on: moe-jax watch {place} shows it."
     with (
         lasting_output(notice),
         explained_disk_errors(place),
-        _served_metrics(place, metrics_port),
+        _served_metrics(place, metrics_port if distributed.is_first() else None),
     ):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
         if result.report is None:  # another process speaks, or there is nothing to draw

@@ -25,9 +25,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_jax import __version__
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_STOP
 from moe_jax.generation.template_options import TemplateOptions
+from moe_jax.runtime.distributed import (
+    JOIN_SECONDS,
+    ProcessGroup,
+    compare_processes,
+    join_processes,
+)
 from moe_jax.utils.files import local_path
 
 if TYPE_CHECKING:
@@ -138,6 +145,49 @@ class ModelArgument:
         path = self.model if self.model_option is None else self.model_option
         assert path is not None
         return path
+
+
+# Several processes
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFlags:
+    """How this process finds the others of its command, where there are several."""
+
+    coordinator: Annotated[
+        str | None,
+        option(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="One of several processes: where process 0 can be reached.  [default: as the "
+            "cluster says]",
+        ),
+    ] = None
+    num_processes: Annotated[
+        int | None, option("--num-processes", metavar="N", min=1, help="How many there are.")
+    ] = None
+    process_id: Annotated[
+        int | None, option("--process-id", metavar="I", min=0, help="Which one this is, from 0.")
+    ] = None
+    join_timeout: Annotated[
+        float,
+        typer.Option("--join-timeout", metavar="S", min=1, help="Seconds to find one another."),
+    ] = JOIN_SECONDS
+
+    def __post_init__(self) -> None:
+        self._group()
+
+    def _group(self) -> ProcessGroup:
+        return ProcessGroup(self.coordinator, self.num_processes, self.process_id)
+
+    def join(self, **same: str) -> None:
+        """Joins the other processes, if there are any, before JAX starts. Raises UserError where
+        they cannot be found, or one of them was started with something that is not the `same`.
+        """
+        join_processes(self._group(), seconds=self.join_timeout)
+        compare_processes("version of moe-jax", __version__)
+        for name, text in same.items():
+            compare_processes(name.replace("_", " "), text)
 
 
 # How a model is held

@@ -36,7 +36,7 @@ from moe_jax.model_io.hub import name_of
 from moe_jax.model_io.source import INT4_GROUP, PackedSource, RunSource, YamlSource, find_local
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
-from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.mesh import first_devices, make_mesh
 from moe_jax.placement.table import contiguous
 from moe_jax.runtime.platform import default_platform
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
@@ -163,7 +163,7 @@ def find_model(
             f"{jax.device_count()}: choose a smaller one, or try it on simulated CPU devices with "
             f"--simulate {mesh.size}."
         )
-    devices = make_mesh(mesh, jax.devices()[: mesh.size])
+    devices = make_mesh(mesh, first_devices(mesh.size))
     source = find_local(path)
     if isinstance(source, PackedSource):
         return _find_converted(source.path, devices, dtype, quantize)

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.launch.process_log import ProcessLog, terminal_stderr
+from moe_jax.runtime.distributed import LOST_PEER
 from moe_jax.runtime.parent import PARENT_VARIABLE
 from moe_jax.runtime.signals import collected_signals
 from moe_jax.tracking.phases import HUNG
 from moe_jax.tracking.process_files import process_path
 
-_USER_ERROR, _LOST_PEER = 2, 69  # exit codes of a process, as is HUNG; others above 0 are deaths
+_USER_ERROR = 2  # exit code of a process, as is HUNG; others above 0 are deaths
 TOGETHER = 0.5  # seconds within which several ends have one cause
 PORTS = 5  # tries, where another program takes the port between our look and its use
 LONGEST_WAIT = 60.0  # seconds before a restart
@@ -214,7 +215,7 @@ class _Group:
     def _death(self, ends: dict[int, tuple[float, int]]) -> Death:
         def order(process: int) -> tuple[bool, float]:
             when, code = ends[process]
-            return code == _LOST_PEER or self._logs[process].blames_a_peer, when
+            return code == LOST_PEER or self._logs[process].blames_a_peer, when
 
         process = min(ends, key=order)
         log = self._logs[process]

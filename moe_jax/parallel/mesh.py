@@ -14,13 +14,26 @@ from moe_jax.parallel.collectives import AXES
 from moe_jax.runtime.platform import platform_of
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `data`, `expert` and `tensor` over `devices`, by default all. CPU devices
-    beyond its size stay unused.
+def first_devices(count: int) -> list[jax.Device]:
+    """`count` of JAX's devices (all, if there are fewer), equally many of each process, in the
+    order of processes.
+    """
+    processes = jax.process_count()
+    if processes == 1 or count % processes or count >= jax.device_count():
+        return jax.devices()[:count]
+    by_process: list[list[jax.Device]] = [[] for _ in range(processes)]
+    for device in jax.devices():
+        by_process[device.process_index].append(device)
+    return [device for devices in by_process for device in devices[: count // processes]]
+
+
+def make_mesh(config: MeshConfig, given: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `data`, `expert` and `tensor` over the `given` devices, by default all. CPU
+    devices beyond its size stay unused.
 
     Raises UserError if the mesh does not match the devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if given is None else given
     simulated = platform_of(devices[0]).simulated
     if config.size > len(devices) or (config.size != len(devices) and not simulated):
         raise UserError(
@@ -30,7 +43,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"try it on simulated CPU devices."
         )
     if simulated:
-        grid = np.array(devices[: config.size]).reshape(config.data, config.expert, config.tensor)
+        chosen = first_devices(config.size) if given is None else devices[: config.size]
+        grid = np.array(chosen).reshape(config.data, config.expert, config.tensor)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(
         (config.data, config.expert, config.tensor),

@@ -10,20 +10,25 @@ import os
 
 from moe_jax.config.schema import DevicesConfig, MeshConfig
 from moe_jax.errors import UserError
+from moe_jax.runtime import distributed
 
 
-def use_devices(config: DevicesConfig) -> None:
-    """Simulates CPU devices if asked to. Raises UserError if JAX already runs with another number
-    of devices.
+def use_devices(config: DevicesConfig, mesh: MeshConfig | None = None) -> None:
+    """Simulates CPU devices if asked to; of several processes each its share, and without an
+    accelerator its share of `mesh` in any case. Raises UserError if JAX already runs with another
+    number of devices.
     """
     if not config.simulate:
+        if distributed.process_count() > 1 and mesh is not None:
+            start_devices(mesh, None)
         return
     import jax
 
-    reserve_threads(config.simulate)
+    share = distributed.local_share(config.simulate, f"devices.simulate={config.simulate}")
+    reserve_threads(share)
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.simulate)
+        jax.config.update("jax_num_cpu_devices", share)
     except RuntimeError:
         # JAX has started: its devices are what they are, and may well be those asked for.
         if jax.default_backend() != "cpu" or jax.device_count() < config.simulate:
@@ -48,16 +53,18 @@ def reserve_threads(devices: int) -> None:
 
 
 def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
-    """Simulates as many CPU devices as asked for, or as the mesh needs if there is only the CPU;
-    before JAX starts.
+    """Simulates as many CPU devices as asked for, or as the mesh needs if there is only the CPU, of
+    several processes each its share; before JAX starts.
     """
     import jax
 
     if simulate is not None:
         use_devices(DevicesConfig(simulate=simulate))
-    elif mesh.size > 1 and jax.config.jax_num_cpu_devices < mesh.size:  # type: ignore[attr-defined]
-        reserve_threads(mesh.size)
-        split_cpu(mesh.size)
+        return
+    share = distributed.local_share(mesh.size, f"the mesh {mesh.axes_text or 'of one device'}")
+    if jax.config.jax_num_cpu_devices < share:  # type: ignore[attr-defined]
+        split_cpu(share)
+    reserve_threads(share)
 
 
 def split_cpu(devices: int) -> None:

@@ -3,6 +3,7 @@ that ends.
 
     with locked(run_dir):
         ...                      # a second `locked` elsewhere raises UserError at once
+        check_shared(run_dir)    # of several processes of a run, each must see that lock
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_jax.errors import UserError
+from moe_jax.runtime.distributed import broadcast_text, is_first, meet, process_index
 from moe_jax.utils.progress import say
 
 LOCK_FILE = ".lock"
+CLAIM_SECONDS = 120  # for all processes to see the run directory
 # What file systems answer that have no locks.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -49,6 +52,18 @@ def locked(run_dir: Path, *, active: bool = True) -> Iterator[None]:
                 if folder.exists() and not any(folder.iterdir()):
                     folder.rmdir()
         os.close(descriptor)
+
+
+def check_shared(directory: Path) -> None:
+    """Raises UserError where a process does not see the directory that the first one holds."""
+    lock = directory / LOCK_FILE
+    held = broadcast_text("lock", lock.read_text() if is_first() else None, CLAIM_SECONDS)
+    if not lock.exists() or lock.read_text() != held:
+        raise UserError(
+            f"--run-dir {directory} on {socket.gethostname()} (process {process_index()}) is not "
+            f"the directory that process 0 has: name one that all processes share."
+        )
+    meet("run directory", CLAIM_SECONDS)
 
 
 def _make_folders(run_dir: Path) -> list[Path]:

@@ -10,9 +10,9 @@ are awaited after each step, because they share one pool of threads: with two pr
 devices of one may hold the threads that the other's collectives wait for, and nothing goes on
 (docs/log.md).
 
-Signals are noted by a handler of ours and seen between steps. Orbax's PreemptionCheckpointingPolicy
-and `multihost_utils.reached_preemption_sync_point` need `jax.distributed`'s service, which a single
-process does not have, and see no Ctrl-C.
+Signals are noted by a handler of ours and seen between steps; several processes take one up at the
+same step (requests.py). Orbax's PreemptionCheckpointingPolicy and
+`multihost_utils.reached_preemption_sync_point` know SIGTERM alone, and of a single process nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.profiling import flops as measure
 from moe_jax.profiling import machine, memory
 from moe_jax.runtime.devices import use_devices
+from moe_jax.runtime.distributed import is_first, process_count, process_index
 from moe_jax.runtime.platform import platform_of
 from moe_jax.runtime.signals import SAVE_SIGNALS, collected_signals, noted_signals
 from moe_jax.tracking import run_dir
@@ -51,7 +53,7 @@ from moe_jax.tracking.environment import describe_environment
 from moe_jax.tracking.metrics import FILE_NAME, MetricsWriter, iter_metrics
 from moe_jax.tracking.phases import Phases
 from moe_jax.tracking.report import write_report
-from moe_jax.tracking.run_lock import locked
+from moe_jax.tracking.run_lock import check_shared, locked
 from moe_jax.tracking.traffic import write_traffic
 from moe_jax.training import continuation, initial_state, restore
 from moe_jax.training.pending_steps import FetchedSteps, PendingSteps, StepClock
@@ -59,6 +61,7 @@ from moe_jax.training.placement import initial
 from moe_jax.training.placement.replanner import Replanner
 from moe_jax.training.progress import RunProgress
 from moe_jax.training.records import LinkTraffic, placement_sentence, training_record
+from moe_jax.training.requests import Requests
 from moe_jax.training.result import TrainingResult
 from moe_jax.training.state import StepStats, TrainState
 from moe_jax.training.step import TrainProgram
@@ -87,15 +90,14 @@ def train(
     origin = initial_state.Origin(config, directory)
     config = initial_state.resolve(config, directory, origin, resume=resume)
     _tell_constant_weight(config)
-    run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
     with (
-        locked(directory, active=_is_first()),
+        _claimed(directory, config, resume=resume, overwrite=overwrite),
         collected_signals(*SAVE_SIGNALS) as save_requests,
-        Phases(directory, *_process(), hang_timeout=config.train.hang_timeout) as phases,
+        Phases(
+            directory, process_index(), process_count(), hang_timeout=config.train.hang_timeout
+        ) as phases,
     ):
-        # Once more: meanwhile another process may have begun a run here, and ended.
-        run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
-        use_devices(config.devices)
+        use_devices(config.devices, config.mesh)
         mesh = make_mesh(config.mesh)
         checkpoints = Checkpoints(
             directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
@@ -112,7 +114,7 @@ def train(
         corpus = _read_corpus(config, tokenizer)
         if saved is not None:
             continuation.check_corpus(saved, corpus, config.data)
-        rows = config.train.global_batch, jax.process_index(), jax.process_count()
+        rows = config.train.global_batch, process_index(), process_count()
         batches = corpus.train_batches(*rows)
         held_out = corpus.validation_batches(rows[0], config.train.eval_batches, *rows[1:])
         topology = initial.mesh_topology(config, mesh)
@@ -136,16 +138,24 @@ def train(
         if overwrite and not resume:
             run_dir.clear(directory)
         run_dir.write_description(directory, config, environment)
-        if _is_first():
+        if is_first():
             run_dir.keep_tokenizer(directory, tokenizer)
-        if _is_first() and saved is None:
+        if is_first() and saved is None:
             initial_state.keep_hf_config(directory, config, origin)
         return trainer.run(state, held_out)
 
 
-def _is_first() -> bool:
-    """Whether this is the process that writes; JAX's back end need not run yet for that."""
-    return _process()[0] == 0
+@contextmanager
+def _claimed(directory: Path, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Holds the run's directory, which the first process has checked and all can see."""
+    if is_first():
+        run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
+    with locked(directory, active=is_first()):
+        if is_first():
+            # Once more: meanwhile another process may have begun a run here, and ended.
+            run_dir.claim(directory, config, resume=resume, overwrite=overwrite)
+        check_shared(directory)
+        yield
 
 
 def _tell_constant_weight(config: Config) -> None:
@@ -155,12 +165,6 @@ def _tell_constant_weight(config: Config) -> None:
             "so the router learns nothing from what its experts give; with moe.normalize=before "
             "it does."
         )
-
-
-def _process() -> tuple[int, int]:
-    """The number of this process and how many there are."""
-    joined = jax.distributed.is_initialized()
-    return (jax.process_index(), jax.process_count()) if joined else (0, 1)
 
 
 def _say(text: str) -> None:
@@ -180,7 +184,7 @@ def _end_at_once(checkpoints: Checkpoints, step: int, directory: Path) -> Traini
         directory=directory,
         step=step,
         stopped=False,
-        report=write_report(directory) if drawable and jax.process_index() == 0 else None,
+        report=write_report(directory) if drawable and is_first() else None,
         sample_fits=False,
         sample_prompt=None,
     )
@@ -243,8 +247,8 @@ class Trainer:
         kinds = layer_kinds(config.model, config.moe)
         self.moe_layers = [i for i, kind in enumerate(kinds) if kind.moe]
         self.tokens = config.train.global_batch * config.train.seq_len
-        rows = config.train.global_batch // jax.process_count()
-        self.first_sequence = jax.process_index() * rows
+        rows = config.train.global_batch // process_count()
+        self.first_sequence = process_index() * rows
         self.awaits_steps = platform_of(program.mesh.devices.flat[0]).simulated
         self.max_pending = max(COUNT_LIMIT // (self.tokens * config.moe.top_k), 1)
         self.evaluated = False
@@ -301,7 +305,7 @@ class Trainer:
         validation = [self.program.shard(batch, self.first_sequence) for batch in held_out]
         # A run that was killed before its first line, or never began, has no file to go on with.
         before = start if start or (self.directory / FILE_NAME).exists() else None
-        self.writer = MetricsWriter(self.directory, before, active=jax.process_index() == 0)
+        self.writer = MetricsWriter(self.directory, before, active=is_first())
         step = start
         with (
             noted_signals(signal.SIGINT, signal.SIGTERM) as signals,
@@ -309,6 +313,7 @@ class Trainer:
             self.checkpoints,
             RunProgress(steps, start) as self.progress,
         ):
+            requests = Requests(self.save_requests, signals)
             if start:
                 self._tell_resumed(start)
             for step in range(start + 1, steps + 1):
@@ -319,29 +324,24 @@ class Trainer:
                 self.phases.enter("compile" if first else "step", step)
                 state, stats = self.program.train_step(state, batch)
                 self.pending.add(stats)
-                if not (first or self._must_fetch(step) or signals or self.save_requests):
+                if not (first or self._must_fetch(step) or requests.waiting()):
                     continue
                 fetched = self.pending.fetch()
                 state = self._observe(step, state, fetched, timed=not first)
-                stopping = bool(signals)
+                asked = requests.take(step)
                 in_row = int(fetched.stats.skipped_in_row)
                 broken = in_row >= config.train.max_skipped
-                saves = self._asked_to_save(step) or stopping or broken
+                saves = bool(asked.saves) or asked.stops or broken
+                if asked.saves:
+                    names = ", ".join(asked.saves)
+                    self.progress.say(f"step {step}: {names} came: saving, and going on.")
                 if self._logs(step) or saves:
                     self._record(step, state, fetched.stats, validation, saves)
                 if broken:
                     raise _not_finite(step, in_row)
-                if stopping:
+                if asked.stops:
                     break
         return self._end(step)
-
-    def _asked_to_save(self, step: int) -> bool:
-        """Whether a signal asked for a checkpoint since the last call."""
-        names = ", ".join(number.name for number in self.save_requests)
-        self.save_requests.clear()
-        if names:
-            self.progress.say(f"step {step}: {names} came: saving, and going on.")
-        return bool(names)
 
     def _tell_resumed(self, start: int) -> None:
         event = {"step": start, "event": "resumed", "matmul_flops_per_second": self.matmul_rate}
@@ -350,7 +350,7 @@ class Trainer:
         if self.rate_change is not None:
             self.writer.write(self.rate_change.event())
             self.progress.say(self.rate_change.sentence())
-        lines = iter_metrics(self.directory / FILE_NAME) if jax.process_index() == 0 else ()
+        lines = iter_metrics(self.directory / FILE_NAME) if is_first() else ()
         for line in lines:  # so that what has been raised is not raised again
             if "layers" in line and "event" not in line:
                 self.alerts.check(line)
@@ -459,7 +459,7 @@ class Trainer:
         # whenever it counts.
         self.phases.enter("checkpoint", step)
         self.writer.write({"step": step, "event": "checkpoint"})
-        if self.moe_layers and jax.process_index() == 0:
+        if self.moe_layers and is_first():
             window = self.replanner.longer_window()
             write_traffic(self.directory, step, window.steps, window.traffic_LRE, self.moe_layers)
         meta = {
@@ -482,8 +482,8 @@ class Trainer:
             directory=self.directory,
             step=step,
             stopped=step < self.config.train.steps,
-            report=write_report(self.directory) if jax.process_index() == 0 else None,
-            sample_fits=jax.process_count() == 1 and size <= SAMPLE_LIMIT,
+            report=write_report(self.directory) if is_first() else None,
+            sample_fits=process_count() == 1 and size <= SAMPLE_LIMIT,
             sample_prompt=self.corpus.sample_prompt(),
         )
 

@@ -28,15 +28,26 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    hidden = total < MEANINGFUL or not console.is_terminal
+    hidden = _muted or total < MEANINGFUL or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
 
 
+_muted = False
+
+
+def mute() -> None:
+    """From now on this process, which is not the first of several, makes no remarks."""
+    global _muted
+    _muted = True
+
+
 def say(text: str) -> None:
     """A remark on stderr, dim on a terminal."""
-    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    if not _muted:
+        shown = f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text
+        print(shown, file=sys.stderr, flush=True)
 
 
 @functools.cache
