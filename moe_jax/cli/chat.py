@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import sys
@@ -11,6 +12,7 @@ from moe_jax.cli.console import write_pieces
 from moe_jax.cli.reasoning import ReasoningWriter
 from moe_jax.errors import UserError
 from moe_jax.generation.chat import Conversation
+from moe_jax.runtime.distributed import broadcast_text, is_first, process_count
 from moe_jax.runtime.signals import noted_signals, until_noted
 from moe_jax.runtime.terminal import edit_typed_lines
 from moe_jax.utils.progress import say
@@ -26,7 +28,7 @@ def run_chat(conversation: Conversation, context: int, writer: ReasoningWriter) 
     go to stdout.
     """
     typed = sys.stdin.isatty() and sys.stdout.isatty()  # else the prompt would be among the replies
-    for line in _lines(typed):
+    for line in _shared_lines(typed):
         command = re.fullmatch(r"/[a-z]+", line)
         if line == "/quit":
             return
@@ -65,6 +67,21 @@ def _answer(conversation: Conversation, text: str, context: int, writer: Reasoni
 
 def _say_stopping() -> None:
     say("The reply stops after this token; Ctrl-C once more breaks it off.")
+
+
+def _shared_lines(typed: bool) -> Iterator[str]:
+    """The lines that the first process reads, on all of them."""
+    if process_count() == 1:
+        yield from _lines(typed)
+        return
+    own = _lines(typed) if is_first() else iter(())
+    for number in itertools.count():
+        line = next(own, None)
+        told = None if not is_first() else "" if line is None else f">{line}"
+        told = broadcast_text(f"line {number}", told)
+        if not told:  # the end
+            return
+        yield told[1:]
 
 
 def _lines(typed: bool) -> Iterator[str]:

@@ -27,6 +27,7 @@ from moe_jax.cli.options import (
     AsJson,
     MaxTokens,
     ModelArgument,
+    ProcessFlags,
     ReplyFlags,
     SamplingFlags,
     System,
@@ -40,6 +41,7 @@ from moe_jax.cli.reasoning import ReasoningWriter
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_PROMPT
 from moe_jax.runtime.compile_cache import use_compile_cache
+from moe_jax.runtime.distributed import broadcast_text, is_first
 from moe_jax.runtime.signals import noted_signals, until_noted
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import gibibytes
@@ -64,14 +66,17 @@ def generate(
     flags: SamplingFlags,
     reply: ReplyFlags,
     options: ModelOptions,
+    processes: ProcessFlags,
 ) -> None:
     """Continue a text with a model, on stdout; speeds on stderr."""
     choice = ModelChoice(model.path, options)
-    text = prompt_from_stdin() if prompt == "-" else prompt
-    if not text:
-        raise UserError(EMPTY_PROMPT)
     sampling = flags.sampling()
     reply.require_template(system_prompt is not None)
+    processes.join(model=choice.fingerprint(), settings=repr((options, sampling, max_tokens)))
+    text = (prompt_from_stdin() if prompt == "-" else prompt) if is_first() else None
+    text = broadcast_text("prompt", text)
+    if not text:
+        raise UserError(EMPTY_PROMPT)
     limits = {"max_tokens": max_tokens, "stop": flags.stop or []}
     with explained_disk_errors(STDOUT):
         _generate(choice, text, sampling, system_prompt, reply, limits)
@@ -155,9 +160,11 @@ def chat(
     flags: SamplingFlags,
     reply: ReplyFlags,
     options: ModelOptions,
+    processes: ProcessFlags,
 ) -> None:
     """Talk with a model: /help, /reset, /quit; Ctrl-C stops a reply."""
     choice, sampling = ModelChoice(model.path, options), flags.sampling()
+    processes.join(model=choice.fingerprint(), settings=repr((options, sampling, max_tokens)))
     use_compile_cache()
     from moe_jax.cli.chat import run_chat
     from moe_jax.generation.chat import Conversation, check_template
@@ -193,10 +200,13 @@ def evaluate(
     *,
     model: ModelArgument,
     options: ModelOptions,
+    processes: ProcessFlags,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a text: nats per token, bits per byte."""
-    evaluation = _evaluated(ModelChoice(model.path, options), text, window)
+    choice = ModelChoice(model.path, options)
+    processes.join(model=choice.fingerprint(), settings=repr((options, window)))
+    evaluation = _evaluated(choice, text, window)
     if as_json:
         results: dict[str, Any] = {
             "model": str(model.path),
@@ -251,10 +261,13 @@ def bench(
     *,
     model: ModelArgument,
     options: ModelOptions,
+    processes: ProcessFlags,
     as_json: AsJson = False,
 ) -> None:
     """Measure reading a prompt and generating, apart."""
     choice = ModelChoice(model.path, options)
+    shape = prompt, generated, batch, repeats
+    processes.join(model=choice.fingerprint(), settings=repr((options, shape, window)))
     use_compile_cache()
     from moe_jax.generation.bench import bench as measure
 

@@ -8,6 +8,7 @@ place (`moe_jax.cli.inference.load_model`) runs them without an engine.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,6 +125,22 @@ class ModelChoice:
                 f"folder, or a model on the hub such as Qwen/Qwen3-30B-A3B."
             )
         check_step(self.path, self.options.step, self.options.fallback)
+
+    def fingerprint(self) -> str:
+        """What several processes must have in common: a line for each file of the folder, with its
+        size, and that of config.json with its content; a name of the hub as it is.
+        """
+        if not self.path.is_dir() or self.is_run:
+            return str(self.path)
+        lines = [
+            f"{path.name} of {path.stat().st_size} bytes"
+            for path in sorted(self.path.iterdir())
+            if path.is_file()
+        ]
+        config = self.path / "config.json"
+        if config.exists():
+            lines.append(f"config.json {hashlib.sha256(config.read_bytes()).hexdigest()}")
+        return "\n".join(lines)
 
     @property
     def is_run(self) -> bool:

@@ -103,7 +103,7 @@ class Sampler:
             self._count_prompts(rows, min(vocabulary, self._num_ids or vocabulary))
         sharding = _on_every_device(logits_BV.sharding)
         if sharding != self._sharding:
-            self._options, self._state = jax.device_put((self._options, self._state), sharding)
+            self._options, self._state = _placed((self._options, self._state), sharding)
             self._sharding = sharding
         token_B, finite_B, self._state = draw_program(sharding)(
             self._filters, self._num_ids, logits_BV, self._options, self._state
@@ -148,6 +148,13 @@ def row_options(options: Sequence[SamplingOptions]) -> RowOptions:
 def _on_every_device(sharding: Any) -> Any:
     """The sharding of what all devices of the logits hold alike."""
     return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
+
+
+def _placed(tree: Any, sharding: Any) -> Any:
+    """Arrays with a sharding that may be of devices of other processes, which have the same."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding)(tree)
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def broadcast_text(name: str, text: str | None, seconds: float | None = None) ->
         assert text is not None
         client.key_value_set(key, text)
         return text
-    limit = 1e9 if seconds is None else seconds
+    limit = 1e6 if seconds is None else seconds
     try:
         return client.blocking_key_value_get(key, int(1000 * limit))
     except _errors() as error:

@@ -4,12 +4,15 @@ written.
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
+
+from moe_jax.runtime.distributed import Agreement, process_count
 
 
 @contextmanager
@@ -57,13 +60,22 @@ def collected_signals(*numbers: signal.Signals) -> Iterator[list[signal.Signals]
             signal.signal(number, handler)
 
 
+_texts = itertools.count()  # so far, by which processes know what they agree on
+
+
 def until_noted(noted: list[int], pieces: Generator[str, None, None]) -> Iterator[str]:
     """The pieces until a signal is noted, which is seen between two of them, so that no model's
-    cache is left half written.
+    cache is left half written. Several processes stop after the same piece, whichever was told to.
     """
-    for piece in pieces:
+    together = Agreement(f"text {next(_texts)}") if process_count() > 1 else None
+    for number, piece in enumerate(pieces):
         yield piece
-        if noted:
+        stops = bool(noted)
+        if together is not None:
+            if stops:
+                together.ask(number, "stop")
+            stops = bool(together.take(number))
+        if stops:
             pieces.close()
             return
 
