@@ -23,6 +23,7 @@ from jax._src import clusters
 
 from moe_jax.config.load import load_config
 from tests.support import ROOT
+from tests.support.command_line import check_command
 
 SLURM = ROOT / "configs" / "clusters" / "slurm.sh"
 JOBSET = ROOT / "configs" / "clusters" / "jobset.yaml"
@@ -303,6 +304,7 @@ def test_jobset_container_starts_the_command(tmp_path: Path, jobset: Any) -> Non
     after_script = container["args"][2:]
     assert words[: len(after_script) + 2] == ["train", *after_script, "--resume"]
     assert words[words.index("--process-id") + 1] == "3"
+    check_command(words)
     settings = [word.removeprefix("--set=") for word in after_script if word.startswith("--set=")]
     name = Path(after_script[0]).name
     assert load_config(ROOT / "configs" / name, settings).data.source == "/shared/text"

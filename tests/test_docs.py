@@ -9,14 +9,12 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
-import typer
 
-from moe_jax.cli.main import app
 from moe_jax.config.load import field_types, load_config
 from moe_jax.config.schema import Config
 from tests.support import ROOT
+from tests.support.command_line import check_command
 from tests.test_structure import FLOORS, walk_steps
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -26,7 +24,6 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if path != Path(__file__)
 )
-COMMAND = typer.main.get_command(app)
 
 
 def name_of(path: Path) -> str:
@@ -84,13 +81,7 @@ def commands_in(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_and_their_options_exist(document: Path) -> None:
     for words in commands_in(document.read_text()):
-        command: click.Command = COMMAND
-        context = command.make_context("moe-jax", [], resilient_parsing=True)
-        while words and isinstance(command, click.Group):
-            assert words[0] in command.commands, f"moe-jax {words[0]}"
-            command, words = command.commands[words[0]], words[1:]
-            context = click.Context(command, parent=context)
-        command.make_parser(context).parse_args(list(words))  # raises for an unknown option
+        check_command(words)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
