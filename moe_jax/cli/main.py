@@ -168,7 +168,7 @@ def train(
     with (
         lasting_output(notice),
         explained_disk_errors(place),
-        _served_metrics(place, metrics_port if distributed.is_first() else None),
+        _served_metrics(place, metrics_port),
     ):
         result = run_training(tree, place, resume=resume, overwrite=overwrite, fallback=fallback)
         if result.report is None:  # another process speaks, or there is nothing to draw

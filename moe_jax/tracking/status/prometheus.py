@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from moe_jax.errors import UserError
+from moe_jax.runtime.distributed import is_first
 from moe_jax.tracking.follow import FollowedRun
 from moe_jax.tracking.metrics import is_number
 from moe_jax.tracking.process_files import longest_lived, read_attempts, read_processes
@@ -101,7 +102,7 @@ def served_metrics(run_dir: Path, port: int, *, address: str = "0.0.0.0") -> Ite
     """Serves the metrics of a run while the block runs, from the first process alone. Raises
     UserError for a port that cannot be had.
     """
-    if not _first():
+    if not is_first():
         yield
         return
     registry = CollectorRegistry(auto_describe=False)
@@ -119,10 +120,3 @@ def served_metrics(run_dir: Path, port: int, *, address: str = "0.0.0.0") -> Ite
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def _first() -> bool:
-    """Whether this is the first process; jax.process_index() would start a back end, too early."""
-    from jax._src import distributed
-
-    return not distributed.global_state.process_id
