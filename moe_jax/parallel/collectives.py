@@ -8,11 +8,14 @@ size 1 are left out, so that the program of a single device has none (some back 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from moe_jax.runtime.distributed import process_count
 
 AxisNames = str | tuple[str, ...]  # a mesh axis, several as one, or () for none: one device
 
@@ -73,7 +76,34 @@ def all_gather(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
     """Concatenates the shards of all devices along mesh `axes` on dimension `dim`; the transpose is
     a reduce-scatter.
     """
-    return x if lax.axis_size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
+    if lax.axis_size(axes) == 1:
+        return x
+    if process_count() > 1 and jax.default_backend() == "cpu":
+        return _all_gather_between_hosts(x, axes, dim)
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather_between_hosts(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
+    """`all_gather` whose transpose is an exchange and a sum in the order of the ranks.
+
+    Gloo's reduce-scatter, which XLA:CPU uses between processes, now and then gives other sums than
+    the last time (jax issue 40830; docs/log.md): equal runs parted within three steps.
+    """
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _gather_forward(x: jax.Array, axes: AxisNames, dim: int) -> tuple[jax.Array, None]:
+    return lax.all_gather(x, axes, axis=dim, tiled=True), None
+
+
+def _gather_backward(axes: AxisNames, dim: int, _: None, gathered: jax.Array) -> tuple[jax.Array]:
+    ranks, shape = lax.axis_size(axes), gathered.shape
+    parts = gathered.reshape(*shape[:dim], ranks, shape[dim] // ranks, *shape[dim + 1 :])
+    return (jnp.sum(lax.all_to_all(parts, axes, split_axis=dim, concat_axis=dim), axis=dim),)
+
+
+_all_gather_between_hosts.defvjp(_gather_forward, _gather_backward)
 
 
 def all_to_all(x: jax.Array, axis: AxisNames) -> jax.Array:
