@@ -69,6 +69,8 @@ def generate(
     processes: ProcessFlags,
 ) -> None:
     """Continue a text with a model, on stdout; speeds on stderr."""
+    if not prompt:
+        raise UserError(EMPTY_PROMPT)
     choice = ModelChoice(model.path, options)
     sampling = flags.sampling()
     reply.require_template(system_prompt is not None)

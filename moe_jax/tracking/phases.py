@@ -27,12 +27,13 @@ from typing import Any
 
 from moe_jax.runtime.process import take_beginning
 from moe_jax.tracking.process_files import (
+    ATTEMPTS,
     FOLDER,
     close_last_attempt,
     process_path,
     read_processes,
 )
-from moe_jax.utils.files import replace_text
+from moe_jax.utils.files import replace_bytes, replace_text
 from moe_jax.utils.progress import say
 
 INTERVAL = 0.5  # seconds between two words
@@ -79,11 +80,16 @@ class Phases:
         self._changes = self._seen = 0
         self._stood, self._looked = 0.0, start
         self._ended = self._told_of_error = False
+        self._before: dict[Path, bytes | None] = {}  # files as they were, should nothing begin
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="phases", daemon=True)
 
     def __enter__(self) -> Phases:
         (self.run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        written = {process_path(self.run_dir, self.process)}
+        if self.process == 0:
+            written |= {self.run_dir / ATTEMPTS, *(self.run_dir / FOLDER).iterdir()}
+        self._before = {path: path.read_bytes() if path.exists() else None for path in written}
         if self.process == 0:
             close_last_attempt(self.run_dir, self.attempt)
         self.write()
@@ -102,7 +108,11 @@ class Phases:
             self._ended = True
         self.write()
         if self._from_step is None:  # it computed nothing, so it is no attempt
-            process_path(self.run_dir, self.process).unlink(missing_ok=True)
+            for path, content in self._before.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    replace_bytes(path, content)
             folder = self.run_dir / FOLDER
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
