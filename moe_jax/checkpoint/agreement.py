@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import CorruptCheckpoint, UserError
+from moe_jax.runtime import distributed
 
 T = TypeVar("T")
 
@@ -57,30 +57,10 @@ def raise_together(error: Exception | None) -> None:
 
 
 def tell(what: str, value: Any) -> None:
-    """Lets other processes hear something that JSON can say. No two calls of a process may have the
-    same `what`.
-    """
-    if jax.process_count() > 1:
-        _client().key_value_set(_key(what, jax.process_index()), json.dumps(value))
+    """Lets other processes hear something that JSON can say, as `tell_processes` does."""
+    distributed.tell_processes(what, json.dumps(value))
 
 
 def hear(what: str, process: int) -> Any:
     """What a process told. Raises UserError naming the process where it is silent."""
-    try:
-        text = _client().blocking_key_value_get(_key(what, process), LIMIT * 1000)
-    except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
-        raise UserError(
-            f"process {process} has not told the {what} within {LIMIT} s: look at its log."
-        ) from error
-    return json.loads(text)
-
-
-def _key(what: str, process: int) -> str:
-    return f"moe_jax/{what}/{process}"
-
-
-def _client() -> Any:
-    """The store of texts that the processes of a job have in common."""
-    return distributed.global_state.client
+    return json.loads(distributed.hear_process(what, process, LIMIT))

@@ -47,11 +47,11 @@ import jax
 
 from moe_jax.checkpoint import agreement, integrity, orbax_io
 from moe_jax.checkpoint.read_state import SlotSources, moved_slots, read_proven
+from moe_jax.checkpoint.steps import COMMITTED, saved_steps, step_path
 from moe_jax.errors import CorruptCheckpoint, UserError
 from moe_jax.utils.progress import say
 
 CHECKPOINT_FORMAT = 1
-COMMITTED = ".committed"
 
 
 # Numbers the saves of this process, which are in the same order on every process.
@@ -93,9 +93,7 @@ class Checkpoints:
         """The steps that count, ascending; whether their bytes are still good shows when they are
         read.
         """
-        pattern = r"step_(\d+)(\.replaced|\.committed)?"
-        names = (re.fullmatch(pattern, path.name) for path in self._entries())
-        return sorted({int(match[1]) for match in names if match})
+        return saved_steps(self.directory)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -424,7 +422,7 @@ class Checkpoints:
         return sorted(self.directory.glob("step_*"))
 
     def _path(self, step: int, suffix: str = "") -> Path:
-        return self.directory / f"step_{step:08d}{suffix}"
+        return step_path(self.directory, step, suffix)
 
     def _find(self, step: int) -> Path:
         committed = self._path(step, COMMITTED).exists()

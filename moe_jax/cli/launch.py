@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli.options import option, path_option
+from moe_jax.cli.options import COMPUTING, option, path_option
 from moe_jax.errors import UserError
 
 EXAMPLE = "moe-jax launch -n 2 --max-restarts 3 -- train configs/tiny.yaml"
-LAUNCHED = ("train", "generate", "chat", "eval", "bench")
 
 
 def launch(
@@ -63,9 +62,9 @@ def launch(
             "launch needs a command to run: moe-jax launch -n 2 -- train configs/tiny.yaml."
         )
     name = command[0]
-    if name not in LAUNCHED:
+    if name not in COMPUTING:
         raise UserError(
-            f"launch cannot run {name!r} as several processes: give one of {', '.join(LAUNCHED)}."
+            f"launch cannot run {name!r} as several processes: give one of {', '.join(COMPUTING)}."
         )
     if sys.platform == "win32":
         raise UserError("launch needs Linux or macOS: start each process by hand (docs/pods.md).")

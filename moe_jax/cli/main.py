@@ -23,6 +23,7 @@ from moe_jax import __version__
 from moe_jax.cli import checkpoints, data, inference, launch, placement
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.options import (
+    COMPUTING,
     AsJson,
     Fallback,
     ProcessFlags,
@@ -56,9 +57,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\b\nExample:\n  moe-jax train configs/tiny.yaml --run-dir runs/first",
 )
-
-# Commands that start themselves once more with huge pages.
-COMPUTING = ("train", "generate", "chat", "eval", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -149,6 +149,10 @@ class ModelArgument:
 
 # Several processes
 
+# Commands that compute: they start themselves once more with huge pages, and may be several
+# processes.
+COMPUTING = ("train", "generate", "chat", "eval", "bench")
+
 
 @dataclasses.dataclass(frozen=True)
 class ProcessFlags:

@@ -64,7 +64,7 @@ def tokenizer_identity(tokenizer: Tokenizer, spec: str) -> dict[str, Any]:
     chat = "" if tokenizer.chat is None else tokenizer.chat.source
     return {
         "name": spec,
-        "sha256": hashlib.sha256(tokenizer.fingerprint.encode()).hexdigest(),
+        "sha256": tokenizer.hash,
         "eos_id": tokenizer.eos_id,
         "chat_template": hashlib.sha256(chat.encode()).hexdigest(),
     }

@@ -9,6 +9,8 @@ sandbox.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +76,11 @@ class Tokenizer:
     """Ids of the tokens that `decode` leaves out, by their text."""
     chat: ChatTemplate | None = None
     """How a conversation is written; None without a template."""
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the fingerprint, which may be megabytes."""
+        return hashlib.sha256(self.fingerprint.encode()).hexdigest()
 
     @property
     def end_ids(self) -> tuple[int, ...]:

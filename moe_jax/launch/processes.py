@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -24,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_jax.checkpoint.steps import saved_steps
 from moe_jax.launch.process_log import ProcessLog, terminal_stderr
 from moe_jax.runtime.distributed import LOST_PEER
 from moe_jax.runtime.parent import PARENT_VARIABLE
-from moe_jax.runtime.signals import collected_signals
+from moe_jax.runtime.signals import SAVE_SIGNALS, collected_signals
 from moe_jax.tracking.phases import HUNG
 from moe_jax.tracking.process_files import process_path
 
@@ -36,7 +36,7 @@ TOGETHER = 0.5  # seconds within which several ends have one cause
 PORTS = 5  # tries, where another program takes the port between our look and its use
 LONGEST_WAIT = 60.0  # seconds before a restart
 STOP = (signal.SIGINT, signal.SIGTERM)  # these end a command; the others ask for a save
-PASSED = (*STOP, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PASSED = (*STOP, *SAVE_SIGNALS)
 _POLL = 0.02  # seconds
 
 
@@ -290,10 +290,7 @@ def _phase(run_dir: Path | None, process: int, pid: int) -> str:
 
 def _newest_step(run_dir: Path | None) -> int:
     """The newest checkpoint's step; -1 where there is none."""
-    folder = run_dir / "checkpoints" if run_dir is not None else None
-    names = os.listdir(folder) if folder is not None and folder.is_dir() else []
-    found = (re.fullmatch(r"step_(\d+)(\.committed)?", name) for name in names)
-    return max((int(match[1]) for match in found if match), default=-1)
+    return -1 if run_dir is None else max(saved_steps(run_dir / "checkpoints"), default=-1)
 
 
 def _run_stamp(job: Job) -> int:

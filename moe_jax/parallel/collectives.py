@@ -94,7 +94,7 @@ def _all_gather_between_hosts(x: jax.Array, axes: AxisNames, dim: int) -> jax.Ar
 
 
 def _gather_forward(x: jax.Array, axes: AxisNames, dim: int) -> tuple[jax.Array, None]:
-    return lax.all_gather(x, axes, axis=dim, tiled=True), None
+    return _all_gather_between_hosts(x, axes, dim), None
 
 
 def _gather_backward(axes: AxisNames, dim: int, _: None, gathered: jax.Array) -> tuple[jax.Array]:

@@ -170,17 +170,33 @@ def broadcast_text(name: str, text: str | None, seconds: float | None = None) ->
     if process_count() == 1:
         assert text is not None
         return text
-    client, key = _state().client, f"{_PREFIX}/text/{name}"
     if is_first():
         assert text is not None
-        client.key_value_set(key, text)
+        tell_processes(name, text)
         return text
-    limit = 1e6 if seconds is None else seconds
+    return hear_process(name, 0, 1e6 if seconds is None else seconds)
+
+
+def tell_processes(what: str, text: str) -> None:
+    """Lets other processes hear a text, from any thread. No two calls of a process may have the
+    same `what`.
+    """
+    if process_count() > 1:
+        _state().client.key_value_set(f"{_PREFIX}/told/{what}/{process_index()}", text)
+
+
+def hear_process(what: str, process: int, seconds: float) -> str:
+    """What a process told. Raises UserError naming the process where it is silent for so long; what
+    JAX raises where it has gone passes.
+    """
+    key = f"{_PREFIX}/told/{what}/{process}"
     try:
-        return client.blocking_key_value_get(key, int(1000 * limit))
+        return _state().client.blocking_key_value_get(key, int(1000 * seconds))
     except _errors() as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
         raise UserError(
-            f"process 0 did not give {name!r} within {limit:.0f} s: see its log."
+            f"process {process} has not told the {what} within {seconds:.0f} s: look at its log."
         ) from error
 
 
@@ -216,7 +232,7 @@ class Agreement:
     """
 
     def __init__(self, name: str) -> None:
-        self._key, self._asked = f"{_PREFIX}/agreed/{name}", False
+        self._key = f"{_PREFIX}/agreed/{name}"
         self._taken: set[str] = set()
 
     def ask(self, step: int, what: str) -> None:
@@ -367,13 +383,12 @@ def _directory(prefix: str) -> list[tuple[str, str]]:
         return []
 
 
-def _set(key: str, value: str = "") -> bool:
-    """Sets a key; False where it is set already or the first process has gone."""
+def _set(key: str, value: str = "") -> None:
+    """Sets a key, unless it is set already or the first process has gone."""
     try:
         _state().client.key_value_set(key, value)
     except _errors():
-        return False
-    return True
+        return
 
 
 def _errors() -> type[Exception]:

@@ -74,6 +74,13 @@ def longest_lived(told: list[dict[str, Any]]) -> dict[str, Any]:
     return max(told, key=lambda said: (said["beat"], -said["process"]))
 
 
+def all_accounts(ended: list[dict[str, Any]], told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The accounts of all attempts, oldest first: those that ended, and that of the newest, of
+    which its processes told.
+    """
+    return [*ended, longest_lived(told)] if told else ended
+
+
 def steps_done(said: dict[str, Any]) -> int:
     """Steps that an attempt had computed when it said its last word."""
     return said["step"] - (said["phase"] in STEP_UNDER_WAY)

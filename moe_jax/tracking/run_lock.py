@@ -8,7 +8,6 @@ that ends.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -18,12 +17,11 @@ from pathlib import Path
 
 from moe_jax.errors import UserError
 from moe_jax.runtime.distributed import broadcast_text, is_first, meet, process_index
+from moe_jax.utils.files import NO_LOCKS
 from moe_jax.utils.progress import say
 
 LOCK_FILE = ".lock"
 CLAIM_SECONDS = 120  # for all processes to see the run directory
-# What file systems answer that have no locks.
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -80,7 +78,7 @@ def _lock(path: Path, run_dir: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in UNSUPPORTED:
+            if error.errno in NO_LOCKS:
                 say(
                     f"The file system of {run_dir} has no locks: take care that no other process "
                     f"trains there."

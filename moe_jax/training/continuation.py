@@ -4,7 +4,6 @@ its learning rate goes on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,6 @@ from moe_jax.training.restore import SavedRun
 from moe_jax.utils.files import local_path
 
 SMALL_CHANGE = 0.01  # of the learning rate, relative, that is not worth a line
-
-
-def tokenizer_hash(fingerprint: str) -> str:
-    """What a checkpoint keeps of its tokenizer."""
-    return hashlib.sha256(fingerprint.encode()).hexdigest()
 
 
 def own_tokenizer(run_dir: Path, data: DataConfig) -> str:
@@ -62,7 +56,7 @@ def check_corpus(saved: SavedRun, corpus: Corpus, data: DataConfig) -> None:
         return
     began = config_from_text(saved.meta["config"], "the checkpoint's configuration").data
     known = saved.meta.get("tokenizer_hash")  # which older versions did not keep
-    if known not in (None, tokenizer_hash(corpus.tokenizer.fingerprint)):
+    if known not in (None, corpus.tokenizer.hash):
         raise UserError(
             f"data.tokenizer={data.tokenizer} is another tokenizer than the run began with "
             f"({began.tokenizer}): restore that, or start another run."

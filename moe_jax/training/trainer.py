@@ -467,7 +467,7 @@ class Trainer:
             "config": dump_config(self.config),
             "data": self.batches.get_state(),
             "corpus_hash": self.corpus.hash,
-            "tokenizer_hash": continuation.tokenizer_hash(self.corpus.tokenizer.fingerprint),
+            "tokenizer_hash": self.corpus.tokenizer.hash,
             "placement": self.replanner.placement.to_json(),
             "replanning": self.replanner.to_json(),
         }

@@ -22,6 +22,8 @@ from pathlib import Path
 from moe_jax.errors import UserError
 
 PART = ".part"
+# What file systems answer that have no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # What a model's folder and a prepared text are known by.
 KNOWN_BY = ("config.json", "config.yaml", "moe_jax.json", "prepared.json")
 
@@ -164,7 +166,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             held = False
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             held = True
         else:

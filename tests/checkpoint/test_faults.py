@@ -23,6 +23,7 @@ from moe_jax.runtime.quiet import quiet_checkpoints
 from tests.support.command import run_module
 from tests.support.killed_saves import MOMENTS
 from tests.support.saved_state import assert_same, make_state, mesh, saved, step_path, target_of
+from tests.support.small_disk import mounted
 
 
 def all_files(directory: Path) -> list[Path]:
@@ -119,18 +120,8 @@ def test_a_kill_during_a_save_leaves_the_step_before_as_latest(killed: Path, mom
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk],
-            check=True,
-            capture_output=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted(tmp_path / "disk", "2m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("noticed", ["before", "while writing"])

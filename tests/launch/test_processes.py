@@ -274,3 +274,4 @@ def test_no_process_outlives_launch(tmp_path):
     program.kill()
     program.communicate(timeout=30)
     until(lambda: not lives(tmp_path, 0) and not lives(tmp_path, 1))
+    assert program.returncode == -signal.SIGKILL

@@ -167,7 +167,7 @@ def corpus(path: Path, text: str, tokenizer: str = "bytes") -> tuple[Corpus, Dat
 
 def test_the_same_text_may_lie_elsewhere_and_other_text_is_refused(tmp_path: Path) -> None:
     began, _ = corpus(tmp_path / "a.txt", SAMPLE)
-    hashed = continuation.tokenizer_hash(began.tokenizer.fingerprint)
+    hashed = began.tokenizer.hash
     run = saved(1, OPTIMIZER, 2, corpus_hash=began.hash, tokenizer_hash=hashed)
     continuation.check_corpus(run, *corpus(tmp_path / "b.txt", SAMPLE))
     with pytest.raises(

@@ -34,6 +34,7 @@ from moe_jax.training.step import TrainProgram
 from tests.support import ROOT
 from tests.support.command import run_module
 from tests.support.endings import KILLED, SAVED, STOPPED
+from tests.support.small_disk import mounted
 from tests.support.tiny_run import (
     STATEFUL,
     config_file,
@@ -669,18 +670,8 @@ def restored_params(folder: Path, directory: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_it_had(folder: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk],
-            check=True,
-            capture_output=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root")
     settings = (BIAS, "checkpoint.every=1")
-    try:
+    with mounted(tmp_path / "disk", "1500k") as disk:
         with pytest.raises(UserError, match=r"too full to save step \d+: free some space"):
             run(folder, disk / "run", *settings)
         steps = Checkpoints(disk / "run" / "checkpoints", 9, 1).steps()
@@ -689,5 +680,3 @@ def test_a_full_disk_stops_the_run_and_keeps_what_it_had(folder: Path, tmp_path:
         subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
         run(folder, disk / "run", *settings, "checkpoint.every=6", resume=True)
         assert training_lines(disk / "run")[-1]["step"] == 6
-    finally:
-        subprocess.run(["umount", disk], check=True)

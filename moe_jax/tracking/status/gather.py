@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.checkpoint.steps import COMMITTED, saved_steps, step_path
 from moe_jax.placement.table import Placement
 from moe_jax.tracking.metrics import FILE_NAME, iter_metrics, load_max_over_mean
-from moe_jax.tracking.process_files import longest_lived, read_attempts, read_processes, steps_done
+from moe_jax.tracking.process_files import all_accounts, read_attempts, read_processes, steps_done
 from moe_jax.tracking.run_dir import read_run_config, require_run_or_start
 from moe_jax.tracking.status.goodput import goodput
 
@@ -39,7 +39,7 @@ def gather_status(run_dir: Path, now: float) -> dict[str, Any]:
     begun = (run_dir / "config.yaml").is_file()
     config = read_run_config(run_dir) if begun else None
     told, ended = read_processes(run_dir), read_attempts(run_dir)
-    accounts = [*ended, longest_lived(told)] if told else ended
+    accounts = all_accounts(ended, told)
     recent = _read_metrics(run_dir / FILE_NAME)
     processes = [_process(said, now) for said in told]
     account = goodput(accounts) if accounts else None
@@ -194,18 +194,15 @@ def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
     """The newest checkpoint that counts, its age in seconds, and the experts of each rank in its
     first MoE layer.
     """
-    # As checkpoint/manager.py names them, which takes seconds to import.
-    names = (
-        (re.fullmatch(r"step_(\d+)(\.committed)?", path.name), path) for path in folder.glob("*")
-    )
-    steps = {int(match[1]): path for match, path in names if match}
+    steps = saved_steps(folder)
     if not steps:
         return None
-    step = max(steps)
+    step = steps[-1]
+    places = [step_path(folder, step, suffix) for suffix in (COMMITTED, "", ".replaced")]
     return {
         "step": step,
-        "age": now - steps[step].stat().st_mtime,
-        "assignment": _assignment(folder / f"step_{step:08d}"),
+        "age": now - next(path for path in places if path.exists()).stat().st_mtime,
+        "assignment": _assignment(step_path(folder, step)),
     }
 
 

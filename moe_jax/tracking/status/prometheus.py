@@ -20,7 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.runtime.distributed import is_first
 from moe_jax.tracking.follow import FollowedRun
 from moe_jax.tracking.metrics import is_number
-from moe_jax.tracking.process_files import longest_lived, read_attempts, read_processes
+from moe_jax.tracking.process_files import all_accounts, read_attempts, read_processes
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.tracking.status.gather import experts
 from moe_jax.tracking.status.goodput import goodput
@@ -67,8 +67,8 @@ class RunCollector:
         yield from self._time_metrics()
 
     def _time_metrics(self) -> Iterator[Metric]:
-        told, accounts = read_processes(self.run_dir), read_attempts(self.run_dir)
-        accounts = [*accounts, longest_lived(told)] if told else accounts
+        told = read_processes(self.run_dir)
+        accounts = all_accounts(read_attempts(self.run_dir), told)
         if not accounts:
             return
         account = goodput(accounts)
