@@ -554,6 +554,7 @@ def test_the_run_directory_is_complete(whole: Path, folder: Path) -> None:
     assert {path.name for path in whole.iterdir()} == set(run_dir.CONTENTS) - {
         *("tokenizer", "hf_config.json"),  # which runs with init_from keep
         "attempts.jsonl",  # of attempts that a later one followed
+        "logs",  # which only `moe-jax launch` writes
     }
     resolved = tiny(folder, *STATEFUL, "moe.dropless=false")  # null: nothing to begin from
     assert load_config(whole / "config.yaml") == resolved
