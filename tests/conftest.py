@@ -25,13 +25,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "NPROC", "32"
 )  # threads for eight devices to wait in: see moe_jax.runtime.devices
-os.environ["MOE_JAX_CACHE"] = ""  # compiled programs of tests are not kept
+os.environ["MOE_JAX_CACHE"] = ""  # commands keep no compiled programs; what follows does
 
 import jax
 import jaxtyping
 import pytest
 
+from tests.support import ROOT
+
 jax.config.update("jax_num_cpu_devices", 8)
+# Many tests compile the same programs; those of the last run are there too. Not in the environment:
+# to processes that tests start, XLA would complain on stderr of each program that it reads.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache/programs"))
+jax.config.update("jax_compilation_cache_max_size", 500 * 2**20)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 CHECKED = (
     *("ops", "moe", "placement", "parallel", "models"),

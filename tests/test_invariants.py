@@ -131,9 +131,8 @@ def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulat
     np.testing.assert_allclose(state.tables.bias_E, alone[0].tables.bias_E, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "parts", [pytest.param(1, id="whole", marks=pytest.mark.slow), pytest.param(2, id="in 2 parts")]
-)
+@pytest.mark.parametrize("parts", [pytest.param(1, id="whole"), pytest.param(2, id="in 2 parts")])
+@pytest.mark.slow
 def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(parts):
     moe = dict(aux_loss=0.5, aux_over="model", z_loss=0.0)
     (_, (want,)), (_, (got,)) = (
@@ -338,6 +337,7 @@ class TestPlacement:
         assert total / count == pytest.approx(np.log(32), abs=0.3)
 
 
+@pytest.mark.slow
 def test_tables_that_differ_between_layers_of_a_pattern(pattern):
     """Each MoE layer's table, weights and merged gradients must meet, wherever stacking put the
     layer.
@@ -386,6 +386,7 @@ def test_initial_experts_follow_a_table_whose_layers_differ():
             np.testing.assert_array_equal(placed[name][layer], want)
 
 
+@pytest.mark.slow
 def test_a_capacity_counts_what_it_drops():
     """Invariant 4 with a capacity, over a batch in parts."""
     program = make_program(

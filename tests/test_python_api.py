@@ -35,6 +35,7 @@ def model(place: Path) -> moe_jax.TextModel:
     return moe_jax.load(place / "model")
 
 
+@pytest.mark.slow
 def test_the_examples_run_as_the_page_has_them(place, monkeypatch):
     monkeypatch.chdir(place)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -113,6 +114,7 @@ def test_a_batch_from_tokens_pads_and_counts():
         moe_jax.batch_from_tokens([[5]])
 
 
+@pytest.mark.slow
 def test_gradients_of_a_loss_of_ones_own_are_those_of_training():
     """With cross-entropy for a loss. A step of plain gradient descent lowers it as the norm says,
     and by the same on every mesh, with replicas too.

@@ -50,6 +50,7 @@ def options(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**SIZES | run | changes)
 
 
+@pytest.mark.slow
 def test_what_is_predicted_is_near_what_comes():
     found = placement.benchmark_placement(options(), MeshConfig(expert=4))
     assert found["capacity_device_load_after"] < found["capacity_device_load_before"]

@@ -73,6 +73,7 @@ def files_of(step: Path) -> list[str]:
     )
 
 
+@pytest.mark.slow
 def test_each_file_is_hashed_by_one_process(two: tuple[Path, list[dict[str, Any]]]) -> None:
     root, (first, second) = two
     partial = [

@@ -56,6 +56,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(line) for line in listed.stdout.split()]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_model(tmp_path: Path) -> None:
     model = make_folder("qwen3_moe-plain", tmp_path / "model")
     talk = ("chat", model, "--max-tokens", 4, "--greedy", "--mesh", "expert=2")

@@ -40,6 +40,7 @@ def test_the_same_seed_gives_the_same_text(base: Path) -> None:
     assert text(base, step=3, seed=5, **options) != text(base, seed=5, **options)
 
 
+@pytest.mark.slow
 def test_a_run_says_the_same_wherever_it_was_trained(
     base: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_runs_context_is_no_limit_of_its_text(base: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_reading_token_by_token_is_reading_at_once(base: Path) -> None:
     session = load.open_model(base).session()
     tokens = b"the gate and the load"

@@ -46,9 +46,9 @@ def assert_same(a: LoadedModel, b: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("qwen3_moe-plain", {}),
+        pytest.param("qwen3_moe-plain", {}, marks=pytest.mark.slow),
         ("qwen3_moe-plain", {"quantize": "int8"}),
-        ("deepseek_v3-plain", {"dtype": "bfloat16"}),
+        pytest.param("deepseek_v3-plain", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
         ("gpt_oss-mxfp4", {"quantize": "int4", "group": 16}),
         ("llama-plain", {}),
     ],

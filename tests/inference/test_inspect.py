@@ -209,6 +209,7 @@ def test_more_devices_than_experts_are_not_taken_without_a_word(tmp_path: Path) 
         assert [note for note in notes if "expert" in note] == ([words] if words else [])
 
 
+@pytest.mark.slow
 def test_runs_configurations_and_converted_folders(folder: Path, tmp_path: Path) -> None:
     run = tiny_run.finished(folder)
     from_run, from_yaml = (

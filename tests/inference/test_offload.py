@@ -24,6 +24,7 @@ from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.inference.session import LoadedModel, Session
 from tests.support.command import call
 from tests.support.hf_folder import make_folder
+from tests.support.slow import slow_unless
 from tests.support.small_models import Case, assert_same, case, load, make_plan
 
 # Who is in which slot
@@ -119,7 +120,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "kind"), RUNS)
+@pytest.mark.parametrize(("name", "size", "kind"), slow_unless(RUNS[0].__eq__, RUNS))
 def test_logits_are_those_of_the_engine_that_holds_all(name: str, size: int, kind: str) -> None:
     assert_same(outcome(name, size, kind).logits, whole(name, kind)[0])
 
@@ -150,7 +151,7 @@ def compilations() -> Iterator[list[float]]:
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-@pytest.mark.parametrize(("name", "size", "kind"), RUNS)
+@pytest.mark.parametrize(("name", "size", "kind"), slow_unless(RUNS[0].__eq__, RUNS))
 def test_what_is_asked_for_is_a_hit_or_a_miss(name: str, size: int, kind: str) -> None:
     engine = (found := outcome(name, size, kind)).engine
     counts = found.counts
@@ -189,6 +190,7 @@ def test_the_score() -> None:
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_that_the_device_reads_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU has it too, where it only costs a copy. A model as gpt-oss, with biases and sinks."""
     monkeypatch.setattr(module, "host_memory", lambda device: "pinned_host")
@@ -229,6 +231,7 @@ def test_only_what_the_device_holds_need_fit_there() -> None:
         memory.check_weight_memory(plan, needed)
 
 
+@pytest.mark.slow
 def test_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each command that runs a model, from a Hugging Face folder and from the converted one."""
     folder = make_folder("qwen3_moe-plain", tmp_path / "in")

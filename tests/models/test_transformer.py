@@ -158,6 +158,7 @@ def test_logits_agree_with_the_loss(model):
     np.testing.assert_allclose((losses * sequence["mask"]).sum(), total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def size(layers: int) -> int:
         program = make_program(1, 2, moe=dict(every=2), model=dict(num_layers=layers))
@@ -181,6 +182,7 @@ def without_remat():
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.slow
 def test_what_is_recomputed_changes_no_result(without_remat, remat):
     figures = step_figures(remat)
     assert figures.layers.rounds.max() > 1

@@ -306,6 +306,7 @@ def test_another_placement_compiles_nothing_and_changes_nothing(case):
     assert layer.run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_half_precision_is_close(case):
     layer = Layer(MeshConfig(expert=4), table(*SHUFFLED, ranks=4), **MANY)
     half = case._replace(x=case.x.astype(jnp.bfloat16), dy=case.dy.astype(jnp.bfloat16))

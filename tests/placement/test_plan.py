@@ -97,6 +97,7 @@ LINK_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_topology_aware_is_within_10_percent_of_the_best_in_200_cases():
     gaps = []
     for experts, ranks, redundant, hosts in LINK_CASES:

@@ -290,6 +290,7 @@ def test_what_is_not_a_program_is_refused():
 # A whole training step.
 
 
+@pytest.mark.slow
 def test_all_to_all_bytes_of_a_step_are_the_pools(step_2x4):
     pool_rows = 4 * pool_capacity(32, 2, 4, 0.75)
     least = program_flops.least_bytes(step_2x4.program, 8, 32)
@@ -403,6 +404,7 @@ def run_script(*options: str) -> subprocess.CompletedProcess[str]:
     return run_module("without_packages", ",".join(NEVER_IMPORTED), "run", SCRIPT, *options)
 
 
+@pytest.mark.slow
 def test_the_script_writes_every_figure(tmp_path):
     done = run_script("train", *SMALL, "--json", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
@@ -423,6 +425,7 @@ def test_the_script_writes_every_figure(tmp_path):
     assert figures["mesh"] == {"data": 2, "expert": 2, "tensor": 1}
 
 
+@pytest.mark.slow
 def test_the_script_refuses_what_does_not_fit_in_one_sentence(tmp_path):
     done = run_script("train", *SMALL, "--top-k", "5")
     assert done.returncode == 2 and "moe.top_k=5" in done.stderr and "Traceback" not in done.stderr

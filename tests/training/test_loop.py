@@ -110,6 +110,7 @@ def test_a_simulated_device_is_awaited_in_every_step(
     assert set(accelerator) - {0} == set(range(1, 10))
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_stop_an_unwatched_run_at_the_next_line(
     folder: Path, tmp_path: Path, accelerator: list[int]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.config.schema import OptimizerConfig
 from moe_jax.training.optimizer import make_optimizer, make_schedule
+from tests.support.slow import slow_unless
 from tests.support.tiny_programs import make_batch, make_program
 
 OPTIMIZERS = ["adamw", "adafactor", "muon"]
@@ -207,7 +208,7 @@ def test_muon_makes_the_update_of_a_projection_nearly_orthogonal():
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_unless("muon".__eq__, OPTIMIZERS))
 def test_a_model_learns_a_batch_by_heart(name):
     program = make_program(
         1,

@@ -216,6 +216,7 @@ def made_run(folder: Path, directory: Path, *overrides: str) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_eight_twelve_eight_goes_on_training(folder: Path, tmp_path: Path) -> None:
     first = trained(folder, *EIGHT)
     untouched = digests(first)
@@ -336,7 +337,7 @@ def test_twice_the_experts_and_twice_the_choices_compute_the_same(
     np.testing.assert_allclose(logits_of(tmp_path / "out"), logits_of(run), atol=1e-5)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_dense_run_gets_experts_and_computes_the_same(
     every: int, folder: Path, tmp_path: Path
 ) -> None:

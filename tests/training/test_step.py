@@ -22,7 +22,13 @@ def one_step(program: TrainProgram) -> tuple[TrainState, TrainState, StepStats]:
     return before, jax.tree.map(np.asarray, after), jax.tree.map(np.asarray, stats)
 
 
-@pytest.mark.parametrize("share", [0.25, 4.0], ids=["above the limit", "below it"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        pytest.param(0.25, id="above the limit"),
+        pytest.param(4.0, id="below it", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_clipped_to_the_limit_and_no_further(share: float) -> None:
     """Adam's first moment is (1 - beta1) of the gradient that it got; its updates do not show a
     gradient's scale.

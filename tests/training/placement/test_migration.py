@@ -170,6 +170,7 @@ def test_a_loss_curve_with_a_migration_every_five_steps_is_the_same_to_the_last_
     assert program.train_step._cache_size() == migration.run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_replicas_come_and_go_and_lose_nothing():
     """From no replica to some to others to none; the losses are those without, and replicas stay
     equal bit for bit.

@@ -292,7 +292,7 @@ def test_what_the_lines_count_adds_up(moving: Path) -> None:
     assert sum(np.sum(layer["sent"]) for layer in sent[2]["layers"]) == kept[1] + kept[2]
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_killed_between_moves_resumes_bit_for_bit(
     step: int, moving: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -315,6 +315,7 @@ def test_a_run_killed_between_moves_resumes_bit_for_bit(
     assert sums[0] == sums[1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_with_a_plan_by_the_load_it_measured(
     moving: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -339,6 +340,7 @@ def test_a_run_goes_on_on_another_mesh_with_a_plan_by_the_load_it_measured(
     assert np.all(planned < plain) and np.all(planned < 1.1)
 
 
+@pytest.mark.slow
 def test_a_custom_table_is_followed_and_a_wrong_one_refused(folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     mine = Placement(np.array([[3, 2, 1, 0], [1, 0, 3, 2]]), 4, 4)
@@ -391,6 +393,7 @@ def test_hosts_are_what_the_devices_processes_show(processes, expected):
     assert processes_per_row(np.array(processes)) == expected
 
 
+@pytest.mark.slow
 def test_two_hosts_route_as_one_to_the_same_losses() -> None:
     """With replicas on their own hosts preferred, only where rows go differs from a single host."""
     settings = dict(moe=dict(dispatch="pooled"), redundant=1)
