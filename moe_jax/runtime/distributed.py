@@ -30,6 +30,7 @@ from moe_jax.utils import progress
 
 JOIN_SECONDS = 300  # hosts of a pod do not start at the same moment
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, JAX ends the others
+GRACE_SECONDS = 60  # after which JAX itself, by an abort, ends a wait that we end before it
 LEAVE_SECONDS = 600  # the first process may be drawing a report
 LOST_PEER = 69  # exit code of a process that ended because another did
 _PREFIX = "moe_jax"  # of our keys
@@ -91,24 +92,21 @@ def join_processes(group: ProcessGroup, *, seconds: float = JOIN_SECONDS) -> Non
     if group.coordinator is not None:
         _check_coordinator(group, seconds)
     try:
-        jax.distributed.initialize(
-            group.coordinator,
-            group.num_processes,
-            group.process_id,
-            initialization_timeout=int(seconds),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            cluster_detection_method=None if group.coordinator is None else "deactivate",
-        )
+        with _met_within(group, seconds):
+            jax.distributed.initialize(
+                group.coordinator,
+                group.num_processes,
+                group.process_id,
+                initialization_timeout=int(seconds) + GRACE_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                cluster_detection_method=None if group.coordinator is None else "deactivate",
+            )
     except ValueError:
         if group.coordinator is None:  # no cluster that JAX knows
             return
         raise
     except RuntimeError as error:
-        raise UserError(
-            f"process {group.process_id} did not meet the others at {group.coordinator} within "
-            f"{seconds:.0f} s ({_first_line(error)}): start all {group.num_processes} processes, "
-            f"and see that the port can be reached."
-        ) from error
+        raise UserError(_not_met(group, _first_line(error))) from error
     if process_count() > 1:
         _take_stdout(silent=not is_first())
         if not is_first():
@@ -263,9 +261,7 @@ def fail(sentence: str, code: int) -> None:
     if process_count() == 1:
         return
     _set(_FAILURE, f"{code} process {process_index()}: {sentence}")
-    if is_first():  # its end is that of the store
-        _await_keys(f"{_PREFIX}/heard/", process_count() - 1, 3.0)
-    _exit(code)
+    _go(code)
 
 
 @contextlib.contextmanager
@@ -324,10 +320,20 @@ def _watch_failure() -> None:
     code, _, sentence = told.partition(" ")
     if sentence.startswith(f"process {process_index()}:"):
         return  # it is about to end by itself
-    _set(f"{_PREFIX}/heard/{process_index()}")
     time.sleep(0.5)  # so that what fails on all processes alike is said by each in its own words
     print(f"moe-jax: {sentence}", file=sys.stderr, flush=True)
-    _exit(int(code))
+    _go(int(code))
+
+
+def _go(code: int) -> NoReturn:
+    """Ends this process after a failure; the first one last, because with it JAX's service goes,
+    and JAX aborts a process that loses that.
+    """
+    if is_first():
+        _await_keys(f"{_PREFIX}/going/", process_count() - 1, 3.0)
+    else:
+        _set(f"{_PREFIX}/going/{process_index()}")
+    _exit(code)
 
 
 def _await_keys(prefix: str, count: int, seconds: float) -> set[int]:
@@ -400,6 +406,37 @@ def _errors() -> type[Exception]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def _met_within(group: ProcessGroup, seconds: float) -> Iterator[None]:
+    """Ends this process with a sentence where its processes have not met in time: JAX would abort
+    it, with a stack dump. Nothing that would have to be cleared up has begun.
+    """
+
+    def give_up() -> None:
+        sentence = _not_met(group, f"waited {seconds:.0f} s")
+        print(f"moe-jax: {sentence}", file=sys.stderr, flush=True)
+        _exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _not_met(group: ProcessGroup, why: str) -> str:
+    if group.coordinator is None:
+        return (
+            f"the processes of this cluster's job did not find one another ({why}): see all logs."
+        )
+    return (
+        f"process {group.process_id} did not meet the others at {group.coordinator} ({why}): start "
+        f"all {group.num_processes} processes, and see that process 0 listens on that port."
+    )
 
 
 def _check_coordinator(group: ProcessGroup, seconds: float) -> None:

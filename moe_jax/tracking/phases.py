@@ -86,11 +86,16 @@ class Phases:
 
     def __enter__(self) -> Phases:
         (self.run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
-        written = {process_path(self.run_dir, self.process)}
+        paths = [process_path(self.run_dir, self.process)]
         if self.process == 0:
-            written |= {self.run_dir / ATTEMPTS, *(self.run_dir / FOLDER).iterdir()}
-        self._before = {path: path.read_bytes() if path.exists() else None for path in written}
+            paths.append(self.run_dir / ATTEMPTS)
+        self._before = {path: _content(path) for path in paths}
         if self.process == 0:
+            # Those of processes of this start, which come and go by themselves, are not its own.
+            for said in read_processes(self.run_dir):
+                if said["beat"] < self.attempt:
+                    path = process_path(self.run_dir, said["process"])
+                    self._before[path] = json.dumps(said).encode()
             close_last_attempt(self.run_dir, self.attempt)
         self.write()
         self._thread.start()
@@ -113,9 +118,7 @@ class Phases:
                     path.unlink(missing_ok=True)
                 else:
                     replace_bytes(path, content)
-            folder = self.run_dir / FOLDER
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+            _remove_if_empty(self.run_dir / FOLDER)
 
     def enter(self, phase: str, step: int) -> None:
         """From now on the process does this, for this step (the first is 1; 0 before it)."""
@@ -229,6 +232,20 @@ class Phases:
         while not self._stop.wait(INTERVAL):
             self.write()
             self.look()
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:  # never there, or cleared by the first process of this start
+        return None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # another process has a file in it, or has removed it
+        return
 
 
 def _end_hung(sentence: str) -> None:

@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_jax.errors import UserError
-from moe_jax.runtime.distributed import broadcast_text, is_first, meet, process_index
+from moe_jax.runtime.distributed import (
+    broadcast_text,
+    hear_process,
+    is_first,
+    process_count,
+    process_index,
+    tell_processes,
+)
 from moe_jax.utils.files import NO_LOCKS
 from moe_jax.utils.progress import say
 
@@ -54,14 +61,19 @@ def locked(run_dir: Path, *, active: bool = True) -> Iterator[None]:
 
 def check_shared(directory: Path) -> None:
     """Raises UserError where a process does not see the directory that the first one holds."""
-    lock = directory / LOCK_FILE
+    lock, what = directory / LOCK_FILE, "sight of the run directory"
     held = broadcast_text("lock", lock.read_text() if is_first() else None, CLAIM_SECONDS)
-    if not lock.exists() or lock.read_text() != held:
-        raise UserError(
-            f"--run-dir {directory} on {socket.gethostname()} (process {process_index()}) is not "
-            f"the directory that process 0 has: name one that all processes share."
-        )
-    meet("run directory", CLAIM_SECONDS)
+    blind = "" if lock.exists() and lock.read_text() == held else socket.gethostname()
+    tell_processes(what, blind)
+    # All of them hear it, and not only the one at fault, so that the first can clear up.
+    for process in range(process_count()):
+        own = process == process_index()
+        host = blind if own else hear_process(what, process, CLAIM_SECONDS)
+        if host:
+            raise UserError(
+                f"--run-dir {directory} on {host} (process {process}) is not the directory that "
+                f"process 0 has: name one that all processes share."
+            )
 
 
 def _make_folders(run_dir: Path) -> list[Path]:

@@ -135,13 +135,13 @@ def train(
         else:
             state = trainer.restore(saved, fallback=fallback)
         environment = trainer.measure(state)
-        if overwrite and not resume:
-            run_dir.clear(directory)
-        run_dir.write_description(directory, config, environment)
         if is_first():
+            if overwrite and not resume:
+                run_dir.clear(directory)
+            run_dir.write_description(directory, config, environment)
             run_dir.keep_tokenizer(directory, tokenizer)
-        if is_first() and saved is None:
-            initial_state.keep_hf_config(directory, config, origin)
+            if saved is None:
+                initial_state.keep_hf_config(directory, config, origin)
         return trainer.run(state, held_out)
 
 

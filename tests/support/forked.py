@@ -52,13 +52,13 @@ def exit_codes(names: Iterable[str], run: Callable[[str], None]) -> dict[str, in
             if pid := os.fork():
                 running[pid] = name
             else:
-                _run_child(run, name)
+                run_child(run, name)
         pid, status = os.wait()
         codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
     return codes
 
 
-def _run_child(run: Callable[[str], None], name: str) -> NoReturn:
+def run_child(run: Callable[[str], None], name: str) -> NoReturn:
     code = 99
     try:
         run(name)

@@ -192,6 +192,27 @@ def test_an_attempt_that_computed_nothing_leaves_nothing(tmp_path: Path) -> None
     assert said["ended"]
 
 
+def test_a_refused_start_restores_old_accounts_and_leaves_what_the_others_say(
+    tmp_path: Path,
+) -> None:
+    """They write and clear their own files at the same time."""
+    old, _ = phases_of(tmp_path, Clock(), process=1, processes=2)
+    old.write()
+    account = process_path(tmp_path, 1).read_bytes()
+    with Phases(tmp_path, processes=2):
+        assert read_attempts(tmp_path)
+    assert process_path(tmp_path, 1).read_bytes() == account and not read_attempts(tmp_path)
+
+    said = json.loads(account) | {"beat": 1e12}  # a process of this start
+    process_path(tmp_path, 1).write_text(json.dumps(said))
+    writing = tmp_path / "processes" / "process_2.json.part"
+    writing.symlink_to("moved")  # listed, and gone when it is opened
+    with Phases(tmp_path, processes=3):
+        process_path(tmp_path, 1).unlink()
+        writing.unlink()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_fails_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
