@@ -124,10 +124,15 @@ class ResidentEngine:
         """The step of one new token per row, as it is before it is compiled."""
         return self.trace_decode(batch, places).lower()
 
-    def trace_decode(self, batch: int, places: int) -> jax.stages.Traced:
-        """The same step as JAX has written it down."""
-        new, cache = _abstract_tokens(batch, 1), self.layout.abstract(batch, places)
+    def trace_decode(self, batch: int, places: int, width: int = 1) -> jax.stages.Traced:
+        """The same step as JAX has written it down, of `width` new tokens per row."""
+        new, cache = _abstract_tokens(batch, width), self.layout.abstract(batch, places)
         return self._decode.trace(self.params, self.tables, cache, new)
+
+    def trace_prefill(self, batch: int, width: int, places: int) -> jax.stages.Traced:
+        """The program of `prefill` as JAX has written it down."""
+        new, cache = _abstract_tokens(batch, width), self.layout.abstract(batch, places)
+        return self._prefill.trace(self.params, self.tables, cache, new)
 
     def lower_all_logits(self, batch: int, length: int) -> jax.stages.Lowered:
         """The program of `all_logits`, as it is before it is compiled."""

@@ -1,0 +1,95 @@
+"""scripts/portability.py: which programs it compares, and that the plug-ins can run them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moe_jax import hf
+from tests.support import ROOT
+from tests.support.metal_plugins import plugin
+
+RELEASES = ("jax-mps-0.10.11", "metaljax-0.11.9")
+QUICK = (
+    *("qwen3_moe-plain/float32/prefill", "qwen3_moe-plain/float32/decode"),
+    *("gpt_oss-plain/float32/decode", "sampling/filtered"),
+)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "portability", ROOT / "scripts" / "portability.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def findings(script: ModuleType, release: str, *names: str) -> list[Any]:
+    """What comes of the programs whose names begin so."""
+    chosen = [program for program in script.programs() if program.name.startswith(names)]
+    assert len(chosen) >= len(names)
+    with plugin(release) as table:
+        return [script.examine(program, [table]) for program in chosen]
+
+
+def test_programs_are_those_of_every_family_in_every_form(script: ModuleType) -> None:
+    names = [program.name for program in script.programs()]
+    assert len(set(names)) == len(names) > 200
+    for family in hf.FAMILIES:
+        own = [name.split("/")[1:] for name in names if name.startswith(f"{family}-")]
+        for held in ("float32", "bfloat16", "int8", "int4"):
+            assert [held, "prefill"] in own and [held, "decode"] in own
+        assert ["float32", "train"] in own and ["bfloat16", "train"] in own
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_nothing_is_missing(script: ModuleType, release: str) -> None:
+    for finding in findings(script, release, *QUICK):
+        assert finding.missing == [], finding.name
+        assert finding.ops > 0
+        decodes = finding.name.endswith("/decode")
+        assert decodes == (finding.ops_per_layer is not None)
+        assert not decodes or 0 < finding.ops_per_layer < min(finding.ops, script.BUDGET)
+
+
+def test_a_budget_that_is_exceeded_counts_as_missing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "BUDGET", 10)
+    (finding,) = findings(script, "jax-mps-0.10.11", "llama-plain/float32/decode")
+    assert finding.missing == [f"{finding.ops_per_layer} operations per layer, more than 10"]
+
+
+def test_the_report_counts_what_is_missing(script: ModuleType) -> None:
+    tables = script.tables_of("jax-mps")
+    assert [table.name for table in tables] == ["jax-mps 0.10.11"] or len(tables) == 1
+    lacking = script.Finding("b", ["stablehlo.fft: not registered"], 9, None)
+    found = [script.Finding("a", [], 20, 7), lacking, lacking._replace(name="c")]
+    said = script.text_of(tables, found)
+    assert "2  stablehlo.fft: not registered   first in b" in said
+    assert "1 can run; 2 lack something" in said
+    programs = json.loads(json.dumps(script.report(tables, found)))["programs"]
+    assert programs[1] == lacking._asdict() | {"name": "b"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_nothing_is_missing_anywhere(script: ModuleType, release: str) -> None:
+    forms = ["int4"] if release.startswith("metaljax") else ["float32"]
+    names = [f"{family}-" for family in hf.FAMILIES]
+    chosen = [
+        f"{program.name}"
+        for program in script.programs()
+        if program.name.startswith(tuple(names))
+        and program.name.split("/")[1] in forms
+        and program.name.endswith("decode")
+    ]
+    for finding in findings(script, release, *chosen):
+        assert finding.missing == [], finding.name
