@@ -186,7 +186,7 @@ def full_disk(bench: Bench) -> Outcome:
                 launch.finish()
                 outcome.noticed.append(time.monotonic() - hit)
                 (disk / "ballast").unlink()
-                _ends_well(bench, launch, run_dir, "full|No space", outcome)
+                _ends_well(bench, launch, run_dir, "full|no space", outcome)
     except subprocess.CalledProcessError as error:
         outcome.skipped = f"a small file system needs root ({error.stderr.decode().strip()})"
     return outcome

@@ -7,6 +7,7 @@ with Launch(training(run_dir), run_dir, options=("--max-restarts", 3)) as launch
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -352,6 +353,11 @@ class Outcome:
             self.wrong.append(f"noticed after {told.noticed:.1f} s")
         if told.again > EVERY + told.under_way:
             self.wrong.append(f"{told.again} steps computed again")
+
+    def join(self, other: Outcome) -> None:
+        """Adds what happened at other times."""
+        for one in dataclasses.fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 class Bench:

@@ -52,7 +52,7 @@ class Row(NamedTuple):
     name: str
     fault: str
     happens: str
-    runs: int  # starts that it takes, of random moments each; for the estimate of time
+    runs: int  # starts that it takes, per random moment; for the estimate of time
     work: Callable[[Bench], Outcome]
 
 
@@ -92,33 +92,39 @@ def moment_of(run_dir: Path, process: int, phase: str) -> Moment:
     return fault_runs.in_phase(run_dir, process, phase)
 
 
-def at_random(bench: Bench) -> Outcome:
-    """SIGKILL of one process or the other at moments spread evenly over a run."""
-    outcome, rng = Outcome(), random.Random(bench.seed)
-    assert bench.undisturbed
-    for number in range(bench.moments):
-        process, share = rng.randrange(fault_runs.PROCESSES), rng.random()
-        for attempt in range(TRIES):
-            # A run that was quicker than the undisturbed one may have ended: a little sooner then.
-            seconds = share * bench.seconds * 0.9**attempt
-            run_dir = bench.new_run()
-            with bench.launch(run_dir, restarts=3) as launch:
+def at_random(process: int) -> Callable[[Bench], Outcome]:
+    """SIGKILL at moments spread evenly over a run."""
+
+    def work(bench: Bench) -> Outcome:
+        outcome, rng = Outcome(), random.Random(f"{bench.seed} {process}")
+        assert bench.undisturbed
+        for number in range(bench.moments):
+            share = rng.random()
+            for attempt in range(TRIES):
+                # A run that was quicker than the undisturbed one has ended: a little sooner then.
+                seconds = share * bench.seconds * 0.9**attempt
                 try:
-                    told = fault_runs.kill(
-                        launch, run_dir, fault_runs.at_time(launch, process, seconds)
-                    )
+                    found = _killed_at(bench, process, seconds)
                 except Missed as missed:
-                    if attempt == TRIES - 1:
-                        outcome.wrong.append(f"moment {number}: {missed}")
+                    found = Outcome(wrong=[str(missed)])
                     continue
-                launch.finish()
-                before = len(outcome.wrong)
-                outcome.add(told)
-                outcome.wrong += fault_runs.faults_of(launch, run_dir, bench.curve)
-                where = f"moment {number}, process {process} at {seconds:.1f} s, {told.phase}"
-                outcome.wrong[before:] = [f"{where}: {text}" for text in outcome.wrong[before:]]
-                outcome.times += 1
                 break
+            where = f"moment {number} at {seconds:.1f} s, {' '.join(found.notes)}"
+            found.wrong = [f"{where}: {text}" for text in found.wrong]
+            outcome.join(found)
+        return outcome
+
+    return work
+
+
+def _killed_at(bench: Bench, process: int, seconds: float) -> Outcome:
+    """SIGKILL so many seconds after the start."""
+    outcome, run_dir = Outcome(times=1), bench.new_run()
+    with bench.launch(run_dir, restarts=3) as launch:
+        moment = fault_runs.at_time(launch, process, seconds)
+        outcome.add(fault_runs.kill(launch, run_dir, moment))
+        launch.finish()
+        outcome.wrong += fault_runs.faults_of(launch, run_dir, bench.curve)
     return outcome
 
 
@@ -209,12 +215,10 @@ def talking(process: int) -> Callable[[Bench], Outcome]:
 
 # The table
 
-GOES_ON = "`launch` ends the others, says who died and where, and restarts from the last checkpoint"
+GOES_ON = "`launch` names it and its phase, ends all, restarts from the last checkpoint"
 PHASES = ("start", "compile", "step", "evaluation", "save", "restore")
 NAMES = ("process 0, which hosts the coordinator,", "process 1")
-STOPS = (
-    "the others end themselves with exit code 75 after `train.hang_timeout`, and `launch` restarts"
-)
+STOPS = "the other ends itself (exit code 75) after `train.hang_timeout`; `launch` restarts all"
 SAVES = "all save at the same step and exit with 0; `--resume` goes on from there"
 ENDS = "the command ends with one sentence that names the process"
 
@@ -225,13 +229,11 @@ ROWS = (
         for phase in PHASES
         for n in (1, 0)
     ),
-    Row("random", "SIGKILL of either at random moments", GOES_ON, 2, at_random),
     *(
-        Row(
-            f"stop-{n}", f"SIGSTOP of {NAMES[n]} in step", f"{STOPS} ({HANG} s here)", 3, stopped(n)
-        )
+        Row(f"random-{n}", f"SIGKILL of {NAMES[n]} at random moments", GOES_ON, 2, at_random(n))
         for n in (1, 0)
     ),
+    *(Row(f"stop-{n}", f"SIGSTOP of {NAMES[n]} in step", STOPS, 3, stopped(n)) for n in (1, 0)),
     *(Row(f"term-{n}", f"SIGTERM to {NAMES[n]} alone", SAVES, 2, terminated(n)) for n in (1, 0)),
     Row("launch", "SIGKILL of `launch`", "all processes end", 2, launch_killed),
     *(
@@ -286,7 +288,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", action="append", metavar="NAME", help="faults whose names begin so; may repeat")
-    add("--moments", type=int, default=20, metavar="N", help="random moments  [default: 20]")
+    add("--moments", type=int, default=10, metavar="N", help="random ones of each [default: 10]")
     add("--seed", type=int, default=0, metavar="N", help="of the random moments and places")
     add("--folder", type=Path, metavar="DIR", help="keep the runs here  [default: nowhere]")
     add("--json", action="store_true", help="print JSON in the place of the table")
@@ -304,7 +306,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def run_rows(rows: list[Row], bench: Bench) -> dict[str, Outcome]:
     """Plants the faults, saying how far it is."""
     outcomes: dict[str, Outcome] = {}
-    starts = {row.name: row.runs * (bench.moments if row.work is at_random else 1) for row in rows}
+    starts = {
+        row.name: row.runs * (bench.moments if row.name.startswith("random") else 1) for row in rows
+    }
     began, done, total = time.monotonic(), 0, sum(starts.values())
     for number, row in enumerate(rows, 1):
         elapsed = time.monotonic() - began

