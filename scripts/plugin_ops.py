@@ -78,6 +78,12 @@ LIMITS: dict[str, list[dict[str, Any]]] = {
             "source": "wheel: a message of its scatter handler",
         },
         {
+            "op": "stablehlo.scatter",
+            "rule": "drops",
+            "what": "writes somewhere what is out of bounds",
+            "source": "FACTS.md: issue 240 of jax-mps",
+        },
+        {
             "op": "stablehlo.reduce",
             "rule": "body",
             "allowed": ["add", "multiply", "minimum", "maximum", "and:i1", "or:i1", "arg"],

@@ -52,6 +52,7 @@ from moe_jax.profiling.portable import (
     lower_for,
     missing,
     read_plugin_table,
+    relied_on_drops,
 )
 from moe_jax.training.step import TrainProgram
 from moe_jax.utils.progress import say
@@ -144,8 +145,9 @@ def examine(program: Program, tables: list[PluginTable]) -> Finding:
     """Lowers a program once and compares it with each release."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        lowered = lower_for(program.trace(), tables[0].platform)
-    lacks: set[str] = set()
+        traced = program.trace()
+        lowered = lower_for(traced, tables[0].platform)
+    lacks = {line for table in tables for line in relied_on_drops(traced, table)}
     total, per_layer = 0, None
     for table in tables:
         try:

@@ -182,7 +182,8 @@ def draw_tokens(
         drawn_B = _pick(chance_BV, jax.vmap(jax.random.uniform)(key_B)[:, None])
         token_B = jnp.where(options.temperature > 0, drawn_B, token_B)
     if occurred_BV is not None:
-        occurred_BV = occurred_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+        row_B = jnp.arange(token_B.shape[0])
+        occurred_BV = occurred_BV.at[row_B, token_B].set(True, mode="promise_in_bounds")
     return token_B, jnp.isfinite(top_B1[:, 0]), RowState(state.drawn + 1, occurred_BV)
 
 

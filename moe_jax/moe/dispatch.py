@@ -185,7 +185,7 @@ def invert(place_N: Int[Array, " N"], rows: int) -> Int[Array, " M"]:
     source = (
         jnp.full((rows + 1,), size, jnp.int32)
         .at[jnp.minimum(place_N, rows)]
-        .set(jnp.arange(size, dtype=jnp.int32))
+        .set(jnp.arange(size, dtype=jnp.int32), mode="promise_in_bounds")
     )
     return source[:rows]
 

@@ -126,7 +126,7 @@ def select(
     if config.num_groups > 1:
         ranked_BSE = jnp.where(_open_groups(config, ranked_BSE), ranked_BSE, -jnp.inf)
     _, expert_BSK = lax.top_k(ranked_BSE, config.top_k)
-    weight_BSK = jnp.take_along_axis(score_BSE, expert_BSK, axis=-1)
+    weight_BSK = jnp.take_along_axis(score_BSE, expert_BSK, axis=-1, mode="promise_in_bounds")
     if config.normalize == "after":
         weight_BSK = _rescaled(weight_BSK)
     return expert_BSK, weight_BSK * config.routed_scale

@@ -17,16 +17,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import mlir
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
+from jax.lax import GatherScatterMode
 from packaging.specifiers import SpecifierSet
 
 NOT_STARTED = ("stablehlo.constant", "stablehlo.return", "func.return")
 """Operations that start nothing on a device."""
+DROPS = "drops"  # the rule of a plug-in that does not drop what is scattered out of bounds
 UNWANTED = {
     **dict.fromkeys(
         (
@@ -142,7 +144,7 @@ def _lacks(op: ir.Operation, table: PluginTable) -> Iterator[str]:
     for attribute in _foreign_attributes(op, table):
         yield f"{op.name}: attribute {attribute}"
     for limit in table.limits:
-        if limit.op == op.name and (seen := _RULES[limit.rule](op, limit)):
+        if limit.op == op.name and limit.rule != DROPS and (seen := _RULES[limit.rule](op, limit)):
             yield f"{op.name}: {seen} ({limit.what})"
 
 
@@ -207,6 +209,34 @@ _RULES: dict[str, Callable[[ir.Operation, Limit], str]] = {
     "half_dot_result": _check_half_dot,
 }
 """How a limit is checked: what is said of an operation that breaks it, else nothing."""
+
+
+def relied_on_drops(traced: jax.stages.Traced, table: PluginTable) -> list[str]:
+    """Scatters that may have to drop what is out of bounds, where the plug-in does not; a line for
+    each kind and place, sorted.
+
+    StableHLO drops always, so that only JAX's own program says which scatters need it not: those
+    whose mode is `clip` or `promise_in_bounds`.
+    """
+    limits = [limit for limit in table.limits if limit.rule == DROPS]
+    found = {
+        f"{limit.op}: {equation.primitive.name} may have to drop indices ({limit.what})"
+        for limit in limits
+        for equation in _equations(traced.jaxpr.jaxpr)
+        if equation.params.get("mode") == GatherScatterMode.FILL_OR_DROP
+        and equation.primitive.name.startswith("scatter")
+    }
+    return sorted(found)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, those inside others included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(tuple(equation.params.values())):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
 
 
 class OpCount(NamedTuple):

@@ -20,6 +20,7 @@ from moe_jax.profiling.portable import (
     lower_for,
     missing,
     read_plugin_table,
+    relied_on_drops,
 )
 from tests.support.metal_plugins import TABLES, plugin
 
@@ -87,6 +88,22 @@ def test_what_is_planted_is_found(kind: str, mps: PluginTable) -> None:
     function, said = PLANTED[kind]
     found = lacks(mps, function, X)
     assert any(line.startswith(said) for line in found), found
+
+
+def test_scatters_that_may_drop_are_found(mps: PluginTable) -> None:
+    def scattered(mode: str | None) -> Callable[[Any], Any]:
+        return lambda x: lax.map(lambda row: row.at[jnp.argmax(row)].set(0, mode=mode), x)
+
+    assert relied_on_drops(jax.jit(scattered(None)).trace(X), mps) == [
+        "stablehlo.scatter: scatter may have to drop indices (writes somewhere what is out of "
+        "bounds)"
+    ]
+    for mode in ("clip", "promise_in_bounds"):
+        assert relied_on_drops(jax.jit(scattered(mode)).trace(X), mps) == []
+    repeated = jax.jit(lambda x: jnp.repeat(x, jnp.arange(4), axis=0, total_repeat_length=6))
+    assert relied_on_drops(repeated.trace(X), mps)
+    dropless = dataclasses.replace(mps, limits=())
+    assert relied_on_drops(repeated.trace(X), dropless) == []
 
 
 def test_what_the_plugin_can_do_passes(mps: PluginTable) -> None:
