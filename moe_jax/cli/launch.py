@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_jax.cli.options import COMPUTING, option, path_option
 from moe_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from moe_jax.config.schema import MeshConfig
+
+ELASTIC_RESTARTS = 3
 EXAMPLE = "moe-jax launch -n 2 --max-restarts 3 -- train configs/tiny.yaml"
 
 
@@ -35,15 +40,24 @@ def launch(
         ),
     ] = None,
     max_restarts: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-restarts",
             metavar="R",
             min=0,
+            show_default=False,
             help="Restart a run from its last checkpoint so often after a death; a new checkpoint "
-            "begins the count again.",
+            f"begins the count again.  [default: 0; with --elastic {ELASTIC_RESTARTS}]",
         ),
-    ] = 0,
+    ] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option(
+            "--elastic",
+            help="Restart with a process less, on a smaller mesh; SIGUSR2 to launch brings all "
+            "back.",
+        ),
+    ] = False,
     log_dir: Annotated[
         Path | None,
         path_option(
@@ -55,6 +69,30 @@ def launch(
     ] = None,
 ) -> None:
     """Run a command as N processes of this machine that form one mesh."""
+    name, parsed = _checked(context, command or [], processes, max_restarts, elastic)
+    from moe_jax.launch.elastic import Elastic
+    from moe_jax.launch.processes import Job, supervise
+
+    words, shrinking = tuple(command or ()), None
+    job = Job(words, processes, devices, log_dir=log_dir)
+    if name == "train":
+        run_dir, mesh, simulated = _training(parsed, processes, devices)
+        job = dataclasses.replace(job, run_dir=run_dir)
+        if elastic:
+            overrides = tuple(parsed["overrides"] or ())
+            shrinking = Elastic(job, str(parsed["config"]), overrides, mesh, simulated)
+    restarts = (ELASTIC_RESTARTS if elastic else 0) if max_restarts is None else max_restarts
+    raise typer.Exit(supervise(job, max_restarts=restarts, elastic=shrinking))
+
+
+def _checked(
+    context: typer.Context,
+    command: list[str],
+    processes: int,
+    max_restarts: int | None,
+    elastic: bool,
+) -> tuple[str, dict[str, Any]]:
+    """The command's name and parameters. Raises UserError for what cannot be launched."""
     if processes < 1:
         raise UserError(f"-n {processes} starts nothing: give 1 or more.")
     if not command:
@@ -73,11 +111,20 @@ def launch(
         raise UserError("launch chooses --coordinator and --process-id itself: leave them out.")
     if max_restarts and name != "train":
         raise UserError(f"--max-restarts is for train: {name} has no checkpoint to go on from.")
-    run_dir = _run_dir(parsed, processes, devices) if name == "train" else None
-    from moe_jax.launch.processes import Job, supervise
+    if elastic:
+        _check_elastic(name, processes, max_restarts)
+    return name, parsed
 
-    job = Job(tuple(command), processes, devices, run_dir, log_dir)
-    raise typer.Exit(supervise(job, max_restarts=max_restarts))
+
+def _check_elastic(name: str, processes: int, max_restarts: int | None) -> None:
+    if name != "train":
+        raise UserError(f"--elastic is for train: {name} has no checkpoint to go on from.")
+    if processes == 1:
+        raise UserError("--elastic needs processes to lose: -n 1 has only one; give -n 2 or more.")
+    if max_restarts == 0:
+        raise UserError(
+            "--elastic goes on after a death, which --max-restarts 0 forbids: leave one out."
+        )
 
 
 def _parse(context: typer.Context, command: list[str]) -> dict[str, Any]:
@@ -88,9 +135,11 @@ def _parse(context: typer.Context, command: list[str]) -> dict[str, Any]:
         return dict(inner.params)
 
 
-def _run_dir(parsed: dict[str, Any], processes: int, devices: int | None) -> Path:
-    """Where a training command writes. Raises UserError for a configuration that is wrong, or whose
-    mesh so many processes cannot share.
+def _training(
+    parsed: dict[str, Any], processes: int, devices: int | None
+) -> tuple[Path, MeshConfig, bool]:
+    """Where a training command writes, its mesh, and whether its devices are simulated ones. Raises
+    UserError for a configuration that is wrong, or whose mesh so many processes cannot share.
     """
     from moe_jax.config.load import load_config
 
@@ -106,8 +155,8 @@ def _run_dir(parsed: dict[str, Any], processes: int, devices: int | None) -> Pat
             f"-n {processes} x --devices-per-process {devices} is {processes * devices} devices, "
             f"but the mesh has {size}: give --devices-per-process {size // processes}."
         )
-    if parsed["run_dir"] is not None:
-        return Path(parsed["run_dir"])
     from moe_jax.tracking.run_dir import default_run_dir
 
-    return default_run_dir(parsed["config"], config.name)
+    asked = parsed["run_dir"]
+    run_dir = Path(asked) if asked is not None else default_run_dir(parsed["config"], config.name)
+    return run_dir, config.mesh, bool(config.devices.simulate)

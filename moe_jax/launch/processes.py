@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moe_jax.checkpoint.steps import saved_steps
 from moe_jax.launch.process_log import ProcessLog, terminal_stderr
@@ -37,6 +37,7 @@ PORTS = 5  # tries, where another program takes the port between our look and it
 LONGEST_WAIT = 60.0  # seconds before a restart
 STOP = (signal.SIGINT, signal.SIGTERM)  # these end a command; the others ask for a save
 PASSED = (*STOP, *SAVE_SIGNALS)
+GROW = signal.SIGUSR2  # to a job that shrank; to others it is passed on
 _POLL = 0.02  # seconds
 
 
@@ -49,13 +50,14 @@ class Job:
     devices: int | None = None  # simulated devices of each process
     run_dir: Path | None = None  # of a training run
     log_dir: Path | None = None
+    mesh: str | None = None  # to tell of, where it is not the configured one
 
     def again(self) -> Job:
         """The same from the newest whole checkpoint."""
         words = [word for word in self.command if word != "--overwrite"]
         for flag in ("--resume", "--fallback"):
             if flag not in words:
-                words = _with_options(words, flag)
+                words = with_options(words, flag)
         return dataclasses.replace(self, command=tuple(words))
 
 
@@ -87,18 +89,32 @@ ArgumentsOf = Callable[[Job, int, int], list[str]]
 def child_arguments(job: Job, process: int, port: int) -> list[str]:
     """The command line of one process."""
     meeting = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", str(job.processes))
-    words = _with_options(list(job.command), *meeting, "--process-id", str(process))
+    words = with_options(list(job.command), *meeting, "--process-id", str(process))
     return [sys.executable, "-m", "moe_jax", *words]
 
 
+class Shrinking(Protocol):
+    """How a job goes on with fewer processes: `moe_jax.launch.elastic.Elastic`."""
+
+    def on_fewer(self, job: Job) -> Job | None: ...
+
+    def again_in_full(self) -> Job: ...
+
+
 def supervise(
-    job: Job, *, max_restarts: int = 0, wait: float = 1.0, arguments_of: ArgumentsOf | None = None
+    job: Job,
+    *,
+    max_restarts: int = 0,
+    wait: float = 1.0,
+    arguments_of: ArgumentsOf | None = None,
+    elastic: Shrinking | None = None,
 ) -> int:
     """Runs the job to its end; returns the exit code of the whole.
 
     A death is followed by a restart, `wait` seconds later, twice as long each time, up to
     `max_restarts` times in a row; a new checkpoint in between begins the count again. A user's
-    mistake (exit code 2) is not tried twice, nor is anything after a signal to stop.
+    mistake (exit code 2) is not tried twice, nor is anything after a signal to stop. With `elastic`
+    a restart has a process less, where a mesh fits, until GROW comes.
     """
     arguments_of = arguments_of or child_arguments
     failures, newest, ports = 0, _newest_step(job.run_dir), 1
@@ -107,18 +123,17 @@ def supervise(
             group = _Group(job, arguments_of)
             death = group.watch(received)
             if death is None:
-                return group.stopped_code
+                if elastic is None or not group.growing:
+                    return group.stopped_code
+                job, failures, ports = elastic.again_in_full(), 0, 1
+                _say(f"moe-jax launch: going on with all {job.processes} processes.")
+                continue
             if death.port_taken and ports < PORTS and group.stopped is None:
                 ports += 1
                 continue
-            if death.code == _USER_ERROR:
-                if not group.told_user:
-                    _say("\n".join(death.lines[-1:]) or "moe-jax: a process refused to start.")
-                return _USER_ERROR
-            if group.stopped is not None and death.exit_code in (130, 143):
-                return death.exit_code  # as asked, by a command that has nothing to save
-            _say(_sentence(death, job))
-            if group.stopped is not None or max_restarts == 0:
+            if (code := _final(death, group, job)) is not None:
+                return code
+            if max_restarts == 0:
                 return death.exit_code
             step = _newest_step(job.run_dir)
             failures, newest = (0, step) if step > newest else (failures, newest)
@@ -129,14 +144,40 @@ def supervise(
                 )
                 return death.exit_code
             pause = min(wait * 2**failures, LONGEST_WAIT)
-            failures, job, ports = failures + 1, job.again(), 1
+            failures, ports = failures + 1, 1
+            job, how = _next_job(job, elastic)
             origin = "the beginning" if step < 0 else f"the checkpoint of step {step}"
             _say(
                 f"moe-jax launch: restart {failures} of at most {max_restarts} in {pause:g} s, "
-                f"from {origin}."
+                f"from {origin}{how}."
             )
             if (number := _wait_for_signal(received, pause)) is not None:
                 return 128 + number
+
+
+def _final(death: Death, group: _Group, job: Job) -> int | None:
+    """The exit code of the whole where nothing may follow a death, which is told; else None."""
+    if death.code == _USER_ERROR:
+        if not group.told_user:
+            _say("\n".join(death.lines[-1:]) or "moe-jax: a process refused to start.")
+        return _USER_ERROR
+    if group.stopped is not None and death.exit_code in (130, 143):
+        return death.exit_code  # as asked, by a command that has nothing to save
+    _say(_sentence(death, job))
+    return death.exit_code if group.stopped is not None else None
+
+
+def _next_job(job: Job, elastic: Shrinking | None) -> tuple[Job, str]:
+    """What follows a death, and what to say of it."""
+    if elastic is None:
+        return job.again(), ""
+    fewer = elastic.on_fewer(job)
+    if fewer is None:
+        return job.again(), f" with {job.processes} again, because no smaller mesh fits the run"
+    return fewer, (
+        f", with {fewer.processes} of the {job.processes} processes on the mesh {fewer.mesh}; "
+        f"all again: kill -USR2 {os.getpid()}"
+    )
 
 
 class _Group:
@@ -146,6 +187,7 @@ class _Group:
         self._job = job
         self.stopped: float | None = None  # when a signal to stop came
         self.stopped_code = 0
+        self.growing = False  # whether it ends in order to go on with more processes
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[ProcessLog] = []
         self._typed = bool(sys.stdin and sys.stdin.isatty())
@@ -244,6 +286,10 @@ class _Group:
                     continue
             if self._typed and number in (signal.SIGINT, signal.SIGHUP):
                 continue
+            if number == GROW and self._job.mesh is not None:
+                if self.growing:
+                    continue
+                self.growing, number = True, signal.SIGTERM  # it saves and ends well
             if self._children[0].poll() is None:
                 self._children[0].send_signal(number)
 
@@ -320,7 +366,7 @@ def _log_file(job: Job, process: int, stamp: int) -> Path | None:
 # Small parts
 
 
-def _with_options(words: list[str], *options: str) -> list[str]:
+def with_options(words: list[str], *options: str) -> list[str]:
     """The words with more options; after `--` there would be arguments."""
     at = words.index("--") if "--" in words else len(words)
     return [*words[:at], *options, *words[at:]]

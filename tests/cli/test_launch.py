@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.launch import processes
+from moe_jax.launch.elastic import Elastic
 from moe_jax.launch.processes import Job
 from tests.support import ROOT
 from tests.support.command import call
@@ -19,7 +20,8 @@ def started(monkeypatch):
     """The jobs that were started, and with how many restarts; each ends with 7."""
     jobs: list[tuple[Job, int]] = []
 
-    def supervise(job: Job, *, max_restarts: int) -> int:
+    def supervise(job: Job, *, max_restarts: int, elastic: Elastic | None) -> int:
+        assert elastic is None or elastic.full == job
         jobs.append((job, max_restarts))
         return 7
 
@@ -44,6 +46,12 @@ def started(monkeypatch):
             "--max-restarts is for train",
         ),
         (["-n", "2", "--", "train", TINY, "--stp"], "No such option: --stp"),
+        (["-n", "2", "--elastic", "--", "chat", "x"], "--elastic is for train: chat has no"),
+        (["-n", "1", "--elastic", "--", "train", TINY], "-n 1 has only one; give -n 2 or more."),
+        (
+            ["-n", "2", "--elastic", "--max-restarts", "0", "--", "train", TINY],
+            "which --max-restarts 0 forbids: leave one out.",
+        ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

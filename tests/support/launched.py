@@ -44,6 +44,8 @@ def main(folder: Path, process: str, script: str) -> None:
             while not list(folder.glob(f"int_{process}_*")):
                 time.sleep(0.01)
             time.sleep(0.2)  # for a second one
+        elif name == "grow":
+            os.kill(os.getppid(), signal.SIGUSR2)
         elif name == "kill":
             os.kill(os.getpid(), int(value))
         elif name == "exit":
