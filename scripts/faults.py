@@ -112,6 +112,7 @@ def at_random(process: int) -> Callable[[Bench], Outcome]:
             where = f"moment {number} at {seconds:.1f} s, {' '.join(found.notes)}"
             found.wrong = [f"{where}: {text}" for text in found.wrong]
             outcome.join(found)
+            _say(f"    moment {number + 1}/{bench.moments}: {found.wrong or where}")
         return outcome
 
     return work

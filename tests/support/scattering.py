@@ -11,21 +11,23 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel import collectives
 from moe_jax.runtime.distributed import ProcessGroup, join_processes
 from tests.support.forked import run_child
 
-MIB = (1, 4, 16)  # of f32, on each process
+MIB = (1, 8)  # of f32 on each device, half of which a scatter leaves it
 TRIES = 5
+GROUPS = 4  # of two devices, which send at the same time, as in jax issue 40830
 
 
 def scatter_ours(x: jax.Array) -> jax.Array:
@@ -33,9 +35,13 @@ def scatter_ours(x: jax.Array) -> jax.Array:
     own = jax.eval_shape(lambda y: lax.split(y, [len(y) // 2, len(y) // 2])[0], x)
     _, back = jax.vjp(
         lambda y: collectives.all_gather(y, "data", 0),
-        collectives.vary(jax.numpy.zeros(own.shape, own.dtype), ("data",)),
+        collectives.vary(jax.numpy.zeros(own.shape, own.dtype), ("group", "data")),
     )
     return back(x)[0]
+
+
+def _part(values: np.ndarray, at: Any) -> np.ndarray:
+    return values[at]
 
 
 OPERATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -46,19 +52,26 @@ OPERATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def measure(rank: int, port: int, out: Path) -> None:
+    jax.config.update("jax_num_cpu_devices", GROUPS)
     join_processes(ProcessGroup(f"127.0.0.1:{port}", 2, rank))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    devices = np.array(jax.devices()).reshape(2, GROUPS).T  # each group has one of each process
+    mesh = Mesh(devices, ("group", "data"), axis_types=(AxisType.Auto,) * 2)
     rng, found = np.random.default_rng(0), dict[str, Any]()
     for size in MIB:
         # Whole numbers: their sum is the same in any order.
-        values = rng.integers(0, 1000, (2, size << 18)).astype(np.float32)
-        held = NamedSharding(mesh, P("data"))
-        x = jax.make_array_from_process_local_data(held, values[rank])
-        total = values.sum(0)
+        values = rng.integers(0, 1000, (GROUPS, 2, size << 18)).astype(np.float32)
+        held = NamedSharding(mesh, P("group", "data"))
+        x = jax.make_array_from_callback(values.shape, held, partial(_part, values))
+        total = values.sum(1)
         for name, operation in OPERATIONS.items():
-            spec = P() if name == "psum" else P("data")
+            spec = P("group") if name == "psum" else P("group", "data")
             program = jax.jit(
-                jax.shard_map(operation, mesh=mesh, in_specs=P("data"), out_specs=spec)
+                jax.shard_map(
+                    lambda y, operation=operation: operation(y[0, 0])[None],
+                    mesh=mesh,
+                    in_specs=P("group", "data"),
+                    out_specs=spec,
+                )
             )
             compiled = program.lower(x).compile()
             wrong = 0
