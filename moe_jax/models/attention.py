@@ -293,7 +293,9 @@ def _write_first(cache: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Arra
     """
     zero = jnp.int32(0)
     start = (layer, *(zero for _ in range(1, cache.ndim)))
-    return lax.dynamic_update_slice(cache, new.astype(cache.dtype)[None], start)
+    return lax.dynamic_update_slice(
+        cache, new.astype(cache.dtype)[None], start, allow_negative_indices=False
+    )
 
 
 def _write_behind(
@@ -306,8 +308,9 @@ def _write_behind(
 
     def write(row: jax.Array, cache: jax.Array) -> jax.Array:
         start = (new.start[row] if d == dim else zero for d in range(2, cache.ndim))
-        one_row = lax.dynamic_slice_in_dim(entries, row, 1)
-        return lax.dynamic_update_slice(cache, one_row[None], (layer, row, *start))
+        one_row = lax.dynamic_slice_in_dim(entries, row, 1, allow_negative_indices=False)
+        at = (layer, row, *start)
+        return lax.dynamic_update_slice(cache, one_row[None], at, allow_negative_indices=False)
 
     if entries.shape[0] == 1:
         return write(zero, cache)

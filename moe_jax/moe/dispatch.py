@@ -39,8 +39,8 @@ class Tables(NamedTuple):
 
 
 def _rows(x_ND: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows by index; an index past the end gives zeros."""
-    return x_ND.at[index].get(mode="fill", fill_value=0)
+    """Rows by index; an index past the end gives zeros. None is negative."""
+    return x_ND.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 @jax.custom_vjp
@@ -128,10 +128,15 @@ def choose_slots(
     """
     num_experts, num_slots = start_E.shape[0], slots_P.shape[0]
     expert = jnp.minimum(expert_TK, num_experts - 1)
-    turn_TK = (jnp.arange(expert_TK.shape[0], dtype=jnp.int32)[:, None] + turn) % replicas_E[expert]
-    return jnp.where(expert_TK < num_experts, slots_P[start_E[expert] + turn_TK], num_slots).astype(
-        jnp.int32
-    )
+    token_T1 = jnp.arange(expert_TK.shape[0], dtype=jnp.int32)[:, None] + turn
+    turn_TK = lax.rem(*jnp.broadcast_arrays(token_T1, _entries(replicas_E, expert)))
+    slot_TK = _entries(slots_P, _entries(start_E, expert) + turn_TK)
+    return jnp.where(expert_TK < num_experts, slot_TK, num_slots).astype(jnp.int32)
+
+
+def _entries(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Entries of a table by indices that are inside it: said so, they need no code for others."""
+    return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def queue_choices(

@@ -97,4 +97,4 @@ def _places(
     """`size` places of one layer of a cache [R, B, ...] whose dim `dim` counts places."""
     at = (layer, *(start if d == dim else 0 for d in range(1, cache.ndim)))
     shape = (1, *(size if d == dim else cache.shape[d] for d in range(1, cache.ndim)))
-    return lax.dynamic_slice(cache, at, shape)[0]
+    return lax.dynamic_slice(cache, at, shape, allow_negative_indices=False)[0]
