@@ -29,6 +29,7 @@ from moe_jax import __version__
 from moe_jax.errors import UserError
 from moe_jax.generation.streaming import EMPTY_STOP
 from moe_jax.generation.template_options import TemplateOptions
+from moe_jax.runtime.devices import check_platform, use_platform
 from moe_jax.runtime.distributed import (
     JOIN_SECONDS,
     ProcessGroup,
@@ -147,7 +148,16 @@ class ModelArgument:
         return path
 
 
-# Several processes
+# Where a command computes
+
+Platform = Annotated[
+    str | None,
+    option(
+        "--platform",
+        metavar="NAME",
+        help="cpu, cuda, rocm, tpu, metal or metal-on-cpu.  [default: the fastest there is]",
+    ),
+]
 
 # Commands that compute: they start themselves once more with huge pages, and may be several
 # processes.
@@ -156,8 +166,11 @@ COMPUTING = ("train", "generate", "chat", "eval", "bench")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessFlags:
-    """How this process finds the others of its command, where there are several."""
+    """The platform of this process, and how it finds the others of its command, where there are
+    several.
+    """
 
+    platform: Platform = None
     coordinator: Annotated[
         str | None,
         option(
@@ -179,15 +192,19 @@ class ProcessFlags:
     ] = JOIN_SECONDS
 
     def __post_init__(self) -> None:
+        check_platform(self.platform)
         self._group()
 
     def _group(self) -> ProcessGroup:
         return ProcessGroup(self.coordinator, self.num_processes, self.process_id)
 
     def join(self, **same: str) -> None:
-        """Joins the other processes, if there are any, before JAX starts. Raises UserError where
-        they cannot be found, or one of them was started with something that is not the `same`.
+        """Chooses the platform and joins the other processes, if there are any, before JAX starts.
+
+        Raises UserError where there is no such platform, the others cannot be found, or one of them
+        was started with something that is not the `same`.
         """
+        use_platform(self.platform)
         join_processes(self._group(), seconds=self.join_timeout)
         compare_processes("version of moe-jax", __version__)
         for name, text in same.items():

@@ -1,4 +1,5 @@
-"""The devices of this process: how many CPU devices are simulated, and the threads that they need.
+"""The devices of this process: their platform, how many CPU devices are simulated, and the threads
+that they need.
 
 JAX is imported only when one of these is called: the compile cache has settings that must come
 first.
@@ -6,11 +7,68 @@ first.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 from moe_jax.config.schema import DevicesConfig, MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.runtime import distributed
+from moe_jax.runtime import distributed, metal
+from moe_jax.utils.units import one_of_these
+
+# Platforms by what --platform calls them, each with the modules of which one must be installed.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"),
+    "rocm": ("jax_rocm7_plugin", "jax_rocm60_plugin"),
+    "tpu": ("libtpu",),
+    "metal": (),
+    metal.METAL_ON_CPU: (),
+}
+
+
+def check_platform(name: str | None) -> None:
+    """Raises UserError for what is no platform."""
+    if name is not None and name not in _MODULES:
+        raise UserError(f"--platform {name!r} is unknown: choose {one_of_these(list(_MODULES))}.")
+
+
+def use_platform(name: str | None) -> None:
+    """Computes on this platform, before JAX starts; for None on a Mac's GPU if there is one, and
+    else where JAX would. Raises UserError where the platform is not there.
+    """
+    check_platform(name)
+    if name is None and metal.found():
+        name = "metal"
+    plugin = metal.require() if name == "metal" else name
+    modules = () if name is None else _MODULES[name]
+    if modules and not any(map(importlib.util.find_spec, modules)):
+        extra = "" if name == "rocm" else f": pip install 'moe-jax[{name}]'"
+        raise UserError(f"--platform {name}: JAX has no plug-in for it{extra}.")
+    import jax
+
+    from moe_jax.runtime import platform
+
+    platform.stand_in(name if name == metal.METAL_ON_CPU else None)
+    if name == metal.METAL_ON_CPU or name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif plugin is not None:
+        jax.config.update("jax_platforms", f"{plugin},cpu")
+
+
+def check_one_device(devices: int, what: str) -> None:
+    """Raises UserError for several devices where the platform has one; `what` asks for them."""
+    if devices == 1:
+        return
+    import jax
+
+    from moe_jax.runtime import platform
+
+    chosen = (jax.config.jax_platforms or "").partition(",")[0]  # type: ignore[attr-defined]
+    if platform.stands_in() or chosen in metal.PLUGINS:
+        raise UserError(
+            f"{what} asks for {devices} devices and a Mac has one GPU: use a mesh of one device, "
+            f"or --platform cpu for simulated ones."
+        )
 
 
 def use_devices(config: DevicesConfig, mesh: MeshConfig | None = None) -> None:
@@ -18,6 +76,10 @@ def use_devices(config: DevicesConfig, mesh: MeshConfig | None = None) -> None:
     accelerator its share of `mesh` in any case. Raises UserError if JAX already runs with another
     number of devices.
     """
+    if config.simulate:
+        check_one_device(config.simulate, f"devices.simulate={config.simulate}")
+    elif mesh is not None:
+        check_one_device(mesh.size, f"the mesh {mesh.axes_text}")
     if not config.simulate:
         if distributed.process_count() > 1 and mesh is not None:
             start_devices(mesh, None)
@@ -58,7 +120,9 @@ def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
     """
     import jax
 
+    check_one_device(mesh.size, f"--mesh {mesh.axes_text}")
     if simulate is not None:
+        check_one_device(simulate, f"--simulate {simulate}")
         use_devices(DevicesConfig(simulate=simulate))
         return
     share = distributed.local_share(mesh.size, f"the mesh {mesh.axes_text or 'of one device'}")

@@ -4,6 +4,9 @@ matters.
     platform_of(mesh.devices.flat[0]).donates
     default_platform().dtype
 
+Apple's Metal has one record for all of its plug-ins, of what the weakest of them can do. The CPU
+can stand in for it (`stand_in`): programs are then those for Metal, and run anywhere.
+
 A platform that is not listed counts as `gpu` where rates are assumed; nothing else that it could do
 is relied on. Rates are assumptions for decisions that must not depend on a measurement: of a
 device's matmuls in FLOP/s, of its link to others of its host and of a host's link to others in
@@ -14,9 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
+
+from moe_jax.runtime.metal import METAL_ON_CPU, PLUGINS
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,12 @@ class Platform:
     flops: float
     link_within: float
     link_between: float
+    one_device: bool = False  # there is no second one, and no collective
+    # A loop may be as long as the program finds out; elsewhere each turn then waits for the host.
+    open_loops: bool = True
+    stacks_in_loops: bool = True  # what a loop stacks, turn by turn, comes out whole
+    mixed_dots: bool = True  # a product of bf16 matrices can have f32 results
+    sorts_by_several: bool = True  # keys, one after another
 
 
 _CPU = Platform(
@@ -79,7 +92,72 @@ _TPU = Platform(
     link_within=4e11,
     link_between=1e11,
 )
-PLATFORMS = {"cpu": _CPU, "gpu": _GPU, "cuda": _GPU, "rocm": _GPU, "tpu": _TPU}
+# What no plug-in lacks, from the wheels and the issues of jax-mps 0.10.11 and metaljax 0.11.9.
+# Rates are of an M4 Max, as Apple publishes its memory's and others measured.
+_METAL = Platform(
+    name="metal",
+    simulated=False,
+    donates=False,
+    dtype="bfloat16",
+    ragged_dot=False,
+    fused_attention=False,
+    reads_host=False,
+    matmul_size=4096,
+    calls_in_flight=8,
+    flops=1.5e13,
+    link_within=5e11,
+    link_between=1e9,
+    one_device=True,
+    open_loops=False,
+    stacks_in_loops=False,
+    mixed_dots=False,
+    sorts_by_several=False,
+)
+_METAL_ON_CPU = dataclasses.replace(
+    _METAL,
+    simulated=True,
+    dtype=_CPU.dtype,
+    matmul_size=_CPU.matmul_size,
+    calls_in_flight=_CPU.calls_in_flight,
+    flops=_CPU.flops,
+    link_within=_CPU.link_within,
+)
+PLATFORMS = {
+    "cpu": _CPU,
+    "gpu": _GPU,
+    "cuda": _GPU,
+    "rocm": _GPU,
+    "tpu": _TPU,
+    **dict.fromkeys(PLUGINS, _METAL),
+}
+
+_stand_in: Platform | None = None
+
+
+def stand_in(name: str | None) -> None:
+    """From now on CPU devices have the record of this platform, `metal-on-cpu`, or again their own.
+
+    What is compiled already stays as it is.
+    """
+    global _stand_in
+    _stand_in = {None: None, METAL_ON_CPU: _METAL_ON_CPU}[name]
+
+
+def stands_in() -> bool:
+    """Whether CPU devices have another platform's record."""
+    return _stand_in is not None
+
+
+@contextmanager
+def standing_in(name: str | None) -> Iterator[None]:
+    """`stand_in` for a while."""
+    global _stand_in
+    before = _stand_in
+    stand_in(name)
+    try:
+        yield
+    finally:
+        _stand_in = before
 
 
 def _unknown(name: str) -> Platform:
@@ -122,7 +200,7 @@ _KINDS = (
 
 def platform_of(device: jax.Device) -> Platform:
     """The record of a device's platform, with the rates of its kind if that is listed."""
-    record = PLATFORMS.get(device.platform) or _unknown(device.platform)
+    record = _record(device.platform)
     if record.simulated:
         return record
     for kind, flops, within, between in _KINDS:
@@ -135,7 +213,12 @@ def platform_of(device: jax.Device) -> Platform:
 
 def default_platform() -> Platform:
     """The record of JAX's default back end; rates are those of no kind."""
-    name = jax.default_backend()
+    return _record(jax.default_backend())
+
+
+def _record(name: str) -> Platform:
+    if name == "cpu" and _stand_in is not None:
+        return _stand_in
     return PLATFORMS.get(name) or _unknown(name)
 
 

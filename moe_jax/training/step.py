@@ -302,12 +302,12 @@ class TrainProgram:
 
     @cached_property
     def train_step(self):
-        """(state, batch) -> (state, StepStats); the given state's buffers are reused. A step that
-        is not finite changes nothing but the counts of steps.
+        """(state, batch) -> (state, StepStats); the given state's buffers are reused where the
+        platform can. A step that is not finite changes nothing but the counts of steps.
         """
         return jax.jit(
             self._train_step,
-            donate_argnums=0,
+            donate_argnums=(0,) if platform_of(self.mesh.devices.flat[0]).donates else (),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
         )
 

@@ -7,7 +7,14 @@ import types
 import jax
 import pytest
 
-from moe_jax.runtime.platform import PLATFORMS, default_platform, host_device, platform_of
+from moe_jax.runtime.metal import METAL_ON_CPU, PLUGINS
+from moe_jax.runtime.platform import (
+    PLATFORMS,
+    default_platform,
+    host_device,
+    platform_of,
+    standing_in,
+)
 
 
 def device(platform: str, kind: str) -> types.SimpleNamespace:
@@ -60,7 +67,22 @@ def test_an_unlisted_kind_is_its_platform(platform: str, kind: str) -> None:
 
 
 def test_an_unknown_platform_is_relied_on_for_nothing() -> None:
-    record = platform_of(device("METAL", "Apple M3"))
-    assert record.name == "METAL" and not record.simulated
+    record = platform_of(device("vulkan", "Adreno 750"))
+    assert record.name == "vulkan" and not record.simulated
     assert not (record.donates or record.ragged_dot or record.fused_attention or record.reads_host)
     assert record.flops == PLATFORMS["gpu"].flops
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_every_plug_in_for_metal_has_the_record_of_the_weakest(name: str) -> None:
+    record = platform_of(device(name, "Apple M4 Max"))
+    assert record.name == "metal" and record.one_device and record.dtype == "bfloat16"
+    assert not (record.donates or record.open_loops or record.mixed_dots or record.ragged_dot)
+
+
+def test_the_cpu_stands_in_for_metal_and_is_itself_again() -> None:
+    with standing_in(METAL_ON_CPU):
+        record = platform_of(jax.devices()[0])
+        assert record is default_platform() and record.simulated and record.dtype == "float32"
+        assert record.name == "metal" and not (record.donates or record.open_loops)
+    assert default_platform() is PLATFORMS["cpu"]
