@@ -338,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.list:
         print("\n".join(f"{row.name:18} {row.fault}" for row in given.rows))
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leave no run
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         folder = Path(scratch) if given.folder is None else given.folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
