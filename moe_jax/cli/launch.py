@@ -54,8 +54,8 @@ def launch(
         bool,
         typer.Option(
             "--elastic",
-            help="Restart with a process less, on a smaller mesh; SIGUSR2 to launch brings all "
-            "back.",
+            help="Restart without the processes that died, on a smaller mesh; SIGUSR2 to launch "
+            "brings all back.",
         ),
     ] = False,
     log_dir: Annotated[
@@ -70,7 +70,6 @@ def launch(
 ) -> None:
     """Run a command as N processes of this machine that form one mesh."""
     name, parsed = _checked(context, command or [], processes, max_restarts, elastic)
-    from moe_jax.launch.elastic import Elastic
     from moe_jax.launch.processes import Job, supervise
 
     words, shrinking = tuple(command or ()), None
@@ -79,6 +78,8 @@ def launch(
         run_dir, mesh, simulated = _training(parsed, processes, devices)
         job = dataclasses.replace(job, run_dir=run_dir)
         if elastic:
+            from moe_jax.launch.elastic import Elastic
+
             overrides = tuple(parsed["overrides"] or ())
             shrinking = Elastic(job, str(parsed["config"]), overrides, mesh, simulated)
     restarts = (ELASTIC_RESTARTS if elastic else 0) if max_restarts is None else max_restarts

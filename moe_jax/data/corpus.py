@@ -95,7 +95,7 @@ class Corpus:
         """
         import grain
 
-        rows = _process_rows(global_batch, process_index, process_count)
+        rows = process_rows(global_batch, process_index, process_count)
         if len(self.train) < global_batch:
             raise UserError(
                 f"data.source has text for {len(self.train)} training sequences but "
@@ -121,7 +121,7 @@ class Corpus:
         Raises:
           UserError: fewer than `count * global_batch` windows are held out, or n does not divide B.
         """
-        rows = _process_rows(global_batch, process_index, process_count)
+        rows = process_rows(global_batch, process_index, process_count)
         wanted = count * global_batch
         for number, (part, needed) in enumerate(self.validation.shares(wanted)):
             if len(part) < needed:
@@ -232,8 +232,10 @@ def _read(
     return text.hash, text.stream, split_for(text, config.validation_fraction, seq_len)
 
 
-def _process_rows(global_batch: int, process_index: int, process_count: int) -> slice:
-    """The rows of the global batch that belong to this process."""
+def process_rows(global_batch: int, process_index: int, process_count: int) -> slice:
+    """The rows of the global batch that belong to this process. Raises UserError where the
+    processes cannot share it evenly.
+    """
     if global_batch % process_count:
         raise UserError(
             f"train.global_batch={global_batch} is not divisible by the {process_count} "

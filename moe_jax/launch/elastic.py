@@ -1,7 +1,7 @@
 """A run that goes on with the processes that are left, on a smaller mesh, and grows again.
 
-The devices of each process and the tensor axis stay. Which meshes fit a run its configuration says:
-each is tried there, so no rule of divisibility is written twice.
+The devices of each process and the tensor axis stay. Which meshes fit a run is asked where a start
+would refuse them: the configuration, the share of the batch, and the files of placement.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from moe_jax.config.load import load_config
 from moe_jax.config.schema import MeshConfig
+from moe_jax.data.corpus import process_rows
 from moe_jax.errors import UserError
 from moe_jax.launch.processes import Job, with_options
+from moe_jax.placement.files import configured_topology, read_table
 from moe_jax.utils.files import local_path
 
 
@@ -27,15 +29,15 @@ class Elastic:
     mesh: MeshConfig
     simulated: bool  # whether the configuration says how many devices there are
 
-    def on_fewer(self, job: Job) -> Job | None:
-        """The job with at least one process less than `job`: the most for which a mesh fits; None
-        if there is none.
+    def on_fewer(self, job: Job, lost: int) -> Job | None:
+        """The job without the `lost` processes of `job`: as many as a mesh fits for; None if none
+        fits.
         """
         per_process = self.mesh.size // self.full.processes
-        for processes in range(job.processes - 1, 0, -1):
+        for processes in range(job.processes - lost, 0, -1):
             for mesh in smaller_meshes(self.mesh, processes * per_process):
                 settings = self._settings(mesh)
-                if self._fits(settings):
+                if self._fits(settings, processes):
                     return self._with(job, processes, mesh, settings)
         return None
 
@@ -55,9 +57,13 @@ class Elastic:
         found = (f"mesh.data={mesh.data}", f"mesh.expert={mesh.expert}")
         return (*found, f"devices.simulate={mesh.size}") if self.simulated else found
 
-    def _fits(self, settings: tuple[str, ...]) -> bool:
+    def _fits(self, settings: tuple[str, ...], processes: int) -> bool:
         try:
-            load_config(local_path(self.config_path), [*self.overrides, *settings])
+            config = load_config(local_path(self.config_path), [*self.overrides, *settings])
+            process_rows(config.train.global_batch, 0, processes)
+            configured_topology(config.placement, config.mesh)
+            if config.placement.strategy == "custom":
+                read_table(local_path(str(config.placement.file)), ranks=config.mesh.expert)
         except UserError:
             return False
         return True

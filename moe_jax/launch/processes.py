@@ -70,11 +70,17 @@ class Death:
     lines: list[str]  # the last ones of its log
     where: str  # what it did, where that is known
     port_taken: bool
+    killed: int = 1  # processes that a signal ended, and not the end of another; 1 at least
 
     @property
     def exit_code(self) -> int:
         """As a shell has it."""
         return self.code if self.code >= 0 else 128 - self.code
+
+    @property
+    def as_asked(self) -> bool:
+        """Whether it looks like what a signal to stop does to a process that saves nothing."""
+        return self.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
     @property
     def how(self) -> str:
@@ -96,7 +102,7 @@ def child_arguments(job: Job, process: int, port: int) -> list[str]:
 class Shrinking(Protocol):
     """How a job goes on with fewer processes: `moe_jax.launch.elastic.Elastic`."""
 
-    def on_fewer(self, job: Job) -> Job | None: ...
+    def on_fewer(self, job: Job, lost: int) -> Job | None: ...
 
     def again_in_full(self) -> Job: ...
 
@@ -114,7 +120,7 @@ def supervise(
     A death is followed by a restart, `wait` seconds later, twice as long each time, up to
     `max_restarts` times in a row; a new checkpoint in between begins the count again. A user's
     mistake (exit code 2) is not tried twice, nor is anything after a signal to stop. With `elastic`
-    a restart has a process less, where a mesh fits, until GROW comes.
+    a restart is without the processes that died, where a mesh fits, until GROW comes.
     """
     arguments_of = arguments_of or child_arguments
     failures, newest, ports = 0, _newest_step(job.run_dir), 1
@@ -122,12 +128,11 @@ def supervise(
         while True:
             group = _Group(job, arguments_of)
             death = group.watch(received)
-            if death is None:
-                if elastic is None or not group.growing:
-                    return group.stopped_code
-                job, failures, ports = elastic.again_in_full(), 0, 1
-                _say(f"moe-jax launch: going on with all {job.processes} processes.")
+            if elastic is not None and group.growing and (death is None or death.as_asked):
+                job, failures, ports = _in_full(elastic), 0, 1
                 continue
+            if death is None:
+                return group.stopped_code
             if death.port_taken and ports < PORTS and group.stopped is None:
                 ports += 1
                 continue
@@ -145,13 +150,16 @@ def supervise(
                 return death.exit_code
             pause = min(wait * 2**failures, LONGEST_WAIT)
             failures, ports = failures + 1, 1
-            job, how = _next_job(job, elastic)
+            job, how = _next_job(job, elastic, group.growing, death)
             origin = "the beginning" if step < 0 else f"the checkpoint of step {step}"
             _say(
                 f"moe-jax launch: restart {failures} of at most {max_restarts} in {pause:g} s, "
                 f"from {origin}{how}."
             )
-            if (number := _wait_for_signal(received, pause)) is not None:
+            number = _wait_for_signal(received, pause, job)
+            if number == GROW and elastic is not None:
+                job, failures = _in_full(elastic), 0
+            elif number is not None:
                 return 128 + number
 
 
@@ -161,17 +169,28 @@ def _final(death: Death, group: _Group, job: Job) -> int | None:
         if not group.told_user:
             _say("\n".join(death.lines[-1:]) or "moe-jax: a process refused to start.")
         return _USER_ERROR
-    if group.stopped is not None and death.exit_code in (130, 143):
-        return death.exit_code  # as asked, by a command that has nothing to save
+    if group.stopped is not None and death.as_asked:
+        return death.exit_code  # by a command that has nothing to save
     _say(_sentence(death, job))
     return death.exit_code if group.stopped is not None else None
 
 
-def _next_job(job: Job, elastic: Shrinking | None) -> tuple[Job, str]:
+def _in_full(elastic: Shrinking) -> Job:
+    job = elastic.again_in_full()
+    _say(f"moe-jax launch: going on with all {job.processes} processes.")
+    return job
+
+
+def _next_job(job: Job, elastic: Shrinking | None, growing: bool, death: Death) -> tuple[Job, str]:
     """What follows a death, and what to say of it."""
     if elastic is None:
         return job.again(), ""
-    fewer = elastic.on_fewer(job)
+    if growing:
+        full = elastic.again_in_full()
+        return full, f", with all {full.processes} processes"
+    if death.killed == job.processes:
+        return job.again(), f" with all {job.processes} again, because none of them is left"
+    fewer = elastic.on_fewer(job, death.killed)
     if fewer is None:
         return job.again(), f" with {job.processes} again, because no smaller mesh fits the run"
     return fewer, (
@@ -241,6 +260,7 @@ class _Group:
                 if bad and now > min(bad) + TOGETHER:
                     break
                 time.sleep(_POLL)
+            self._pass_on(received)  # what came before the last end
         finally:
             self._kill()
             for log in self._logs:
@@ -255,18 +275,22 @@ class _Group:
         return self._logs[0].told_user
 
     def _death(self, ends: dict[int, tuple[float, int]]) -> Death:
-        def order(process: int) -> tuple[bool, float]:
-            when, code = ends[process]
-            return code == LOST_PEER or self._logs[process].blames_a_peer, when
+        def follows(process: int) -> bool:
+            return ends[process][1] == LOST_PEER or self._logs[process].blames_a_peer
 
-        process = min(ends, key=order)
+        process = min(ends, key=lambda process: (follows(process), ends[process][0]))
+        # JAX aborts processes that have lost another one.
+        killed = sum(
+            code < 0 and code != -signal.SIGABRT and not follows(other)
+            for other, (_, code) in ends.items()
+        )
         log = self._logs[process]
         code, lines = ends[process][1], log.last_lines()
         if code == _USER_ERROR and (sentence := log.sentence()) is not None:
             lines = [sentence]
         where = _phase(self._job.run_dir, process, self._children[process].pid)
         taken = any(log.port_taken for log in self._logs[:1])
-        return Death(process, code, lines, where, taken)
+        return Death(process, code, lines, where, taken, max(killed, 1))
 
     def _pass_on(self, received: list[signal.Signals]) -> None:
         """Passes signals to process 0, which brings the others to the same step; a second one to
@@ -276,8 +300,11 @@ class _Group:
             number = received.pop(0)
             now = time.monotonic()
             if number in STOP:
+                ends, self.growing = self.growing, False
                 if self.stopped is None:
                     self.stopped = now
+                    if ends:  # a second signal would cut its save short
+                        continue
                 elif now - self.stopped > 1:  # `timeout` sends its signal twice
                     self._kill()
                     self.stopped_code = 128 + number
@@ -378,12 +405,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for_signal(received: list[signal.Signals], seconds: float) -> int | None:
-    """A signal to stop that comes within this time."""
+def _wait_for_signal(received: list[signal.Signals], seconds: float, job: Job) -> int | None:
+    """A signal to stop that comes within this time, or to grow if `job` has shrunk."""
+    ends_wait = STOP if job.mesh is None else (*STOP, GROW)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        for number in received:
-            if number in STOP:
+        # Of several the one to stop counts.
+        for number in sorted(received, key=lambda number: number not in STOP):
+            if number in ends_wait:
+                received.clear()
                 return int(number)
         received.clear()
         time.sleep(min(_POLL, seconds))

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config.load import read_yaml, section_from_dict
+from moe_jax.config.schema import MeshConfig, PlacementConfig
 from moe_jax.errors import UserError
 from moe_jax.placement.table import EMPTY, Placement
 from moe_jax.placement.topology import Topology
+from moe_jax.utils.files import local_path
 
 
 def read_topology(path: Path, devices: int | None = None) -> Topology:
@@ -56,6 +58,17 @@ def read_topology(path: Path, devices: int | None = None) -> Topology:
             f"{path} has hosts={topology.hosts} x devices_per_host={topology.devices_per_host} = "
             f"{topology.devices} devices, but the mesh has {devices}: make them equal."
         )
+    return topology
+
+
+def configured_topology(placement: PlacementConfig, mesh: MeshConfig) -> Topology | None:
+    """That of placement.topology, if there is one. Raises UserError as `read_topology` does, and
+    for one whose hosts cut the mesh's rows.
+    """
+    if placement.topology is None:
+        return None
+    topology = read_topology(local_path(placement.topology), devices=mesh.size)
+    topology.host_of_rank(mesh.expert, mesh.tensor)
     return topology
 
 

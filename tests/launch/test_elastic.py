@@ -15,8 +15,10 @@ import pytest
 
 from moe_jax.config.load import load_config
 from moe_jax.config.schema import MeshConfig
+from moe_jax.launch import processes
 from moe_jax.launch.elastic import Elastic, smaller_meshes
 from moe_jax.launch.processes import Job, supervise
+from moe_jax.placement.table import contiguous
 from tests.support import ROOT
 from tests.support.launching import launched_arguments
 from tests.support.tiny_run import training_lines
@@ -44,74 +46,134 @@ def elastic(*settings: str, processes: int) -> Elastic:
 def test_the_configuration_says_which_mesh_fits():
     """A width of 128 and 32 sequences are not for 6 devices; 48 and 24 are."""
     wide = elastic(processes=4)
-    job = wide.on_fewer(wide.full)
+    job = wide.on_fewer(wide.full, 1)
     assert job is not None and job.processes == 2 and job.mesh == "data=2,expert=2"
     assert job.command == (
         *("train", TINY, "--resume", "--fallback", "--set", "mesh.data=2"),
         *("--set", "mesh.expert=2", "--set", "devices.simulate=4"),
     )
-    again = wide.on_fewer(job)
+    again = wide.on_fewer(job, 1)
     assert again is not None and (again.processes, again.mesh) == (1, "data=2")
-    assert wide.on_fewer(again) is None
+    assert wide.on_fewer(again, 1) is None
     assert wide.again_in_full() == wide.full.again() and wide.full.mesh is None
     narrow = elastic("model.width=48", "train.global_batch=24", processes=4)
-    job = narrow.on_fewer(narrow.full)
+    job = narrow.on_fewer(narrow.full, 1)
     assert job is not None and (job.processes, job.mesh) == (3, "data=2,expert=3")
+    job = narrow.on_fewer(narrow.full, 2)  # two died
+    assert job is not None and (job.processes, job.mesh) == (2, "data=2,expert=2")
 
 
-class Halves:
-    """Shrinks to one process, which is what it is told to do."""
+def test_what_only_a_start_would_refuse_does_not_fit(tmp_path):
+    """A topology is for one number of devices, a table for one expert axis."""
+    topology = ROOT / "configs" / "placement" / "topology.yaml"
+    job = elastic(f"placement.topology={topology}", processes=4)
+    assert job.on_fewer(job.full, 1) is None
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(contiguous(4, 8, 4).to_json()))
+    custom = "placement.strategy=custom", f"placement.file={table}"
+    job = elastic(*custom, processes=4)
+    fewer = job.on_fewer(job.full, 1)
+    assert fewer is not None and (fewer.processes, fewer.mesh) == (2, "expert=4")
+    # One device each: four processes could form expert=2, tensor=2, but not share six rows.
+    settings = "mesh.data=1", "mesh.expert=3", "mesh.tensor=2", "devices.simulate=6"
+    job = elastic(*settings, "model.width=48", "train.global_batch=6", processes=6)
+    fewer = job.on_fewer(job.full, 1)
+    assert fewer is not None and (fewer.processes, fewer.mesh) == (2, "tensor=2")
+
+
+class ToOne:
+    """Shrinks to one process, whatever dies."""
 
     def __init__(self, full: Job):
         self.full = full
+        self.lost: list[int] = []
 
-    def on_fewer(self, job: Job) -> Job | None:
-        if job.processes == 1:
-            return None
-        return dataclasses.replace(job, processes=1, mesh="expert=1")
+    def on_fewer(self, job: Job, lost: int) -> Job | None:
+        self.lost.append(lost)
+        return dataclasses.replace(job, processes=1, mesh="expert=1") if job.processes > 1 else None
 
     def again_in_full(self) -> Job:
         return self.full
 
 
-def test_after_a_death_fewer_go_on_until_all_are_told_to(tmp_path, capfd):
-    """The signal comes from the process that goes on alone; `launch` ends it as SIGTERM does."""
-    scripts = iter([["kill=9", "await=never"], ["grow;await=saved_0"], ["out=a", "make=b"]])
-    counts, now = [], []
+class GrowsAtOnce(ToOne):
+    """The signal to grow comes while `launch` waits before the restart."""
+
+    def on_fewer(self, job: Job, lost: int) -> Job | None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return super().on_fewer(job, lost)
+
+
+def run(folder: Path, shrinking: ToOne, *starts: list[str]) -> tuple[int, list[int]]:
+    """The exit code of a launch whose n-th start has the n-th scripts, and how many processes each
+    start had.
+    """
+    scripts, counts, now = iter(starts), [], []
 
     def arguments(job: Job, process: int, port: int) -> list[str]:
         if process == 0:
             counts.append(job.processes)
             now[:] = next(scripts)
-        return launched_arguments(tmp_path, process, now[process])
+        return launched_arguments(folder, process, now[process])
 
-    full = Job(("train",), 2)
-    assert (
-        supervise(full, max_restarts=1, wait=0.01, arguments_of=arguments, elastic=Halves(full))
-        == 0
+    code = supervise(
+        shrinking.full, max_restarts=1, wait=0.01, arguments_of=arguments, elastic=shrinking
     )
-    assert counts == [2, 1, 2] and (tmp_path / "saved_0").exists() and (tmp_path / "b").exists()
-    out, err = capfd.readouterr()
-    assert out == "a\n"
-    assert (
-        f"from the beginning, with 1 of the 2 processes on the mesh expert=1; all again: "
-        f"kill -USR2 {os.getpid()}.\n" in err
-    )
-    assert "going on with all 2 processes." in err
+    return code, counts
+
+
+def test_after_a_death_fewer_go_on_until_all_are_told_to(tmp_path, capfd):
+    """The signal comes from the process that goes on alone; `launch` ends it as SIGTERM does. Where
+    it has not begun to train it saves nothing, which is no further death.
+    """
+    dies, ends = ["kill=9", "await=never"], ["out=a", "make=b"]
+    for number, grows in enumerate(("grow;await=saved_0", "grow;await=saved_0;exit=143")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert run(folder, ToOne(Job(("train",), 2)), dies, [grows], ends) == (0, [2, 1, 2])
+        assert (folder / "saved_0").exists() and (folder / "b").exists()
+        out, err = capfd.readouterr()
+        assert out == "a\n" and err.count("process 0 of") == 1
+        assert (
+            f"from the beginning, with 1 of the 2 processes on the mesh expert=1; all again: "
+            f"kill -USR2 {os.getpid()}.\n" in err
+        )
+        assert "going on with all 2 processes." in err
+
+
+def test_all_may_be_told_to_before_the_restart(tmp_path, capfd):
+    shrinking = GrowsAtOnce(Job(("train",), 2))
+    starts = ["kill=9", "await=never"], ["out=a", "out=b"]
+    assert run(tmp_path, shrinking, *starts) == (0, [2, 2])
+    assert "going on with all 2 processes." in capfd.readouterr().err
+
+
+def test_a_stop_after_the_signal_to_grow_stops(tmp_path, capfd):
+    shrinking = ToOne(Job(("train",), 2))
+    starts = ["kill=9", "await=never"], ["grow;await=saved_0;stop"]
+    assert run(tmp_path, shrinking, *starts) == (0, [2, 1])
+    assert "going on with all" not in capfd.readouterr().err
+
+
+def test_those_that_died_by_themselves_are_left_out(tmp_path, capfd, monkeypatch):
+    """Not those that ended because of them; if all died, all are tried again."""
+    monkeypatch.setattr(processes, "TOGETHER", 60.0)  # so that all have ended
+    shrinking = ToOne(Job(("train",), 3))
+    assert run(tmp_path, shrinking, ["kill=9", "exit=69", "kill=9"], ["out=a"]) == (0, [3, 1])
+    assert shrinking.lost == [2]
+    shrinking = ToOne(Job(("train",), 2))
+    assert run(tmp_path, shrinking, ["kill=9", "kill=9"], ["out=a", "out=b"]) == (0, [2, 2])
+    assert "with all 2 again, because none of them is left." in capfd.readouterr().err
 
 
 def test_where_no_mesh_fits_all_are_started_again(tmp_path, capfd):
-    scripts = iter([["kill=9"], ["out=done"]])
-    full = Job(("train",), 1)
+    class Never(ToOne):
+        def on_fewer(self, job: Job, lost: int) -> Job | None:
+            return None
 
-    def arguments(job: Job, process: int, port: int) -> list[str]:
-        return launched_arguments(tmp_path, process, next(scripts)[process])
-
-    shrinking = Halves(full)
-    assert (
-        supervise(full, max_restarts=1, wait=0.01, arguments_of=arguments, elastic=shrinking) == 0
-    )
-    assert "with 1 again, because no smaller mesh fits the run." in capfd.readouterr().err
+    starts = ["kill=9", "await=never"], ["out=done", "out=x"]
+    assert run(tmp_path, Never(Job(("train",), 2)), *starts) == (0, [2, 2])
+    assert "with 2 again, because no smaller mesh fits the run." in capfd.readouterr().err
 
 
 SETTINGS = {

@@ -46,6 +46,8 @@ def main(folder: Path, process: str, script: str) -> None:
             time.sleep(0.2)  # for a second one
         elif name == "grow":
             os.kill(os.getppid(), signal.SIGUSR2)
+        elif name == "stop":
+            os.kill(os.getppid(), signal.SIGTERM)
         elif name == "kill":
             os.kill(os.getpid(), int(value))
         elif name == "exit":

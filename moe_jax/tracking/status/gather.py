@@ -125,7 +125,8 @@ def slow_process(
 
 def process_load(recent: Sequence[dict[str, Any]], processes: int) -> np.ndarray | None:
     """Choices for the experts of each process, float64 [processes]; None where devices cannot be
-    told apart by process.
+    told apart by process. Lines of another number of devices than the newest are left out: the run
+    has gone on with fewer processes, or with more.
     """
     loads = [
         layer["device_load"]
@@ -133,6 +134,7 @@ def process_load(recent: Sequence[dict[str, Any]], processes: int) -> np.ndarray
         for layer in line.get("layers", ())
         if "device_load" in layer
     ]
+    loads = [load for load in loads if len(load) == len(loads[-1])]
     if not loads or len(loads[0]) % processes:
         return None
     return np.sum(np.array(loads, np.float64), axis=0).reshape(processes, -1).sum(-1)

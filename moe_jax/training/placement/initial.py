@@ -11,7 +11,7 @@ from moe_jax.config.load import config_from_text
 from moe_jax.config.schema import Config
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import count_moe_layers
-from moe_jax.placement.files import read_table, read_topology
+from moe_jax.placement.files import configured_topology, read_table
 from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.table import Placement, contiguous, count_slots, round_robin
 from moe_jax.placement.topology import Topology
@@ -29,11 +29,8 @@ def mesh_topology(config: Config, mesh: Mesh) -> Topology:
 
     Raises UserError for a file that cannot be read or does not match the mesh.
     """
-    if config.placement.topology is not None:
-        topology = read_topology(local_path(config.placement.topology), devices=config.mesh.size)
-        topology.host_of_rank(
-            config.mesh.expert, config.mesh.tensor
-        )  # refuses hosts that cut the mesh's rows
+    topology = configured_topology(config.placement, config.mesh)
+    if topology is not None:
         return topology
     process_NRT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
         config.mesh.data, config.mesh.expert, -1

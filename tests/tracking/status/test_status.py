@@ -74,6 +74,9 @@ def test_a_slow_process_is_named_with_the_reason() -> None:
     uneven = [monitored_run.training(1)]  # 45 on the first two devices, 50 on the others, twice
     assert process_load(uneven, 2).tolist() == [90.0, 100.0]  # type: ignore[union-attr]
     assert process_load(uneven, 3) is None and process_load([], 2) is None
+    # On 8 devices before; they cannot be added to the 4 of now.
+    before = [monitored_run.training(1, layers=[{"device_load": [7] * 8}]), *uneven]
+    assert process_load(before, 2).tolist() == [90.0, 100.0]  # type: ignore[union-attr]
     slow = told(1, seconds={"data": 6.0, "step": 14.0})
     found = slow_process([told(0), slow], uneven)
     assert found == {
