@@ -54,6 +54,8 @@ from moe_jax.profiling.portable import (
     read_plugin_table,
     relied_on_drops,
 )
+from moe_jax.runtime.metal import METAL_ON_CPU
+from moe_jax.runtime.platform import stand_in
 from moe_jax.training.step import TrainProgram
 from moe_jax.utils.progress import say
 
@@ -120,9 +122,12 @@ def tables_of(target: str) -> list[PluginTable]:
 
 
 def use(table: PluginTable) -> None:
-    """Lets JAX lower for a plug-in whose back end is not here, as it does where that is."""
+    """Lets JAX lower for a plug-in whose back end is not here, as it does where that is, and this
+    package take the CPU for Metal.
+    """
     register_backend_factory(table.platform, _absent, priority=-1000)
     jax.config.update("jax_use_shardy_partitioner", table.shardy)
+    stand_in(METAL_ON_CPU)
 
 
 def _absent() -> Any:

@@ -9,6 +9,8 @@ import jax
 from jax.extend.backend import register_backend_factory
 
 from moe_jax.profiling.portable import PluginTable, read_plugin_table
+from moe_jax.runtime.metal import METAL_ON_CPU
+from moe_jax.runtime.platform import standing_in
 from tests.support import ROOT
 
 TABLES = ROOT / "scripts" / "plugins"
@@ -22,6 +24,7 @@ def plugin(release: str) -> Iterator[PluginTable]:
     before = jax.config.jax_use_shardy_partitioner  # type: ignore[attr-defined]
     jax.config.update("jax_use_shardy_partitioner", table.shardy)
     try:
-        yield table
+        with standing_in(METAL_ON_CPU):
+            yield table
     finally:
         jax.config.update("jax_use_shardy_partitioner", before)
