@@ -27,6 +27,7 @@ from moe_jax.ops.attention.cached import cached_attention
 from moe_jax.ops.linear import join, project
 from moe_jax.parallel.collectives import psum, vary, vma
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
+from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float
 
 # of latent attention's own norms, whatever the model's is: so in DeepSeek's code and in
@@ -314,4 +315,6 @@ def _write_behind(
 
     if entries.shape[0] == 1:
         return write(zero, cache)
-    return lax.fori_loop(0, entries.shape[0], write, cache)
+    # Written out where a loop inside that over layers waits for the host.
+    unroll = not default_platform().open_loops
+    return lax.fori_loop(0, entries.shape[0], write, cache, unroll=unroll)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe_jax.parallel.collectives import all_gather, psum
+from moe_jax.parallel.collectives import all_gather, psum, vary
 from moe_jax.parallel.sharding import axes_of
 from moe_jax.utils.annotations import Array, Float, Int
 
@@ -26,13 +26,17 @@ def embed(table: nnx.Param, tokens_BS: Int[Array, "B S"], dtype: Any) -> Float[A
     split, axes = axes_of(table, "vocab"), axes_of(table, "width")
     columns = table_DV.shape[1]
     ids_N = all_gather(tokens_BS.reshape(-1), axes, 0) if axes else tokens_BS.reshape(-1)
-    owned_N = ids_N - lax.axis_index(split) * columns if split else ids_N
-    inside_N = (owned_N >= 0) & (owned_N < columns)
-    x_ND = table_DV.at[:, jnp.where(inside_N, owned_N, columns)].get(mode="fill", fill_value=0).T
+    if split and lax.axis_size(split) > 1:
+        owned_N = ids_N - lax.axis_index(split) * columns
+        inside_N = (owned_N >= 0) & (owned_N < columns)
+        owned_N = jnp.where(inside_N, owned_N, columns)
+    else:  # all ids are here: their gradient needs no scatter that drops what is out of bounds
+        owned_N = vary(ids_N, split)
+    x_ND = table_DV.at[:, owned_N].get(mode="fill", fill_value=0).T
     if axes:
         if lax.axis_size(axes) > 1:
             x_ND = lax.all_to_all(x_ND, axes, split_axis=0, concat_axis=1, tiled=True)
-        return lax.psum(x_ND.reshape(*tokens_BS.shape, -1), "tensor")
+        return psum(x_ND.reshape(*tokens_BS.shape, -1), "tensor")
     if split and lax.axis_size(split) > 1:
         x_RND = lax.all_gather(x_ND, split, to="invarying")
         x_ND = jnp.take_along_axis(x_RND, (ids_N // columns)[None, :, None], axis=0)[0]

@@ -27,6 +27,7 @@ from moe_jax.moe.layer import MoE
 from moe_jax.moe.router import RouterStats
 from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
+from moe_jax.ops.loops import scan
 from moe_jax.parallel.sharding import gather, param
 from moe_jax.utils.annotations import Array, Float, Key
 
@@ -182,7 +183,7 @@ class Transformer(nnx.Module):
             repeats = jax.tree.leaves(state)[0].shape[0]
             inputs = _for_patterns(per_layer, done, repeats, moes)
             run = partial(_run_pattern, graph, batch, key if self.noisy else None)
-            x_BSD, figures = lax.scan(remat(self.config.remat, run), x_BSD, (state, inputs))
+            x_BSD, figures = scan(remat(self.config.remat, run), x_BSD, (state, inputs))
             done += repeats * moes
             stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
         return (

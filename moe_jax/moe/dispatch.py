@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.ops.products import einsum_f32
 from moe_jax.parallel.collectives import vary_alike
+from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 PRIORITY_VERSION = 1  # raise it when `queue_choices` orders choices differently
@@ -78,9 +80,7 @@ def gather_rows(
 def _combine(
     y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array
 ) -> jax.Array:
-    return jnp.einsum(
-        "tkd,tk->td", _rows(y_MD, place_TK), weight_TK, preferred_element_type=jnp.float32
-    ).astype(y_MD.dtype)
+    return einsum_f32("tkd,tk->td", _rows(y_MD, place_TK), weight_TK).astype(y_MD.dtype)
 
 
 def _combine_fwd(y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array):
@@ -92,9 +92,7 @@ def _combine_bwd(saved: tuple[jax.Array, ...], dout_TD: jax.Array):
     weight_M = _rows(weight_TK.reshape(-1), source_M)
     dout_MD = _rows(dout_TD, source_M // weight_TK.shape[1]).astype(weight_M.dtype)
     dy_MD = (dout_MD * weight_M[:, None]).astype(y_MD.dtype)
-    dweight_TK = jnp.einsum(
-        "tkd,td->tk", _rows(y_MD, place_TK), dout_TD, preferred_element_type=jnp.float32
-    )
+    dweight_TK = einsum_f32("tkd,td->tk", _rows(y_MD, place_TK), dout_TD)
     return dy_MD, dweight_TK.astype(weight_TK.dtype), None, None
 
 
@@ -153,14 +151,24 @@ def queue_choices(
     rank_N = (slot_TK // (num_slots // ranks)).reshape(-1)
     choice_N = jnp.tile(jnp.arange(top_k, dtype=jnp.int32), tokens)
     index_N = jnp.arange(tokens * top_k, dtype=jnp.int32)
-    keys = (rank_N, choice_N, -lax.stop_gradient(weight_TK).reshape(-1), index_N)
-    sorted_rank, _, _, order = lax.sort(keys, num_keys=3, is_stable=True)
+    order = _sorted_by(rank_N, choice_N, -lax.stop_gradient(weight_TK).reshape(-1))
+    sorted_rank = rank_N[order]
     count_R = jnp.sum(rank_N[:, None] == jnp.arange(ranks + 1), axis=0, dtype=jnp.int32)
     start_R = jnp.cumsum(count_R) - count_R
     position_N = (
         jnp.zeros_like(index_N).at[order].set(index_N - start_R[sorted_rank], unique_indices=True)
     )
     return Queue(slot_TK, position_N.reshape(tokens, top_k), jnp.max(count_R[:ranks]))
+
+
+def _sorted_by(*keys: jax.Array) -> jax.Array:
+    """The order, int32 [N], of rows sorted by several keys, equal ones as they stand."""
+    index_N = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
+    if default_platform().sorts_by_several:
+        return lax.sort((*keys, index_N), num_keys=len(keys), is_stable=True)[-1]
+    for key in reversed(keys):  # by one key at a time, the last one first
+        index_N = lax.sort((key[index_N], index_N), num_keys=1, is_stable=True)[1]
+    return index_N
 
 
 def pool_tables(

@@ -21,7 +21,7 @@ from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch
 from moe_jax.moe.experts import apply_experts
 from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl
-from moe_jax.parallel.collectives import MeshAxes, all_gather, all_to_all, vary
+from moe_jax.parallel.collectives import MeshAxes, all_gather, all_to_all, pmax, rank, vary
 
 
 class Route(NamedTuple):
@@ -120,7 +120,7 @@ def pooled_in_rounds(
     capacity = route.capacity(*slot_TK.shape)
     args: tuple[Any, Any, Any] = vary((x_TD, weight_TK, weights), route.axes.all)
     queue = dispatch.queue_choices(slot_TK, weight_TK, route.slots * route.ranks, route.ranks)
-    rounds = jnp.maximum(1, -(-lax.pmax(queue.longest, route.axes.batch) // capacity))
+    rounds = jnp.maximum(1, -(-pmax(queue.longest, route.axes.batch) // capacity))
     room, exchange = rounds * capacity, partial(_exchange_round, route)
     y_TD = in_rounds(exchange, rounds, args, vary(queue, route.axes.all))
     return Exchanged(y_TD, room, rounds)
@@ -175,7 +175,7 @@ def own_rows(
     """Outputs of this rank's slots by slot [N*K, D], zeros at the end for choices of others; the
     choice in each row; the row of each.
     """
-    local_NK = slot_NK - lax.axis_index(route.axes.expert) * route.slots
+    local_NK = slot_NK - rank(route.axes.expert) * route.slots
     local_NK = jnp.where((local_NK >= 0) & (local_NK < route.slots), local_NK, route.slots)
     order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), route.slots)
     inverse_NK = inverse_M.reshape(local_NK.shape)

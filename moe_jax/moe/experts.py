@@ -77,14 +77,15 @@ def apply_experts(
         return grouped_matmul(
             swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
         )
-    slot_N = (
-        jnp.repeat(jnp.arange(sizes_P.shape[0]), sizes_P, total_repeat_length=x_ND.shape[0]) + first
-    )
+    # Not by `jnp.repeat`, which scatters out of bounds where the last slots are empty.
+    row_N1 = jnp.arange(x_ND.shape[0])[:, None]
+    slot_N = jnp.sum(row_N1 >= jnp.cumsum(sizes_P), axis=1, dtype=jnp.int32)
+    slot_N = jnp.minimum(slot_N, sizes_P.shape[0] - 1) + first
     both_NF2 = both_NF2 + biases[0].reshape(biases[0].shape[0], -1)[slot_N]
     y_ND = grouped_matmul(
         swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
     )
-    inside_N1 = jnp.arange(x_ND.shape[0])[:, None] < jnp.sum(sizes_P)
+    inside_N1 = row_N1 < jnp.sum(sizes_P)
     return jnp.where(inside_N1, y_ND + biases[1][slot_N], jnp.zeros((), y_ND.dtype))
 
 

@@ -21,7 +21,7 @@ from moe_jax.moe.router import Router, RouterStats, total
 from moe_jax.moe.stats import LayerStats, count_routing
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.linear import project
-from moe_jax.parallel.collectives import MESH_AXES, MeshAxes, once, psum, vary
+from moe_jax.parallel.collectives import MESH_AXES, MeshAxes, once, psum, rank, vary
 from moe_jax.parallel.sharding import axes_of, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
@@ -60,17 +60,21 @@ class MoE(nnx.Module):
         load_E, stats = stats.load_E, total(stats, axes)
         aux, z = load_balancing.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        rank, ranks = lax.axis_index(axes.expert), lax.axis_size(axes.expert)
-        host = rank * tables.slots_NP.shape[0] // ranks
+        place, ranks = rank(axes.expert), lax.axis_size(axes.expert)
+        host = place * tables.slots_NP.shape[0] // ranks
         slot_TK = dispatch.choose_slots(
-            routing.expert_TK, tables.slots_NP[host], tables.start_E, tables.replicas_NE[host], rank
+            routing.expert_TK,
+            tables.slots_NP[host],
+            tables.start_E,
+            tables.replicas_NE[host],
+            place,
         )
         num_slots = tables.slots_NP.shape[1]
         route = make_route(self.config, axes, num_slots // ranks)
         exchange = strategy(self.config, x_TD.shape[0], ranks)
         weights = self.experts.weights(x_TD.dtype)
         routed = exchange(route, x_TD, routing.weight_TK, weights, slot_TK)
-        y_TD = lax.psum(routed.y_TD + self._shared(x_TD), axes.tensor)
+        y_TD = psum(routed.y_TD + self._shared(x_TD), axes.tensor)
         y_BSD = y_TD.reshape(x_BSD.shape)
         counts = count_routing(load_E, slot_TK, num_slots, routed.room, axes)
         return y_BSD, LayerStats(stats, aux, z, counts, routed.rounds)

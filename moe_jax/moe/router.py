@@ -18,7 +18,7 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.ops.linear import project
-from moe_jax.parallel.collectives import MESH_AXES, MeshAxes
+from moe_jax.parallel.collectives import MESH_AXES, MeshAxes, psum
 from moe_jax.parallel.sharding import bias, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 
@@ -194,4 +194,4 @@ def measure(
 
 def total(stats: RouterStats, axes: MeshAxes = MESH_AXES) -> RouterStats:
     """The sums over all devices that hold tokens; inside `shard_map`."""
-    return lax.psum(stats, axes.batch)
+    return psum(stats, axes.batch)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.moe.router import RouterStats
-from moe_jax.parallel.collectives import MeshAxes
+from moe_jax.parallel.collectives import MeshAxes, psum, rank
 from moe_jax.utils.annotations import Array, Float, Int
 
 
@@ -57,9 +57,9 @@ def count_routing(
     asked_R = jnp.sum(slot_P.reshape(ranks, -1), axis=1)
     kept_R = jnp.minimum(asked_R, room)
     # Everyone adds a table with only its own line filled.
-    mine_R1 = (jnp.arange(ranks) == lax.axis_index(axes.expert))[:, None].astype(jnp.int32)
-    mine_N1 = (jnp.arange(rows) == lax.axis_index(axes.data))[:, None].astype(jnp.int32)
-    return lax.psum(
+    mine_R1 = (jnp.arange(ranks) == rank(axes.expert))[:, None].astype(jnp.int32)
+    mine_N1 = (jnp.arange(rows) == rank(axes.data))[:, None].astype(jnp.int32)
+    return psum(
         RoutingCounts(
             mine_R1 * load_E,
             mine_R1 * kept_R,

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.parallel.collectives import vary, vary_alike, vma
+from moe_jax.ops.loops import map_over, scan
+from moe_jax.ops.products import dot, einsum_f32
+from moe_jax.parallel.collectives import pmax, psum, rank, vary, vary_alike, vma
 from moe_jax.utils.annotations import Array, Float, Int
 
 CrossEntropyImpl = Literal["chunked", "reference"]
@@ -56,9 +58,7 @@ def linear_cross_entropy(
 
 def logits(h_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"]) -> Float[Array, "T V"]:
     """Logits in f32 of this device's block of the vocabulary."""
-    return jnp.einsum(
-        "td,dv->tv", h_TD, w_DV.astype(h_TD.dtype), preferred_element_type=jnp.float32
-    )
+    return dot(h_TD, w_DV.astype(h_TD.dtype), ((1,), (0,)))
 
 
 def _loss_T(
@@ -71,10 +71,8 @@ def _loss_T(
     top_T = lax.stop_gradient(jnp.max(logits_TV, axis=-1))
     local_T = target_T
     if axis is not None:
-        # A maximum over one device is a sum over one device: some back ends have no other
-        # collective.
-        top_T = lax.psum(top_T, axis) if lax.axis_size(axis) == 1 else lax.pmax(top_T, axis)
-        local_T = target_T - lax.axis_index(axis) * w_DV.shape[1]
+        top_T = pmax(top_T, axis)
+        local_T = target_T - rank(axis) * w_DV.shape[1]
     exp_TV = jnp.exp(logits_TV - top_T[:, None])
     sum_T = jnp.sum(exp_TV, axis=-1)
     hit_T = jnp.take_along_axis(logits_TV, local_T[:, None], axis=-1, mode="fill", fill_value=0.0)[
@@ -82,7 +80,7 @@ def _loss_T(
     ]
     hit_T = jnp.where((local_T >= 0) & (local_T < w_DV.shape[1]), hit_T, 0.0)
     if axis is not None:
-        sum_T, hit_T = lax.psum((sum_T, hit_T), axis)
+        sum_T, hit_T = psum((sum_T, hit_T), axis)
     return top_T + jnp.log(sum_T) - hit_T, exp_TV, sum_T, local_T
 
 
@@ -98,7 +96,7 @@ def _split(x_T: jax.Array) -> jax.Array:
 def _chunked(
     h_TD: jax.Array, w_DV: jax.Array, target_T: jax.Array, weight_T: jax.Array, axis: Axis
 ) -> jax.Array:
-    losses = lax.map(
+    losses = map_over(
         lambda c: jnp.sum(c[2] * _loss_T(c[0], w_DV, c[1], axis)[0]),
         tuple(map(_split, (h_TD, target_T, weight_T))),
     )
@@ -113,17 +111,15 @@ def _chunked_fwd(
         loss_T, exp_TV, sum_T, local_T = _loss_T(h, w_DV, target, axis)
         hit_TV = (jnp.arange(w_DV.shape[1]) == local_T[:, None]).astype(jnp.float32)
         dlogits_TV = ((exp_TV / sum_T[:, None] - hit_TV) * weight[:, None]).astype(h.dtype)
-        dh = jnp.einsum("tv,dv->td", dlogits_TV, w_DV, preferred_element_type=jnp.float32).astype(
-            h.dtype
-        )
-        dw = jnp.einsum("tv,td->dv", dlogits_TV, h, preferred_element_type=jnp.float32)
+        dh = dot(dlogits_TV, w_DV, ((1,), (1,)), h.dtype)
+        dw = einsum_f32("tv,td->dv", dlogits_TV, h)
         return (dw if dw_DV is None else dw_DV + dw), (jnp.sum(weight * loss_T), dh)
 
     chunks = tuple(map(_split, (h_TD, target_T, weight_T)))
     if chunks[0].shape[0] == 1:  # one chunk needs no zeroed accumulator
         dw_DV, (loss, dh) = chunk(None, tuple(x[0] for x in chunks))
     else:
-        dw_DV, (losses, dh) = lax.scan(
+        dw_DV, (losses, dh) = scan(
             chunk, vary(jnp.zeros(w_DV.shape, jnp.float32), vma(w_DV)), chunks
         )
         loss = jnp.sum(losses)

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.ops.products import dot
 from moe_jax.ops.quantized import PackedWeight, _halves, dequantize
+from moe_jax.runtime.platform import default_platform
 
 
 def project(
@@ -27,10 +29,7 @@ def project(
     """
     if isinstance(w, PackedWeight):
         return apply(x, w, precision=precision)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        x, w, contract, precision=precision, preferred_element_type=jnp.float32
-    ).astype(x.dtype)
+    return dot(x, w, ((x.ndim - 1,), (0,)), x.dtype, precision=precision)
 
 
 def join(x: jax.Array, w: jax.Array | PackedWeight, inputs: int = 1) -> jax.Array:
@@ -50,13 +49,12 @@ def apply(
     outputs = matrix.values.shape[:-1]
     rows = math.prod(outputs)
     if matrix.kind == "int8":  # a scale an output: it can wait until after the product
-        product = _contract(
-            x, matrix.values.reshape(rows, -1).astype(x.dtype), precision
-        ) * matrix.scale.reshape(-1)
-    elif matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1:
+        steps = matrix.values.reshape(rows, -1).astype(x.dtype)
+        product = _contract(x, steps, jnp.float32, precision) * matrix.scale.reshape(-1)
+    elif matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1 and default_platform().fuses_sums:
         product = _int4_row(x, matrix)
     else:
-        product = _contract(x, dequantize(matrix, x.dtype).reshape(rows, -1), precision)
+        product = _contract(x, dequantize(matrix, x.dtype).reshape(rows, -1), x.dtype, precision)
     return product.astype(x.dtype).reshape(*x.shape[:-1], *outputs)
 
 
@@ -70,13 +68,11 @@ def _int4_row(x: jax.Array, matrix: PackedWeight) -> jax.Array:
     return jnp.sum(parts, axis=(-1, -2))
 
 
-def _contract(x: jax.Array, w: jax.Array, precision: lax.Precision | None) -> jax.Array:
-    """x [..., I] times w [O, I]: f32 [..., O]. One row alone is a matrix-vector product, which
-    XLA:CPU runs at memory speed.
+def _contract(x: jax.Array, w: jax.Array, dtype: Any, precision: lax.Precision | None) -> jax.Array:
+    """x [..., I] times w [O, I]: [..., O] in `dtype`. One row alone is a matrix-vector product,
+    which XLA:CPU runs at memory speed.
     """
-    options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
     if math.prod(x.shape[:-1]) == 1:
-        return lax.dot_general(w, x.reshape(-1), (((1,), (0,)), ((), ())), **options).reshape(
-            *x.shape[:-1], -1
-        )
-    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), **options)
+        product = dot(w, x.reshape(-1), ((1,), (0,)), dtype, precision=precision)
+        return product.reshape(*x.shape[:-1], -1)
+    return dot(x, w, ((x.ndim - 1,), (1,)), dtype, precision=precision)

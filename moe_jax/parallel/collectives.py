@@ -117,15 +117,41 @@ def all_to_all(x: jax.Array, axis: AxisNames) -> jax.Array:
     )
 
 
-def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def psum(tree: Any, axes: AxisNames) -> Any:
     """The sum over the devices along mesh `axes`, which may be none; typed as the same on all of
     them.
 
-    Over one device it is only needed for that type. Where nothing tracks which values vary
-    (`Engine` on one device), the program then has no collective.
+    Over one device it is only needed for that type. Where nothing tracks which values vary (a mesh
+    of one device), the program then has no collective.
     """
-    alone = lax.axis_size(axes) == 1 and vma(x).isdisjoint(axes) if axes else True
-    return x if alone else lax.psum(x, axes)
+    return _over_devices(lax.psum, tree, axes)
+
+
+def pmax(tree: Any, axes: AxisNames) -> Any:
+    """The largest over the devices along mesh `axes`, as `psum`."""
+    return _over_devices(lax.pmax, tree, axes)
+
+
+def pmin(tree: Any, axes: AxisNames) -> Any:
+    """The least over the devices along mesh `axes`, as `psum`."""
+    return _over_devices(lax.pmin, tree, axes)
+
+
+def _over_devices(collective: Any, tree: Any, axes: AxisNames) -> Any:
+    names = axis_names(axes)
+    if not names:
+        return tree
+    if lax.axis_size(names) > 1:
+        return collective(tree, names)
+    # What is typed as varying over one device needs a sum of it to lose that type.
+    return jax.tree.map(lambda x: x if vma(x).isdisjoint(names) else lax.psum(x, names), tree)
+
+
+def rank(axes: AxisNames) -> jax.Array:
+    """This device's place along mesh `axes`, int32; a constant where there is one device."""
+    if lax.axis_size(axes) == 1:
+        return vary(jnp.int32(0), axis_names(axes))
+    return lax.axis_index(axes)
 
 
 def once(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

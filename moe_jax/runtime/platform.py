@@ -47,6 +47,7 @@ class Platform:
     open_loops: bool = True
     stacks_in_loops: bool = True  # what a loop stacks, turn by turn, comes out whole
     mixed_dots: bool = True  # a product of bf16 matrices can have f32 results
+    fuses_sums: bool = True  # what is only added up is not written to memory before
     sorts_by_several: bool = True  # keys, one after another
 
 
@@ -111,6 +112,7 @@ _METAL = Platform(
     open_loops=False,
     stacks_in_loops=False,
     mixed_dots=False,
+    fuses_sums=False,
     sorts_by_several=False,
 )
 _METAL_ON_CPU = dataclasses.replace(

@@ -15,7 +15,8 @@ from jax import lax
 
 from moe_jax.models.paths import path_of
 from moe_jax.moe.slots import Layers, expert_banks
-from moe_jax.parallel.collectives import AXES, vary, vma
+from moe_jax.ops.loops import map_over
+from moe_jax.parallel.collectives import AXES, pmin, psum, rank, vary, vma
 from moe_jax.placement.table import EMPTY
 from moe_jax.utils.annotations import Array, Float, Int
 
@@ -32,7 +33,7 @@ def sum_replicas(grads: Any, expert_LP: Int[Array, "L P"], num_experts: int, lay
     if extra == 0:
         return grads
     held_LPE = expert_LP[:, :, None] == jnp.arange(num_experts)
-    replicas_LE = lax.psum(jnp.sum(held_LPE, axis=1), "expert")
+    replicas_LE = psum(jnp.sum(held_LPE, axis=1), "expert")
     summed_LX = jnp.argsort(replicas_LE <= 1, axis=1, stable=True)[
         :, :extra
     ]  # the replicated experts, then any others
@@ -60,7 +61,7 @@ def _sum_layer(
     """
     slot_X, here_X = slot_RX[repeat], here_RX[repeat]
     here = here_X.reshape(-1, *(1,) * (g.ndim - 2))
-    total_X = lax.psum(jnp.where(here, g[repeat, slot_X], 0.0), "expert")
+    total_X = psum(jnp.where(here, g[repeat, slot_X], 0.0), "expert")
 
     def put(x: jax.Array, g: jax.Array) -> jax.Array:
         row = jnp.where(here_X[x], total_X[x], g[repeat, slot_X[x]])
@@ -97,7 +98,7 @@ def norm(
 
 def _psum(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The sum over mesh axes, in the mesh's order."""
-    return lax.psum(x, tuple(axis for axis in AXES if axis in axes)) if axes else x
+    return psum(x, tuple(axis for axis in AXES if axis in axes)) if axes else x
 
 
 def _first_replicas(expert_LP: jax.Array, num_experts: int) -> jax.Array:
@@ -105,10 +106,10 @@ def _first_replicas(expert_LP: jax.Array, num_experts: int) -> jax.Array:
     once. Bool [L, P/R].
     """
     held_LE = jnp.any(expert_LP[:, :, None] == jnp.arange(num_experts), axis=1)
-    rank = lax.axis_index("expert")
-    first_LE = lax.pmin(jnp.where(held_LE, rank, lax.axis_size("expert")), "expert")
+    place = rank("expert")
+    first_LE = pmin(jnp.where(held_LE, place, lax.axis_size("expert")), "expert")
     return (expert_LP != EMPTY) & (
-        jnp.take_along_axis(first_LE, jnp.maximum(expert_LP, 0), axis=1) == rank
+        jnp.take_along_axis(first_LE, jnp.maximum(expert_LP, 0), axis=1) == place
     )
 
 
@@ -121,4 +122,4 @@ def _square_sums(g: jax.Array, dims: int) -> jax.Array:
     """
     dims = min(dims, g.ndim - 1)
     rows = g.reshape(-1, *g.shape[dims:])
-    return lax.map(lambda row: jnp.sum(row * row), rows).reshape(g.shape[:dims])
+    return map_over(lambda row: jnp.sum(row * row), rows).reshape(g.shape[:dims])

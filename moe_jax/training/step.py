@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,7 +27,8 @@ from moe_jax.moe import load_balancing, slots
 from moe_jax.moe.router import RouterStats
 from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
-from moe_jax.parallel.collectives import BATCH_AXES, vary, vma
+from moe_jax.ops.loops import map_over, scan
+from moe_jax.parallel.collectives import BATCH_AXES, psum, vary, vma
 from moe_jax.parallel.sharding import specs
 from moe_jax.placement.table import Placement
 from moe_jax.runtime.platform import platform_of
@@ -182,13 +182,13 @@ class TrainProgram:
             aux = aux + load_balancing.pooled_loss(
                 self.moe, stats.router, stats.router if full is None else full
             )
-        return Losses(lax.psum(ce, BATCH_AXES), aux, z, stats)
+        return Losses(psum(ce, BATCH_AXES), aux, z, stats)
 
     def _local_gradients(
         self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
     ) -> tuple[Any, Losses]:
         """This device's part of `gradients`."""
-        count = jnp.maximum(lax.psum(jnp.sum(batch.mask), BATCH_AXES), 1.0)
+        count = jnp.maximum(psum(jnp.sum(batch.mask), BATCH_AXES), 1.0)
 
         def loss(params: Any, part: Batch, full: RouterStats | None) -> tuple[jax.Array, Losses]:
             losses = self._losses(params, part, tables, full, count, key)
@@ -205,7 +205,7 @@ class TrainProgram:
             return jax.tree.map(jnp.add, total, grads), losses
 
         zeros = jax.tree.map(lambda p: vary(jnp.zeros_like(p), vma(p)), params)
-        grads, losses = lax.scan(add, zeros, parts)
+        grads, losses = scan(add, zeros, parts)
         return grads, _sum_parts(losses)
 
     def _batch_router_sums(
@@ -224,9 +224,9 @@ class TrainProgram:
                 assert layers is not None
                 return layers.router
 
-            return jax.tree.map(lambda a: jnp.sum(a, axis=0), lax.map(sums, parts))
+            return jax.tree.map(lambda a: jnp.sum(a, axis=0), map_over(sums, parts))
         layers, experts = tables.start_E.shape
-        tokens = jnp.broadcast_to(lax.psum(jnp.sum(parts.segments > 0), BATCH_AXES), (layers,))
+        tokens = jnp.broadcast_to(psum(jnp.sum(parts.segments > 0), BATCH_AXES), (layers,))
         nothing = jnp.zeros(layers)
         return RouterStats(
             jnp.zeros((layers, experts), jnp.int32),
@@ -250,6 +250,7 @@ class TrainProgram:
             mesh=self.mesh,
             in_specs=(self.param_specs, BATCH_SPEC, P(), P()),
             out_specs=(self.param_specs, P()),
+            check_vma=self.mesh.size > 1,
         )
         return sharded(params, batch, tables, key)
 
@@ -297,7 +298,11 @@ class TrainProgram:
 
         specs = (self.param_specs, P(None, "expert"))
         return jax.shard_map(
-            local, mesh=self.mesh, in_specs=specs, out_specs=(self.param_specs, P())
+            local,
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=(self.param_specs, P()),
+            check_vma=self.mesh.size > 1,
         )(grads, expert_LP)
 
     @cached_property
@@ -317,11 +322,15 @@ class TrainProgram:
 
         def local(params: Any, tables: LayerTables, batch: Batch) -> tuple[jax.Array, jax.Array]:
             losses = self._losses(params, batch, tables, None, jnp.float32(1.0), None)
-            return losses.ce_loss, lax.psum(jnp.sum(batch.mask), BATCH_AXES)
+            return losses.ce_loss, psum(jnp.sum(batch.mask), BATCH_AXES)
 
         return jax.jit(
             jax.shard_map(
-                local, mesh=self.mesh, in_specs=(self.param_specs, P(), BATCH_SPEC), out_specs=P()
+                local,
+                mesh=self.mesh,
+                in_specs=(self.param_specs, P(), BATCH_SPEC),
+                out_specs=P(),
+                check_vma=self.mesh.size > 1,
             )
         )
 
@@ -340,7 +349,11 @@ class TrainProgram:
         in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
         return jax.jit(
             jax.shard_map(
-                local, mesh=self.mesh, in_specs=in_specs, out_specs=P(BATCH_AXES, "tensor")
+                local,
+                mesh=self.mesh,
+                in_specs=in_specs,
+                out_specs=P(BATCH_AXES, "tensor"),
+                check_vma=self.mesh.size > 1,
             )
         )
 

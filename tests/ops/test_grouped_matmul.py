@@ -10,10 +10,13 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.ops.grouped_matmul.api import grouped_matmul
+from moe_jax.ops.grouped_matmul.counted import CHOSEN_ROWS
 from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, SMALL_TILE
 from moe_jax.ops.grouped_matmul.tiled import TILE, TILE_GRAD
 from moe_jax.ops.quantized import PackedWeight, dequantize, quantize
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.runtime.metal import METAL_ON_CPU
+from moe_jax.runtime.platform import standing_in
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -65,7 +68,7 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 BACK_ENDS = [
     (impl, transposed)
-    for impl in ("reference", "ragged", "tiled", "auto")
+    for impl in ("reference", "ragged", "tiled", "counted", "auto")
     for transposed in (False, True)
 ]
 
@@ -126,12 +129,12 @@ def test_any_number_of_rows(rows):
         rng.standard_normal((2, 8, 4)).astype(np.float32),
     )
     sizes = [rows // 3, rows - rows // 3]
-    for impl in ("reference", "tiled"):
+    for impl in ("reference", "tiled", "counted"):
         y = grouped_matmul(jnp.array(x), jnp.array(w), jnp.array(sizes, jnp.int32), impl=impl)
         np.testing.assert_allclose(y, by_hand(x, w, sizes), atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference", "ragged", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "ragged", "tiled", "counted"])
 def test_half_precision_accumulates_in_f32(impl):
     width = 512  # summed in bf16 this would be off by several percent
     x, w = jnp.ones((40, width), jnp.bfloat16), jnp.full((2, width, 4), 1.0078125, jnp.float32)
@@ -145,7 +148,7 @@ def test_half_precision_accumulates_in_f32(impl):
     np.testing.assert_array_equal(dw[1], 20.0)
 
 
-@pytest.mark.parametrize("impl", ["reference", "ragged", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "ragged", "tiled", "counted"])
 def test_inside_shard_map(operands, impl):
     """Rows vary over one axis, weights are the same on it: their gradient is the sum over its
     devices.
@@ -211,7 +214,7 @@ def served():
 
 
 @pytest.mark.parametrize("rows", [FEW_ROWS, SMALL_TILE * GROUPS, ROWS])
-@pytest.mark.parametrize("impl", ["rows", "tiled"])
+@pytest.mark.parametrize("impl", ["rows", "tiled", "counted", "chosen"])
 def test_a_matrix_equals_the_definition(served, banks, operands, impl, rows):
     matrix, plain = banks
     for name, sizes in SERVED.items():
@@ -225,7 +228,7 @@ def test_a_matrix_equals_the_definition(served, banks, operands, impl, rows):
             assert not np.any(np.asarray(y)[sum(sizes) :]), name
 
 
-@pytest.mark.parametrize("impl", ["rows", "tiled"])
+@pytest.mark.parametrize("impl", ["rows", "tiled", "counted", "chosen"])
 def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(
     served, banks, operands, impl
 ):
@@ -245,6 +248,20 @@ def test_auto_takes_rows_for_few_and_tiles_for_more(served, banks, operands):
             for i in ("auto", impl)
         ]
         assert text[0] == text[1]
+
+
+def test_auto_on_metal_takes_what_has_no_open_loop(banks, operands):
+    sizes = np.array([2, 0, 5, 7, 3], np.int32)
+    for rows, impl in ((CHOSEN_ROWS, "chosen"), (CHOSEN_ROWS + 1, "counted")):
+        with standing_in(METAL_ON_CPU):
+            text = [
+                jax.jit(partial(grouped_matmul, impl=i))
+                .lower(operands[0][:rows], banks[0], sizes)
+                .as_text()
+                for i in ("auto", impl)
+            ]
+        assert text[0] == text[1]
+        assert text[0].count("stablehlo.while") == (impl == "counted")
 
 
 def test_unknown_back_end_is_refused(unchecked):

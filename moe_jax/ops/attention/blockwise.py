@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.attention.reference import MASKED, split_heads, visible
+from moe_jax.ops.products import einsum_f32
 
 MIN_BLOCK = 128
 
@@ -30,7 +31,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Ar
     """Masked scaled scores [B, G, H/G, q, k] in f32 of queries [B, q, G, H/G, Q] and keys [B, k, G,
     Q].
     """
-    scores = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32) * scale
+    scores = einsum_f32("bqghd,bkgd->bghqk", q, k) * scale
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
@@ -55,12 +56,8 @@ def _blockwise_fwd(q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, window: int | N
         top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - top)
-        out = jnp.einsum(
-            "bghqk,bkgd->bghqd",
-            weights.astype(v_BSGU.dtype),
-            v_BSGU[:, first:stop],
-            preferred_element_type=jnp.float32,
-        )
+        values = v_BSGU[:, first:stop]
+        out = einsum_f32("bghqk,bkgd->bghqd", weights.astype(values.dtype), values)
         outs.append(jnp.moveaxis(out / total, 3, 1).astype(q_BSHQ.dtype))
         sums.append((top + jnp.log(total))[..., 0])
     out_BSHU = jnp.concatenate(outs, axis=1).reshape(*q_BSHQ.shape[:3], -1)
@@ -81,9 +78,7 @@ def _blockwise_bwd(window: int | None, scale: float, saved, dout_BSHU: jax.Array
     q, dout = split_heads(q_BSHQ, groups), split_heads(dout_BSHU, groups)
     # sum_k p * dp, the term that the softmax's normalisation subtracts, is out . dout for each
     # query.
-    inner = jnp.einsum(
-        "bqghd,bqghd->bghq", split_heads(out_BSHU, groups), dout, preferred_element_type=jnp.float32
-    )
+    inner = einsum_f32("bqghd,bqghd->bghq", split_heads(out_BSHU, groups), dout)
     dk, dv = jnp.zeros_like(k_BSGQ, jnp.float32), jnp.zeros_like(v_BSGU, jnp.float32)
     dqs = []
     for start, stop, first in _blocks(q.shape[1], window):
@@ -97,17 +92,11 @@ def _blockwise_bwd(window: int | None, scale: float, saved, dout_BSHU: jax.Array
             queries, keys, visible(segments_BS, start, stop, first, stop, window), scale
         )
         weights = jnp.exp(scores - logsum_BGHS[..., start:stop, None])
-        dweights = jnp.einsum(
-            "bqghd,bkgd->bghqk", douts, values, preferred_element_type=jnp.float32
-        )
+        dweights = einsum_f32("bqghd,bkgd->bghqk", douts, values)
         dscores = weights * (dweights - inner[..., start:stop, None]) * scale
         dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
-        dqs.append(
-            jnp.einsum(
-                "bghqk,bkgd->bqghd", dscores, keys, preferred_element_type=jnp.float32
-            ).astype(q.dtype)
-        )
-        to_keys = partial(jnp.einsum, "bghqk,bqghd->bkgd", preferred_element_type=jnp.float32)
+        dqs.append(einsum_f32("bghqk,bkgd->bqghd", dscores, keys).astype(q.dtype))
+        to_keys = partial(einsum_f32, "bghqk,bqghd->bkgd")
         dk = _add_keys(dk, to_keys(dscores, queries), first, stop)
         dv = _add_keys(dv, to_keys(weights, douts), first, stop)
     dq_BSHQ = jnp.concatenate(dqs, axis=1).reshape(q_BSHQ.shape)

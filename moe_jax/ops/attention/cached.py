@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.ops.attention.reference import MASKED
+from moe_jax.ops.products import einsum_f32
 from moe_jax.parallel.collectives import vary, vary_alike, vma
+from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 CACHE_BLOCK = 256  # places of a cache read at once
@@ -33,14 +35,16 @@ def cached_attention(
     A query sees the places up to its own position, so what lies beyond may be anything finite.
     Without `values` they are the first `value_width` entries of the keys, by default all. Only the
     blocks of places that some query may see are read, one after another, with a running softmax
-    (Milakov and Gimelshein, 2018). Not differentiable.
+    (Milakov and Gimelshein, 2018); all places at once where a loop of a length that the program
+    finds out is slow. Not differentiable.
     """
     scale = q_BSHQ.shape[-1] ** -0.5 if scale is None else scale
     arrays = (q_BSHQ, keys, position_BS) if values is None else (q_BSHQ, keys, position_BS, values)
     q_BSHQ, keys, position_BS, *rest = vary_alike(*arrays)
     batch, length, heads, _ = q_BSHQ.shape
     groups, _, places = keys.shape[2:]
-    block = math.gcd(places, CACHE_BLOCK)
+    loops = default_platform().open_loops
+    block = math.gcd(places, CACHE_BLOCK) if loops else places
     width = values.shape[-1] if values is not None else value_width or keys.shape[3]
     q = q_BSHQ.reshape(batch, length, groups, -1, q_BSHQ.shape[-1])
     q = jnp.moveaxis(q, 1, 3).reshape(
@@ -55,7 +59,7 @@ def cached_attention(
             v = _places(rest[0], layer, 3, i * block, block).astype(q.dtype)
         else:
             v = jnp.swapaxes(k[:, :, :width], 2, 3)
-        scores = jnp.einsum("bgrd,bgdm->bgrm", q, k, preferred_element_type=jnp.float32) * scale
+        scores = einsum_f32("bgrd,bgdm->bgrm", q, k) * scale
         back = position - (i * block + jnp.arange(block))
         scores = jnp.where(
             (back >= 0) if window is None else (back >= 0) & (back < window), scores, MASKED
@@ -64,12 +68,8 @@ def cached_attention(
         weights = jnp.exp(scores - higher[..., None])
         faded = total * jnp.exp(top - higher)
         whole = faded + jnp.sum(weights, axis=-1)
-        part = jnp.einsum(
-            "bgrm,bgmd->bgrd",
-            (weights / whole[..., None]).astype(v.dtype),
-            v,
-            preferred_element_type=jnp.float32,
-        )
+        shares = (weights / whole[..., None]).astype(v.dtype)
+        part = einsum_f32("bgrm,bgmd->bgrd", shares, v)
         return (
             higher,
             whole,
@@ -86,7 +86,10 @@ def cached_attention(
     # Flat, and normalised all along: for one token XLA:CPU computes a reshape or division after the
     # loop again for each output of the next product.
     out = vary(jnp.zeros(math.prod(q.shape[:3]) * width, jnp.float32), vma(q))
-    *_, out = lax.fori_loop(first, blocks, step, (top, total, out))
+    if loops:
+        *_, out = lax.fori_loop(first, blocks, step, (top, total, out))
+    else:
+        *_, out = step(jnp.int32(0), (top, total, out))
     out = out.reshape(batch, groups, heads // groups, length, width)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(q_BSHQ.dtype)
 

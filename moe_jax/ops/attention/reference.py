@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.ops.products import einsum_f32
+
 MASKED = -1e30  # finite, so that a row that sees nothing gives numbers, not NaN
 
 
@@ -31,7 +33,7 @@ def reference_attention(
     """`attention` for a mask bool [B, S, S]; all scores [B, H, S, S] are in memory."""
     """All scores at once; the mask says which of M keys each query sees."""
     q, groups = split_heads(q_BSHQ, k_BMGQ.shape[2]), k_BMGQ.shape[2]
-    scores = jnp.einsum("bsghd,bmgd->bghsm", q, k_BMGQ, preferred_element_type=jnp.float32) * scale
+    scores = einsum_f32("bsghd,bmgd->bghsm", q, k_BMGQ) * scale
     scores = jnp.where(mask_BSM[:, None, None], scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     if sinks_H is not None:
@@ -42,7 +44,7 @@ def reference_attention(
     if sinks_H is not None:
         total = total + jnp.exp(sinks - lax.stop_gradient(top))
     weights = (weights / total).astype(v_BMGU.dtype)
-    out = jnp.einsum("bghsm,bmgd->bsghd", weights, v_BMGU, preferred_element_type=jnp.float32)
+    out = einsum_f32("bghsm,bmgd->bsghd", weights, v_BMGU)
     return out.reshape(*q_BSHQ.shape[:3], -1).astype(q_BSHQ.dtype)
 
 

@@ -4,20 +4,28 @@ Back ends: `reference` multiplies every row by every matrix and selects (for tes
 `lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled`
 walks each group in tiles of rows with plain matmuls, fast on CPU; `rows`, for a `PackedWeight`
 alone, takes one row after another, for the few rows of decoding, where reading weights takes all
-the time. `auto` takes `rows` for a `PackedWeight` and few rows, else `ragged` on GPU and TPU and
-`tiled` elsewhere.
+the time. `counted` is `tiled` with a loop of fixed length, and `chosen`, for a
+`PackedWeight` alone, gives each row a copy of its matrix: for platforms where a loop of open length
+is slow. `auto` takes `rows` for a `PackedWeight` and few rows, else `ragged` on GPU and TPU and
+`tiled` elsewhere, but `chosen` and `counted` on Metal.
 Measurements behind the tile sizes are in docs/benchmarks.md and docs/log.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.ops.grouped_matmul.counted import (
+    CHOSEN_ROWS,
+    counted,
+    packed_chosen,
+    packed_counted,
+)
 from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, packed_ragged, packed_rows, packed_tiles
 from moe_jax.ops.grouped_matmul.ragged import ragged
 from moe_jax.ops.grouped_matmul.reference import mask_tail, reference_grouped_matmul
@@ -28,7 +36,9 @@ from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 BackEnd = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
-GroupedMatmulImpl = Literal["auto", "reference", "ragged", "tiled", "rows"] | BackEnd
+GroupedMatmulImpl = (
+    Literal["auto", "reference", "ragged", "tiled", "rows", "counted", "chosen"] | BackEnd
+)
 
 
 def grouped_matmul(
@@ -49,17 +59,14 @@ def grouped_matmul(
     dtype of `x_ND`.
     `impl` may be a function like `tiled` too. Raises ValueError for an unknown one.
     """
-    accelerated = default_platform().ragged_dot
-    if isinstance(w_GDF, PackedWeight):
-        if impl == "rows" or (impl == "auto" and x_ND.shape[0] <= FEW_ROWS):
-            return packed_rows(x_ND, w_GDF, sizes_G, first)
-        if impl == "ragged" or (impl == "auto" and accelerated):
-            return packed_ragged(x_ND, w_GDF, sizes_G, first)
-        if impl not in ("auto", "tiled", "reference"):
-            raise _unknown(impl)
-        return packed_tiles(x_ND, w_GDF, sizes_G, first)
+    packed = isinstance(w_GDF, PackedWeight)
     if impl == "auto":
-        impl = "ragged" if accelerated else "tiled"
+        impl = _suitable(x_ND.shape[0], packed)
+    if isinstance(w_GDF, PackedWeight):
+        back_end = _PACKED.get(impl) if isinstance(impl, str) else None
+        if back_end is None:
+            raise _unknown(impl)
+        return back_end(x_ND, w_GDF, sizes_G, first)
     x_ND, w_GDF, sizes_G = vary_alike(x_ND, w_GDF.astype(x_ND.dtype), sizes_G)
     if w_GDF.shape[0] != sizes_G.shape[0]:
         w_GDF = lax.dynamic_slice_in_dim(w_GDF, first, sizes_G.shape[0])
@@ -67,6 +74,8 @@ def grouped_matmul(
         return impl(x_ND, w_GDF, sizes_G, transposed)
     if impl == "tiled":
         return tiled(x_ND, w_GDF, sizes_G, transposed)
+    if impl == "counted":
+        return counted(x_ND, w_GDF, sizes_G, transposed)
     w_GDF = jnp.swapaxes(w_GDF, 1, 2) if transposed else w_GDF
     if impl == "reference":
         return reference_grouped_matmul(x_ND, w_GDF, sizes_G)
@@ -75,8 +84,28 @@ def grouped_matmul(
     raise _unknown(impl)
 
 
+_PACKED = {
+    "rows": packed_rows,
+    "ragged": packed_ragged,
+    "tiled": packed_tiles,
+    "reference": packed_tiles,
+    "counted": packed_counted,
+    "chosen": packed_chosen,
+}
+
+
+def _suitable(rows: int, packed: bool) -> Any:
+    """The back end for this platform."""
+    platform = default_platform()
+    if not platform.open_loops:
+        return "chosen" if packed and rows <= CHOSEN_ROWS else "counted"
+    if packed and rows <= FEW_ROWS:
+        return "rows"
+    return "ragged" if platform.ragged_dot else "tiled"
+
+
 def _unknown(impl: object) -> ValueError:
     return ValueError(
-        f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged or tiled "
-        f"(rows needs a PackedWeight)"
+        f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged, tiled or "
+        f"counted (rows and chosen need a PackedWeight)"
     )

@@ -27,13 +27,15 @@ def packed_rows(
     """One row after another. Rows of one group follow each other, so its weights come from the
     cache after the first.
     """
-    x_ND, w, sizes_G, zeros = _varying(x_ND, w, sizes_G)
+    x_ND, w, sizes_G, zeros = varying_alike(x_ND, w, sizes_G)
     ends_G = jnp.cumsum(sizes_G)
 
     def row(i: jax.Array, y: jax.Array) -> jax.Array:
         group = jnp.sum(ends_G <= i) + first
         x = lax.dynamic_slice_in_dim(x_ND, i, 1)
-        return lax.dynamic_update_slice_in_dim(y, apply(x, _one(w, group)).reshape(1, -1), i, 0)
+        return lax.dynamic_update_slice_in_dim(
+            y, apply(x, take_matrix(w, group)).reshape(1, -1), i, 0
+        )
 
     return lax.fori_loop(0, ends_G[-1], row, zeros(x_ND.shape[0]))
 
@@ -42,7 +44,7 @@ def packed_ragged(
     x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array, first: jax.Array | int
 ) -> jax.Array:
     """`lax.ragged_dot` over the groups' matrices, dequantised all at once."""
-    x_ND, w, sizes_G, _ = _varying(x_ND, w, sizes_G)
+    x_ND, w, sizes_G, _ = varying_alike(x_ND, w, sizes_G)
     groups = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, sizes_G.shape[0]), w)
     dense = dequantize(groups, x_ND.dtype)
     w_GDF = jnp.swapaxes(dense.reshape(dense.shape[0], -1, dense.shape[-1]), 1, 2)
@@ -53,13 +55,13 @@ def packed_tiles(
     x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array, first: jax.Array | int
 ) -> jax.Array:
     """The tiled walk of `_rows_times_matrix`, dequantising one group's matrix at a time."""
-    x_ND, w, sizes_G, zeros = _varying(x_ND, w, sizes_G)
+    x_ND, w, sizes_G, zeros = varying_alike(x_ND, w, sizes_G)
     starts_G = jnp.cumsum(sizes_G) - sizes_G
     tile_rows = SMALL_TILE if x_ND.shape[0] <= SMALL_TILE * sizes_G.shape[0] else TILE
     padded = pad_rows(x_ND, tile_rows)
 
     def group(g: jax.Array, y: jax.Array) -> jax.Array:
-        weights = PackedWeight(dequantize(_one(w, g + first), x_ND.dtype))
+        weights = PackedWeight(dequantize(take_matrix(w, g + first), x_ND.dtype))
 
         def tile(i: jax.Array, y: jax.Array) -> jax.Array:
             row = starts_G[g] + i * tile_rows
@@ -72,12 +74,12 @@ def packed_tiles(
     return mask_tail(y[: x_ND.shape[0]], sizes_G)
 
 
-def _one(w: PackedWeight, index: jax.Array) -> PackedWeight:
+def take_matrix(w: PackedWeight, index: jax.Array) -> PackedWeight:
     """The matrix of one group; the index reaches the product's read, so that nothing is copied."""
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), w)
 
 
-def _varying(x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array) -> tuple[Any, ...]:
+def varying_alike(x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array) -> tuple[Any, ...]:
     """All typed as varying over the same mesh axes, and a zero array for the results."""
     axes = frozenset().union(*(vma(a) for a in jax.tree.leaves((x_ND, w, sizes_G))))
     x_ND, w, sizes_G = vary((x_ND, w, sizes_G), axes)

@@ -1,0 +1,139 @@
+"""The programs for Metal, run on the CPU: the same logits and texts as the CPU's own programs, for
+every family and every way to hold its weights, and nothing in them that a plug-in for Metal lacks.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import hf
+from moe_jax.config.schema import MeshConfig
+from moe_jax.inference.engine import ResidentEngine
+from moe_jax.inference.read_weights import read_params, serving_tables
+from moe_jax.models.batch import NewTokens
+from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.serving_plan import ServingPlan
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.placement.table import contiguous
+from moe_jax.runtime.metal import METAL_ON_CPU
+from moe_jax.runtime.platform import standing_in
+from tests.support import hf_cases as cases
+from tests.support.slow import slow_unless
+
+PLACES = 64
+TOKENS = 12  # written
+FORMATS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "float32", "quantization": "int8"},
+    "int4": {"dtype": "float32", "quantization": "int4", "group": 8},
+}
+# One of each kind of layer; the others share their code with these.
+QUICK = {
+    ("qwen3_moe-plain", "float32"),
+    ("qwen3_moe-plain", "int4"),
+    ("gpt_oss-plain", "int8"),
+    ("deepseek_v3-plain", "float32"),
+}
+FAMILIES = sorted(
+    {cases.family(case): case for case in sorted(cases.CASES, key=lambda c: "plain" in c)}.values()
+)
+
+
+def make_engine(case: str, form: str, folder: Path) -> ResidentEngine:
+    checkpoint = hf.open_checkpoint(cases.build(case, folder))
+    layers = count_moe_layers(checkpoint.model, checkpoint.moe)
+    placement = contiguous(layers, checkpoint.moe.num_experts, 1)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    held: dict[str, Any] = {"vocab_size": checkpoint.vocab_size, **FORMATS[form]}
+    plan = ServingPlan(checkpoint.model, checkpoint.moe, mesh, placement, **held)
+    return ResidentEngine(
+        plan, read_params(plan, checkpoint.leaf), serving_tables(plan, checkpoint.bias_LE())
+    )
+
+
+def again(engine: ResidentEngine) -> ResidentEngine:
+    """The same weights, with nothing compiled."""
+    return ResidentEngine(engine.plan, engine.params, engine.tables)
+
+
+def new_tokens(rows: list[list[int]], starts: list[int]) -> NewTokens:
+    width = max(map(len, rows))
+    tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+    return NewTokens(tokens, np.array(starts, np.int32), np.array([*map(len, rows)], np.int32))
+
+
+def write(engine: ResidentEngine, prompt: list[int]) -> tuple[np.ndarray, list[int]]:
+    """Logits f32 [tokens, V] of a greedy text, and the text."""
+    new = new_tokens([prompt], [0])
+    logits, cache = engine.prefill(engine.layout.new(1, PLACES), new)
+    steps, text = [np.asarray(logits)[0]], [int(np.argmax(logits))]
+    while len(text) < TOKENS:
+        step = new_tokens([[text[-1]]], [len(prompt) + len(text) - 1])
+        logits, cache = engine.decode(cache, step)
+        steps.append(np.asarray(logits)[0])
+        text.append(int(np.argmax(logits)))
+    return np.stack(steps), text
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    slow_unless(QUICK.__contains__, [(case, form) for case in FAMILIES for form in FORMATS]),
+)
+def test_logits_and_text(case: str, form: str, tmp_path: Path) -> None:
+    engine = make_engine(case, form, tmp_path)
+    prompt = cases.expected(case)["prompt"].tolist()
+    logits, text = write(engine, prompt)
+    with standing_in(METAL_ON_CPU):
+        found, written = write(again(engine), prompt)
+    # A value in bf16 that lies between two may be rounded the other way.
+    tolerance = 1e-5 if form != "bfloat16" else 2**-7
+    np.testing.assert_allclose(found, logits, atol=tolerance * np.abs(logits).max())
+    assert written == text
+
+
+@pytest.fixture(scope="module")
+def metal(tmp_path_factory: pytest.TempPathFactory) -> ResidentEngine:
+    return make_engine("qwen3_moe-plain", "int4", tmp_path_factory.mktemp("metal"))
+
+
+LACKING = re.compile(
+    r"all_reduce|all_gather|all_to_all|collective_permute|reduce_scatter|partition_id|replica_id|"
+    r"ragged_dot|stablehlo\.case|callback|f64|f8E|i4>|tf\.aliasing_output|jax\.buffer_donor"
+)
+
+
+def test_decoding_has_one_loop_over_layers_and_nothing_that_is_lacking(
+    metal: ResidentEngine,
+) -> None:
+    with standing_in(METAL_ON_CPU):
+        text = again(metal).lower_decode(1, PLACES).as_text()
+    assert text.count("stablehlo.while") == len(metal.params["stacks"])
+    assert LACKING.search(text) is None
+    bf16_to_f32 = r"dot_general.*\(tensor<[0-9x]*bf16>, tensor<[0-9x]*bf16>\) -> tensor<[0-9x]*f32>"
+    assert not re.search(bf16_to_f32, text)
+    # or the expressions would see nothing
+    normal = again(metal).lower_decode(1, PLACES).as_text()
+    assert normal.count("stablehlo.while") > len(metal.params["stacks"])
+    assert LACKING.search(normal) is not None
+
+
+def test_the_memory_of_decoding_does_not_grow(metal: ResidentEngine) -> None:
+    """Nothing is donated there: what a step was given is free after it."""
+    with standing_in(METAL_ON_CPU):
+        engine = again(metal)
+        logits, cache = engine.prefill(engine.layout.new(1, PLACES), new_tokens([[1, 2, 3]], [0]))
+        sizes = []
+        for start in range(3, 23):
+            logits, cache = engine.decode(cache, new_tokens([[5]], [start]))
+            logits.block_until_ready()
+            gc.collect()
+            sizes.append(sum(array.nbytes for array in jax.live_arrays()))
+    assert len(set(sizes[2:])) == 1
