@@ -26,6 +26,7 @@ from moe_jax.cli.options import (
     COMPUTING,
     AsJson,
     Fallback,
+    Platform,
     ProcessFlags,
     RunDir,
     option,
@@ -37,6 +38,7 @@ from moe_jax.errors import UserError
 from moe_jax.model_io.source import require_run
 from moe_jax.runtime import distributed
 from moe_jax.runtime.compile_cache import use_compile_cache
+from moe_jax.runtime.devices import check_platform
 from moe_jax.runtime.huge_pages import restart_with_huge_pages
 from moe_jax.runtime.lasting_output import lasting_output
 from moe_jax.runtime.parent import end_with_launch
@@ -284,11 +286,13 @@ def status(run_dir: RunDir, as_json: AsJson = False) -> None:
 
 @app.command(epilog="\b\nExample:\n  moe-jax doctor --json")
 def doctor(
+    platform: Platform = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check this machine: versions, devices, arithmetic."""
+    check_platform(platform)
     from moe_jax.launch.doctor import examine, print_examination
 
-    examination = examine()
+    examination = examine(platform)
     print_examination(examination, as_json=as_json)
     raise typer.Exit(1 if examination.problems else 0)

@@ -1,9 +1,10 @@
 """`moe-jax doctor`: can this machine train, correctly, and how fast is its hardware?
 
 It compares installed versions with those that the package asks for, runs the computation that a
-known-bad jaxlib gets wrong, and tries every back end in tiny form (`probes.py`). What is only
-unavailable on this machine is reported with its reason. A bad version or a wrong number is a
-problem, with the remedy.
+known-bad jaxlib gets wrong, and tries every back end in tiny form (`probes.py`); on a Mac's GPU it
+looks for the known faults of its plug-ins (`metal_probes.py`). What is only unavailable on this
+machine is reported with its reason, and what the package works round with how. A bad version or a
+wrong number is a problem, with the remedy.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from moe_jax.launch.probes import (
     WrongArithmetic,
     probe_against_numpy,
 )
-from moe_jax.runtime.devices import split_cpu
+from moe_jax.runtime import metal
+from moe_jax.runtime.devices import split_cpu, use_platform
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from moe_jax.launch.metal_probes import KnownFault
 
 EXAMINED_PACKAGES = (
     "jax",
@@ -61,11 +65,15 @@ class Version:
 
 @dataclass
 class ProbeResult:
-    """A probe: `ok`, `unavailable` or `wrong`, and a short text (a measurement, or the reason)."""
+    """A probe: `ok`, `unavailable`, `wrong`, or `avoided` for what is wrong and not used; and a
+    short text (a measurement, or the reason).
+    """
 
     name: str
     status: str
     text: str
+    remedy: str = ""
+    """What to do about a wrong number."""
 
 
 @dataclass
@@ -78,8 +86,10 @@ class Examination:
     problems: list[str] = field(default_factory=list)
 
 
-def examine() -> Examination:
-    """Checks versions, devices and every probe; takes about ten seconds."""
+def examine(platform_name: str | None = None) -> Examination:
+    """Checks versions, devices and every probe, on this platform or that which commands would take;
+    takes about ten seconds. Raises UserError for a platform that is not here.
+    """
     versions = package_versions()
     problems = [version.problem for version in versions if version.problem]
     if any(
@@ -88,6 +98,11 @@ def examine() -> Examination:
         if version.name in ("jax", "jaxlib", "numpy")
     ):
         return Examination(versions, {}, [], problems)
+    plugin = metal.installed_plugin() if metal.is_mac() else None
+    if plugin is not None and (problem := metal.plugin_problem(plugin)) is not None:
+        problems.append(problem)
+        platform_name = platform_name or "cpu"
+    use_platform(platform_name)
     split_cpu(SIMULATED_DEVICES)
     try:
         machine = describe_machine()
@@ -97,15 +112,36 @@ def examine() -> Examination:
             f"set JAX_PLATFORMS=cpu."
         )
         return Examination(versions, {}, [], problems)
-    probes = [run_probe("jit arithmetic", probe_against_numpy)] + [
-        run_probe(name, probe) for name, probe in PROBES
-    ]
+    probes = [run_probe("jit arithmetic", probe_against_numpy), *_probes_here()]
     problems += [
-        f"{probe.name} computes wrong numbers: {probe.text}; {INSTALL_GOOD_JAX}."
+        f"{probe.name} computes wrong numbers: {probe.text}; {probe.remedy or INSTALL_GOOD_JAX}."
         for probe in probes
         if probe.status == "wrong"
     ]
     return Examination(versions, machine, probes, problems)
+
+
+def _probes_here() -> list[ProbeResult]:
+    """Every probe of the default platform."""
+    from moe_jax.launch.metal_probes import KNOWN_FAULTS
+    from moe_jax.runtime.platform import default_platform
+
+    if default_platform().name != "metal":
+        return [run_probe(name, probe) for name, probe in PROBES]
+    # A Mac has no collective, and what else is in PROBES and computes is tried by these.
+    rates = [(name, probe) for name, probe in PROBES if name.endswith("rate")]
+    return [_look_for(fault) for fault in KNOWN_FAULTS] + [run_probe(*rate) for rate in rates]
+
+
+def _look_for(fault: KnownFault) -> ProbeResult:
+    """Whether a fault is here, and what comes of it."""
+    result = run_probe(fault.name, fault.probe)
+    if result.status == "ok":
+        return result
+    if fault.workaround:
+        text = f"{result.text}; {fault.workaround}"
+        return ProbeResult(fault.name, "avoided", text)
+    return ProbeResult(fault.name, "wrong", result.text, fault.remedy)
 
 
 def package_versions() -> list[Version]:
@@ -119,7 +155,10 @@ def package_versions() -> list[Version]:
         except importlib.metadata.PackageNotFoundError:
             installed = None
         rows.append(judge_version(name, installed, requirement))
-    return rows
+    plugins = (
+        (one.package, metal.installed_version(one.package)) for one in metal.PLUGINS.values()
+    )
+    return rows + [Version(name, found, "", "") for name, found in plugins if found is not None]
 
 
 def judge_version(name: str, installed: str | None, requirement: Requirement | None) -> Version:
@@ -185,14 +224,16 @@ def describe_machine() -> dict[str, Any]:
     """Platform, devices, cores and memory."""
     import jax
 
-    from moe_jax.runtime.platform import platform_of
+    from moe_jax.runtime.platform import default_platform, platform_of
 
     devices = jax.devices()
     kinds = sorted({device.device_kind for device in devices})
     simulated = platform_of(devices[0]).simulated
     return {
         "system": f"{platform.system()} {platform.machine()}",
+        "macos": platform.mac_ver()[0] or None,
         "platform": devices[0].platform,
+        "programs_for": default_platform().name,
         "devices": 1 if simulated else len(devices),
         "device_kinds": kinds,
         "device_memory_bytes": [
@@ -250,7 +291,7 @@ def _tables(examination: Examination) -> list[Table]:
             key.replace("_", " ").replace(" bytes", ""), escape(_machine_text(key, value))
         )
     probes = Table("probe", "", "result", title="What works here", title_justify="left")
-    colors = {"ok": "green", "unavailable": "yellow", "wrong": "red"}
+    colors = {"ok": "green", "unavailable": "yellow", "avoided": "yellow", "wrong": "red"}
     for probe in examination.probes:
         probes.add_row(probe.name, f"[{colors[probe.status]}]{probe.status}[/]", escape(probe.text))
     return [versions, machine, probes]

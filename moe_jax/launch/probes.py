@@ -37,7 +37,7 @@ def probe_against_numpy() -> str:
     squares = jax.jit(jax.vmap(lambda row, matrix: jnp.sum((matrix @ row) ** 2), in_axes=(0, None)))
     with jax.default_device(host_device()):
         got = np.asarray(squares(x_N3, np.eye(3, dtype=np.float32)))
-    _compare(got, (x_N3**2).sum(axis=1), 1e-6)
+    compare(got, (x_N3**2).sum(axis=1), 1e-6)
     return f"a mat-vec and sum of {rows:,} rows equals numpy's"
 
 
@@ -45,13 +45,13 @@ def probe_bfloat16() -> str:
     """A bf16 matmul that accumulates in f32."""
     import jax.numpy as jnp
 
-    a, b = _random(64, 256), _random(256, 64)
+    a, b = random_normal(64, 256), random_normal(256, 64)
     got = jnp.matmul(
         jnp.asarray(a, jnp.bfloat16),
         jnp.asarray(b, jnp.bfloat16),
         preferred_element_type=jnp.float32,
     )
-    _compare(np.asarray(got), a @ b, LOW_PRECISION)
+    compare(np.asarray(got), a @ b, LOW_PRECISION)
     return f"accumulates in {got.dtype.name}"
 
 
@@ -63,12 +63,12 @@ def probe_grouped_matmul(impl: Any) -> str:
     from moe_jax.ops.grouped_matmul.api import grouped_matmul as operation
 
     sizes_G = np.array([5, 0, 11], np.int32)
-    x_ND, w_GDF = _random(16, 8), _random(3, 8, 4)
+    x_ND, w_GDF = random_normal(16, 8), random_normal(3, 8, 4)
     got = jax.jit(lambda x, w, sizes: operation(x, w, sizes, impl=impl))(
         jnp.asarray(x_ND), jnp.asarray(w_GDF), jnp.asarray(sizes_G)
     )
     group_N = np.repeat(np.arange(3), sizes_G)
-    _compare(np.asarray(got), np.einsum("nd,ndf->nf", x_ND, w_GDF[group_N]), LOW_PRECISION)
+    compare(np.asarray(got), np.einsum("nd,ndf->nf", x_ND, w_GDF[group_N]), LOW_PRECISION)
     return "equals numpy"
 
 
@@ -80,7 +80,7 @@ def probe_attention(impl: Any, dtype: str) -> str:
     from moe_jax.ops.attention.api import attention as operation
 
     length, width = 128, 64
-    q_BSHQ, k_BSGQ, v_BSGQ = _random(3, 1, length, 2, width)
+    q_BSHQ, k_BSGQ, v_BSGQ = random_normal(3, 1, length, 2, width)
     segments_BS = (np.arange(length)[None] >= 50).astype(np.int32)
     arguments = [jnp.asarray(x, dtype) for x in (q_BSHQ, k_BSGQ, v_BSGQ)]
     got = jax.jit(lambda q, k, v, segments: operation(q, k, v, segments, impl=impl))(
@@ -94,7 +94,7 @@ def probe_attention(impl: Any, dtype: str) -> str:
     expected = np.einsum(
         "bhqk,bkhd->bqhd", weights_BHSS / weights_BHSS.sum(axis=-1, keepdims=True), v_BSGQ
     )
-    _compare(np.asarray(got, np.float32), expected, LOW_PRECISION)
+    compare(np.asarray(got, np.float32), expected, LOW_PRECISION)
     return f"equals numpy in {dtype}"
 
 
@@ -109,7 +109,7 @@ def probe_all_to_all() -> str:
     exchange = _over_devices(
         lambda x: jax.lax.all_to_all(x, "x", split_axis=1, concat_axis=1, tiled=True)
     )
-    _compare(np.asarray(exchange(jnp.asarray(x_RR))), x_RR.T, 0)
+    compare(np.asarray(exchange(jnp.asarray(x_RR))), x_RR.T, 0)
     return f"over {SIMULATED_DEVICES} simulated devices"
 
 
@@ -137,9 +137,7 @@ def probe_ragged_all_to_all() -> str:
         return received[None]
 
     x_RR = np.arange(ranks**2, dtype=np.int32).reshape(ranks, ranks)
-    _compare(
-        np.asarray(_over_devices(exchange_row, _probe_devices())(jnp.asarray(x_RR))), x_RR.T, 0
-    )
+    compare(np.asarray(_over_devices(exchange_row, _probe_devices())(jnp.asarray(x_RR))), x_RR.T, 0)
     return f"over {ranks} device{'s' if ranks > 1 else ''}"
 
 
@@ -149,7 +147,7 @@ def probe_matmul_rate() -> str:
     import jax.numpy as jnp
 
     size = 2048
-    a, b = jnp.asarray(_random(size, size)), jnp.asarray(_random(size, size))
+    a, b = jnp.asarray(random_normal(size, size)), jnp.asarray(random_normal(size, size))
     matmul = jax.jit(jnp.matmul)
     seconds = _fastest(lambda: jax.block_until_ready(matmul(a, b)))
     return f"{2 * size**3 / seconds / 1e9:,.0f} GFLOP/s at {size} x {size} x {size}"
@@ -181,11 +179,12 @@ PROBES: list[tuple[str, Callable[[], str]]] = [
 ]
 
 
-def _random(*shape: int) -> np.ndarray:
+def random_normal(*shape: int) -> np.ndarray:
+    """The same values each time, f32."""
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def _compare(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def compare(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """Raises WrongArithmetic where a value differs by more than `tolerance` times the largest
     expected one.
     """
