@@ -33,6 +33,7 @@ from moe_jax.errors import UserError
 from moe_jax.generation.sampling_options import SamplingOptions
 
 COLDEST = 1e-30  # a smaller temperature would divide by zero
+NOT_FINITE = -1  # in place of a token
 
 
 class Filters(NamedTuple):
@@ -105,11 +106,11 @@ class Sampler:
         if sharding != self._sharding:
             self._options, self._state = _placed((self._options, self._state), sharding)
             self._sharding = sharding
-        token_B, finite_B, self._state = draw_program(sharding)(
+        token_B, self._state = draw_program(sharding)(
             self._filters, self._num_ids, logits_BV, self._options, self._state
         )
-        tokens, finite = jax.device_get((token_B, finite_B))
-        if not finite.all():
+        tokens = jax.device_get(token_B)  # one array: each fetch waits for the device
+        if (tokens == NOT_FINITE).any():
             raise UserError(
                 "The model's logits are not finite (NaN or infinite): its weights are damaged, or "
                 "try --dtype float32."
@@ -169,8 +170,8 @@ def draw_tokens(
     logits_BV: jax.Array,
     options: RowOptions,
     state: RowState,
-) -> tuple[jax.Array, jax.Array, RowState]:
-    """Each row's token, i32 [B], whether its logits are finite, bool [B], and the state after."""
+) -> tuple[jax.Array, RowState]:
+    """Each row's token, i32 [B], NOT_FINITE where its logits are not, and the state after."""
     logits_BV, occurred_BV = logits_BV[:, :num_ids], state.occurred
     if occurred_BV is not None:
         logits_BV = penalised(logits_BV, occurred_BV, options.penalty[:, None])
@@ -184,7 +185,8 @@ def draw_tokens(
     if occurred_BV is not None:
         row_B = jnp.arange(token_B.shape[0])
         occurred_BV = occurred_BV.at[row_B, token_B].set(True, mode="promise_in_bounds")
-    return token_B, jnp.isfinite(top_B1[:, 0]), RowState(state.drawn + 1, occurred_BV)
+    token_B = jnp.where(jnp.isfinite(top_B1[:, 0]), token_B, NOT_FINITE)
+    return token_B, RowState(state.drawn + 1, occurred_BV)
 
 
 def chances(filters: Filters, logits_BV: jax.Array, options: RowOptions) -> jax.Array:

@@ -15,7 +15,8 @@ from moe_jax.models.paths import ParameterPath
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.sharding import named
 from moe_jax.profiling.memory import per_device
-from moe_jax.runtime.platform import platform_of
+from moe_jax.runtime import metal
+from moe_jax.runtime.platform import default_platform, platform_of
 from moe_jax.utils.units import gibibytes, one_of_these
 
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limit stands
@@ -72,7 +73,10 @@ def weight_memory(
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
         return WeightMemory(needed, statistics["bytes_limit"], shared=False)
-    if sys.platform != "linux" or not platform_of(device).simulated:
+    platform = platform_of(device)
+    if platform.one_device and not platform.simulated:
+        return WeightMemory(needed, metal.gpu_memory(), shared=False)
+    if sys.platform != "linux" or not platform.simulated:
         return WeightMemory(needed, None, shared=False)
     on_host = 0 if expert_cache is None else plan.expert_bytes()
     return WeightMemory(needed * plan.mesh.size + on_host, _free_memory(), shared=True)
@@ -125,6 +129,8 @@ def _elsewhere(
         return ["no --expert-cache-size"] if expert_cache is not None else []
     size = plan.mesh.size
     ways = [f"a --mesh with more {f'than {size} ' if size > 1 else ''}devices"]
+    if default_platform().one_device:
+        ways = []
     if size > 1 or masters or not plan.expert_bytes():
         return ways
     if expert_cache is None:

@@ -1,7 +1,9 @@
 """A model's weights and tables on the devices, from a checkpoint that gives parts of them.
 
-Each process reads the parts that its devices hold and nothing else, a tensor at a time, into memory
-that JAX then uses as it is: the peak is the model's share plus one tensor.
+Each process reads the parts that its devices hold and nothing else, a tensor at a time. A CPU's
+array takes over the memory that was read into, so the peak is the model's share plus one tensor. An
+accelerator copies: one parameter, which is stacked over its layers, is then there twice, and the
+largest comes first, when nothing else is there.
 """
 
 from __future__ import annotations
@@ -52,14 +54,16 @@ def read_params(plan: ServingPlan, read: ReadPart, *, experts_on_host: bool = Fa
     sizes = {path: bytes_of(weight) for path, weight in plan.weights.items()}
     params: dict[str, Any] = {}
     with byte_progress("loading", sum(sizes.values())) as done:
-        for path, weight in plan.weights.items():
+        for path in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            weight = plan.weights[path]
             if experts_on_host and ParameterPath.parse(path).is_expert:
                 whole = tuple(slice(None) for _ in weight.shape)
                 params[path] = _read_part(plan, weight, whole, read)
             else:
-                params[path] = _read_weight(plan, weight, read)
+                # Ready before the next is read: until then the host's copy is kept.
+                params[path] = jax.block_until_ready(_read_weight(plan, weight, read))
             done(sizes[path])
-    return nested(params)
+    return nested({path: params[path] for path in plan.weights})
 
 
 def _order(weight: WeightPlan) -> tuple[int, ...]:

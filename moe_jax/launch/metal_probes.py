@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.launch.probes import compare, probe_grouped_matmul, random_normal
+from moe_jax.launch.probes import probe_grouped_matmul, random_normal, require_equal
 
 
 class KnownFault(NamedTuple):
@@ -42,8 +42,8 @@ def probe_stacked_outputs() -> str:
     for row in x:
         carry = carry * 0.5 + row
         wanted.append(carry)
-    compare(np.asarray(found), np.stack(wanted)[:, :, ::2], 1e-4)
-    compare(np.asarray(sums), np.stack(wanted).sum(axis=2), 1e-4)
+    require_equal(np.asarray(found), np.stack(wanted)[:, :, ::2], 1e-4)
+    require_equal(np.asarray(sums), np.stack(wanted).sum(axis=2), 1e-4)
     return f"{len(x)} turns come out whole"
 
 
@@ -53,7 +53,7 @@ def probe_scatter() -> str:
     import jax.numpy as jnp
 
     put = jax.jit(lambda at: jnp.zeros(4, jnp.int32).at[at].set(7, mode="drop"))
-    compare(np.asarray(put(np.array([1, 4, 99], np.int32))), np.array([0, 7, 0, 0]), 0)
+    require_equal(np.asarray(put(np.array([1, 4, 99], np.int32))), np.array([0, 7, 0, 0]), 0)
     return "an index out of bounds is dropped"
 
 
@@ -63,7 +63,7 @@ def probe_top_k_ties() -> str:
 
     values = np.array([[1, 3, 3, 0, 3, 3, 2, 1]], np.float32)
     _, found = jax.jit(lambda x: jax.lax.top_k(x, 5))(values)
-    compare(np.asarray(found), np.array([[1, 2, 4, 5, 6]]), 0)
+    require_equal(np.asarray(found), np.array([[1, 2, 4, 5, 6]]), 0)
     return "the first of equal values come first"
 
 
@@ -75,7 +75,7 @@ def probe_mixed_dot() -> str:
     x = jnp.ones((2, 300), jnp.bfloat16)
     y = x.at[0, 0].set(1.0078125)  # their product is a sum that bf16 does not have
     product = jax.jit(lambda x, y: jnp.matmul(x, y.T, preferred_element_type=jnp.float32))
-    compare(np.asarray(product(x, y)), np.array([[300.0078125, 300.0]] * 2), 1e-6)
+    require_equal(np.asarray(product(x, y)), np.array([[300.0078125, 300.0]] * 2), 1e-6)
     return "f32 results"
 
 
@@ -88,7 +88,7 @@ def probe_accumulation() -> str:
 
     ones = jnp.ones((2, 512), jnp.bfloat16)  # in bf16 their sum would stop at 256
     found = jax.jit(lambda x: dot(x, x, ((1,), (1,)), jnp.bfloat16))(ones)
-    compare(np.asarray(found, np.float32), np.full((2, 2), 512.0), 0)
+    require_equal(np.asarray(found, np.float32), np.full((2, 2), 512.0), 0)
     return "adds up in f32"
 
 
@@ -99,7 +99,7 @@ def probe_sort() -> str:
 
     keys = np.array([3, 1, 2, 1, 3, 1, 0, 2] * 5, np.int32)
     found = jax.jit(lambda x: jnp.argsort(x, stable=True))(keys)
-    compare(np.asarray(found), np.argsort(keys, kind="stable"), 0)
+    require_equal(np.asarray(found), np.argsort(keys, kind="stable"), 0)
     return "stable by one key"
 
 
@@ -110,7 +110,7 @@ def probe_sort_by_two() -> str:
     first, second = np.array([1, 0, 1, 0], np.int32), np.array([1, 3, 0, 2], np.int32)
     place = np.arange(4, dtype=np.int32)
     sort = jax.jit(lambda *keys: jax.lax.sort(keys, num_keys=2))
-    compare(np.asarray(sort(first, second, place)[2]), np.array([3, 1, 2, 0]), 0)
+    require_equal(np.asarray(sort(first, second, place)[2]), np.array([3, 1, 2, 0]), 0)
     return "by two keys"
 
 
@@ -129,7 +129,7 @@ def probe_unpacking() -> str:
     found = jax.jit(lambda w: dequantize(w, jnp.float32))(packed)
     grouped = steps.reshape(2, 4, 32)
     wanted = (np.concatenate([grouped & 15, grouped >> 4], -1) - 8) * scale.reshape(2, 4, 1)
-    compare(np.asarray(found), wanted.reshape(2, 256), 1e-6)
+    require_equal(np.asarray(found), wanted.reshape(2, 256), 1e-6)
     return "equals numpy"
 
 
@@ -149,7 +149,7 @@ def probe_packed_matmul() -> str:
             x, w, jnp.array(sizes, jnp.int32)
         )
         group_N = np.repeat(np.arange(3), sizes)
-        compare(np.asarray(found), np.einsum("nd,nfd->nf", x, plain[group_N]), 0.03)
+        require_equal(np.asarray(found), np.einsum("nd,nfd->nf", x, plain[group_N]), 0.03)
     return "equals numpy, for few rows and many"
 
 
@@ -157,7 +157,7 @@ def probe_model() -> str:
     """The logits of a model of two layers after its prompt and two more tokens."""
     from moe_jax.launch.small_model import RECORDED, small_model_logits
 
-    compare(small_model_logits(), np.array(RECORDED), 1e-3)
+    require_equal(small_model_logits(), np.array(RECORDED), 1e-3)
     return f"logits of {len(RECORDED)} steps equal those recorded"
 
 

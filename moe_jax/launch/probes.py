@@ -37,7 +37,7 @@ def probe_against_numpy() -> str:
     squares = jax.jit(jax.vmap(lambda row, matrix: jnp.sum((matrix @ row) ** 2), in_axes=(0, None)))
     with jax.default_device(host_device()):
         got = np.asarray(squares(x_N3, np.eye(3, dtype=np.float32)))
-    compare(got, (x_N3**2).sum(axis=1), 1e-6)
+    require_equal(got, (x_N3**2).sum(axis=1), 1e-6)
     return f"a mat-vec and sum of {rows:,} rows equals numpy's"
 
 
@@ -51,7 +51,7 @@ def probe_bfloat16() -> str:
         jnp.asarray(b, jnp.bfloat16),
         preferred_element_type=jnp.float32,
     )
-    compare(np.asarray(got), a @ b, LOW_PRECISION)
+    require_equal(np.asarray(got), a @ b, LOW_PRECISION)
     return f"accumulates in {got.dtype.name}"
 
 
@@ -68,7 +68,7 @@ def probe_grouped_matmul(impl: Any) -> str:
         jnp.asarray(x_ND), jnp.asarray(w_GDF), jnp.asarray(sizes_G)
     )
     group_N = np.repeat(np.arange(3), sizes_G)
-    compare(np.asarray(got), np.einsum("nd,ndf->nf", x_ND, w_GDF[group_N]), LOW_PRECISION)
+    require_equal(np.asarray(got), np.einsum("nd,ndf->nf", x_ND, w_GDF[group_N]), LOW_PRECISION)
     return "equals numpy"
 
 
@@ -94,7 +94,7 @@ def probe_attention(impl: Any, dtype: str) -> str:
     expected = np.einsum(
         "bhqk,bkhd->bqhd", weights_BHSS / weights_BHSS.sum(axis=-1, keepdims=True), v_BSGQ
     )
-    compare(np.asarray(got, np.float32), expected, LOW_PRECISION)
+    require_equal(np.asarray(got, np.float32), expected, LOW_PRECISION)
     return f"equals numpy in {dtype}"
 
 
@@ -109,7 +109,7 @@ def probe_all_to_all() -> str:
     exchange = _over_devices(
         lambda x: jax.lax.all_to_all(x, "x", split_axis=1, concat_axis=1, tiled=True)
     )
-    compare(np.asarray(exchange(jnp.asarray(x_RR))), x_RR.T, 0)
+    require_equal(np.asarray(exchange(jnp.asarray(x_RR))), x_RR.T, 0)
     return f"over {SIMULATED_DEVICES} simulated devices"
 
 
@@ -137,7 +137,9 @@ def probe_ragged_all_to_all() -> str:
         return received[None]
 
     x_RR = np.arange(ranks**2, dtype=np.int32).reshape(ranks, ranks)
-    compare(np.asarray(_over_devices(exchange_row, _probe_devices())(jnp.asarray(x_RR))), x_RR.T, 0)
+    require_equal(
+        np.asarray(_over_devices(exchange_row, _probe_devices())(jnp.asarray(x_RR))), x_RR.T, 0
+    )
     return f"over {ranks} device{'s' if ranks > 1 else ''}"
 
 
@@ -184,7 +186,7 @@ def random_normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def compare(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def require_equal(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """Raises WrongArithmetic where a value differs by more than `tolerance` times the largest
     expected one.
     """

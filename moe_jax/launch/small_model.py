@@ -25,7 +25,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 
 PROMPT, LATER = (3, 17, 4, 9, 30, 1, 22), (11, 5)
-VOCABULARY, SHOWN = 32, 6  # logits kept of each step: the first
+VOCABULARY, KEPT_LOGITS = 32, 6  # logits kept of each step: the first
 RECORDED: tuple[tuple[float, ...], ...] = (
     (0.249757, 1.318052, 1.692659, 0.356982, -1.868962, 1.104699),
     (-1.598880, 1.967620, -0.478202, 0.953136, -1.083889, 0.265707),
@@ -34,14 +34,14 @@ RECORDED: tuple[tuple[float, ...], ...] = (
 
 
 def small_model_logits() -> np.ndarray:
-    """Logits [steps, SHOWN] after the prompt and after each later token."""
+    """Logits [steps, KEPT_LOGITS] after the prompt and after each later token."""
     engine = _engine()
     logits, cache = engine.prefill(engine.layout.new(1, 256), _new(PROMPT, 0))
     steps = [logits]
     for number, token in enumerate(LATER):
         logits, cache = engine.decode(cache, _new((token,), len(PROMPT) + number))
         steps.append(logits)
-    return np.concatenate([np.asarray(one)[:, :SHOWN] for one in steps])
+    return np.concatenate([np.asarray(one)[:, :KEPT_LOGITS] for one in steps])
 
 
 def _engine() -> ResidentEngine:

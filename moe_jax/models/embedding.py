@@ -29,10 +29,10 @@ def embed(table: nnx.Param, tokens_BS: Int[Array, "B S"], dtype: Any) -> Float[A
     if split and lax.axis_size(split) > 1:
         owned_N = ids_N - lax.axis_index(split) * columns
         inside_N = (owned_N >= 0) & (owned_N < columns)
-        owned_N = jnp.where(inside_N, owned_N, columns)
+        columns_N = jnp.where(inside_N, owned_N, columns)
+        x_ND = table_DV.at[:, columns_N].get(mode="fill", fill_value=0).T
     else:  # all ids are here: their gradient needs no scatter that drops what is out of bounds
-        owned_N = vary(ids_N, split)
-    x_ND = table_DV.at[:, owned_N].get(mode="fill", fill_value=0).T
+        x_ND = vary(table_DV.at[:, ids_N].get(mode="clip").T, split)
     if axes:
         if lax.axis_size(axes) > 1:
             x_ND = lax.all_to_all(x_ND, axes, split_axis=0, concat_axis=1, tiled=True)

@@ -20,7 +20,10 @@ def scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -
     if default_platform().stacks_in_loops:
         return lax.scan(body, carry, inputs)
     turns = jax.tree.leaves(inputs)[0].shape[0]
-    return lax.scan(body, carry, inputs, unroll=max(1, turns))
+    if turns == 1:  # which `lax.scan` would leave a loop
+        carry, one = body(carry, jax.tree.map(lambda a: a[0], inputs))
+        return carry, jax.tree.map(lambda a: a[None], one)
+    return lax.scan(body, carry, inputs, unroll=turns)
 
 
 def map_over(body: Callable[[Any], Any], inputs: Any) -> Any:

@@ -41,6 +41,18 @@ def is_mac() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
+def gpu_memory() -> int:
+    """Bytes of this Mac's memory that its GPU may use."""
+    return gpu_share(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def gpu_share(memory: int) -> int:
+    """Bytes of a Mac's memory that its GPU may use: by Apple's rule two thirds of up to 36 GiB, and
+    three quarters of more.
+    """
+    return memory * 2 // 3 if memory <= 36 * 2**30 else memory * 3 // 4
+
+
 def installed_version(package: str) -> str | None:
     """The version of an installed package, or None."""
     try:

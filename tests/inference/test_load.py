@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -22,8 +24,11 @@ from moe_jax.inference.load import open_model
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import by_path, nested
 from moe_jax.models.serving_plan import ServingPlan
+from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
+from moe_jax.runtime.metal import METAL_ON_CPU
+from moe_jax.runtime.platform import PLATFORMS, standing_in
 from tests.support.command import run_module
 from tests.support.hf_folder import make_folder
 from tests.support.slow import slow_unless
@@ -136,6 +141,37 @@ def test_devices_hold_what_was_planned(
     assert held == memory.device_bytes(plan)
 
 
+@pytest.mark.parametrize("quantization", ["float", "int8", "int4"])
+def test_an_accelerator_holds_the_weights_and_one_parameter_twice(
+    folder: tuple[Path, dict[str, np.ndarray]], quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of host buffers that live and of a device that copies what it is given."""
+    plan = make_plan({}, quantization=quantization, group=4)
+    sizes = sorted((bytes_of(weight) for weight in plan.weights.values()), reverse=True)
+    host, device, peaks = [0], [0], []
+    aligned, put = read_weights._aligned, jax.device_put
+
+    def counted(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        buffer = aligned(shape, dtype)
+        host[0] += buffer.nbytes
+        weakref.finalize(buffer, lambda: host.__setitem__(0, host[0] - buffer_size))
+        buffer_size = buffer.nbytes
+        return buffer
+
+    def copied(array: np.ndarray, *where: Any) -> jax.Array:
+        device[0] += array.nbytes
+        peaks.append(host[0] + device[0])
+        return put(array.copy(), *where)
+
+    monkeypatch.setattr(read_weights, "_aligned", counted)
+    monkeypatch.setattr(read_weights.jax, "device_put", copied)
+    read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf)
+    assert (device[0], host[0]) == (sum(sizes), 0)
+    bounds = [sum(sizes[: number + 1]) + size for number, size in enumerate(sizes)]
+    assert max(peaks) <= max(bounds) <= sum(sizes) + sizes[0]
+    assert max(peaks) < sum(sizes) + sizes[0] or len(sizes) == 1
+
+
 def test_packing_training_weights_gives_what_is_read(
     folder: tuple[Path, dict[str, np.ndarray]],
 ) -> None:
@@ -154,6 +190,17 @@ def test_a_mesh_of_more_devices_than_there_are(tmp_path: Path) -> None:
         match=r"^--mesh expert=8,tensor=2 needs 16 devices and there are 8: .* --simulate 16\.$",
     ):
         open_model(tmp_path, mesh=MeshConfig(expert=8, tensor=2))
+
+
+def test_on_a_mac_more_devices_are_no_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan({})
+    with standing_in(METAL_ON_CPU), pytest.raises(UserError) as caught:
+        memory.check_weight_memory(plan, 1)
+    remedy = "--quantize int4, --dtype bfloat16, --expert-cache-size or a larger --memory."
+    assert f"--memory allows 1 bytes: use {remedy}" in str(caught.value)
+    monkeypatch.setattr(memory, "platform_of", lambda device: PLATFORMS["mps"])
+    monkeypatch.setattr(memory.metal, "gpu_memory", lambda: 1000)
+    assert memory.weight_memory(plan) == (memory.weight_memory(plan, 1).needed, 1000, False)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.ops.grouped_matmul.packed import take_matrix, varying_alike
+from moe_jax.ops.grouped_matmul.packed import SMALL_TILE, take_matrix, varying_alike
 from moe_jax.ops.grouped_matmul.reference import mask_tail
 from moe_jax.ops.grouped_matmul.tiled import pad_rows
 from moe_jax.ops.linear import apply
@@ -24,7 +24,7 @@ from moe_jax.ops.products import dot
 from moe_jax.ops.quantized import PackedWeight
 from moe_jax.parallel.collectives import vary, vma
 
-TILE, SMALL_TILE = 64, 16  # rows; the second where groups have about so few
+COUNTED_TILE = 64  # rows, where groups have more than about SMALL_TILE
 CHOSEN_ROWS = 32  # up to which every row takes a copy of its matrix: those of a few tokens
 
 
@@ -41,8 +41,8 @@ class Tiles(NamedTuple):
 def cut(rows: int, sizes_G: jax.Array) -> Tiles:
     """The tiles of N = `rows` rows."""
     groups = sizes_G.shape[0]
-    size = SMALL_TILE if rows <= SMALL_TILE * groups else TILE
-    count = (rows + min(groups, rows) * (size - 1)) // size
+    size = SMALL_TILE if rows <= SMALL_TILE * groups else COUNTED_TILE
+    count = max(1, (rows + min(groups, rows) * (size - 1)) // size)
     tiles_G = lax.div(sizes_G + (size - 1), jnp.int32(size))
     ends_G, start_G = jnp.cumsum(tiles_G), jnp.cumsum(sizes_G) - sizes_G
     turn_C = jnp.arange(count, dtype=jnp.int32)
