@@ -43,7 +43,7 @@ FLOORS = (
     ("training", "inference"),
     ("generation",),
     ("serving", "forecasting"),
-    ("launch", "benchmarks"),
+    ("launch", "benchmarks", "preflight"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -128,6 +128,7 @@ WHOLE_CONFIG = (
         "moe_jax.training.placement.initial",
     ),
     *("moe_jax.training.resize.resize", "moe_jax.training.resize.host_state"),
+    *("moe_jax.preflight.job", "moe_jax.preflight.programs"),
 )
 
 

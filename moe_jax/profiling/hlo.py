@@ -2,8 +2,10 @@
 `compiled.as_text()`.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction is weighted by the
-trip counts of the loops around it, which XLA writes beside counted loops. A loop whose length is
-known only at run time counts as one pass, and what stands inside such loops is reported apart.
+trip counts of the loops around it, which XLA writes beside counted loops; XLA:TPU does not, and
+there a loop that goes on while its counter is below a constant counts from 0, as JAX's do. A loop
+whose length is known only at run time counts as one pass, and what stands inside such loops is
+reported apart.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _CALLED = re.compile(
     r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
 _GEMM = re.compile(r'custom_call_target="(__cublas\$(?:lt\$)?(?:gemm|matmul)\S*|__onednn\$matmul)"')
 
@@ -48,6 +51,7 @@ class Visit(NamedTuple):
     unknown: (
         int  # loops and branches around it of which only the run can tell how often they are taken
     )
+    computation: str  # that it is part of
 
 
 class Collective(NamedTuple):
@@ -123,22 +127,34 @@ def walk(hlo: str) -> Iterator[Visit]:
     def visit(name: str, runs: int, unknown: int) -> Iterator[Visit]:
         scope = computations[name]
         for instruction in scope.values():
-            yield Visit(instruction, scope, runs, unknown)
+            yield Visit(instruction, scope, runs, unknown, name)
             if instruction.op not in ("while", "fusion", "call", "async-start", "conditional"):
                 continue
-            trips = _TRIPS.search(instruction.rest) if instruction.op == "while" else None
-            endless = (
-                instruction.op == "while" and trips is None
-            ) or instruction.op == "conditional"
+            trips = _trips(instruction, computations) if instruction.op == "while" else 1
+            endless = trips is None or instruction.op == "conditional"
             for called in _CALLED.findall(instruction.rest):
                 for inner in called.strip("{}").split(","):
                     yield from visit(
                         inner.strip().lstrip("%"),
-                        runs * (int(trips[1]) if trips else 1),
+                        runs * (1 if trips is None else trips),
                         unknown + endless,
                     )
 
     yield from visit(entry, 1, 0)
+
+
+def _trips(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int | None:
+    """How often a loop's body runs; None where only the run can tell."""
+    if written := _TRIPS.search(loop.rest):
+        return int(written[1])
+    condition = _CONDITION.search(loop.rest)
+    scope = computations[condition[1]] if condition else {}
+    *_, last = scope.values() if scope else (None,)
+    if last is None or last.op != "compare" or "direction=LT" not in last.rest:
+        return None
+    limit = scope[last.operands[1]]
+    number = re.fullmatch(r"-?\d+", limit.operands[0]) if limit.op == "constant" else None
+    return int(number[0]) if number else None
 
 
 def shapes(kind: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -185,7 +201,7 @@ def collectives(hlo: str) -> list[Collective]:
     header = re.search(r"(?:num_partitions|replica_count)=(\d+)", hlo)
     devices = int(header[1]) if header else 1
     totals: dict[tuple[str, int, bool], list[int]] = {}
-    for instruction, scope, runs, unknown in walk(hlo):
+    for instruction, scope, runs, unknown, _ in walk(hlo):
         op = instruction.op.removesuffix("-done")
         if op not in COLLECTIVES:
             continue
@@ -212,7 +228,7 @@ def dots(hlo: str) -> list[Dot]:
     CPU and GPU.
     """
     matmuls = []
-    for instruction, scope, runs, unknown in walk(hlo):
+    for instruction, scope, runs, unknown, _ in walk(hlo):
         if instruction.op != "dot" and not (
             instruction.op == "custom-call" and _GEMM.search(instruction.rest)
         ):

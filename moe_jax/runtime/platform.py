@@ -214,14 +214,32 @@ def platform_of(device: jax.Device) -> Platform:
 
 
 def default_platform() -> Platform:
-    """The record of JAX's default back end; rates are those of no kind."""
-    return _record(jax.default_backend())
+    """The record of JAX's default back end, or of the devices that programs are being compiled for;
+    rates are those of no kind.
+    """
+    return _record(_compiled_for or jax.default_backend())
 
 
 def _record(name: str) -> Platform:
     if name == "cpu" and _stand_in is not None:
         return _stand_in
     return PLATFORMS.get(name) or _unknown(name)
+
+
+_compiled_for: str | None = None
+
+
+@contextmanager
+def compiling_for(device: jax.Device) -> Iterator[None]:
+    """While programs are traced for devices that are not JAX's own, their platform is the
+    default.
+    """
+    global _compiled_for
+    before, _compiled_for = _compiled_for, device.platform
+    try:
+        yield
+    finally:
+        _compiled_for = before
 
 
 def host_device() -> jax.Device:

@@ -129,7 +129,12 @@ class TrainProgram:
 
     def init(self, seed: int) -> TrainState:
         """A new state, sharded at birth; the same values on every mesh."""
-        return jax.jit(self._init, out_shardings=self.state_shardings)(np.uint32(seed))
+        return self.init_state(np.uint32(seed))
+
+    @cached_property
+    def init_state(self):
+        """(uint32 seed) -> `init`."""
+        return jax.jit(self._init, out_shardings=self.state_shardings)
 
     def with_tables(self, state: TrainState, placement: Placement) -> TrainState:
         """The state with the tables of a placement, by which its experts lie already; the bias

@@ -118,7 +118,8 @@ def train(
         batches = corpus.train_batches(*rows)
         held_out = corpus.validation_batches(rows[0], config.train.eval_batches, *rows[1:])
         topology = initial.mesh_topology(config, mesh)
-        program = _program(config, corpus, mesh, topology, saved)
+        vocab_size = initial_state.vocabulary(config, corpus)
+        program = make_program(config, vocab_size, mesh, topology, saved)
         trainer = Trainer(
             config=config,
             directory=directory,
@@ -198,8 +199,8 @@ def _read_corpus(config: Config, tokenizer: str) -> Corpus:
     return corpus
 
 
-def _program(
-    config: Config, corpus: Corpus, mesh: Mesh, topology: Topology, saved: restore.SavedRun | None
+def make_program(
+    config: Config, vocab_size: int, mesh: Mesh, topology: Topology, saved: restore.SavedRun | None
 ) -> TrainProgram:
     """The steps to be compiled. Raises UserError where the state does not fit the devices."""
     program = TrainProgram(
@@ -208,7 +209,7 @@ def _program(
         config.optimizer,
         mesh,
         initial.first_placement(config, topology, saved),
-        vocab_size=initial_state.vocabulary(config, corpus),
+        vocab_size=vocab_size,
         steps=config.train.steps,
         accumulation=config.train.accumulation,
         hosts=len(np.unique(topology.host_of_rank(config.mesh.expert, config.mesh.tensor))),
