@@ -291,15 +291,22 @@ def text_of(tables: list[PluginTable], findings: list[Finding]) -> str:
     """The report as a person reads it: what is missing, in how many programs, and where first."""
     names = ", ".join(table.name for table in tables)
     lacking = [finding for finding in findings if finding.missing]
-    most = max((f.ops_per_layer or 0 for f in findings), default=0)
     lines = [f"{len(findings)} programs for {names} (platform {tables[0].platform})"]
     counts = Counter(lack for finding in findings for lack in finding.missing)
     for lack, count in counts.most_common():
         first = next(finding.name for finding in findings if lack in finding.missing)
         lines.append(f"  {count:4}  {lack}   first in {first}")
     lines.append(f"{len(findings) - len(lacking)} can run; {len(lacking)} lack something.")
-    if most:
-        lines.append(f"Operations per layer of a decoding step: up to {most} of {BUDGET}.")
+    most = {
+        held: max(
+            (f.ops_per_layer or 0 for f in findings if f"/{held}/" in f.name),
+            default=0,
+        )
+        for held in HELD
+    }
+    if any(most.values()):
+        each = ", ".join(f"{held} {count}" for held, count in most.items() if count)
+        lines.append(f"Operations per layer of a decoding step, at most {BUDGET}: {each}.")
     return "\n".join(lines)
 
 

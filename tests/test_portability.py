@@ -70,11 +70,13 @@ def test_a_budget_that_is_exceeded_counts_as_missing(
 def test_the_report_counts_what_is_missing(script: ModuleType) -> None:
     tables = script.tables_of("jax-mps")
     assert [table.name for table in tables] == ["jax-mps 0.10.11"] or len(tables) == 1
+    counted = script.Finding("a/int8/decode", [], 20, 7)
     lacking = script.Finding("b", ["stablehlo.fft: not registered"], 9, None)
-    found = [script.Finding("a", [], 20, 7), lacking, lacking._replace(name="c")]
+    found = [counted, lacking, lacking._replace(name="c")]
     said = script.text_of(tables, found)
     assert "2  stablehlo.fft: not registered   first in b" in said
     assert "1 can run; 2 lack something" in said
+    assert said.endswith(f"of a decoding step, at most {script.BUDGET}: int8 7.")
     programs = json.loads(json.dumps(script.report(tables, found)))["programs"]
     assert programs[1] == lacking._asdict() | {"name": "b"}
 
