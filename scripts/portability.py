@@ -71,7 +71,7 @@ HELD: dict[str, tuple[str, Kind]] = {
 """Ways of holding weights: the dtype, and the quantisation."""
 GROUP = 4  # inputs that share a scale with int4: divides the widths of all small configurations
 PROMPT, CHUNK, PLACES, VOCABULARY = 16, 32, 256, 128
-BUDGET = 900
+BUDGET = 750
 """Operations of StableHLO in a layer of a decoding step: each may be a launch of a kernel."""
 BATCH = (*[((2, 32), jnp.int32)] * 4, ((2, 32), jnp.float32), ((2,), jnp.int32))
 """Shapes and types of a training batch, in its order."""
