@@ -260,7 +260,8 @@ def fail(sentence: str, code: int) -> None:
     """
     if process_count() == 1:
         return
-    _set(_FAILURE, f"{code} process {process_index()}: {sentence}")
+    who = f"process {process_index()}"
+    _set(_FAILURE, f"{code} {sentence if sentence.startswith(f'{who} ') else f'{who}: {sentence}'}")
     _go(code)
 
 
@@ -318,7 +319,7 @@ def _watch_failure() -> None:
     except _errors():  # the first process has gone, which the main thread will see
         return
     code, _, sentence = told.partition(" ")
-    if sentence.startswith(f"process {process_index()}:"):
+    if re.match(rf"process {process_index()}\b", sentence):
         return  # it is about to end by itself
     time.sleep(0.5)  # so that what fails on all processes alike is said by each in its own words
     print(f"moe-jax: {sentence}", file=sys.stderr, flush=True)

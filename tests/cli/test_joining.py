@@ -89,5 +89,6 @@ def test_it_is_one_sentence_and_ends_all(ended: dict[str, Any], name: str) -> No
     for text in case["err"].values():
         sentences = [line for line in text.splitlines() if line.startswith("moe-jax: ")]
         assert len(sentences) == 1 and re.search(REFUSED[name], sentences[0]), text
+        assert sentences[0].count("process 1") <= 1, text
         assert "Traceback" not in text and "*** " not in text
     assert case["seconds"] < 60
