@@ -3,9 +3,9 @@
     python -m tests.support.joined CASES.json
 
 CASES.json has for each name the commands of its processes by their numbers, how many processes
-there are said to be, and what is amiss (`spoil`, or "busy port"). Prints for each name, as JSON,
-how its processes ended, what they wrote, the bytes that they read and hold of a model if they load
-one, and the seconds that all of it took.
+there are said to be, what is amiss (`spoil`, or "busy port"), and how many seconds they may take.
+Prints for each name, as JSON, how its processes ended, what they wrote, the bytes that they read
+and hold of a model if they load one, and the seconds that all of it took.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moe_jax.tracking import run_lock
 from moe_jax.training import trainer  # noqa: F401  here because it takes long
 from tests.support.forked import run_child
 
-LIMIT = 60.0  # seconds for all processes of a case
+LIMIT = 60.0  # seconds for all processes of a case that does not say more
 AT_ONCE = 4  # cases, which wait more than they compute
 
 
@@ -43,10 +43,11 @@ class Started(NamedTuple):
     pids: dict[int, int]  # the system's number of each, and its own
     listener: socket.socket
     began: float
+    limit: float  # seconds
 
     def ended(self) -> dict[str, Any]:
         """Waits for them; those that do not end are killed."""
-        codes = _await(self.pids, self.began + LIMIT)
+        codes = _await(self.pids, self.began + self.limit)
         self.listener.close()
         told = {
             kind: {number: _read(self.folder / f"{number}.{kind}") for number in codes}
@@ -65,7 +66,7 @@ def start_case(case: dict[str, Any], folder: Path) -> Started:
         listener.listen()
     else:
         listener.close()
-    started = Started(folder, {}, listener, time.monotonic())
+    started = Started(folder, {}, listener, time.monotonic(), case.get("limit", LIMIT))
     for number, words in case["commands"].items():
         if case["processes"] > 1:
             meeting = f"--coordinator 127.0.0.1:{port} --num-processes {case['processes']}"
