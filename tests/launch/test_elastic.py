@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -10,15 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tensorstore
 
+from moe_jax.checkpoint.steps import saved_steps
 from moe_jax.config.load import load_config
 from moe_jax.config.schema import MeshConfig
 from moe_jax.launch import processes
 from moe_jax.launch.elastic import Elastic, smaller_meshes
 from moe_jax.launch.processes import Job, supervise
-from moe_jax.placement.table import contiguous
+from moe_jax.placement.table import EMPTY, Placement, contiguous
+from moe_jax.tracking.status.gather import gather_status
 from tests.support import ROOT
 from tests.support.launching import launched_arguments
 from tests.support.tiny_run import training_lines
@@ -176,6 +182,7 @@ def test_where_no_mesh_fits_all_are_started_again(tmp_path, capfd):
     assert "with 2 again, because no smaller mesh fits the run." in capfd.readouterr().err
 
 
+WEIGHTS = "params/stacks/0/blocks/0/mlp/experts/down"
 SETTINGS = {
     "model.num_layers": 1,
     "model.width": 48,
@@ -189,7 +196,8 @@ SETTINGS = {
     "train.eval_every": 9,
     "train.eval_batches": 1,
     "train.sample_prompt": "''",
-    "checkpoint.every": 4,
+    "checkpoint.every": 3,
+    "checkpoint.keep_last": 9,
     "mesh.data": 1,
     "mesh.expert": 8,
     "devices.simulate": 0,
@@ -223,6 +231,56 @@ def wait_for(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
         time.sleep(0.05)
 
 
+def saved_meta(run_dir: Path, step: int) -> dict[str, Any]:
+    text = (run_dir / "checkpoints" / f"step_{step:08d}" / "meta.json").read_text()
+    meta: dict[str, Any] = json.loads(text)
+    return meta
+
+
+def busiest(table: Placement, load_E: np.ndarray) -> float:
+    """The load of the busiest rank, replicas having equal parts; one layer."""
+    load = load_E / table.replica_count()[0]
+    experts_RS = table.by_rank[0]
+    return float(np.where(experts_RS == EMPTY, 0.0, load[experts_RS]).sum(-1).max())
+
+
+def check_placed(run_dir: Path, before: int, step: int, line: dict[str, Any]) -> None:
+    """The checkpoint `step` is the first on its mesh; `before` is the one that the run went on
+    from, whose load its experts were placed by. `line` is the step's training line.
+    """
+    table = Placement.from_json(saved_meta(run_dir, step)["placement"])
+    experts_P = table.physical_to_logical[0]
+    assert set(experts_P.tolist()) - {EMPTY} == set(range(8))
+    windows = saved_meta(run_dir, before)["replanning"]
+    longest = max(
+        windows["window"], windows["before"] or windows["window"], key=lambda w: w["steps"]
+    )
+    load_E = np.sum(longest["traffic_LRE"][0], axis=0)
+    assert load_E.sum() > 0
+    assert busiest(table, load_E) < busiest(contiguous(1, 8, table.ranks, 1), load_E)
+    # Tokens went to the slots that the table gives their experts, and to no other.
+    layer = line["layers"][0]
+    found_E = np.zeros(8)
+    np.add.at(
+        found_E, experts_P[experts_P != EMPTY], np.array(layer["slot_load"])[experts_P != EMPTY]
+    )
+    assert found_E.tolist() == layer["load"] and sum(layer["load"]) == 24 * 32 * 2
+    assert len(layer["device_load"]) == table.ranks
+
+
+def stored_experts(run_dir: Path, step: int) -> np.ndarray:
+    """The experts' second matrices in a checkpoint, in logical order; replicas must be equal."""
+    place = run_dir / "checkpoints" / f"step_{step:08d}" / "state"
+    index = {"driver": "ocdbt", "base": f"file://{place}/", "path": WEIGHTS}
+    stored = tensorstore.open({"driver": "zarr", "kvstore": index}, read=True).result()
+    slots = stored.read().result()[0]
+    table = Placement.from_json(saved_meta(run_dir, step)["placement"])
+    for expert in range(8):
+        first, *others = slots[table.slots_of(0, expert)]
+        assert all((other == first).all() for other in others)
+    return np.array([slots[table.slots_of(0, expert)[0]] for expert in range(8)])
+
+
 @pytest.mark.slow
 def test_from_four_processes_to_three_and_back(tmp_path: Path) -> None:
     """8 devices, 6 and 8 again; every loss is that of one process that nothing happened to."""
@@ -230,21 +288,33 @@ def test_from_four_processes_to_three_and_back(tmp_path: Path) -> None:
     process = start(quiet, **{"devices.simulate": 8})
     assert process.wait(400) == 0, process.communicate()[0]
     process = start(shaken, "launch", "-n", "4", "--elastic", "--")
-    wait_for(process, shaken, 6)
+    wait_for(process, shaken, 7)
     told = json.loads((shaken / "processes" / "process_2.json").read_text())
     os.kill(told["pid"], signal.SIGKILL)
     wait_for(process, shaken, 10)
-    environment = json.loads((shaken / "environment.json").read_text())
-    assert environment["mesh"] == {"data": 1, "expert": 6, "tensor": 1}
-    assert len(list((shaken / "processes").glob("*.json"))) == 3
+    status = gather_status(shaken, time.time())
     process.send_signal(signal.SIGUSR2)
     out = process.communicate(timeout=400)[0]
     assert process.returncode == 0, out
     assert "process 2 of 4 was killed by SIGKILL" in out
     assert "with 3 of the 4 processes on the mesh expert=6" in out
     assert "going on with all 4 processes" in out
+    assert status["mesh"] == {"data": 1, "expert": 6, "tensor": 1} and status["restarts"] == 1
+    assert [one["state"] for one in status["processes"]] == 3 * ["live"]
+    assert status["experts"]["slots_per_rank"] == 3
+    status = gather_status(shaken, time.time())
+    assert status["mesh"]["expert"] == 8 and len(status["processes"]) == 4
+    assert status["state"] == "ended" and status["restarts"] == 2
     found, expected = training_lines(shaken), training_lines(quiet)
     assert [line["step"] for line in found] == list(range(1, 19))
     for left, right in zip(found, expected, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
         assert left["kept"] == right["kept"]
+    steps = saved_steps(shaken / "checkpoints")
+    ranks = [saved_meta(shaken, step)["placement"]["ranks"] for step in steps]
+    assert [number for number, _ in itertools.groupby(ranks)] == [8, 6, 8]
+    for before, step in itertools.pairwise(range(len(steps))):
+        if ranks[before] != ranks[step]:
+            check_placed(shaken, steps[before], steps[step], found[steps[step] - 1])
+    assert saved_meta(shaken, 18)["data"] == saved_meta(quiet, 18)["data"]
+    np.testing.assert_allclose(stored_experts(shaken, 18), stored_experts(quiet, 18), atol=1e-4)
