@@ -130,7 +130,12 @@ def download(plugin: str, version: str | None, python: str, folder: Path) -> Pat
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     command += ["--platform", "macosx_14_0_arm64", "--python-version", python, "-d", str(folder)]
     if subprocess.run([*command, wanted], check=False).returncode:
-        sys.exit(f"plugin_ops: {wanted} has no wheel for macOS and Python {python} on the index.")
+        print(
+            f"{wanted} has no wheel for macOS and Python {python} on the package index: name "
+            f"another --version or --python.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     return next(folder.glob("*.whl"))
 
 

@@ -106,7 +106,7 @@ def main() -> None:
     use(tables[0])
     chosen = [program for program in programs() if options.only in program.name]
     if not chosen:
-        sys.exit(f"--only {options.only}: no program has this in its name.")
+        parser.error(f"--only {options.only}: no program has this in its name.")
     findings = list(compare(chosen, tables))
     if options.json:
         print(json.dumps(report(tables, findings), indent=1))
@@ -118,7 +118,11 @@ def main() -> None:
 def tables_of(target: str) -> list[PluginTable]:
     """The releases of a plug-in that take this jax; all, where none does."""
     found = [read_plugin_table(path) for path in sorted(TABLES.glob(f"{target}-[0-9]*.json"))]
-    return [table for table in found if table.takes(jax.__version__)] or found
+    fitting = [table for table in found if table.takes(jax.__version__)]
+    if not fitting:
+        wanted = ", ".join(f"{table.name} asks for jax {table.jax}" for table in found)
+        say(f"{wanted} and this is {jax.__version__}: its programs may differ from those there.")
+    return fitting or found
 
 
 def use(table: PluginTable) -> None:
