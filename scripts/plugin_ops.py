@@ -58,7 +58,7 @@ DTYPES = {
     "metaljax": (MLX_DTYPES + EMULATED, "README in the wheel: no f64; int4 and f8 are emulated"),
     "jax-metal": (
         tuple(kind for kind in MLX_DTYPES if not kind.startswith("complex")),
-        "FACTS.md: no f64; complex types were never documented",
+        "Metal has no f64; complex types were never documented",
     ),
     "metal-pjrt-plugin": (MLX_DTYPES, "README in the wheel: f32, f16, bf16 and integers"),
 }
@@ -69,7 +69,7 @@ HALF_DOT = {
 }
 LIMITS: dict[str, list[dict[str, Any]]] = {
     "jax-mps": [
-        HALF_DOT | {"source": "FACTS.md; the public source of 0.10.11"},
+        HALF_DOT | {"source": "the public source of 0.10.11"},
         {
             "op": "stablehlo.scatter",
             "rule": "arrays",
@@ -81,7 +81,7 @@ LIMITS: dict[str, list[dict[str, Any]]] = {
             "op": "stablehlo.scatter",
             "rule": "drops",
             "what": "writes somewhere what is out of bounds",
-            "source": "FACTS.md: issue 240 of jax-mps",
+            "source": "issue 240 of jax-mps",
         },
         {
             "op": "stablehlo.reduce",
@@ -95,7 +95,7 @@ LIMITS: dict[str, list[dict[str, Any]]] = {
             "rule": "keys",
             "most": 1,
             "what": "sorts by the first key alone",
-            "source": "FACTS.md; the public source of 0.10.11",
+            "source": "the public source of 0.10.11",
         },
     ],
     "metaljax": [],
