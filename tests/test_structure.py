@@ -128,7 +128,7 @@ WHOLE_CONFIG = (
         "moe_jax.training.placement.initial",
     ),
     *("moe_jax.training.resize.resize", "moe_jax.training.resize.host_state"),
-    *("moe_jax.preflight.job", "moe_jax.preflight.programs"),
+    *("moe_jax.preflight.job", "moe_jax.preflight.programs", "moe_jax.preflight.advice"),
 )
 
 

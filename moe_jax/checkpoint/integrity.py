@@ -53,15 +53,33 @@ def slot_checksums(array: jax.Array, source_RP: np.ndarray, slots: int) -> np.nd
     So a slot proves itself wherever it is laid, and the sum over the slots that were saved is the
     array's checksum.
     """
-    whole = array.sharding
-    if isinstance(whole, NamedSharding):
-        whole = NamedSharding(whole.mesh, PartitionSpec())
-    return np.asarray(jax.device_get(_slot_program(whole)(array, source_RP, slots)))
+    program = _slot_program(_whole(array.sharding))
+    return np.asarray(jax.device_get(program(array, *_slot_arguments(source_RP, slots))))
+
+
+def lower_slot_checksums(array: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """The program of `slot_checksums` for an array of that shape and sharding, before it is
+    compiled.
+    """
+    places = np.zeros(array.shape[:2])
+    program = _slot_program(_whole(array.sharding))
+    return program.lower(array, *_slot_arguments(places, array.shape[1]))
+
+
+def _whole(sharding: Any) -> Any:
+    """The sharding of a result that every device has."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def _slot_arguments(source_RP: np.ndarray, slots: int) -> tuple[np.ndarray, np.uint32]:
+    return np.asarray(source_RP, np.uint32), np.uint32(slots)
 
 
 @functools.cache
 def _slot_program(out: Any) -> Any:
-    """The compiled `slot_checksums`, its result whole on every device."""
+    """The compiled sums of `slot_checksums`, its result whole on every device."""
 
     def sums(array: jax.Array, source_RP: jax.Array, slots: jax.Array) -> jax.Array:
         words = _words(array)
@@ -71,10 +89,7 @@ def _slot_program(out: Any) -> Any:
         place = first + _places((1, 1, *words.shape[2:]))
         return jnp.stack(_sums(words, place, tuple(range(2, words.ndim))), axis=-1)
 
-    compiled = jax.jit(sums, out_shardings=out)
-    return lambda array, source_RP, slots: compiled(
-        array, np.asarray(source_RP, np.uint32), np.uint32(slots)
-    )
+    return jax.jit(sums, out_shardings=out)
 
 
 def _words(array: jax.Array) -> jax.Array:

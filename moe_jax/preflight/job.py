@@ -9,25 +9,42 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from moe_jax import __version__
 from moe_jax.config.schema import Config
+from moe_jax.preflight.advice import remedies
+from moe_jax.preflight.bounds import link_of, time_bound
 from moe_jax.preflight.chips import Target, find_target
 from moe_jax.preflight.measure import Measured, compile_all
 from moe_jax.preflight.programs import TRAIN_STEP, training_program, training_programs
+from moe_jax.preflight.serving import Serving, serving_programs
 from moe_jax.runtime.compile_only import libtpu_version
 from moe_jax.runtime.platform import compiling_for
 
 
+class MeshPrograms(NamedTuple):
+    """The programs of a mesh: those of training, or those of inference."""
+
+    mesh: Mesh
+    programs: list[Measured]
+
+
 @dataclass(frozen=True)
 class Preflight:
-    """What was measured, of all programs."""
+    """What was measured."""
 
     target: Target
-    programs: list[Measured]
+    parts: list[MeshPrograms]
+    remedies: list[str]  # where a program does not fit
+
+    @property
+    def programs(self) -> list[Measured]:
+        """All of them."""
+        return [program for part in self.parts for program in part.programs]
 
     @property
     def fits(self) -> bool:
@@ -35,33 +52,57 @@ class Preflight:
         return all(program.fits(self.target.chip.memory) for program in self.programs)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures; those of the training step, where there is one, again at the top."""
-        step = next((one for one in self.programs if one.name == TRAIN_STEP), self.programs[0])
+        """All figures; those of the training step, or else of the last program, again at the
+        top.
+        """
+        chip, last = self.target.chip, self.programs[-1]
+        step = next((one for one in self.programs if one.name == TRAIN_STEP), last)
         return {
             "topology": self.target.topology,
             "devices": len(self.target.devices),
-            "chip": self.target.chip.name,
-            "memory_bytes": round(self.target.chip.memory),
+            "chip": chip.name,
+            "memory_bytes": round(chip.memory),
+            "assumed_rates": {
+                "flops": chip.flops,
+                "memory": chip.memory_rate,
+                "links": chip.links,
+                "network": chip.network,
+            },
             "estimated": self.target.estimated,
             "versions": versions(),
             "fits": self.fits,
+            "remedies": self.remedies,
             "temp_bytes": step.temp_bytes,
             "compile_seconds": step.compile_seconds,
             "collective_bytes": sum(sent.bytes for sent in step.collectives),
             "all_to_all_hidden_fraction": hidden_fraction(step, "all-to-all"),
-            "programs": [_as_json(one, self.target) for one in self.programs],
+            "programs": [
+                _as_json(one, self.target, part.mesh)
+                for part in self.parts
+                for one in part.programs
+            ],
         }
 
 
-def preflight(config: Config, topology: str) -> Preflight:
-    """Compiles the programs of a training run. Raises UserError where the topology is unknown or
-    the run cannot be on it.
+def preflight(
+    topology: str, config: Config | None = None, serving: Serving | None = None
+) -> Preflight:
+    """Compiles the programs of a training run, of a model that is served, or of both. Raises
+    UserError where the topology is unknown or the model cannot be on it.
     """
-    target = find_target(topology)
+    target, parts = find_target(topology), []
     with compiling_for(target.devices[0]):
-        program = training_program(config, target)
-    planned = training_programs(config, program)
-    return Preflight(target, list(compile_all(planned, target, program.mesh)))
+        if config is not None:
+            program = training_program(config, target)
+            planned = training_programs(config, program)
+            parts.append(
+                MeshPrograms(program.mesh, list(compile_all(planned, target, program.mesh)))
+            )
+        if serving is not None:
+            mesh, planned = serving_programs(serving, target)
+            parts.append(MeshPrograms(mesh, list(compile_all(planned, target, mesh))))
+    measured = [program for part in parts for program in part.programs]
+    return Preflight(target, parts, remedies(measured, target, config, serving))
 
 
 def hidden_fraction(program: Measured, kind: str) -> float:
@@ -83,8 +124,17 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def _as_json(program: Measured, target: Target) -> dict[str, Any]:
+def _as_json(program: Measured, target: Target, mesh: Mesh) -> dict[str, Any]:
     entry = dataclasses.asdict(program)
     entry["fits"] = program.fits(target.chip.memory)
-    entry["collectives"] = [sent._asdict() for sent in program.collectives]
+    bound = time_bound(program, target, mesh)
+    entry["bound_seconds"] = {**bound._asdict(), "all": bound.seconds, "by": bound.by}
+    entry["collectives"] = [
+        {
+            **{key: value for key, value in sent._asdict().items() if key != "members"},
+            "devices": len(sent.members),
+            "link": link_of(sent, target.chip, mesh).name,
+        }
+        for sent in program.collectives
+    ]
     return entry

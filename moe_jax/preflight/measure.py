@@ -28,7 +28,7 @@ class Sent(NamedTuple):
 
     kind: str
     axes: tuple[str, ...]
-    devices: int  # in a group
+    members: tuple[int, ...]  # places in the mesh of the devices of one group
     times: int
     bytes: int  # that leave each device, at the least
     hidden_bytes: int  # of those, beside computation
@@ -48,6 +48,7 @@ class Measured:
     peak_bytes: int  # all together; donated arguments and the results in their place count once
     compile_seconds: float
     collectives: tuple[Sent, ...]
+    flops: float  # that the model needs at least
     refused: str = ""  # why the compiler gave no program; sizes are then unknown, and 0
 
     def fits(self, memory: float) -> bool:
@@ -82,7 +83,7 @@ def _compile(program: Planned, lowered: jax.stages.Lowered, mesh: Mesh) -> Measu
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds, held = time.perf_counter() - began, program.resident_bytes
-        return Measured(program.name, 0, 0, 0, 0, held, 0, seconds, (), _used(str(error)))
+        return Measured(program.name, 0, 0, 0, 0, held, 0, seconds, (), 0, _used(str(error)))
     seconds = time.perf_counter() - began
     sizes: dict[str, Any] = compiled_bytes(compiled)
     analysis = compiled.memory_analysis()
@@ -95,6 +96,7 @@ def _compile(program: Planned, lowered: jax.stages.Lowered, mesh: Mesh) -> Measu
         peak_bytes=sum(sizes.values()) - donated + code + program.resident_bytes,
         compile_seconds=seconds,
         collectives=tuple(sent_by(compiled.as_text(), dict(mesh.shape))),
+        flops=program.flops,
     )
 
 
@@ -111,10 +113,10 @@ def sent_by(hlo: str, shape: dict[str, int]) -> list[Sent]:
     totals: dict[tuple[str, tuple[str, ...], int], list[Any]] = {}
     for one in transfers(hlo):
         key = one.kind, group_axes(one.members, shape), len(one.members)
-        total = totals.setdefault(key, [0, 0, 0, False])
-        total[0] += one.times
-        total[1] += one.sent
-        total[2] += one.sent * one.hidden
-        total[3] |= one.dynamic
-    sums = [Sent(*key, *total) for key, total in totals.items()]
+        total = totals.setdefault(key, [one.members, 0, 0, 0, False])
+        total[1] += one.times
+        total[2] += one.sent
+        total[3] += one.sent * one.hidden
+        total[4] |= one.dynamic
+    sums = [Sent(kind, axes, *total) for (kind, axes, _), total in totals.items()]
     return sorted(sums, key=lambda sent: -sent.bytes)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moe_jax.config.schema import Config, MeshConfig, TrainConfig
+from moe_jax.preflight.advice import remedies
+from moe_jax.preflight.bounds import link_of
+from moe_jax.preflight.chips import GPUS, Chip, Target
+from moe_jax.preflight.measure import Measured, Sent
+from moe_jax.preflight.serving import Serving
 from tests.support.command import call
 
 SMALL = (
@@ -28,13 +36,17 @@ def small() -> dict:
     from moe_jax.preflight.job import preflight
     from tests.support import ROOT
 
-    config = load_config(ROOT / "configs/tiny.yaml", list(SMALL))
-    return json.loads(json.dumps(preflight(config, "cpu:8").as_json()))
+    moving = ("placement.strategy=balanced", "placement.replan_every=2")
+    config = load_config(ROOT / "configs/tiny.yaml", [*SMALL, *moving])
+    return json.loads(json.dumps(preflight("cpu:8", config).as_json()))
 
 
 def test_programs_and_their_sizes(small):
     programs = {one["name"]: one for one in small["programs"]}
-    assert list(programs) == ["initial_state", "train_step", "evaluation"]
+    assert list(programs) == [
+        *("initial_state", "train_step", "evaluation"),
+        *("checkpoint_checksum", "checkpoint_slot_checksums", "migration"),
+    ]
     step = programs["train_step"]
     # The new state takes the place of the old one.
     assert step["peak_bytes"] < step["argument_bytes"] + step["output_bytes"] + step["temp_bytes"]
@@ -43,6 +55,11 @@ def test_programs_and_their_sizes(small):
     assert abs(initial["output_bytes"] - step["argument_bytes"]) < 2_000  # and a batch
     # Two moments lie there while the parameters are evaluated.
     assert evaluation["resident_bytes"] > evaluation["argument_bytes"]
+    state = step["argument_bytes"]
+    for name in ("checkpoint_checksum", "checkpoint_slot_checksums", "migration"):
+        held = programs[name]["argument_bytes"] + programs[name]["resident_bytes"]
+        assert abs(held - state) < 2_000, name
+    assert programs["migration"]["collectives"][0]["kind"] == "collective-permute"
     assert small["temp_bytes"] == step["temp_bytes"] > 0
     assert small["compile_seconds"] == step["compile_seconds"] > 0
     assert small["fits"] and all(one["fits"] for one in programs.values())
@@ -58,6 +75,101 @@ def test_collectives_of_the_step(small):
     assert pools["bytes"] == 4 * 4 * 10 * 32 * 4 * 3 // 4 + 4 * 10 * 4 * 3 // 4
     assert small["collective_bytes"] == sum(one["bytes"] for one in step["collectives"])
     assert small["all_to_all_hidden_fraction"] == 0
+
+
+def test_the_bound_is_what_its_parts_say(small):
+    step = next(one for one in small["programs"] if one["name"] == "train_step")
+    bound, rates = step["bound_seconds"], small["assumed_rates"]
+    # Three times the forward pass: experts, router, attention and head for 16 tokens a device.
+    assert bound["flops"] == pytest.approx(step["flops"] / rates["flops"])
+    moved = step["argument_bytes"] + step["output_bytes"]
+    assert bound["memory"] == pytest.approx(moved / rates["memory"])
+    assert bound["links"] == bound["exposed"]  # nothing is hidden, and there is one link
+    assert bound["links"] == pytest.approx(small["collective_bytes"] / rates["links"])
+    assert bound["all"] == max(bound["flops"], bound["memory"]) + bound["exposed"]
+    assert {one["link"] for one in step["collectives"]} == {"this machine"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A configuration whose model is small."""
+    from moe_jax.config.load import dump_config, load_config
+    from tests.support import ROOT
+
+    path = tmp_path_factory.mktemp("model") / "small.yaml"
+    path.write_text(dump_config(load_config(ROOT / "configs/tiny.yaml", list(SMALL))))
+    return str(path)
+
+
+def test_serving(model, capsys):
+    words = ["preflight", "--serve", model, "--topology", "cpu:4", "--rows", 4, "--prompt", 16]
+    assert call(*words, "--context", 32, "--quantize", "int8", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    prefill, decode = result["programs"]
+    assert (prefill["name"], decode["name"]) == ("prefill", "decode")
+    # A prefill is of one row; the cache of the three others lies beside it: keys and values of
+    # 256 places and 2 heads of 16, in f32.
+    assert prefill["resident_bytes"] in (heads * 3 * 2 * 256 * 16 * 4 for heads in (1, 2))
+    added = decode["argument_bytes"] - prefill["argument_bytes"]
+    assert abs(added - prefill["resident_bytes"]) < 2_000
+    assert result["temp_bytes"] == decode["temp_bytes"] and result["fits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "nothing to compile: give CONFIG, or --serve MODEL"),
+        (("--serve", "MODEL", "--mesh", "expert=2"), "--topology cpu:4 has 4: give a mesh of 4"),
+        (("--serve", "MODEL", "--mesh", "data=4", "--rows", "6"), "--rows 6 is not divisible"),
+        (("--serve", "nowhere.yaml"), "nowhere.yaml does not exist"),
+    ],
+)
+def test_what_cannot_be_served(words, named, model, capsys):
+    given = [model if word == "MODEL" else word for word in words]
+    assert call("preflight", *given, "--topology", "cpu:4") == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def program(name: str, **sizes: int) -> Measured:
+    """A measured program with these sizes, else zeros."""
+    fields = dict.fromkeys(
+        ("argument_bytes", "output_bytes", "temp_bytes", "code_bytes", "resident_bytes"), 0
+    )
+    fields |= {"peak_bytes": 0, "compile_seconds": 0, "flops": 0} | sizes
+    return Measured(name=name, collectives=(), **fields)
+
+
+def test_remedies_of_what_does_not_fit():
+    chip = Chip("small", 10e9, 1e12, 1e12, 1e9, 0)
+    target = Target("none", chip, [])
+    config = Config(
+        mesh=MeshConfig(data=2), train=TrainConfig(global_batch=8, accumulation=2), name="x"
+    )
+    step = program("train_step", peak_bytes=12 * 10**9, argument_bytes=6 * 10**9)
+    remat, accumulation, mesh = remedies([step], target, config, None)
+    assert "model.remat=full" in remat
+    assert "train.accumulation=4 halves the 2 rows" in accumulation
+    assert "takes 6.0 GB" in mesh and "mesh.data=4" in mesh
+    assert remedies([program("train_step", peak_bytes=9)], target, config, None) == []
+    served = Serving(Path("model"), rows=8)
+    advice = remedies([program("decode", peak_bytes=11 * 10**9)], target, None, served)
+    assert [text.split()[0] for text in advice] == ["--quantize", "--rows"]
+
+
+def test_links_of_hosts_with_eight_gpus():
+    class Grid:
+        """Stands for a mesh: only places are asked for."""
+
+        devices = np.arange(16)
+
+    chip = GPUS["h100"]
+    sent = Sent("all-gather", ("expert",), tuple(range(8)), 1, 1, 0, False)
+    assert link_of(sent, chip, Grid()) == ("NVLink", 4.5e11)
+    across = sent._replace(members=tuple(range(16)))
+    assert link_of(across, chip, Grid()) == ("network", 5e10 * 8)
+    exchanged = across._replace(kind="all-to-all")
+    assert link_of(exchanged, chip, Grid()) == ("network", 5e10 * 15 / 8)
 
 
 @pytest.mark.parametrize(
