@@ -252,12 +252,27 @@ def in_phase(run_dir: Path, process: int, *phases: str, step: int = 0) -> Moment
 
 def in_save(run_dir: Path, process: int) -> Moment:
     """While a checkpoint is being written: from the second one on, so that there is one before."""
+    at_work = in_phase(run_dir, process, "checkpoint", "data", "step", "evaluation", "end")
 
     def moment() -> int | None:
-        begun = any(run_dir.glob("checkpoints/step_*.partial")) and saved(run_dir)
-        return int(str(said_of(run_dir, process)["pid"])) if begun else None
+        if not saved(run_dir) or (pid := at_work()) is None:
+            return None
+        began = float(str(said_of(run_dir, process)["attempt"]))
+        # What an earlier start left behind is no save under way.
+        return pid if any(made > began for made in _times_of_partial(run_dir)) else None
 
     return moment
+
+
+def _times_of_partial(run_dir: Path) -> list[float]:
+    """When the folders of unfinished saves were made or last changed, by wall time."""
+    times = []
+    for path in run_dir.glob("checkpoints/step_*.partial"):
+        try:
+            times.append(path.stat().st_mtime)
+        except FileNotFoundError:  # it counts by now
+            continue
+    return times
 
 
 def at_time(launch: Launch, process: int, seconds: float) -> Moment:

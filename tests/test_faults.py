@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,22 @@ def test_a_late_word_and_lost_steps_are_faults(faults: Any) -> None:
     outcome.add(told._replace(noticed=6.0, under_way=2))
     assert outcome.wrong == ["noticed after 6.0 s", "9 steps computed again"]
     assert len({row.name for row in faults.ROWS}) == len(faults.ROWS)
+
+
+def test_a_save_is_under_way_where_this_start_writes_one(faults: Any, tmp_path: Path) -> None:
+    in_save = faults.fault_runs.in_save(tmp_path, 1)
+    said = {"phase": "step", "step": 13, "pid": os.getpid(), "ended": False, "attempt": 1e12}
+    partial = tmp_path / "checkpoints" / "step_00000012.partial"
+    partial.mkdir(parents=True)
+    assert in_save() is None  # nothing is saved yet, and nobody there
+    (tmp_path / "checkpoints" / "step_00000006").mkdir()
+    (tmp_path / "processes").mkdir()
+    (tmp_path / "processes" / "process_1.json").write_text(json.dumps(said))
+    assert in_save() is None  # an earlier start left it
+    (tmp_path / "processes" / "process_1.json").write_text(json.dumps(said | {"attempt": 1.0}))
+    assert in_save() == os.getpid()
+    partial.rename(tmp_path / "checkpoints" / "step_00000012")
+    assert in_save() is None
 
 
 def test_a_name_that_is_none_is_said(faults: Any, capsys: pytest.CaptureFixture[str]) -> None:
