@@ -34,8 +34,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     libtpu is missing, does not match jax, is in use, or does not know the topology.
     """
     check_libtpu()
-    for name, value in HOST.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(HOST)  # what jax has put there where it found libtpu and no TPU is no use
     jax.config.update("jax_platforms", "cpu")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
