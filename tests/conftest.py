@@ -36,8 +36,8 @@ from tests.support import ROOT
 jax.config.update("jax_num_cpu_devices", 8)
 # Many tests compile the same programs; those of the last run are there too. Not in the environment:
 # to processes that tests start, XLA would complain on stderr of each program that it reads.
+# (With a limit to its size JAX looks at every file for each that it writes.)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache/programs"))
-jax.config.update("jax_compilation_cache_max_size", 500 * 2**20)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

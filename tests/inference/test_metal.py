@@ -150,6 +150,7 @@ def test_a_token_takes_one_transfer_to_the_host(
     assert [leaf.shape for leaf in jax.tree.leaves(fetched)] == [(1,)] * 5
 
 
+@pytest.mark.slow
 def test_the_memory_of_decoding_does_not_grow(compiled_once: ResidentEngine) -> None:
     """Nothing is donated there: what a step was given is free after it."""
     engine = compiled_once

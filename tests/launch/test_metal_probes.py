@@ -31,6 +31,7 @@ def test_the_recorded_logits_are_those_of_the_programs_for_the_cpu() -> None:
     np.testing.assert_allclose(small_model_logits(), np.array(RECORDED), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_doctor_looks_for_them_through_the_record_of_metal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
