@@ -112,11 +112,7 @@ SLOW_MESHES = ("8x1", "1x8", "1x1 in 4 parts")
         for name, case in MESHES.items()
     ],
 )
-def test_the_mesh_and_the_parts_of_a_batch_change_nothing(
-    alone, mesh, accumulation, capacity, monkeypatch
-):
-    # Small as the head is, the loss splits its vocabulary where that is less: on 2x4, over `data`.
-    monkeypatch.setattr("moe_jax.models.head.SMALL", 0)
+def test_the_mesh_and_the_parts_of_a_batch_change_nothing(alone, mesh, accumulation, capacity):
     program = make_program(
         *mesh, accumulation=accumulation, moe=MOE | dict(capacity_factor=capacity)
     )
