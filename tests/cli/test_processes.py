@@ -6,16 +6,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.runtime.distributed import ProcessGroup, process_count, process_index
-from tests.support import ROOT
 from tests.support.hf_folder import make_folder
+from tests.support.started import set_options, start, wait_for_step
 
 SMALL = {
     "model.num_layers": 1,
@@ -30,19 +28,6 @@ SMALL = {
     "mesh.expert": 2,
     "devices.simulate": 2,
 }
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "moe_jax", *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
 
 
 def ended(process: subprocess.Popen[str], typed: str | None = None) -> tuple[int, str, str]:
@@ -69,15 +54,11 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
 
 def test_a_stopped_run_of_two_processes_has_saved_one_step(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = [text for key, value in SMALL.items() for text in ("--set", f"{key}={value}")]
-    job = ("train", "configs/tiny.yaml", *settings, "--set", "train.steps=5000", "--run-dir", run)
+    settings = set_options(SMALL | {"train.steps": 5000})
+    job = ("train", "configs/tiny.yaml", *settings, "--run-dir", run)
     process = start("launch", "-n", 2, "--", *job)
     metrics = run / "metrics.jsonl"
-    end = time.monotonic() + 200
-    while not (metrics.exists() and '"step": 5,' in metrics.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_step(process, run, 5)
     follower = max(children(process))
     os.kill(follower, signal.SIGTERM)
     code, out, err = ended(process)

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.tracking.status.gather import gather_status
 from tests.support import ROOT
 from tests.support.launching import launched_arguments
+from tests.support.started import set_options, start, wait_for_step
 from tests.support.tiny_run import training_lines
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -207,28 +207,9 @@ SETTINGS = {
 }
 
 
-def start(run_dir: Path, *launch: str, **changes: object) -> subprocess.Popen[str]:
-    settings = [
-        word for key, value in (SETTINGS | changes).items() for word in ("--set", f"{key}={value}")
-    ]
-    command = ("train", TINY, *settings, "--run-dir", str(run_dir))
-    return subprocess.Popen(
-        [sys.executable, "-m", "moe_jax", *launch, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    metrics, end = run_dir / "metrics.jsonl", time.monotonic() + 400
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def start_run(run_dir: Path, *launch: str, **changes: object) -> subprocess.Popen[str]:
+    command = ("train", TINY, *set_options(SETTINGS | changes), "--run-dir", run_dir)
+    return start(*launch, *command, stderr=subprocess.STDOUT)
 
 
 def saved_meta(run_dir: Path, step: int) -> dict[str, Any]:
@@ -285,13 +266,13 @@ def stored_experts(run_dir: Path, step: int) -> np.ndarray:
 def test_from_four_processes_to_three_and_back(tmp_path: Path) -> None:
     """8 devices, 6 and 8 again; every loss is that of one process that nothing happened to."""
     quiet, shaken = tmp_path / "quiet", tmp_path / "shaken"
-    process = start(quiet, **{"devices.simulate": 8})
+    process = start_run(quiet, **{"devices.simulate": 8})
     assert process.wait(400) == 0, process.communicate()[0]
-    process = start(shaken, "launch", "-n", "4", "--elastic", "--")
-    wait_for(process, shaken, 7)
+    process = start_run(shaken, "launch", "-n", "4", "--elastic", "--")
+    wait_for_step(process, shaken, 7)
     told = json.loads((shaken / "processes" / "process_2.json").read_text())
     os.kill(told["pid"], signal.SIGKILL)
-    wait_for(process, shaken, 10)
+    wait_for_step(process, shaken, 10)
     status = gather_status(shaken, time.time())
     process.send_signal(signal.SIGUSR2)
     out = process.communicate(timeout=400)[0]

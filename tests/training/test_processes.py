@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.command import run_module
+from tests.support.started import set_options
 from tests.support.tiny_run import training_lines
 
 SETTINGS = {
@@ -34,11 +35,7 @@ COUNTS = {"dropless": (1, 2, 4), "capacity": (1, 4)}  # each process compiles, w
 
 def case(kind: str, count: int, folder: Path) -> dict[str, Any]:
     """For `tests.support.joined`: a run of `count` processes, its metrics in a folder."""
-    settings = [
-        word
-        for key, value in (SETTINGS | KINDS[kind]).items()
-        for word in ("--set", f"{key}={value}")
-    ]
+    settings = set_options(SETTINGS | KINDS[kind])
     run = str(folder / f"{kind}_{count}")
     words = ["train", str(ROOT / "configs" / "tiny.yaml"), *settings, "--run-dir", run]
     return {"commands": dict.fromkeys(range(count), words), "processes": count, "limit": 400}
