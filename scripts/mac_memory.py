@@ -22,13 +22,10 @@ import jax
 
 from moe_jax import hf
 from moe_jax.config.schema import MeshConfig
-from moe_jax.inference.inspect import inspect
+from moe_jax.inference.inspect import described_plan, inspect
 from moe_jax.model_io.describe import Description
-from moe_jax.models.layer_pattern import count_moe_layers
-from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.weight_layout import bytes_of
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.placement.table import contiguous
 from moe_jax.runtime.metal import gpu_share
 from moe_jax.runtime.platform import standing_in
 from moe_jax.utils.units import gibibytes
@@ -103,18 +100,8 @@ def loading_bytes(described: Description, quantize: Any = "float") -> int:
     """The most memory while weights are read: the largest parameter comes first, and each is there
     twice until it is on the device.
     """
-    model, moe = described.model, described.moe
-    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, 1)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    plan = ServingPlan(
-        model,
-        moe,
-        mesh,
-        placement,
-        vocab_size=described.vocab_size,
-        dtype="bfloat16",
-        quantization=quantize,
-    )
+    plan = described_plan(described, mesh, dtype="bfloat16", quantization=quantize)
     sizes = sorted((bytes_of(weight) for weight in plan.weights.values()), reverse=True)
     return max(done + size for done, size in zip(itertools.accumulate(sizes), sizes, strict=True))
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
@@ -151,11 +151,16 @@ def inspect(
 
 def _plan(described: Description, axes: MeshConfig, types: dict[str, Any]) -> ServingPlan:
     """The model on a mesh without devices."""
-    model, moe = described.model, described.moe
     mesh = AbstractMesh(
         (axes.data, axes.expert, axes.tensor), AXES, axis_types=(AxisType.Auto,) * 3
     )
-    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, axes.expert)
+    return described_plan(described, mesh, **types)
+
+
+def described_plan(described: Description, mesh: Mesh | AbstractMesh, **types: Any) -> ServingPlan:
+    """The model on a mesh, its experts in order; `types` as for `ServingPlan`."""
+    model, moe = described.model, described.moe
+    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, mesh.shape["expert"])
     return ServingPlan(model, moe, mesh, placement, vocab_size=described.vocab_size, **types)
 
 

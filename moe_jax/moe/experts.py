@@ -10,6 +10,7 @@ from flax import nnx
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl, grouped_matmul
+from moe_jax.ops.grouped_matmul.reference import group_of, mask_tail
 from moe_jax.ops.linear import join, project
 from moe_jax.parallel.collectives import once
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
@@ -77,16 +78,12 @@ def apply_experts(
         return grouped_matmul(
             swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
         )
-    # Not by `jnp.repeat`, which scatters out of bounds where the last slots are empty.
-    row_N1 = jnp.arange(x_ND.shape[0])[:, None]
-    slot_N = jnp.sum(row_N1 >= jnp.cumsum(sizes_P), axis=1, dtype=jnp.int32)
-    slot_N = jnp.minimum(slot_N, sizes_P.shape[0] - 1) + first
+    slot_N = group_of(jnp.arange(x_ND.shape[0]), jnp.cumsum(sizes_P)) + first
     both_NF2 = both_NF2 + biases[0].reshape(biases[0].shape[0], -1)[slot_N]
     y_ND = grouped_matmul(
         swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
     )
-    inside_N1 = row_N1 < jnp.sum(sizes_P)
-    return jnp.where(inside_N1, y_ND + biases[1][slot_N], jnp.zeros((), y_ND.dtype))
+    return mask_tail(y_ND + biases[1][slot_N], sizes_P)
 
 
 def swiglu(both: Float[Array, "... F2"], limit: float | None = None) -> Float[Array, "... F"]:

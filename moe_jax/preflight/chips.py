@@ -8,6 +8,7 @@ else depends on them.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from moe_jax.config.schema import DevicesConfig
 from moe_jax.errors import UserError
 from moe_jax.runtime.compile_only import tpu_devices
 from moe_jax.runtime.devices import use_devices
+from moe_jax.runtime.platform import published_rates
 from moe_jax.utils.units import one_of_these
 
 
@@ -36,20 +38,33 @@ class Chip:
 
 
 GIB = 2**30
+GPUS_PER_HOST = 8  # which share its network
+
+
+def _known(name: str, memory: float, memory_rate: float, dims: int = 0) -> Chip:
+    """A kind of device whose rates are listed; a GPU where its links form no torus."""
+    rates = published_rates(name)
+    assert rates is not None, name
+    chip = Chip(name, memory, rates.flops, memory_rate, rates.link_within, dims)
+    if dims:
+        return chip
+    return dataclasses.replace(chip, host=GPUS_PER_HOST, network=rates.link_between / GPUS_PER_HOST)
+
+
 # docs.cloud.google.com/tpu/docs; a chip of tpu7x is two devices.
 TPUS = {
-    "v4": Chip("TPU v4", 32 * GIB, 2.75e14, 1.2e12, 3e11, 3),
-    "v5e": Chip("TPU v5e", 16 * GIB, 1.97e14, 8.1e11, 2e11, 2),
-    "v5p": Chip("TPU v5p", 95 * GIB, 4.59e14, 2.765e12, 6e11, 3),
-    "v6e": Chip("TPU v6e", 32 * GIB, 9.18e14, 1.64e12, 4e11, 2),
+    "v4": _known("TPU v4", 32 * GIB, 1.2e12, 3),
+    "v5e": _known("TPU v5e", 16 * GIB, 8.1e11, 2),
+    "v5p": _known("TPU v5p", 95 * GIB, 2.765e12, 3),
+    "v6e": _known("TPU v6e", 32 * GIB, 1.64e12, 2),
     "tpu7x": Chip("TPU7x", 96 * GIB, 1.153e15, 3.69e12, 3e11, 3),
 }
-# NVIDIA's data sheets, SXM, in hosts of 8 with a port of 400 Gb/s each (A100: 200 Gb/s).
+# NVIDIA's data sheets, SXM.
 GPUS = {
-    "a100": Chip("A100", 80e9, 3.12e14, 2.0e12, 3e11, 0, 8, 2.5e10),
-    "h100": Chip("H100", 80e9, 9.89e14, 3.35e12, 4.5e11, 0, 8, 5e10),
-    "h200": Chip("H200", 141e9, 9.89e14, 4.8e12, 4.5e11, 0, 8, 5e10),
-    "b200": Chip("B200", 180e9, 2.25e15, 7.7e12, 9e11, 0, 8, 5e10),
+    "a100": _known("A100", 80e9, 2.0e12),
+    "h100": _known("H100", 80e9, 3.35e12),
+    "h200": _known("H200", 141e9, 4.8e12),
+    "b200": _known("B200", 180e9, 7.7e12),
 }
 
 

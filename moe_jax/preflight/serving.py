@@ -10,14 +10,12 @@ import jax
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import ResidentEngine
+from moe_jax.inference.inspect import described_plan
 from moe_jax.inference.kv_cache import places_for
 from moe_jax.model_io.source import INT4_GROUP, find
-from moe_jax.models.layer_pattern import count_moe_layers
-from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.moe.tables import make_tables
 from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.placement.table import contiguous
 from moe_jax.preflight.chips import Target
 from moe_jax.preflight.programs import Planned
 from moe_jax.profiling.flops import model_flops
@@ -57,18 +55,14 @@ def serving_programs(serving: Serving, target: Target) -> tuple[jax.sharding.Mes
             f"of them."
         )
     model, moe, mesh = described.model, described.moe, make_mesh(axes, target.devices)
-    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, axes.expert)
-    plan = ServingPlan(
-        model,
-        moe,
+    plan = described_plan(
+        described,
         mesh,
-        placement,
-        vocab_size=described.vocab_size,
         dtype="float32" if target.chip.name == "CPU" else "bfloat16",
         quantization=serving.quantize,
         group=serving.group,
     )
-    tables = jax.eval_shape(lambda: make_tables(placement)[0])
+    tables = jax.eval_shape(lambda: make_tables(plan.placement)[0])
     engine = ResidentEngine(plan, plan.abstract_params(), tables)
     context = serving.context or described.context
     places = places_for(context, context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -75,10 +76,6 @@ def wanted_libtpu() -> str:
 def libtpu_version() -> str | None:
     """The version of the libtpu that would be loaded; None without one."""
     elsewhere = os.environ.get(LIBRARY)
-    folders = [str(Path(elsewhere).parent.parent)] if elsewhere else None
-    found = (
-        importlib.metadata.distributions(name="libtpu", path=folders)
-        if folders
-        else importlib.metadata.distributions(name="libtpu")
-    )
+    path = [str(Path(elsewhere).parent.parent)] if elsewhere else sys.path
+    found = importlib.metadata.distributions(name="libtpu", path=path)
     return next((distribution.version for distribution in found), None)

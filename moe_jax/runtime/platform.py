@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
@@ -179,6 +180,14 @@ def _unknown(name: str) -> Platform:
     )
 
 
+class Rates(NamedTuple):
+    """Those of a `Platform`."""
+
+    flops: float
+    link_within: float
+    link_between: float
+
+
 # Rates by device kind, as published: dense matmuls in bf16 (T4: f16), then a device's link to its
 # host's others and a host's link to other hosts, one way. NVIDIA: data sheets and the systems of
 # ai-dynamo/aiconfigurator, 8 GPUs per host with a port of 400 Gb/s each (A100: 200 Gb/s); T4 and L4
@@ -205,12 +214,16 @@ def platform_of(device: jax.Device) -> Platform:
     record = _record(device.platform)
     if record.simulated:
         return record
-    for kind, flops, within, between in _KINDS:
-        if re.search(kind, device.device_kind, re.IGNORECASE):
-            return dataclasses.replace(
-                record, flops=flops, link_within=within, link_between=between
-            )
-    return record
+    rates = published_rates(device.device_kind)
+    return record if rates is None else dataclasses.replace(record, **rates._asdict())
+
+
+def published_rates(device_kind: str) -> Rates | None:
+    """Of the devices that JAX gives this kind; None where it is not listed."""
+    for kind, *rates in _KINDS:
+        if re.search(kind, device_kind, re.IGNORECASE):
+            return Rates(*rates)
+    return None
 
 
 def default_platform() -> Platform:

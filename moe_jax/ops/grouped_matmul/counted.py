@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.ops.grouped_matmul.packed import SMALL_TILE, take_matrix, varying_alike
-from moe_jax.ops.grouped_matmul.reference import mask_tail
+from moe_jax.ops.grouped_matmul.reference import group_of, mask_tail
 from moe_jax.ops.grouped_matmul.tiled import pad_rows
 from moe_jax.ops.linear import apply
 from moe_jax.ops.products import dot
@@ -46,7 +46,7 @@ def cut(rows: int, sizes_G: jax.Array) -> Tiles:
     tiles_G = lax.div(sizes_G + (size - 1), jnp.int32(size))
     ends_G, start_G = jnp.cumsum(tiles_G), jnp.cumsum(sizes_G) - sizes_G
     turn_C = jnp.arange(count, dtype=jnp.int32)
-    group_C = _group_of(turn_C, ends_G)
+    group_C = group_of(turn_C, ends_G)
     before_C = (turn_C - (ends_G - tiles_G)[group_C]) * size
     used_C = turn_C < ends_G[-1]
     row_C = jnp.where(used_C, start_G[group_C] + before_C, rows)
@@ -54,18 +54,12 @@ def cut(rows: int, sizes_G: jax.Array) -> Tiles:
     return Tiles(size, count, group_C, row_C, rows_C)
 
 
-def _group_of(place_N: jax.Array, ends_G: jax.Array) -> jax.Array:
-    """The group in which each place lies, int32 [N]; the last one for places behind all."""
-    group_N = jnp.sum(place_N[:, None] >= ends_G, axis=1, dtype=jnp.int32)
-    return jnp.minimum(group_N, ends_G.shape[0] - 1)
-
-
 def packed_chosen(
     x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array, first: jax.Array | int
 ) -> jax.Array:
     """Every row times a copy of its group's matrix, all at once."""
     x_ND, w, sizes_G, _ = varying_alike(x_ND, w, sizes_G)
-    group_N = _group_of(jnp.arange(x_ND.shape[0], dtype=jnp.int32), jnp.cumsum(sizes_G)) + first
+    group_N = group_of(jnp.arange(x_ND.shape[0], dtype=jnp.int32), jnp.cumsum(sizes_G)) + first
     chosen = jax.tree.map(lambda a: a.at[group_N].get(mode="promise_in_bounds"), w)
     y = jax.vmap(lambda x, matrix: apply(x[None], matrix).reshape(-1))(x_ND, chosen)
     return mask_tail(y, sizes_G)

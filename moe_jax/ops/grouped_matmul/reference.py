@@ -13,6 +13,15 @@ def mask_tail(y_NF: jax.Array, sizes_G: jax.Array) -> jax.Array:
     )
 
 
+def group_of(place_N: jax.Array, ends_G: jax.Array) -> jax.Array:
+    """The group in which each place lies, int32 [N]; the last one for places behind all.
+
+    Not by `jnp.repeat`, which scatters out of bounds where the last groups are empty.
+    """
+    group_N = jnp.sum(place_N[:, None] >= ends_G, axis=1, dtype=jnp.int32)
+    return jnp.minimum(group_N, ends_G.shape[0] - 1)
+
+
 def reference_grouped_matmul(x_ND: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array) -> jax.Array:
     """`grouped_matmul` of x [N, D] and w [G, D, F]; N x G x F products are in memory."""
     ends_G = jnp.cumsum(sizes_G)
