@@ -100,6 +100,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.slow
 def test_a_kill_during_a_save_leaves_the_step_before_as_latest(killed: Path, moment: str) -> None:
     directory = killed / moment
     step, seed = MOMENTS[moment]

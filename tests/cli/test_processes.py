@@ -52,6 +52,7 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
     assert two[2].count("The conversation is forgotten.") == 1  # one process speaks
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_two_processes_has_saved_one_step(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = set_options(SMALL | {"train.steps": 5000})

@@ -32,6 +32,7 @@ def text(directory: Path, prompt: str = "the router ", **options: object) -> str
     return "".join(generate_run(directory, prompt, **{**GREEDY, **options}))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text(base: Path) -> None:
     assert text(base) == text(base, seed=5)  # greedy has no seed
     options = {"temperature": 1.0, "max_tokens": 30}

@@ -279,7 +279,13 @@ def test_a_mesh_draws_what_one_device_draws(axes: dict[str, int]) -> None:
     np.testing.assert_array_equal(drawn_together(rows, spread), drawn_together(rows, logits_SBV))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2}], ids=["one", "four"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({}, id="one", marks=pytest.mark.slow),
+        pytest.param(dict(data=2, expert=2), id="four"),
+    ],
+)
 def test_only_tokens_leave_the_devices(
     mesh: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

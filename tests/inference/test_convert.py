@@ -77,6 +77,7 @@ def test_experts_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
     assert_same(open_model(folder, mesh=mesh), open_model(out, mesh=mesh))
 
 
+@pytest.mark.slow
 def test_a_run_converts_too(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

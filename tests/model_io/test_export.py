@@ -65,6 +65,7 @@ def test_a_run_becomes_a_folder_of_the_family_that_it_fits(
     )
 
 
+@pytest.mark.slow
 def test_empty_and_redundant_slots_are_left_behind(folder: Path, tmp_path: Path) -> None:
     """6 experts on 4 ranks, each with a redundant slot: 12 slots, of which 6 are wanted."""
     run = tiny_run.run(

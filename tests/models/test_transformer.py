@@ -133,6 +133,7 @@ def test_logits_see_their_own_document_up_to_here(model):
         assert np.all(same != seen), change
 
 
+@pytest.mark.slow
 def test_a_training_step_of_any_pattern(model):
     program, _ = model
     state, batch = program.init(1), program.shard(make_batch())

@@ -214,7 +214,16 @@ LAYERS = {
 }
 
 
-@pytest.fixture(scope="module", params=LAYERS.values(), ids=LAYERS.keys())
+QUICK = ("1x1, alone", "1x8, rounds", "2x2x2, rounds", "1x4x2, gathered, ragged matmul")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(layer, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, layer in LAYERS.items()
+    ],
+)
 def layer(request) -> Layer:
     mesh, placement, settings = request.param
     return Layer(mesh, placement, **settings)

@@ -4,6 +4,7 @@ Explicit and with Auto axes, and beside plain nnx layers. The dense oracle says 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from moe_jax.moe.standalone import MoELayer
 from moe_jax.parallel.sharding import specs
 from moe_jax.placement.table import Placement, contiguous
 from tests.support import oracle
+from tests.support.slow import slow_unless
 
 BATCH, LENGTH, WIDTH, EXPERTS, TOP_K = 8, 6, 16, 8, 2
 AXES: dict[str, Any] = dict(data="batch", expert="model")
@@ -100,8 +102,14 @@ def test_one_device_without_a_mesh(inputs, axes):
     assert_equals_oracle(layer, inputs, results)
 
 
-@pytest.mark.parametrize("placed", [False, True], ids=["in order", "moved"])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "placed"),
+    slow_unless(
+        lambda case: case[1] == (case[0] is AxisType.Explicit),
+        itertools.product([AxisType.Explicit, AxisType.Auto], [False, True]),
+    ),
+    ids=str,
+)
 def test_under_jit_on_a_mesh(inputs, kind, placed):
     layer, mesh = make_layer(dispatch="pooled", capacity_factor=0.7), make_mesh(kind)
     if placed:
@@ -198,7 +206,11 @@ class Model(nnx.Module):
         return self.out(h), losses
 
 
-@pytest.mark.parametrize("kind", [None, AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    slow_unless(lambda kind: kind is AxisType.Explicit, [None, AxisType.Explicit, AxisType.Auto]),
+    ids=str,
+)
 def test_a_model_of_plain_layers_and_mixtures_trains(kind):
     with nnx.use_eager_sharding(False):
         model = Model(nnx.Rngs(0))

@@ -79,9 +79,8 @@ def first_loss(origin: Path, config: Config, corpus_from: str) -> float:
     return nats / count
 
 
-@pytest.mark.parametrize(
-    "case", ["qwen3_moe-plain", pytest.param("deepseek_v3-plain", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen3_moe-plain", "deepseek_v3-plain"])
 def test_fine_tuning_resuming_and_exporting(case: str, tmp_path: Path, tune) -> None:
     origin = make_folder(case, tmp_path / "in")
     mesh = (

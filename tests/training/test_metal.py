@@ -34,13 +34,8 @@ def run(kind: str) -> tuple[list[float], Any, str]:
     return losses, state.params, lowered.as_text()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind == "accumulating" else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_step_of_metal_is_the_normal_one(kind: str) -> None:
     losses, params, normal = run(kind)
     with standing_in(METAL_ON_CPU):

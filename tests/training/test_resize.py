@@ -35,6 +35,7 @@ from moe_jax.training.resize.host_state import (
 from moe_jax.training.resize.resize import Wanted, resize
 from tests.support import tiny_run
 from tests.support.hf_folder import make_folder
+from tests.support.slow import slow_unless
 
 TWO = ("devices.simulate=2", "mesh.data=1", "mesh.expert=2")
 ONE = ("devices.simulate=1", "mesh.data=1", "mesh.expert=1")
@@ -272,6 +273,7 @@ def test_growing_and_shrinking_again_changes_nothing(
     assert_same(arrays_of(tmp_path / "again"), before)
 
 
+@pytest.mark.slow
 def test_the_run_that_is_written(folder: Path, tmp_path: Path) -> None:
     run = trained(folder, *EIGHT)
     with pytest.raises(SystemExit) as ended:
@@ -337,7 +339,8 @@ def test_twice_the_experts_and_twice_the_choices_compute_the_same(
     np.testing.assert_allclose(logits_of(tmp_path / "out"), logits_of(run), atol=1e-5)
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 2])
 def test_a_dense_run_gets_experts_and_computes_the_same(
     every: int, folder: Path, tmp_path: Path
 ) -> None:
@@ -369,7 +372,7 @@ def test_a_dense_run_gets_experts_and_computes_the_same(
     resize(tmp_path / "out", tmp_path / "fewer", Wanted(6))
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", slow_unless("muon".__eq__, ["adafactor", "muon"]))
 def test_moments_of_a_dense_run_go_where_they_belong(
     optimizer: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_gradients_are_clipped_to_the_limit_and_no_further(share: float) -> None
     assert got == pytest.approx(min(limit, norm), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_step_draws_noise_of_its_own() -> None:
     """The same state and batch at another step: routers see other noise."""
     program = make_program(moe=dict(input_noise=0.5))

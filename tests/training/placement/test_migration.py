@@ -119,7 +119,13 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("settings", PROGRAMS.values(), ids=PROGRAMS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name == "adafactor" else [])
+        for name, settings in PROGRAMS.items()
+    ],
+)
 def test_everything_of_an_expert_moves_and_nothing_else(settings):
     program = make_program(**settings)
     migration, draw = Migration(program), np.random.default_rng(5)
@@ -144,6 +150,7 @@ def test_everything_of_an_expert_moves_and_nothing_else(settings):
     assert migration.run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_loss_curve_with_a_migration_every_five_steps_is_the_same_to_the_last_bit():
     """Without drops and with one round, which depend on where experts are, all is in one order of
     arithmetic.

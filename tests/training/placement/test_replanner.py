@@ -261,6 +261,7 @@ def placement_of(directory: Path, step: int) -> Placement:
     )
 
 
+@pytest.mark.slow
 def test_a_run_in_which_experts_move_tells_of_it_and_saves_where_they_are(moving: Path) -> None:
     events = [line for line in lines(moving) if line.get("event") == "placement"]
     assert [event["step"] for event in events] == [3, 6]
