@@ -71,7 +71,7 @@ class ChatTemplate:
         """The variable with which this template is told to think or not. Raises UserError where it
         has none.
         """
-        names = [name for name in _THINKING if self._mentions(name)]
+        names = [name for name in _THINKING if self.mentions(name)]
         if not names:
             raise UserError(
                 f"--thinking {'on' if on else 'off'}: the chat template has no switch for it "
@@ -82,13 +82,14 @@ class ChatTemplate:
     def check_variables(self, names: Iterable[str]) -> None:
         """Raises UserError for a variable that the template does not use."""
         for name in names:
-            if name in _GIVEN or not self._mentions(name):
+            if name in _GIVEN or not self.mentions(name):
                 raise UserError(
                     f"--template-kwargs {name}=...: the chat template does not use {name}: leave "
                     f"it out, or take a name from {self.given}."
                 )
 
-    def _mentions(self, name: str) -> bool:
+    def mentions(self, name: str) -> bool:
+        """Whether a variable of this name occurs in the template."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     @cached_property

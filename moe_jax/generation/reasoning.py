@@ -7,7 +7,8 @@
 
 Two forms are known. Most models write `<think>...</think>` before the answer, where the template
 may have written the first of the two. gpt-oss writes messages with a channel each,
-`<|channel|>analysis<|message|>...<|end|>`, and answers on the channel `final`.
+`<|channel|>analysis<|message|>...<|end|>`, and answers on the channel `final`. A message may be for
+a tool, `<|channel|>commentary to=functions.weather<|message|>{...}<|call|>`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from moe_jax.generation.streaming import TextStream
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
 
-_START, _MESSAGE, _ANSWER = "<|start|>", "<|message|>", "final"
+_START, MESSAGE_MARK, ANSWER_CHANNEL = "<|start|>", "<|message|>", "final"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)
 _TAIL = 32  # tokens of a prompt in which its template may have begun a thought
 
@@ -32,6 +33,8 @@ class Part(NamedTuple):
 
     text: str
     reasoning: bool
+    call: tuple[int, str] | None = None
+    """Of a message to a tool: its number in the reply and whom it is for, `functions.weather`."""
 
 
 class Thoughts:
@@ -42,6 +45,7 @@ class Thoughts:
 
     def __init__(self, end: str | None = None):
         """`end`: of the thought that the prompt has begun."""
+        self.begun_end = end
         self._held, self._end, self._began = "", end, end is not None
         self._blank = False  # blanks between thought and answer, which belong to neither
 
@@ -63,7 +67,7 @@ class Thoughts:
             if mark := next((mark for mark in THOUGHTS if said.startswith(mark)), ""):
                 self._end, self._held = THOUGHTS[mark], said.removeprefix(mark)
         if self._end is not None:
-            text, mark, self._held = _split_at(self._held, [self._end])
+            text, mark, self._held = split_at(self._held, [self._end])
             yield Part(text, True)
             if not mark:
                 return
@@ -78,12 +82,13 @@ class Thoughts:
 class Channels:
     """Splits a reply of messages, each with a header that names its channel."""
 
-    marks = (CHANNEL, _MESSAGE, *_ENDS)
+    marks = (CHANNEL, MESSAGE_MARK, *_ENDS)
     """Special tokens that the text must hold."""
 
     def __init__(self) -> None:
         self._held, self._header = "", True
         self._messages, self._reasoning = 0, False
+        self._call: tuple[int, str] | None = None
 
     def push(self, piece: str) -> list[Part]:
         """The parts that are certain after one more piece of the reply."""
@@ -93,25 +98,28 @@ class Channels:
     def finish(self) -> list[Part]:
         """What was held back; a reply without any header is an answer."""
         seen = not (self._header and (self._messages or CHANNEL in self._held))
-        return [Part(self._held, self._reasoning and not self._header)] if seen else []
+        reasoning = self._reasoning and not self._header
+        return [Part(self._held, reasoning, self._call)] if seen and self._held else []
 
     def _split(self) -> Iterator[Part]:
         while True:
             if self._header:
-                header, mark, rest = _split_at(self._held, [_MESSAGE])
+                header, mark, rest = split_at(self._held, [MESSAGE_MARK])
                 if not mark:
                     return
                 channel = re.search(re.escape(CHANNEL) + r"\s*(\w+)", header)
-                self._reasoning = channel is not None and channel[1] != _ANSWER
+                self._reasoning = channel is not None and channel[1] != ANSWER_CHANNEL
                 self._held, self._header, self._messages = rest, False, self._messages + 1
-            text, mark, self._held = _split_at(self._held, _ENDS)
-            yield Part(text, self._reasoning)
+                tool = re.search(r"\bto=([\w.-]+)", header)
+                self._call = None if tool is None else (self._messages, tool[1])
+            text, mark, self._held = split_at(self._held, _ENDS)
+            yield Part(text, self._reasoning, self._call)
             if not mark:
                 return
             self._header = True
 
 
-def _split_at(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
+def split_at(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
     """(text before the first mark, the mark, the rest). Without a mark: (text, "", what may be the
     beginning of one).
     """
@@ -128,7 +136,7 @@ def reply_splitter(tokenizer: Tokenizer, prompt: Sequence[int]) -> Thoughts | Ch
     stream = TextStream(tokenizer, marks=(*Channels.marks, *Thoughts.marks))
     tail = "".join([*(stream.push(token) for token in prompt[-_TAIL:]), stream.finish()])
     names = tokenizer.chat.tokens if tokenizer.chat else {}
-    if CHANNEL in names and _MESSAGE in names and re.search(rf"{re.escape(_START)}\w+$", tail):
+    if CHANNEL in names and MESSAGE_MARK in names and re.search(rf"{re.escape(_START)}\w+$", tail):
         return Channels()
     begun = next((mark for mark in THOUGHTS if tail.rstrip().endswith(mark)), None)
     return Thoughts(None if begun is None else THOUGHTS[begun])

@@ -1,0 +1,69 @@
+"""What a request to the engine is, and what comes back: the interface between the API and the
+engine, without JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from moe_jax.generation.sampling_options import SamplingOptions
+
+
+class TokenFilter(Protocol):
+    """Says which tokens may come next."""
+
+    def allowed(self) -> np.ndarray:
+        """Bool [num_ids]."""
+
+    def accept(self, token: int) -> None:
+        """Goes on behind a token that was drawn."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    min_tokens: int = 0
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    token_filter: TokenFilter | None = None
+
+
+class Token(NamedTuple):
+    """A token that was drawn."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Finished(NamedTuple):
+    """The end of a text."""
+
+    reason: Literal["stop", "length", "cancelled", "error"]
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine tells of itself."""
+
+    running: int = 0
+    waiting: int = 0
+    cache_use: float = 0.0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    compilations: int = 0
+    stalled_seconds: float = 0.0
+    expert_counts: np.ndarray | None = None
