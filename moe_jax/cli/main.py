@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from moe_jax import __version__
-from moe_jax.cli import checkpoints, data, inference, launch, placement, preflight
+from moe_jax.cli import checkpoints, data, inference, launch, placement, preflight, serving
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.options import (
     COMPUTING,
@@ -231,7 +231,12 @@ def _print_sample(config: Config, run_dir: Path, fits: bool, given: SamplePrompt
     print(f"Sample (temperature 0.8, top-p 0.95):\n{text}{''.join(pieces)}\n")
 
 
-for _name, _command, _example in (*inference.COMMANDS, *checkpoints.COMMANDS, *preflight.COMMANDS):
+for _name, _command, _example in (
+    *inference.COMMANDS,
+    *serving.COMMANDS,
+    *checkpoints.COMMANDS,
+    *preflight.COMMANDS,
+):
     app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
 
 

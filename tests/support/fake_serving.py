@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from moe_jax.data.chat_template import ChatTemplate
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.serving.api.app import Api, Limits, create_app
 from moe_jax.serving.api.prompts import ServedModel
+from moe_jax.serving.api.server import HttpServer, bound_socket
 from moe_jax.serving.request import EngineStats, Finished, Request, Token
 from tests.support import fake_model
 
@@ -169,3 +171,16 @@ def serve(
     if ready:
         api.open(ServedModel("fake", tokenizer, (fake_model.END,), context), engine)
     return Server(engine, api, app, log)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[httpx2.Client]:
+    """A client of the application behind a real socket."""
+    http = HttpServer(server.app, bound_socket("127.0.0.1", 0))
+    http.start()
+    try:
+        with httpx2.Client(base_url=http.address, timeout=60) as client:
+            yield client
+    finally:
+        http.stop()
+    assert not http.is_running

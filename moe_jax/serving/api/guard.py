@@ -6,46 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import stat
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import Response
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
-from moe_jax.errors import UserError
 from moe_jax.serving.api.errors import ApiError
 
 OPEN_ROUTES = ("/health",)
 BODY_SECONDS = 60.0  # in which a body must have come
 _DRAINED = 8  # times the limit that a refused body is read, so that its client hears the answer
-
-
-def read_keys(path: Path) -> list[bytes]:
-    """The API keys of a file, one per line.
-
-    Raises UserError for a file that cannot be read, has no key, or that everybody may read.
-    """
-    try:
-        mode = path.stat().st_mode
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"--api-key-file {path} cannot be read ({error.strerror}): name a file with a key."
-        ) from error
-    if mode & stat.S_IROTH:
-        raise UserError(
-            f"--api-key-file {path} can be read by everybody on this machine: chmod 600 {path}."
-        )
-    keys = [line.strip() for line in content.splitlines() if line.strip()]
-    if not keys:
-        raise UserError(f"--api-key-file {path} is empty: write a key into it, one per line.")
-    return keys
 
 
 def error_response(error: ApiError) -> Response:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_jax.errors import UserError
 from moe_jax.serving.api.app import Limits
-from moe_jax.serving.api.guard import read_keys
 from tests.support.fake_serving import FakeEngine, serve
 
 
@@ -57,18 +54,3 @@ def test_the_log_has_no_text_of_requests(capsys: pytest.CaptureFixture[str]) -> 
     assert response.status_code == 500 and response.json()["error"]["code"] == "server_error"
     told = capsys.readouterr().err + "".join(server.log) + response.text
     assert "RuntimeError in a request" in told and "secret" not in told.lower()
-
-
-def test_key_files(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    with pytest.raises(UserError, match="cannot be read"):
-        read_keys(path)
-    path.write_text("\n")
-    path.chmod(0o600)
-    with pytest.raises(UserError, match="is empty"):
-        read_keys(path)
-    path.write_text("one\n two \n")
-    assert read_keys(path) == [b"one", b"two"]
-    path.chmod(0o644)
-    with pytest.raises(UserError, match=f"chmod 600 {path}"):
-        read_keys(path)

@@ -5,31 +5,16 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import httpx2
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.serving.api.server import HttpServer, bound_socket
+from moe_jax.serving.api.server import bound_socket
 from moe_jax.serving.request import Finished, Token
-from tests.support.fake_serving import FakeEngine, Server, saying, serve
+from tests.support.fake_serving import FakeEngine, running, saying, serve
 
 BODY = {"model": "fake", "prompt": "x", "stream": True}
-
-
-@contextmanager
-def running(server: Server) -> Iterator[httpx2.Client]:
-    http = HttpServer(server.app, bound_socket("127.0.0.1", 0))
-    http.start()
-    try:
-        with httpx2.Client(base_url=http.address, timeout=60) as client:
-            yield client
-    finally:
-        http.stop()
-    assert not http.is_running
 
 
 def until(condition: Any) -> None:
