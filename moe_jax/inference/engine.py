@@ -33,6 +33,7 @@ from moe_jax.models.batch import NewTokens
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.transformer import Transformer
 from moe_jax.moe.tables import LayerTables
+from moe_jax.parallel.half_bits import as_bits
 from moe_jax.runtime.platform import platform_of
 
 NEW_TOKENS_SPEC = NewTokens._make(P("data") for _ in NewTokens._fields)
@@ -101,20 +102,20 @@ class ResidentEngine:
 
     def prefill(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
         """As `Engine.prefill`."""
-        return self._prefill(self.params, self.tables, cache, new)
+        return self._prefill(self._held, self.tables, cache, new)
 
     def decode(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
         """As `Engine.decode`."""
-        return self._decode(self.params, self.tables, cache, new)
+        return self._decode(self._held, self.tables, cache, new)
 
     def all_logits(self, new: NewTokens) -> jax.Array:
         """As `Engine.all_logits`."""
-        return self._all_logits(self.params, self.tables, new)
+        return self._all_logits(self._held, self.tables, new)
 
     def score(self, tokens_BS: Any, targets_BS: Any, mask_BS: Any) -> tuple[float, float]:
         """As `Engine.score`."""
         nats, count = self._score(
-            self.params, self.tables, *score_arguments(self.plan, tokens_BS, targets_BS, mask_BS)
+            self._held, self.tables, *score_arguments(self.plan, tokens_BS, targets_BS, mask_BS)
         )
         return float(nats), float(count)
 
@@ -127,16 +128,21 @@ class ResidentEngine:
     def trace_decode(self, batch: int, places: int, width: int = 1) -> jax.stages.Traced:
         """The same step as JAX has written it down, of `width` new tokens per row."""
         new, cache = _abstract_tokens(batch, width), self.layout.abstract(batch, places)
-        return self._decode.trace(self.params, self.tables, cache, new)
+        return self._decode.trace(self._held, self.tables, cache, new)
 
     def trace_prefill(self, batch: int, width: int, places: int) -> jax.stages.Traced:
         """The program of `prefill` as JAX has written it down."""
         new, cache = _abstract_tokens(batch, width), self.layout.abstract(batch, places)
-        return self._prefill.trace(self.params, self.tables, cache, new)
+        return self._prefill.trace(self._held, self.tables, cache, new)
 
     def lower_all_logits(self, batch: int, length: int) -> jax.stages.Lowered:
         """The program of `all_logits`, as it is before it is compiled."""
-        return self._all_logits.lower(self.params, self.tables, _abstract_tokens(batch, length))
+        return self._all_logits.lower(self._held, self.tables, _abstract_tokens(batch, length))
+
+    @cached_property
+    def _held(self) -> Any:
+        """The weights as programs take them."""
+        return as_bits(self.params, self.plan.mesh)
 
     @cached_property
     def _prefill(self) -> Any:

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.models.batch import LayerCache
 from moe_jax.models.layer_pattern import layer_kinds, stack_layers
 from moe_jax.models.serving_plan import ServingPlan
+from moe_jax.parallel.half_bits import held_type
 from moe_jax.parallel.sharding import named
 
 Cache = list[list[LayerCache]]  # by stack, then by block of the stack's pattern
@@ -63,7 +64,7 @@ class CacheLayout:
 
     def zeros(self, batch: int, length: int, parts: int = 1) -> Cache:
         """Zeros for `batch` rows of `length` places, of one of `parts` of the key heads."""
-        model, dtype = self.plan.model, self.plan.dtype
+        model, dtype = self.plan.model, held_type(self.plan.dtype, self.plan.mesh)
 
         def layer(repeats: int) -> LayerCache:
             if model.latent.kv_rank:

@@ -38,6 +38,7 @@ from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.transformer import Block
 from moe_jax.moe.router import Routing
 from moe_jax.moe.tables import LayerTables
+from moe_jax.parallel.half_bits import as_bits
 from moe_jax.runtime.platform import platform_of
 
 
@@ -411,28 +412,31 @@ def offload(plan: ServingPlan, params: Any, tables: LayerTables, size: int) -> O
     for i, (kinds, repeats) in enumerate(stack_layers(layer_kinds(plan.model, plan.moe))):
         blocks = [params["stacks"][i]["blocks"][j] for j in range(len(kinds))]
         banks = [
-            jax.tree.map(np.asarray, block["mlp"].pop("experts"))
+            as_bits(jax.tree.map(np.asarray, block["mlp"].pop("experts")), plan.mesh)
             for block, kind in zip(blocks, kinds, strict=True)
             if kind.moe
         ]
-        units = [_unstack(block, repeats) for block in blocks]
+        units = [_unstack(plan, block, repeats) for block in blocks]
         for repeat in range(repeats):
             layers += [unit[repeat] for unit in units]
             for bank in banks:
                 experts.append([one(bank, repeat, slot) for slot in slots_LE[len(experts)]])
     ends = {name: value for name, value in params.items() if name != "stacks"}
+    ends = as_bits(ends, plan.mesh)
     weights = OffloadedWeights(ends, layers, experts)
     return OffloadEngine(plan, weights, tables, min(size, plan.moe.num_experts), memory)
 
 
-def _unstack(block: Any, repeats: int) -> list[Any]:
-    """The parameters of each of a block's layers, one array after another, so that few are in
-    memory twice.
+def _unstack(plan: ServingPlan, block: Any, repeats: int) -> list[Any]:
+    """The parameters of each of a block's layers as programs take them, one array after another, so
+    that few are in memory twice.
     """
 
     def cut(stacked: jax.Array) -> list[jax.Array]:
-        parts = jax.block_until_ready(jax.jit(jnp.unstack)(stacked))
-        stacked.delete()
+        held = as_bits(stacked, plan.mesh)
+        parts = jax.block_until_ready(jax.jit(jnp.unstack)(held))
+        for array in (held, stacked):
+            array.delete()
         return list(parts)
 
     leaves, structure = jax.tree.flatten(block)

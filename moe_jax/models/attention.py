@@ -26,6 +26,7 @@ from moe_jax.ops.attention.api import attention
 from moe_jax.ops.attention.cached import cached_attention
 from moe_jax.ops.linear import join, project
 from moe_jax.parallel.collectives import psum, vary, vma
+from moe_jax.parallel.half_bits import converted
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
 from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float
@@ -295,7 +296,7 @@ def _write_first(cache: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Arra
     zero = jnp.int32(0)
     start = (layer, *(zero for _ in range(1, cache.ndim)))
     return lax.dynamic_update_slice(
-        cache, new.astype(cache.dtype)[None], start, allow_negative_indices=False
+        cache, converted(new, cache.dtype)[None], start, allow_negative_indices=False
     )
 
 
@@ -305,7 +306,7 @@ def _write_behind(
     """The cache [repeats, B, ...] with entries [B, ...] of a layer in the places from each row's
     start on; `dim` is the cache's dim of places.
     """
-    entries, zero = entries.astype(cache.dtype), jnp.int32(0)
+    entries, zero = converted(entries, cache.dtype), jnp.int32(0)
 
     def write(row: jax.Array, cache: jax.Array) -> jax.Array:
         start = (new.start[row] if d == dim else zero for d in range(2, cache.ndim))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.utils.annotations import Array, Float, Int
+from moe_jax.utils.annotations import Array, Float, Int, Shaped
 
 
 class Batch(NamedTuple):
@@ -57,5 +57,5 @@ class LayerCache(NamedTuple):
     (latent attention).
     """
 
-    keys: Float[Array, "R B G Q M"]  # places last: scores then read whole rows of it
-    values: Float[Array, "R B G M U"] | None
+    keys: Shaped[Array, "R B G Q M"]  # places last: scores then read whole rows of it
+    values: Shaped[Array, "R B G M U"] | None

@@ -28,8 +28,9 @@ from moe_jax.moe.router import RouterStats
 from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.loops import scan
+from moe_jax.parallel.half_bits import are_bits
 from moe_jax.parallel.sharding import gather, param
-from moe_jax.utils.annotations import Array, Float, Key
+from moe_jax.utils.annotations import Array, Float, Key, Shaped
 
 
 class Block(nnx.Module):
@@ -192,8 +193,13 @@ class Transformer(nnx.Module):
             jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None,
         )
 
-    def head_weights(self) -> Float[Array, "D V"]:
-        """This device's columns of the output head, in the compute type."""
+    def head_weights(self) -> Shaped[Array, "D V"]:
+        """This device's columns of the output head, in the compute type or as its bits
+        (parallel/half_bits.py).
+        """
+        held = self.head_parameter.get_value()
+        if are_bits(held):
+            return held
         return gather(self.head_parameter, self.config.compute_dtype)
 
     @property

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.ops.loops import map_over, scan
-from moe_jax.ops.products import dot, einsum_f32
+from moe_jax.ops.products import dot, dot_bits, einsum_f32
 from moe_jax.parallel.collectives import pmax, psum, rank, vary, vary_alike, vma
-from moe_jax.utils.annotations import Array, Float, Int
+from moe_jax.parallel.half_bits import are_bits
+from moe_jax.utils.annotations import Array, Float, Int, Shaped
 
 CrossEntropyImpl = Literal["chunked", "reference"]
 Axis = str | tuple[str, ...] | None
@@ -28,7 +29,7 @@ CHUNK = 1024  # tokens; each chunk re-reads the [D, V] gradient once, so small c
 
 def linear_cross_entropy(
     h_TD: Float[Array, "T D"],
-    w_DV: Float[Array, "D V"],
+    w_DV: Shaped[Array, "D V"],
     target_T: Int[Array, " T"],
     weight_T: Float[Array, " T"],
     *,
@@ -40,13 +41,15 @@ def linear_cross_entropy(
 
     With `axis`, `w_DV` is this device's block of columns of a vocabulary sharded over that mesh
     axis (or axes), `target_T` still numbers the whole vocabulary, and the result is the same on all
-    devices of the axis. `weight_T` gets no gradient. Raises ValueError for an unknown `impl`.
+    devices of the axis. `weight_T` gets no gradient, and no array does where `w_DV` are bits
+    (parallel/half_bits.py). Raises ValueError for an unknown `impl`.
     """
     if axis is not None:
         h_TD = vary(
             h_TD, (axis,) if isinstance(axis, str) else axis
         )  # its transpose sums the blocks' gradients
-    h_TD, w_DV, _ = vary_alike(h_TD, w_DV.astype(h_TD.dtype), target_T)
+    w_DV = w_DV if are_bits(w_DV) else w_DV.astype(h_TD.dtype)
+    h_TD, w_DV, _ = vary_alike(h_TD, w_DV, target_T)
     if impl == "reference":
         return jnp.sum(weight_T * _loss_T(h_TD, w_DV, target_T, axis)[0])
     if impl == "chunked":
@@ -56,8 +59,10 @@ def linear_cross_entropy(
     )
 
 
-def logits(h_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"]) -> Float[Array, "T V"]:
+def logits(h_TD: Float[Array, "T D"], w_DV: Shaped[Array, "D V"]) -> Float[Array, "T V"]:
     """Logits in f32 of this device's block of the vocabulary."""
+    if are_bits(w_DV):
+        return dot_bits(h_TD, w_DV)
     return dot(h_TD, w_DV.astype(h_TD.dtype), ((1,), (0,)))
 
 

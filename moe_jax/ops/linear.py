@@ -18,6 +18,7 @@ from jax import lax
 
 from moe_jax.ops.products import dot
 from moe_jax.ops.quantized import PackedWeight, _halves, dequantize
+from moe_jax.parallel.half_bits import as_floats
 from moe_jax.runtime.platform import default_platform
 
 
@@ -64,7 +65,7 @@ def _int4_row(x: jax.Array, matrix: PackedWeight) -> jax.Array:
     """
     (low, high), groups = _halves(matrix, jnp.float32), matrix.scale.shape[-1]
     first, second = jnp.split(x.reshape(groups, -1).astype(jnp.float32), 2, axis=-1)
-    parts = (low * first + high * second) * matrix.scale.astype(jnp.float32)[..., None]
+    parts = (low * first + high * second) * as_floats(matrix.scale).astype(jnp.float32)[..., None]
     return jnp.sum(parts, axis=(-1, -2))
 
 

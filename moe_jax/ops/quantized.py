@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from moe_jax.parallel.half_bits import as_floats
+
 Kind = Literal["float", "int8", "int4"]
 
 
@@ -21,7 +23,8 @@ class PackedWeight:
     Kinds: `float` values are the weights; `int8` values times a scale an output, [..., outputs];
     `int4` two values per byte, [..., outputs, inputs / 2], each less 8, times a scale per group of
     inputs, [..., outputs, inputs / group]. The first half of a group is in the low halves of its
-    bytes and the second half in the high ones.
+    bytes and the second half in the high ones. A program on the CPU has the bits of what is bf16
+    (parallel/half_bits.py).
     """
 
     values: Any
@@ -62,12 +65,11 @@ def _safe(scale: jax.Array) -> jax.Array:
 def dequantize(matrix: PackedWeight, dtype: Any) -> jax.Array:
     """The weights [..., outputs, inputs] in `dtype`."""
     if matrix.kind == "float":
-        return matrix.values.astype(dtype)
+        return as_floats(matrix.values).astype(dtype)
     if matrix.kind == "int8":
         return matrix.values.astype(dtype) * matrix.scale[..., None].astype(dtype)
-    grouped = jnp.concatenate(_halves(matrix, dtype), axis=-1) * matrix.scale[..., None].astype(
-        dtype
-    )
+    scale = as_floats(matrix.scale)[..., None].astype(dtype)
+    grouped = jnp.concatenate(_halves(matrix, dtype), axis=-1) * scale
     return grouped.reshape(*matrix.values.shape[:-1], -1)
 
 

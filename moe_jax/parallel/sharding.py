@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.parallel.collectives import all_gather
+from moe_jax.parallel.half_bits import as_floats
 
 Rules = dict[str, tuple[str, ...]]
 
@@ -141,6 +142,7 @@ def gather(parameter: nnx.Param, dtype: Any = None) -> Any:
     value = parameter.get_value()
     if not isinstance(value, jax.Array):
         return value
+    value = as_floats(value)
     value = value if dtype is None else value.astype(dtype)
     for dim, (name, axes) in enumerate(
         zip(parameter.get_metadata("axes"), parameter.get_metadata("mesh_axes"), strict=True)

@@ -50,6 +50,7 @@ class Platform:
     mixed_dots: bool = True  # a product of bf16 matrices can have f32 results
     fuses_sums: bool = True  # what is only added up is not written to memory before
     sorts_by_several: bool = True  # keys, one after another
+    cuts_halves: bool = True  # a part of a bf16 array is cut out without converting all of it
 
 
 _CPU = Platform(
@@ -65,6 +66,7 @@ _CPU = Platform(
     flops=3e10,
     link_within=4e9,
     link_between=1e9,
+    cuts_halves=False,
 )
 _GPU = Platform(
     name="gpu",

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key
+    from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key
+        from jaxtyping import Array, Bool, Float, Int, Key, Shaped
     except ModuleNotFoundError:
 
         class _Unchecked:
@@ -21,6 +21,6 @@ else:
                 return Any
 
         Array = Any
-        Bool = Float = Int = Key = _Unchecked
+        Bool = Float = Int = Key = Shaped = _Unchecked
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped"]

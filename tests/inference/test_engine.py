@@ -273,7 +273,7 @@ def test_int4_groups_must_divide_what_each_device_has_of_the_inputs() -> None:
 LAYERS = 22
 
 
-def deep(mesh: dict[str, int], *, experts: bool = False) -> ResidentEngine:
+def deep(mesh: dict[str, int], *, experts: bool = False, dtype: str = "float32") -> ResidentEngine:
     """TinyLlama with other widths and no weights, or the same with experts in every layer."""
     model = ModelConfig(
         num_layers=LAYERS,
@@ -295,7 +295,7 @@ def deep(mesh: dict[str, int], *, experts: bool = False) -> ResidentEngine:
     config = MeshConfig(**mesh)
     placement = contiguous(count_moe_layers(model, moe), 4, config.expert)
     mesh_of_some = make_mesh(config, jax.devices()[: config.size])
-    plan = ServingPlan(model, moe, mesh_of_some, placement, vocab_size=VOCAB)
+    plan = ServingPlan(model, moe, mesh_of_some, placement, vocab_size=VOCAB, dtype=dtype)
     return ResidentEngine(plan, plan.abstract_params(), make_tables(placement)[0])
 
 
@@ -347,3 +347,55 @@ def test_one_device_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
     again = lowered(deep({}, experts=True), "decode").as_text()
     assert "tf.aliasing_output" not in again and "jax.buffer_donor" not in again
+
+
+def keep_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if XLA:CPU could cut bf16 arrays: programs take them as they are."""
+    record = dataclasses.replace(platform.default_platform(), cuts_halves=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+
+
+def converted_whole(engine: ResidentEngine) -> set[str]:
+    """The bf16 arrays of several layers, and the head, that a step has in f32 at once."""
+    held = (engine.params, engine.layout.abstract(1, 256))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(held) if leaf.dtype.itemsize == 2}
+    banks = {(shape[0] * shape[1], *shape[2:]) for shape in shapes if len(shape) > 3}
+    text = engine.lower_decode(1, 256).compile().as_text()
+    return {
+        name
+        for shape in shapes | banks
+        if (name := f"f32[{','.join(map(str, shape))}]") in text and len(shape) > 1
+    }
+
+
+def test_a_step_in_bf16_converts_no_array_of_several_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor the head, nor the cache: only what it uses of them."""
+    assert converted_whole(deep({}, experts=True, dtype="bfloat16")) == set()
+    keep_halves(monkeypatch)  # or the search would find nothing anywhere
+    assert len(converted_whole(deep({}, experts=True, dtype="bfloat16"))) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "off"),
+    slow_unless(
+        lambda case: case[0] == "experts",
+        [
+            ("experts", {}, 0.02),
+            ("biases", {"expert": 2, "tensor": 2}, 0.4),  # rounding changes a choice of experts
+            ("latent", {}, 0.08),
+        ],
+    ),
+)
+def test_bits_compute_as_the_bf16_that_they_stand_for(
+    name: str, mesh: dict[str, int], off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And near f32."""
+    data = case(name)
+    found, exact = write(data, load(data, mesh, dtype="bfloat16")), wanted(data)
+    assert np.abs(found - exact).max() < off * np.abs(exact).max()
+    keep_halves(monkeypatch)
+    as_it_is = write(data, load(data, mesh, dtype="bfloat16"))
+    # XLA may keep more bits than bf16 has between two operations.
+    np.testing.assert_allclose(found, as_it_is, atol=0.01 * np.abs(exact).max())

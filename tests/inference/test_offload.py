@@ -125,6 +125,16 @@ def test_logits_are_those_of_the_engine_that_holds_all(name: str, size: int, kin
     assert_same(outcome(name, size, kind).logits, whole(name, kind)[0])
 
 
+@pytest.mark.slow
+def test_in_bf16_too() -> None:
+    """Whose bits the experts' slots hold."""
+    data = case("experts")
+    offloaded = load_offloaded(data, 4, dtype="bfloat16")
+    logits = write(data, load(data, {}, dtype="bfloat16"))
+    found = write(data, offloaded)
+    np.testing.assert_allclose(found, logits, atol=0.01 * np.abs(logits).max())
+
+
 def test_the_size_changes_no_bit() -> None:
     """Whether in one round or in several, each choice's row is computed alike and summed in one
     order.

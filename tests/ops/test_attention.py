@@ -286,3 +286,8 @@ def test_half_precision_over_a_cache():
     half = cached(*(a.astype(jnp.bfloat16) for a in arrays), 0, positions)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(np.float32), cached(*arrays, 0, positions), atol=0.05)
+    query, *cache = (a.astype(jnp.bfloat16) for a in arrays)
+    of_bits = cached(
+        query, *(jnp.asarray(np.asarray(a).view(np.uint16)) for a in cache), 0, positions
+    )
+    np.testing.assert_allclose(of_bits.astype(np.float32), half.astype(np.float32), atol=0.01)

@@ -130,6 +130,24 @@ def test_half_precision_accumulates_in_f32(kind, rows):
     np.testing.assert_allclose(found.astype(np.float32), wanted, rtol=2**-8)
 
 
+@pytest.mark.parametrize("rows", [(1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["float", "int4"])
+def test_bits_stand_for_bf16(weights, kind, rows):
+    """Of weights, and of int4's scales."""
+    held = quantize(jnp.asarray(weights[0]).astype(jnp.bfloat16), kind, GROUP)
+
+    def bits(array):
+        half = array.dtype == jnp.bfloat16
+        return jnp.asarray(np.asarray(array).view(np.uint16)) if half else array
+
+    x = np.random.default_rng(1).standard_normal((*rows, INPUTS)).astype(np.float32)
+    found = jax.jit(apply)(x, jax.tree.map(bits, held))
+    np.testing.assert_allclose(found, jax.jit(apply)(x, held), rtol=1e-4)
+    np.testing.assert_array_equal(
+        dequantize(jax.tree.map(bits, held), jnp.float32), dequantize(held, jnp.float32)
+    )
+
+
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="groups of 10"):
         quantize(jnp.ones((2, 24)), "int4", 10)

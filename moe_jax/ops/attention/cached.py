@@ -11,16 +11,17 @@ from jax import lax
 from moe_jax.ops.attention.reference import MASKED
 from moe_jax.ops.products import einsum_f32
 from moe_jax.parallel.collectives import vary, vary_alike, vma
+from moe_jax.parallel.half_bits import as_floats
 from moe_jax.runtime.platform import default_platform
-from moe_jax.utils.annotations import Array, Float, Int
+from moe_jax.utils.annotations import Array, Float, Int, Shaped
 
 CACHE_BLOCK = 256  # places of a cache read at once
 
 
 def cached_attention(
     q_BSHQ: Float[Array, "B S H Q"],
-    keys: Float[Array, "R B G Q M"],
-    values: Float[Array, "R B G M U"] | None,
+    keys: Shaped[Array, "R B G Q M"],
+    values: Shaped[Array, "R B G M U"] | None,
     layer: Int[Array, ""] | int,
     position_BS: Int[Array, "B S"],
     *,
@@ -30,7 +31,7 @@ def cached_attention(
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H U"]:
     """`attention` over one layer of a cache whose place m holds the key and value of position m,
-    for queries at any positions.
+    for queries at any positions. A cache of bits (parallel/half_bits.py) holds bf16.
 
     A query sees the places up to its own position, so what lies beyond may be anything finite.
     Without `values` they are the first `value_width` entries of the keys, by default all. Only the
@@ -54,9 +55,9 @@ def cached_attention(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
-        k = _places(keys, layer, 4, i * block, block).astype(q.dtype)
+        k = as_floats(_places(keys, layer, 4, i * block, block)).astype(q.dtype)
         if rest:
-            v = _places(rest[0], layer, 3, i * block, block).astype(q.dtype)
+            v = as_floats(_places(rest[0], layer, 3, i * block, block)).astype(q.dtype)
         else:
             v = jnp.swapaxes(k[:, :, :width], 2, 3)
         scores = einsum_f32("bgrd,bgdm->bgrm", q, k) * scale
