@@ -9,7 +9,6 @@ here from tests/hf/cases and their published sizes; no weights are read.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from moe_jax import hf
 from moe_jax.config.schema import MeshConfig
 from moe_jax.inference.inspect import described_plan, inspect
 from moe_jax.model_io.describe import Description
-from moe_jax.models.weight_layout import bytes_of
+from moe_jax.models.weight_layout import loading_bytes
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.runtime.metal import gpu_share
 from moe_jax.runtime.platform import standing_in
@@ -96,14 +95,11 @@ def describe(name: str) -> Description:
     return Description(name, "its sizes", model, moe, vocabulary, CONTEXT, "bfloat16")
 
 
-def loading_bytes(described: Description, quantize: Any = "float") -> int:
-    """The most memory while weights are read: the largest parameter comes first, and each is there
-    twice until it is on the device.
-    """
+def loading_peak(described: Description, quantize: Any = "float") -> int:
+    """The most memory while weights are read."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    plan = described_plan(described, mesh, dtype="bfloat16", quantization=quantize)
-    sizes = sorted((bytes_of(weight) for weight in plan.weights.values()), reverse=True)
-    return max(done + size for done, size in zip(itertools.accumulate(sizes), sizes, strict=True))
+    held = {"dtype": "bfloat16", "quantization": quantize, "cuts_banks": True}
+    return loading_bytes(described_plan(described, mesh, **held).weights)
 
 
 def rows() -> list[str]:
@@ -118,7 +114,7 @@ def rows() -> list[str]:
         for held, options in HELD.items():
             with standing_in("metal-on-cpu"):
                 found = inspect(described, dtype="bfloat16", context=CONTEXT, **options)
-            weights, loading = sum(found.held_bytes.values()), loading_bytes(described, **options)
+            weights, loading = sum(found.held_bytes.values()), loading_peak(described, **options)
             # A step's cache is there beside the one that it was given.
             running = found.total_bytes + found.cache_bytes
             cells = [name, held, *map(gibibytes, (weights, loading, running))]

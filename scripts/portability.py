@@ -197,6 +197,7 @@ def serving(case: str, held: str) -> list[Program]:
             dtype=dtype,
             quantization=kind,
             group=GROUP,
+            cuts_banks=True,
         )
         tables = jax.eval_shape(lambda: make_tables(placement)[0])
         return ResidentEngine(plan, plan.abstract_params(), tables)

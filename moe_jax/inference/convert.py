@@ -51,6 +51,7 @@ def convert(
         group=group,
         step=step,
         fallback=fallback,
+        to_write=True,
     )
     Preconditions().require(stored)
     plan = stored.plan

@@ -153,9 +153,10 @@ def find_model(
     group: int,
     step: int | None,
     fallback: bool,
+    to_write: bool = False,
 ) -> StoredModel:
     """The model of a folder, or of a name on the hub, planned for a mesh; arguments as those of
-    `open_model`.
+    `open_model`. With `to_write` every parameter is one array, as it is saved.
     """
     if mesh.size > jax.device_count():
         raise UserError(
@@ -176,6 +177,7 @@ def find_model(
         return _find_run(source.path, devices, held, step, fallback)
     if isinstance(source, YamlSource):
         source.weights()  # refuses: it has none
+    held["cuts_banks"] = default_platform().shares_memory and not to_write
     return _find_hf(source.path, devices, held)
 
 

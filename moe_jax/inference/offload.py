@@ -309,7 +309,7 @@ def _compile_dense_layer(plan: ServingPlan, graph: Any) -> LayerParts:
 
     def through(run: Any) -> Any:
         def local(params: Any, x_BSD: Any, new: NewTokens, cache: Any, repeat: Any) -> Any:
-            return run(nnx.merge(graph, params), x_BSD, new, None, cache, repeat, repeats=1)
+            return run(nnx.merge(graph, params), x_BSD, new, None, cache, repeat, 0, 1)
 
         return compile_on(plan.mesh, local, P(), P(), donated=(3,))
 

@@ -2,8 +2,9 @@
 
 Each process reads the parts that its devices hold and nothing else, a tensor at a time. A CPU's
 array takes over the memory that was read into, so the peak is the model's share plus one tensor. An
-accelerator copies: one parameter, which is stacked over its layers, is then there twice, and the
-largest comes first, when nothing else is there.
+accelerator copies: one array is then there twice, and the largest comes first, when nothing else is
+there. Where both memories are one, as a Mac's are, the experts' banks come in parts that are small
+enough for a peak of the weights and one tensor (`cut_banks`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.models.layer_pattern import expert_layers
 from moe_jax.models.paths import ParameterPath, nested
 from moe_jax.models.serving_plan import ServingPlan
-from moe_jax.models.weight_layout import WeightPlan, bytes_of
+from moe_jax.models.weight_layout import BankParts, WeightPlan, bytes_of, loading_order
 from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops import quantized
 from moe_jax.parallel.sharding import named
@@ -54,14 +55,16 @@ def read_params(plan: ServingPlan, read: ReadPart, *, experts_on_host: bool = Fa
     sizes = {path: bytes_of(weight) for path, weight in plan.weights.items()}
     params: dict[str, Any] = {}
     with byte_progress("loading", sum(sizes.values())) as done:
-        for path in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        for path in loading_order(plan.weights):
             weight = plan.weights[path]
             if experts_on_host and ParameterPath.parse(path).is_expert:
                 whole = tuple(slice(None) for _ in weight.shape)
                 params[path] = _read_part(plan, weight, whole, read)
+            elif weight.cuts:
+                parts = (_read_weight(plan, part, read) for part in weight.parts)
+                params[path] = BankParts(tuple(parts))
             else:
-                # Ready before the next is read: until then the host's copy is kept.
-                params[path] = jax.block_until_ready(_read_weight(plan, weight, read))
+                params[path] = _read_weight(plan, weight, read)
             done(sizes[path])
     return nested({path: params[path] for path in plan.weights})
 
@@ -72,7 +75,9 @@ def _order(weight: WeightPlan) -> tuple[int, ...]:
 
 
 def _read_weight(plan: ServingPlan, weight: WeightPlan, read: ReadPart) -> Any:
-    """One parameter, each distinct part read once and put on the devices that hold it."""
+    """One parameter or part of a bank, each distinct part of it read once and put on the devices
+    that hold it. It is there when this returns: until then the host's copy is kept.
+    """
     entries = [weight.spec[dim] if dim < len(weight.spec) else None for dim in _order(weight)]
     held = NamedSharding(plan.mesh, P(*entries))
     parts: dict[Any, Any] = {}
@@ -91,7 +96,7 @@ def _read_weight(plan: ServingPlan, weight: WeightPlan, read: ReadPart) -> Any:
             shapes, shardings, zip(*placed, strict=True), strict=True
         )
     ]
-    return jax.tree.unflatten(structure, arrays)
+    return jax.block_until_ready(jax.tree.unflatten(structure, arrays))
 
 
 def _read_part(
@@ -100,9 +105,12 @@ def _read_part(
     """What one device holds of a parameter, in numpy; `index` cuts its dims in the order held."""
     order, path = _order(weight), ParameterPath.parse(weight.path)
     bounds = [range(*part.indices(size)) for part, size in zip(index, weight.ordered, strict=True)]
+    if weight.first:
+        bounds[0] = range(weight.first + bounds[0].start, weight.first + bounds[0].stop)
     part_shape = tuple(len(bounds[order.index(dim)]) for dim in range(len(order)))
     out = jax.tree.map(
-        lambda a: _aligned(a.shape, a.dtype), weight._replace(shape=part_shape).abstract()
+        lambda a: _aligned(a.shape, a.dtype),
+        weight._replace(shape=part_shape, cuts=()).abstract(),
     )
     tensor_dims = _tensor_dims(path)
     for place in itertools.product(*(range(len(bounds[dim])) for dim in range(len(tensor_dims)))):
@@ -142,7 +150,7 @@ def _pack_piece(weight: WeightPlan, cut: list[Any], read: ReadPart) -> Any:
         weight.path, tuple(whole[order.index(dim)] for dim in range(len(order)))
     ).transpose(order)
     if weight.kind == "float":
-        return jax.tree.unflatten(jax.tree.structure(weight.abstract()), [values])
+        return values if weight.order is None else quantized.PackedWeight(values)
     rows = values.reshape(math.prod(values.shape[: -weight.inputs]), -1)
     step = max(1, QUANTIZED_AT_ONCE // rows.shape[1])
     blocks = [

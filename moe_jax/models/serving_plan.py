@@ -26,7 +26,7 @@ from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import layer_kinds
 from moe_jax.models.paths import ParameterPath, by_path, nested
 from moe_jax.models.transformer import Transformer
-from moe_jax.models.weight_layout import WeightPlan, bytes_of, plan_weight
+from moe_jax.models.weight_layout import WeightPlan, bytes_of, cut_banks, plan_weight
 from moe_jax.ops.quantized import Kind
 from moe_jax.parallel.sharding import apply_rules, named, serving_rules, specs
 from moe_jax.placement.table import Placement
@@ -46,9 +46,10 @@ class ServingPlan:
         dtype: str = "float32",
         quantization: Kind = "float",
         group: int = 64,
+        cuts_banks: bool = False,
     ):
         """`dtype` is that of weights, activations and cache; with int4, `group` inputs share a
-        scale.
+        scale. With `cuts_banks` the experts of many layers are several arrays (`cut_banks`).
 
         Raises UserError where the mesh does not divide the model.
         """
@@ -76,7 +77,8 @@ class ServingPlan:
         self.kv_axes = () if model.latent.kv_rank else rules["kv_heads"]
         """Mesh axes over which the cache's heads are split."""
         self.graph, variables = nnx.split(abstract)
-        self.weights = self._plan_weights(variables, quantization, group)
+        weights = self._plan_weights(variables, quantization, group)
+        self.weights = cut_banks(weights) if cuts_banks else weights
         """The plan of each parameter by its path, in the tree's order."""
         held = {path: weight.held_spec() for path, weight in self.weights.items()}
         self.param_specs = nested(held)

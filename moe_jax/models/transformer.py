@@ -23,6 +23,7 @@ from moe_jax.models.feed_forward import FeedForward
 from moe_jax.models.layer_pattern import LayerKind, layer_kinds, stack_layers
 from moe_jax.models.norm import RMSNorm
 from moe_jax.models.remat import remat
+from moe_jax.models.weight_layout import BankParts
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.router import RouterStats
 from moe_jax.moe.stats import LayerStats
@@ -73,13 +74,14 @@ class Block(nnx.Module):
         tables: LayerTables | None,
         cache: LayerCache,
         repeat: jax.Array,
+        first: int,
         repeats: int,
     ) -> tuple[jax.Array, LayerCache]:
-        """The first tokens of all rows through the layer. The cache and the experts' weights are
-        those of all repeats, of which this is one.
+        """The first tokens of all rows through the layer. The cache is that of all repeats, of
+        which this is one, and the experts' weights are those of `repeats` from the `first` on.
         """
         x_BSD, h_BSD, cache = self.prefill_attention(x_BSD, new, cache, repeat)
-        return x_BSD + self._serve(h_BSD, new, tables, repeat, repeats), cache
+        return x_BSD + self._serve(h_BSD, new, tables, repeat - first, repeats), cache
 
     def decode(
         self,
@@ -88,11 +90,12 @@ class Block(nnx.Module):
         tables: LayerTables | None,
         cache: LayerCache,
         repeat: jax.Array,
+        first: int,
         repeats: int,
     ) -> tuple[jax.Array, LayerCache]:
         """As `prefill`, for new tokens of rows whose earlier tokens are in the cache."""
         x_BSD, h_BSD, cache = self.decode_attention(x_BSD, new, cache, repeat)
-        return x_BSD + self._serve(h_BSD, new, tables, repeat, repeats), cache
+        return x_BSD + self._serve(h_BSD, new, tables, repeat - first, repeats), cache
 
     def prefill_attention(
         self, x_BSD: jax.Array, new: NewTokens, cache: LayerCache, repeat: jax.Array
@@ -229,7 +232,8 @@ class Transformer(nnx.Module):
         """New tokens through all layers, by `Block.prefill` or `Block.decode`.
 
         The cache's arrays travel through the scan whole and are updated in place, and the experts'
-        bank is read in place too: cutting a layer's part out would copy it.
+        bank is read in place too: cutting a layer's part out would copy it. A bank in parts has a
+        scan for each, which cuts the other weights where it needs them.
         """
         x_BSD = embed(self.embedding, new.tokens, jnp.dtype(self.config.compute_dtype))
         cache_after, done = [], 0
@@ -238,12 +242,18 @@ class Transformer(nnx.Module):
             split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
             graph, banks, state = split
             repeats = jax.tree.leaves(state)[0].shape[0]
-            layer_tables = _for_patterns(tables, done, repeats, moes)
-            banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks)
-            run = partial(_serve_pattern, through_block, graph, banks, repeats, new)
-            (x_BSD, stack_cache), _ = lax.scan(
-                run, (x_BSD, stack_cache), (state, layer_tables, jnp.arange(repeats))
-            )
+            by_repeat = (state, _for_patterns(tables, done, repeats, moes))
+            first = 0
+            for bank in _bank_parts(banks):
+                layers = jax.tree.leaves(bank)[0].shape[0] if moes else repeats
+                bank = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), bank)
+                run = partial(_serve_pattern, through_block, graph, bank, first, layers, new)
+                numbers = jnp.arange(first, first + layers)
+                inputs: Any = (*by_repeat, numbers)
+                if layers < repeats:
+                    run, inputs = partial(_cut_repeat, run, by_repeat), numbers
+                (x_BSD, stack_cache), _ = lax.scan(run, (x_BSD, stack_cache), inputs)
+                first += layers
             done += repeats * moes
             cache_after.append(stack_cache)
         return self.final_norm(x_BSD), cache_after
@@ -253,21 +263,47 @@ def _serve_pattern(
     through_block: Any,
     graph: nnx.GraphDef,
     banks: Any,
+    first: int,
     repeats: int,
     new: NewTokens,
     carry: Any,
     inputs: Any,
 ) -> tuple[Any, None]:
-    """The scan's body: one repeat of a pattern over new tokens."""
+    """The scan's body: one repeat of a pattern over new tokens; `banks` are those of `repeats` from
+    the `first` on.
+    """
     (x_BSD, cache), (state, tables, repeat) = carry, inputs
     pattern = nnx.merge(graph, banks, state)
     at, cache_after = 0, []
     for block, kind, layer_cache in zip(pattern.blocks, pattern.kinds, cache, strict=True):
         table = jax.tree.map(lambda a, at=at: a[at], tables) if kind.moe else None
-        x_BSD, layer_cache = through_block(block, x_BSD, new, table, layer_cache, repeat, repeats)
+        x_BSD, layer_cache = through_block(
+            block, x_BSD, new, table, layer_cache, repeat, first, repeats
+        )
         cache_after.append(layer_cache)
         at += kind.moe
     return (x_BSD, cache_after), None
+
+
+def _cut_repeat(run: Any, by_repeat: Any, carry: Any, repeat: jax.Array) -> tuple[Any, None]:
+    """`run` for one repeat of what is stacked over all of them, as `lax.scan` cuts its inputs."""
+    one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, repeat, keepdims=False), by_repeat)
+    return run(carry, (*one, repeat))
+
+
+def _bank_parts(banks: Any) -> list[Any]:
+    """Experts' weights as they are held together: all of a stack's, or those of some repeats."""
+
+    def is_cut(bank: Any) -> bool:
+        return isinstance(bank, BankParts)
+
+    cut = [bank for bank in jax.tree.leaves(banks, is_leaf=is_cut) if is_cut(bank)]
+    if not cut:
+        return [banks]
+    return [
+        jax.tree.map(lambda bank, part=part: bank.parts[part], banks, is_leaf=is_cut)
+        for part in range(len(cut[0].parts))
+    ]
 
 
 def _for_patterns(per_layer: Any, start: int, repeats: int, moes: int) -> Any:

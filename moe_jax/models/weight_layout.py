@@ -7,7 +7,10 @@ A `WeightPlan` is the plan of one parameter; `ServingPlan.weights` has one for e
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +27,14 @@ _PLAIN = ("embedding", "head", "kv_up")
 _FLOAT = ("shared_gate", "weight")
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
+@dataclass(frozen=True)
+class BankParts:
+    """The experts' weights of a stack of layers, as one array after another of some layers each."""
+
+    parts: tuple[Any, ...]
+
+
 class WeightPlan(NamedTuple):
     """The plan of one parameter."""
 
@@ -35,6 +46,17 @@ class WeightPlan(NamedTuple):
     kind: Kind
     group: int
     dtype: Any
+    cuts: tuple[int, ...] = ()  # layers of each part, where a bank is held as `BankParts`
+    first: int = 0  # of the layers of a part
+
+    @property
+    def parts(self) -> tuple[WeightPlan, ...]:
+        """The plans of a bank's parts."""
+        starts = itertools.accumulate(self.cuts, initial=0)
+        return tuple(
+            self._replace(shape=(layers, *self.shape[1:]), cuts=(), first=first)
+            for first, layers in zip(starts, self.cuts, strict=False)
+        )
 
     @property
     def ordered(self) -> tuple[int, ...]:
@@ -50,6 +72,8 @@ class WeightPlan(NamedTuple):
 
     def abstract(self) -> Any:
         """Shapes and dtypes of what is held."""
+        if self.cuts:
+            return BankParts(tuple(part.abstract() for part in self.parts))
         if self.order is None:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         shape, inputs = self.ordered[: -self.inputs], math.prod(self.ordered[-self.inputs :])
@@ -66,6 +90,8 @@ class WeightPlan(NamedTuple):
 
     def held_spec(self) -> Any:
         """PartitionSpecs of what is held."""
+        if self.cuts:
+            return BankParts(tuple(part.held_spec() for part in self.parts))
         if self.order is None:
             return self.spec
         entries = tuple(self.spec[dim] if dim < len(self.spec) else None for dim in self.order)
@@ -80,6 +106,14 @@ class WeightPlan(NamedTuple):
 
     def pack(self, weights: jax.Array) -> Any:
         """What is held, from weights in the order held (or plain ones)."""
+        if self.cuts:
+            ends = itertools.accumulate(self.cuts)
+            return BankParts(
+                tuple(
+                    part.pack(weights[part.first : end])
+                    for part, end in zip(self.parts, ends, strict=True)
+                )
+            )
         if self.order is None:
             return weights.astype(self.dtype)
         weights = weights.reshape(*weights.shape[: -self.inputs], -1)
@@ -136,3 +170,50 @@ def bytes_of(leaf: WeightPlan, parts: int = 1) -> int:
         sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf.abstract()))
         // parts
     )
+
+
+def cut_banks(weights: dict[str, WeightPlan]) -> dict[str, WeightPlan]:
+    """The plans with the experts' banks in as few parts as keep `loading_bytes` within what is held
+    and one tensor more, or a part per layer.
+    """
+    limit = sum(map(bytes_of, weights.values())) + max(map(_tensor_bytes, weights.values()))
+    banks = {path: w for path, w in weights.items() if ParameterPath.parse(path).is_expert}
+    most = max((weight.shape[0] for weight in banks.values()), default=1)
+    for parts in range(1, most + 1):
+        found = dict(weights)
+        for path, weight in banks.items():
+            found[path] = weight._replace(cuts=_even(weight.shape[0], parts))
+        if loading_bytes(found) <= limit:
+            break
+    return found if parts > 1 else weights
+
+
+def _even(layers: int, parts: int) -> tuple[int, ...]:
+    """Layers in so many parts, or fewer, the longer ones first."""
+    parts = min(parts, layers)
+    return tuple(layers // parts + (part < layers % parts) for part in range(parts))
+
+
+def loading_order(weights: dict[str, WeightPlan]) -> list[str]:
+    """Paths in the order in which weights are read: the largest first, when there is most room."""
+    return sorted(weights, key=lambda path: bytes_of(weights[path]), reverse=True)
+
+
+def loading_bytes(weights: dict[str, WeightPlan]) -> int:
+    """The most memory while weights are read, where an array is there twice until it is on the
+    device.
+    """
+    peak = held = 0
+    for path in loading_order(weights):
+        for part in weights[path].parts or (weights[path],):
+            held += bytes_of(part)
+            peak = max(peak, held + bytes_of(part))
+    return peak
+
+
+def _tensor_bytes(weight: WeightPlan) -> int:
+    """Bytes of one of the tensors that a checkpoint has for a parameter, as they are held."""
+    path = ParameterPath.parse(weight.path)
+    tensors = weight.shape[0] if path.stack is not None else 1
+    tensors *= weight.shape[1] if path.is_expert else 1
+    return bytes_of(weight, tensors)

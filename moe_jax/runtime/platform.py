@@ -44,6 +44,7 @@ class Platform:
     link_within: float
     link_between: float
     one_device: bool = False  # there is no second one, and no collective
+    shares_memory: bool = False  # with its host, and copies what is put on it all the same
     # A loop may be as long as the program finds out; elsewhere each turn then waits for the host.
     open_loops: bool = True
     stacks_in_loops: bool = True  # what a loop stacks, turn by turn, comes out whole
@@ -112,6 +113,7 @@ _METAL = Platform(
     link_within=5e11,
     link_between=1e9,
     one_device=True,
+    shares_memory=True,
     open_loops=False,
     stacks_in_loops=False,
     mixed_dots=False,

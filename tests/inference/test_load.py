@@ -5,8 +5,10 @@ takes.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from moe_jax.inference.load import open_model
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import by_path, nested
 from moe_jax.models.serving_plan import ServingPlan
-from moe_jax.models.weight_layout import bytes_of
+from moe_jax.models.weight_layout import bytes_of, loading_bytes
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
 from moe_jax.runtime.metal import METAL_ON_CPU
@@ -55,12 +57,14 @@ def folder(
     return out, leaves
 
 
-def make_plan(mesh: dict[str, int], **options) -> ServingPlan:
+def make_plan(
+    mesh: dict[str, int], model: ModelConfig = MODEL, moe: MoEConfig = MOE, **options
+) -> ServingPlan:
     config = MeshConfig(**mesh)
-    placement = contiguous(count_moe_layers(MODEL, MOE), MOE.num_experts, config.expert)
+    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, config.expert)
     return ServingPlan(
-        MODEL,
-        MOE,
+        model,
+        moe,
         make_mesh(config, jax.devices()[: config.size]),
         placement,
         vocab_size=VOCAB,
@@ -142,12 +146,17 @@ def test_devices_hold_what_was_planned(
 
 
 @pytest.mark.parametrize("quantization", ["float", "int8", "int4"])
-def test_an_accelerator_holds_the_weights_and_one_parameter_twice(
-    folder: tuple[Path, dict[str, np.ndarray]], quantization: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cuts_banks", [True, False], ids=["banks in parts", "whole"])
+def test_an_accelerator_that_shares_memory_holds_the_weights_and_one_tensor_more(
+    quantization: str, cuts_banks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes of host buffers that live and of a device that copies what it is given."""
-    plan = make_plan({}, quantization=quantization, group=4)
-    sizes = sorted((bytes_of(weight) for weight in plan.weights.values()), reverse=True)
+    """Bytes of host buffers that live and of a device that copies what it is given; of a model that
+    is mostly experts.
+    """
+    model, moe = replace(MODEL, num_layers=9), replace(MOE, hidden=64)
+    family, config = hf.config_of(model, moe, VOCAB, 64)
+    hf.export(tmp_path / "model", family, config, draw(model, moe).__getitem__)
+    plan = make_plan({}, model, moe, quantization=quantization, group=4, cuts_banks=cuts_banks)
     host, device, peaks = [0], [0], []
     aligned, put = read_weights._aligned, jax.device_put
 
@@ -165,11 +174,12 @@ def test_an_accelerator_holds_the_weights_and_one_parameter_twice(
 
     monkeypatch.setattr(read_weights, "_aligned", counted)
     monkeypatch.setattr(read_weights.jax, "device_put", copied)
-    read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf)
-    assert (device[0], host[0]) == (sum(sizes), 0)
-    bounds = [sum(sizes[: number + 1]) + size for number, size in enumerate(sizes)]
-    assert max(peaks) <= max(bounds) <= sum(sizes) + sizes[0]
-    assert max(peaks) < sum(sizes) + sizes[0] or len(sizes) == 1
+    read_weights.read_params(plan, hf.open_checkpoint(tmp_path / "model").leaf)
+    weights = sum(bytes_of(weight) for weight in plan.weights.values())
+    assert (device[0], host[0]) == (weights, 0)
+    assert max(peaks) <= loading_bytes(plan.weights)
+    tensor = math.prod(plan.weights["embedding"].shape) * 4  # the largest
+    assert (max(peaks) <= weights + tensor) == cuts_banks
 
 
 def test_packing_training_weights_gives_what_is_read(
