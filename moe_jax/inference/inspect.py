@@ -136,7 +136,7 @@ def inspect(
         whole_bytes=by_kind(single.weights, lambda path: bytes_of(single.weights[path])),
         held_bytes=held,
         experts=_experts(plan.placement, mesh) if count_moe_layers(model, moe) else [],
-        cache_bytes_per_token=_cache_bytes(plan, 1, 1, whole=True),
+        cache_bytes_per_token=_cache_bytes(single, 1, 1, whole=True),
         context=context,
         batch=batch,
         cache_bytes=cache,

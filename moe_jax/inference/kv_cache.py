@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.models.batch import LayerCache
 from moe_jax.models.layer_pattern import layer_kinds, stack_layers
 from moe_jax.models.serving_plan import ServingPlan
+from moe_jax.ops.attention.cached import place_dim
 from moe_jax.parallel.half_bits import held_type
 from moe_jax.parallel.sharding import named
 
@@ -69,10 +70,14 @@ class CacheLayout:
         def layer(repeats: int) -> LayerCache:
             if model.latent.kv_rank:
                 width = model.latent.kv_rank + model.latent.rope_width
-                return LayerCache(jnp.zeros((repeats, batch, 1, width, length), dtype), None)
-            shape = (repeats, batch, model.num_kv_heads // parts)
-            keys = jnp.zeros((*shape, model.head_width, length), dtype)
-            return LayerCache(keys, jnp.zeros((*shape, length, model.head_width), dtype))
+                return LayerCache(keys((repeats, batch, 1), width), None)
+            shape = (repeats, batch, self.plan.cache_heads // parts)
+            values = jnp.zeros((*shape, length, model.head_width), dtype)
+            return LayerCache(keys(shape, model.head_width), values)
+
+        def keys(shape: tuple[int, ...], width: int) -> jax.Array:
+            dims = (width, length) if place_dim() == 4 else (length, width)
+            return jnp.zeros((*shape, *dims), dtype)
 
         return [[layer(repeats) for _ in kinds] for kinds, repeats in self._pattern]
 
@@ -106,7 +111,7 @@ class CacheLayout:
 
         def grow_layer(layer: LayerCache) -> LayerCache:
             values = None if layer.values is None else pad(layer.values, 3)
-            return LayerCache(pad(layer.keys, 4), values)
+            return LayerCache(pad(layer.keys, place_dim()), values)
 
         return [[grow_layer(layer) for layer in stack] for stack in cache]
 

@@ -23,9 +23,9 @@ from moe_jax.models.batch import Batch, LayerCache, NewTokens
 from moe_jax.models.norm import RMSNorm
 from moe_jax.models.rope import frequencies, rotate
 from moe_jax.ops.attention.api import attention
-from moe_jax.ops.attention.cached import cached_attention
+from moe_jax.ops.attention.cached import cached_attention, place_dim
 from moe_jax.ops.linear import join, project
-from moe_jax.parallel.collectives import psum, vary, vma
+from moe_jax.parallel.collectives import psum, rank, vary, vma
 from moe_jax.parallel.half_bits import converted
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
 from moe_jax.runtime.platform import default_platform
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         assert cache.values is not None
         q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, new.positions, _longest(new))
         cache = LayerCache(
-            _write_first(cache.keys, _places_last(k_BSGQ), layer),
+            _write_first(cache.keys, _as_cached(k_BSGQ), layer),
             _write_first(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), layer),
         )
         segments_BS = new.valid.astype(jnp.int32)
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
         assert cache.values is not None
         q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, new.positions, _longest(new))
         cache = LayerCache(
-            _write_behind(cache.keys, _places_last(k_BSGQ), 4, layer, new),
+            _write_behind(cache.keys, _as_cached(k_BSGQ), place_dim(), layer, new),
             _write_behind(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), 3, layer, new),
         )
         out_BSHQ = cached_attention(
@@ -128,12 +128,12 @@ class Attention(nnx.Module):
         """Queries, keys and values, normalised, clipped and rotated."""
         config, dtype = self.config, x_BSD.dtype
         q_BSHQ = project(x_BSD, gather(self.query, dtype))
-        k_BSGQ = project(x_BSD, gather(self.key, dtype))
-        v_BSGQ = project(x_BSD, gather(self.value, dtype))
+        k_BSGQ = project(x_BSD, self._own_heads(self.key, dtype))
+        v_BSGQ = project(x_BSD, self._own_heads(self.value, dtype))
         if config.qkv_bias:
             q_BSHQ = _add(q_BSHQ, self.query_bias)
-            k_BSGQ = _add(k_BSGQ, self.key_bias)
-            v_BSGQ = _add(v_BSGQ, self.value_bias)
+            k_BSGQ = k_BSGQ + self._own_heads(self.key_bias, dtype)
+            v_BSGQ = v_BSGQ + self._own_heads(self.value_bias, dtype)
         if config.qk_norm:
             q_BSHQ, k_BSGQ = self.query_norm(q_BSHQ), self.key_norm(k_BSGQ)
         if config.clip_qkv is not None:
@@ -142,6 +142,17 @@ class Attention(nnx.Module):
         frequency, scale = frequencies(config.rope, config.head_width, length)
         q_BSHQ, k_BSGQ = (rotate(x, positions_BS, frequency, scale) for x in (q_BSHQ, k_BSGQ))
         return q_BSHQ, k_BSGQ, v_BSGQ
+
+    def _own_heads(self, parameter: nnx.Param, dtype: Any) -> Any:
+        """A parameter of keys or values, of the heads that this device's query heads look at: where
+        devices share key heads, each uses one of those that it holds.
+        """
+        held, kv_axes = gather(parameter, dtype), axes_of(parameter, "kv_heads")
+        sharing = tuple(axis for axis in axes_of(self.query, "heads") if axis not in kv_axes)
+        if not sharing:
+            return held
+        own = rank(sharing) * jax.tree.leaves(held)[0].shape[0] // lax.axis_size(sharing)
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, own, 1), held)
 
     def _out(self, out_BSHQ: jax.Array) -> jax.Array:
         return _project_out(out_BSHQ, self.out, self.out_bias if self.config.out_bias else None)
@@ -195,10 +206,10 @@ class LatentAttention(nnx.Module):
         self, x_BSD: Float[Array, "B S D"], new: NewTokens, cache: LayerCache, layer: jax.Array
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """As `Attention.prefill`; the cache holds the normalised latent and the rotated key,
-        [repeats, B, 1, kv_rank + rope_width, M].
+        [repeats, B, 1, kv_rank + rope_width, M], or its last two dims swapped (`place_dim`).
         """
         q_BSHQ, c_BS1C = self._latents(x_BSD, new.positions, _longest(new))
-        cache = LayerCache(_write_first(cache.keys, _places_last(c_BS1C), layer), None)
+        cache = LayerCache(_write_first(cache.keys, _as_cached(c_BS1C), layer), None)
         return self._out(self._expanded(q_BSHQ, c_BS1C, new.valid.astype(jnp.int32))), cache
 
     def decode(
@@ -206,7 +217,8 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """As `Attention.decode`, over the cache that `prefill` describes."""
         q_BSHQ, c_BS1C = self._latents(x_BSD, new.positions, _longest(new))
-        cache = LayerCache(_write_behind(cache.keys, _places_last(c_BS1C), 4, layer, new), None)
+        keys = _write_behind(cache.keys, _as_cached(c_BS1C), place_dim(), layer, new)
+        cache = LayerCache(keys, None)
         head, rank = self.config.head_width, self.config.latent.kv_rank
         up_CHN = gather(self.kv_up, x_BSD.dtype)
         q_BSHC = jnp.einsum("bshn,chn->bshc", q_BSHQ[..., :head], up_CHN[..., :head])
@@ -284,9 +296,9 @@ def _longest(new: NewTokens) -> jax.Array:
     return jnp.max(new.start + new.length)
 
 
-def _places_last(k_BSGQ: jax.Array) -> jax.Array:
-    """Keys in the cache's order of dims, [B, G, Q, S]."""
-    return jnp.moveaxis(k_BSGQ, 1, 3)
+def _as_cached(k_BSGQ: jax.Array) -> jax.Array:
+    """Keys in the cache's order of dims, [B, G, Q, S] or [B, G, S, Q]."""
+    return jnp.moveaxis(k_BSGQ, 1, place_dim() - 1)
 
 
 def _write_first(cache: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:

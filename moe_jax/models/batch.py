@@ -57,5 +57,5 @@ class LayerCache(NamedTuple):
     (latent attention).
     """
 
-    keys: Shaped[Array, "R B G Q M"]  # places last: scores then read whole rows of it
+    keys: Shaped[Array, "R B G _ _"]  # Q M, or M Q: `ops.attention.cached.place_dim`
     values: Shaped[Array, "R B G M U"] | None

@@ -70,12 +70,16 @@ class ServingPlan:
             hiddens=hiddens,
             vocab=vocab_size,
             group=group if quantization == "int4" else 1,
+            shares_kv=not (model.qk_norm and model.qk_norm_over == "width"),
         )
         apply_rules(abstract, rules)
         self.rules = rules
         """Mesh axes over which each kind of dims is split."""
-        self.kv_axes = () if model.latent.kv_rank else rules["kv_heads"]
+        self.kv_axes = () if model.latent.kv_rank else rules["cache_heads"]
         """Mesh axes over which the cache's heads are split."""
+        parts = math.prod(mesh.shape[axis] for axis in self.kv_axes)
+        self.cache_heads = max(model.num_kv_heads, parts)
+        """Heads of the cache: one per device where several share a key head."""
         self.graph, variables = nnx.split(abstract)
         weights = self._plan_weights(variables, quantization, group)
         self.weights = cut_banks(weights) if cuts_banks else weights

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.ops.products import dot
-from moe_jax.ops.quantized import PackedWeight, _halves, dequantize
+from moe_jax.ops.quantized import PackedWeight, dequantize, halves, whole_halves
 from moe_jax.parallel.half_bits import as_floats
 from moe_jax.runtime.platform import default_platform
 
@@ -47,12 +47,14 @@ def apply(
     x: jax.Array, matrix: PackedWeight, *, precision: lax.Precision | None = None
 ) -> jax.Array:
     """x [..., I] times a `PackedWeight` [*outputs, I]: [..., *outputs], in x's dtype."""
-    outputs = matrix.values.shape[:-1]
+    outputs, platform = matrix.values.shape[:-1], default_platform()
     rows = math.prod(outputs)
     if matrix.kind == "int8":  # a scale an output: it can wait until after the product
         steps = matrix.values.reshape(rows, -1).astype(x.dtype)
         product = _contract(x, steps, jnp.float32, precision) * matrix.scale.reshape(-1)
-    elif matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1 and default_platform().fuses_sums:
+    elif matrix.kind == "int4" and not platform.cuts_rows:
+        product = _int4_rows(x, matrix, precision)
+    elif matrix.kind == "int4" and math.prod(x.shape[:-1]) == 1 and platform.fuses_sums:
         product = _int4_row(x, matrix)
     else:
         product = _contract(x, dequantize(matrix, x.dtype).reshape(rows, -1), x.dtype, precision)
@@ -63,10 +65,25 @@ def _int4_row(x: jax.Array, matrix: PackedWeight) -> jax.Array:
     """One row times an int4 matrix, in f32. As one reduction, not a dot: XLA:CPU then unpacks in
     registers, eight times as fast.
     """
-    (low, high), groups = _halves(matrix, jnp.float32), matrix.scale.shape[-1]
+    (low, high), groups = halves(matrix, jnp.float32), matrix.scale.shape[-1]
     first, second = jnp.split(x.reshape(groups, -1).astype(jnp.float32), 2, axis=-1)
     parts = (low * first + high * second) * as_floats(matrix.scale).astype(jnp.float32)[..., None]
     return jnp.sum(parts, axis=(-1, -2))
+
+
+def _int4_rows(x: jax.Array, matrix: PackedWeight, precision: lax.Precision | None) -> jax.Array:
+    """x [..., I] times an int4 matrix, in f32, without cutting the matrix's inputs into groups."""
+    x_by_half = x.reshape(*x.shape[:-1], matrix.scale.shape[-1], 2, -1)
+    parts = [
+        _contract(
+            x_by_half[..., half, :].reshape(*x.shape[:-1], -1),
+            weights.reshape(-1, weights.shape[-1]),
+            jnp.float32,
+            precision,
+        )
+        for half, weights in enumerate(whole_halves(matrix, x.dtype))
+    ]
+    return parts[0] + parts[1]
 
 
 def _contract(x: jax.Array, w: jax.Array, dtype: Any, precision: lax.Precision | None) -> jax.Array:

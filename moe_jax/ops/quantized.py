@@ -69,14 +69,31 @@ def dequantize(matrix: PackedWeight, dtype: Any) -> jax.Array:
     if matrix.kind == "int8":
         return matrix.values.astype(dtype) * matrix.scale[..., None].astype(dtype)
     scale = as_floats(matrix.scale)[..., None].astype(dtype)
-    grouped = jnp.concatenate(_halves(matrix, dtype), axis=-1) * scale
+    grouped = jnp.concatenate(halves(matrix, dtype), axis=-1) * scale
     return grouped.reshape(*matrix.values.shape[:-1], -1)
 
 
-def _halves(matrix: PackedWeight, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def halves(matrix: PackedWeight, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Steps of the first and the second half of each group of an int4 matrix, [..., outputs,
     groups, group / 2].
     """
-    bytes_ = matrix.values.reshape(*matrix.values.shape[:-1], matrix.scale.shape[-1], -1)
-    low, high = (bytes_ & 15).astype(jnp.int8) - 8, (bytes_ >> 4).astype(jnp.int8) - 8
+    low, high = _steps(matrix.values.reshape(*matrix.values.shape[:-1], matrix.scale.shape[-1], -1))
     return low.astype(dtype), high.astype(dtype)
+
+
+def whole_halves(matrix: PackedWeight, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights of the first halves of all groups of an int4 matrix and of the second ones, each
+    [..., outputs, inputs / 2]. No dim is cut, and scales are spread over their groups by a product:
+    a compiler for TPU would lay all values out for anything else.
+    """
+    groups, half = matrix.scale.shape[-1], matrix.values.shape[-1] // matrix.scale.shape[-1]
+    of_group = jnp.arange(groups)[:, None] == jnp.arange(groups * half) // half
+    # Exact: of each sum one term is not zero.
+    scale = as_floats(matrix.scale).astype(dtype) @ of_group.astype(dtype)
+    low, high = _steps(matrix.values)
+    return low.astype(dtype) * scale, high.astype(dtype) * scale
+
+
+def _steps(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The low and the high steps of an int4 matrix's bytes, int8."""
+    return (values & 15).astype(jnp.int8) - 8, (values >> 4).astype(jnp.int8) - 8

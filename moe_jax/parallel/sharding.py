@@ -57,6 +57,7 @@ def serving_rules(
     hiddens: tuple[int, ...],
     vocab: int,
     group: int = 1,
+    shares_kv: bool = True,
 ) -> Rules:
     """The table for inference: each kind of dims over `expert` and `tensor` together where they
     divide it, else over `tensor`.
@@ -64,21 +65,30 @@ def serving_rules(
     `head_inputs` is the number of attention's outputs that its output projection sums over,
     `hiddens` the hidden widths of dense and shared feed-forward parts; `group` of these share a
     scale and stay together on a device where `expert` is concerned. What `tensor` does not divide
-    either stays whole; heads that it does not divide are the caller's to refuse.
+    either stays whole; heads that it does not divide are the caller's to refuse. With `shares_kv`,
+    fewer key heads than devices, a divisor of them, are shared: their weights are split over
+    `tensor` alone, and each device computes and caches the one head of its query heads
+    (`cache_heads`).
     """
+    expert, tensor = mesh.shape["expert"], mesh.shape["tensor"]
 
     def split(sizes: tuple[int, ...], inputs: tuple[int, ...] = ()) -> tuple[str, ...]:
-        both, tensor = mesh.shape["expert"] * mesh.shape["tensor"], mesh.shape["tensor"]
+        both = expert * tensor
         if all(size % both == 0 for size in sizes) and all(
             size % (both * group) == 0 for size in inputs
         ):
             return ("expert", "tensor")
         return ("tensor",) if all(size % tensor == 0 for size in sizes) else ()
 
-    attention = split((heads, kv_heads), (head_inputs,))
+    attention = kv = split((heads, kv_heads), (head_inputs,))
+    shared = kv_heads % tensor == 0 and expert % (kv_heads // tensor) == 0
+    finer = split((heads,), (head_inputs,))
+    if shares_kv and shared and "expert" in finer and "expert" not in attention:
+        attention, kv = ("tensor", "expert"), ("tensor",)
     changed = {
         "heads": attention,
-        "kv_heads": attention,
+        "kv_heads": kv,
+        "cache_heads": attention,
         "hidden": split(hiddens, hiddens),
         "vocab": split((vocab,)),
     }

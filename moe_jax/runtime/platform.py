@@ -52,6 +52,13 @@ class Platform:
     fuses_sums: bool = True  # what is only added up is not written to memory before
     sorts_by_several: bool = True  # keys, one after another
     cuts_halves: bool = True  # a part of a bf16 array is cut out without converting all of it
+    cuts_rows: bool = True  # cutting the last dim into short pieces does not move what is in it
+    # Keys are cached with the places of a row in the last dim, which a product with one query reads
+    # one after another; elsewhere a row's keys are one after another, like its values.
+    places_last: bool = True
+    # Rows of a tile of the product with packed weights, where that walks tiles although there is a
+    # kernel for `lax.ragged_dot`: the kernel wants another layout, and would copy the weights.
+    packed_tile: int | None = None
 
 
 _CPU = Platform(
@@ -96,6 +103,9 @@ _TPU = Platform(
     flops=1e14,
     link_within=4e11,
     link_between=1e11,
+    places_last=False,
+    packed_tile=256,
+    cuts_rows=False,
 )
 # What no plug-in lacks, from the wheels and the issues of jax-mps 0.10.11 and metaljax 0.11.9.
 # Rates are of an M4 Max, as Apple publishes its memory's and others measured.

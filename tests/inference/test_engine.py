@@ -19,7 +19,7 @@ from moe_jax.models.paths import nested
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.moe import slots
 from moe_jax.moe.tables import make_tables
-from moe_jax.ops.quantized import PackedWeight, dequantize
+from moe_jax.ops.quantized import Kind, PackedWeight, dequantize
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.profiling import hlo
@@ -85,14 +85,14 @@ MESHES = [
             ("experts", {}),
             ("experts", {"expert": 2}),
             ("experts", {"expert": 4}),  # empty slots; heads and widths are split over it too
-            ("experts", {"expert": 8}),  # ranks without an expert; key heads are not split
+            ("experts", {"expert": 8}),  # ranks without an expert; two share a key head
             ("experts", {"tensor": 4}),
             ("experts", {"expert": 2, "tensor": 2}),
             ("experts", {"data": 2, "expert": 2}),
             ("biases", {}),
             ("biases", {"expert": 4}),
             ("biases", {"tensor": 2}),
-            ("biases", {"expert": 2, "tensor": 2}),  # attention over tensor alone
+            ("biases", {"expert": 2, "tensor": 2}),  # two devices share a key head
             ("latent", {}),
             ("latent", {"expert": 2, "tensor": 2}),
             ("dense", {"expert": 2, "tensor": 2}),
@@ -165,6 +165,24 @@ def test_the_rest_of_a_prompt_in_a_larger_cache_and_again(single: LoadedModel) -
     _, cache = engine.decode(cache, new_tokens([other, b[9:]], [2, 9], 6))
     logits, _ = engine.decode(cache, new_tokens([a[2:6], b[4:8]], [2, 4], 6))
     assert_same(logits, np.stack([data.logits[0, 5], data.logits[1, 7]]))
+
+
+@pytest.mark.parametrize("name", ["experts", "latent"])
+def test_keys_one_after_another_in_a_larger_cache(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of dims that TPUs have; key heads are shared by devices."""
+    record = dataclasses.replace(platform.default_platform(), places_last=False, packed_tile=8)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+    data = case(name)
+    engine = load(data, {"expert": 8} if name == "experts" else {}).engine
+    a, b = (list(text) for text in data.texts)
+    _, cache = engine.prefill(engine.layout.new(2, 8), new_tokens([a[:5], b[:3]], [0, 0], WIDTH))
+    cache = engine.layout.grow(cache, PLACES)
+    keys = cache[0][0].keys
+    assert keys.shape[3] == PLACES and keys.shape[2] == {"experts": 8, "latent": 1}[name]
+    logits, cache = engine.decode(cache, new_tokens([a[5:6], b[3:9]], [5, 3], 6))
+    assert_same(logits, np.stack([data.logits[0, 5], data.logits[1, 8]]))
 
 
 def test_rows_do_not_see_each_other(single: LoadedModel) -> None:
@@ -327,6 +345,19 @@ def test_two_sums_a_layer_and_a_gather_at_either_end(
         "all-reduce": 2 * LAYERS,
         "all-gather": 2,
     }
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_decoding_copies_neither_weights_nor_cache(kind: Kind) -> None:
+    """Nor a tenth of them: what a step of the CPU's program needs beside its arguments."""
+    model = ModelConfig(num_layers=4, width=64, num_heads=4, num_kv_heads=2, head_dim=16)
+    moe = MoEConfig(num_experts=16, hidden=32, top_k=2, dropless=True)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    placement = contiguous(4, 16, 1)
+    plan = ServingPlan(model, moe, mesh, placement, vocab_size=VOCAB, quantization=kind, group=32)
+    engine = ResidentEngine(plan, plan.abstract_params(), make_tables(placement)[0])
+    memory = engine.lower_decode(4, 1024).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * memory.argument_size_in_bytes
 
 
 def test_one_device_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

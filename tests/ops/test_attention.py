@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from moe_jax.ops.attention.api import attention
 from moe_jax.ops.attention.blockwise import MAX_BLOCKS
 from moe_jax.ops.attention.cached import cached_attention
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.runtime import platform
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -213,15 +215,18 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("form", ["plain", "sinks", "values in keys"])
+@pytest.mark.parametrize("form", ["plain", "sinks", "values in keys", "keys by place"])
 @pytest.mark.parametrize("window", [None, 1, 5, BLOCK, BLOCK + 9])
-def test_a_cache_equals_the_definition(form, window):
+def test_a_cache_equals_the_definition(form, window, monkeypatch):
     """For positions of all kinds; other layers and what lies beyond a row's position are large
     numbers that would show.
     """
     rng = np.random.default_rng(3)
     q_all, k, v, _ = operands(PLACES, heads=4, seed=3, value_width=6)
     sinks = SINKS if form == "sinks" else None
+    by_place = form == "keys by place"
+    record = dataclasses.replace(platform.default_platform(), places_last=not by_place)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
     v = k[..., :6] if form == "values in keys" else v
     want = by_hand(
         *map(np.asarray, (q_all, k, v)),
@@ -243,7 +248,7 @@ def test_a_cache_equals_the_definition(form, window):
             kept = np.moveaxis(np.where(beyond[..., None, None], np.float32(50), new), 1, 2)
             stored[1] = kept
         options = {"window": window, "scale": 0.7, "sinks_H": sinks}
-        keys = jnp.asarray(np.swapaxes(keys, -1, -2))
+        keys = jnp.asarray(keys if by_place else np.swapaxes(keys, -1, -2))
         if form == "values in keys":
             out = cached(jnp.asarray(q), keys, None, 1, positions, value_width=6, **options)
         else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, SMALL_TILE
 from moe_jax.ops.grouped_matmul.tiled import TILE, TILE_GRAD
 from moe_jax.ops.quantized import PackedWeight, dequantize, quantize
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.runtime import platform
 from moe_jax.runtime.metal import METAL_ON_CPU
 from moe_jax.runtime.platform import standing_in
 
@@ -248,6 +250,24 @@ def test_auto_takes_rows_for_few_and_tiles_for_more(served, banks, operands):
             for i in ("auto", impl)
         ]
         assert text[0] == text[1]
+
+
+def test_auto_walks_tiles_of_packed_weights_where_a_kernel_would_copy_them(
+    banks, operands, monkeypatch
+):
+    sizes, rows = np.array([20, 0, 50, 7, 3], np.int32), operands[0][: FEW_ROWS + 1]
+
+    def text(impl: str, weights: PackedWeight | np.ndarray) -> str:
+        return jax.jit(partial(grouped_matmul, impl=impl)).lower(rows, weights, sizes).as_text()
+
+    record = dataclasses.replace(platform.default_platform(), ragged_dot=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+    assert text("auto", banks[0]) == text("ragged", banks[0])
+    record = dataclasses.replace(record, packed_tile=TILE + 8)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+    assert f"tensor<{TILE + 8}x{WIDTH}x" in text("auto", banks[0])
+    plain = np.zeros((GROUPS, WIDTH, HIDDEN), np.float32)
+    assert text("auto", plain) == text("ragged", plain)
 
 
 def test_auto_on_metal_takes_what_has_no_open_loop(banks, operands):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +12,7 @@ import pytest
 
 from moe_jax.ops.linear import apply, join, project
 from moe_jax.ops.quantized import PackedWeight, dequantize, quantize
+from moe_jax.runtime import platform
 
 OUTPUTS, INPUTS, GROUP = (3, 5), 24, 8
 
@@ -83,9 +86,12 @@ def test_int4_by_hand():
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (4,), (2, 3)], ids=str)
-@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
-def test_products(weights, kind, rows):
+@pytest.mark.parametrize("kind", ["float", "int8", "int4", "int4 whole"])
+def test_products(weights, kind, rows, monkeypatch):
     """One matrix of the stack times one row, whatever its leading dims, or several."""
+    kind, _, whole = kind.partition(" ")  # whose inputs are not cut into groups
+    record = dataclasses.replace(platform.default_platform(), cuts_rows=not whole)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
     matrix = jax.tree.map(lambda a: a[0], quantize(jnp.asarray(weights), kind, GROUP))
     x = np.random.default_rng(1).standard_normal((*rows, INPUTS)).astype(np.float32)
     plain = np.asarray(matrix.values) if kind == "float" else by_hand(matrix)

@@ -20,7 +20,7 @@ CACHE_BLOCK = 256  # places of a cache read at once
 
 def cached_attention(
     q_BSHQ: Float[Array, "B S H Q"],
-    keys: Shaped[Array, "R B G Q M"],
+    keys: Shaped[Array, "R B G _ _"],
     values: Shaped[Array, "R B G M U"] | None,
     layer: Int[Array, ""] | int,
     position_BS: Int[Array, "B S"],
@@ -31,7 +31,8 @@ def cached_attention(
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H U"]:
     """`attention` over one layer of a cache whose place m holds the key and value of position m,
-    for queries at any positions. A cache of bits (parallel/half_bits.py) holds bf16.
+    for queries at any positions. Keys are [R, B, G, Q, M], or [R, B, G, M, Q] where `place_dim`
+    says so. A cache of bits (parallel/half_bits.py) holds bf16.
 
     A query sees the places up to its own position, so what lies beyond may be anything finite.
     Without `values` they are the first `value_width` entries of the keys, by default all. Only the
@@ -43,10 +44,11 @@ def cached_attention(
     arrays = (q_BSHQ, keys, position_BS) if values is None else (q_BSHQ, keys, position_BS, values)
     q_BSHQ, keys, position_BS, *rest = vary_alike(*arrays)
     batch, length, heads, _ = q_BSHQ.shape
-    groups, _, places = keys.shape[2:]
+    groups, dim = keys.shape[2], place_dim()
+    places = keys.shape[dim]
     loops = default_platform().open_loops
     block = math.gcd(places, CACHE_BLOCK) if loops else places
-    width = values.shape[-1] if values is not None else value_width or keys.shape[3]
+    width = values.shape[-1] if values is not None else value_width or keys.shape[7 - dim]
     q = q_BSHQ.reshape(batch, length, groups, -1, q_BSHQ.shape[-1])
     q = jnp.moveaxis(q, 1, 3).reshape(
         batch, groups, -1, q.shape[-1]
@@ -55,12 +57,12 @@ def cached_attention(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
-        k = as_floats(_places(keys, layer, 4, i * block, block)).astype(q.dtype)
+        k = as_floats(_places(keys, layer, dim, i * block, block)).astype(q.dtype)
         if rest:
             v = as_floats(_places(rest[0], layer, 3, i * block, block)).astype(q.dtype)
         else:
-            v = jnp.swapaxes(k[:, :, :width], 2, 3)
-        scores = einsum_f32("bgrd,bgdm->bgrm", q, k) * scale
+            v = jnp.swapaxes(k[:, :, :width], 2, 3) if dim == 4 else k[..., :width]
+        scores = einsum_f32("bgrd,bgdm->bgrm" if dim == 4 else "bgrd,bgmd->bgrm", q, k) * scale
         back = position - (i * block + jnp.arange(block))
         scores = jnp.where(
             (back >= 0) if window is None else (back >= 0) & (back < window), scores, MASKED
@@ -71,11 +73,8 @@ def cached_attention(
         whole = faded + jnp.sum(weights, axis=-1)
         shares = (weights / whole[..., None]).astype(v.dtype)
         part = einsum_f32("bgrm,bgmd->bgrd", shares, v)
-        return (
-            higher,
-            whole,
-            (out.reshape(part.shape) * (faded / whole)[..., None] + part).reshape(-1),
-        )
+        out = out.reshape(part.shape) * (faded / whole)[..., None] + part
+        return higher, whole, out.reshape(-1)
 
     none = vary(jnp.zeros(q.shape[:3], jnp.float32), vma(q))
     top, total = none + MASKED, none
@@ -93,6 +92,13 @@ def cached_attention(
         *_, out = step(jnp.int32(0), (top, total, out))
     out = out.reshape(batch, groups, heads // groups, length, width)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(q_BSHQ.dtype)
+
+
+def place_dim() -> int:
+    """The dim of cached keys [R, B, G, ...] that counts places: 4, or 3 where rows of keys are read
+    one after another (`Platform.places_last`).
+    """
+    return 4 if default_platform().places_last else 3
 
 
 def _places(

@@ -7,7 +7,7 @@ alone, takes one row after another, for the few rows of decoding, where reading 
 the time. `counted` is `tiled` with a loop of fixed length, and `chosen`, for a
 `PackedWeight` alone, gives each row a copy of its matrix: for platforms where a loop of open length
 is slow. `auto` takes `rows` for a `PackedWeight` and few rows, else `ragged` on GPU and TPU and
-`tiled` elsewhere, but `chosen` and `counted` on Metal.
+`tiled` elsewhere and for a `PackedWeight` on TPU, but `chosen` and `counted` on Metal.
 Measurements behind the tile sizes are in docs/benchmarks.md and docs/log.md.
 """
 
@@ -101,7 +101,8 @@ def _suitable(rows: int, packed: bool) -> Any:
         return "chosen" if packed and rows <= CHOSEN_ROWS else "counted"
     if packed and rows <= FEW_ROWS:
         return "rows"
-    return "ragged" if platform.ragged_dot else "tiled"
+    walks = packed and platform.packed_tile is not None
+    return "ragged" if platform.ragged_dot and not walks else "tiled"
 
 
 def _unknown(impl: object) -> ValueError:

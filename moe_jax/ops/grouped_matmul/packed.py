@@ -15,6 +15,7 @@ from moe_jax.ops.grouped_matmul.tiled import TILE, pad_rows
 from moe_jax.ops.linear import apply
 from moe_jax.ops.quantized import PackedWeight, dequantize
 from moe_jax.parallel.collectives import vary, vma
+from moe_jax.runtime.platform import default_platform
 
 SMALL_TILE = 16  # for a `PackedWeight` whose groups have about so few rows
 
@@ -54,14 +55,20 @@ def packed_ragged(
 def packed_tiles(
     x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array, first: jax.Array | int
 ) -> jax.Array:
-    """The tiled walk of `_rows_times_matrix`, dequantising one group's matrix at a time."""
+    """The tiled walk of `_rows_times_matrix`, dequantising one group's matrix at a time, or a part
+    of it at a time inside the product (`Platform.packed_tile`).
+    """
     x_ND, w, sizes_G, zeros = varying_alike(x_ND, w, sizes_G)
     starts_G = jnp.cumsum(sizes_G) - sizes_G
-    tile_rows = SMALL_TILE if x_ND.shape[0] <= SMALL_TILE * sizes_G.shape[0] else TILE
+    large = default_platform().packed_tile
+    few = x_ND.shape[0] <= SMALL_TILE * sizes_G.shape[0]
+    tile_rows = SMALL_TILE if few else large or TILE
     padded = pad_rows(x_ND, tile_rows)
 
     def group(g: jax.Array, y: jax.Array) -> jax.Array:
-        weights = PackedWeight(dequantize(take_matrix(w, g + first), x_ND.dtype))
+        weights = take_matrix(w, g + first)
+        if large is None:
+            weights = PackedWeight(dequantize(weights, x_ND.dtype))
 
         def tile(i: jax.Array, y: jax.Array) -> jax.Array:
             row = starts_G[g] + i * tile_rows
