@@ -34,6 +34,7 @@ from moe_jax.generation.sampling_options import SamplingOptions
 
 COLDEST = 1e-30  # a smaller temperature would divide by zero
 NOT_FINITE = -1  # in place of a token
+KEY_KIND = "threefry2x32"
 
 
 class Filters(NamedTuple):
@@ -132,18 +133,24 @@ class Sampler:
 
 def row_options(options: Sequence[SamplingOptions]) -> RowOptions:
     """The rows' options as the program takes them."""
+    arrays = option_arrays(options)
+    key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]), impl=KEY_KIND)
+    return RowOptions(**{name: jnp.asarray(array) for name, array in arrays.items()} | {"key": key})
+
+
+def option_arrays(options: Sequence[SamplingOptions]) -> dict[str, np.ndarray]:
+    """The fields of `RowOptions` on the host; of each key its numbers, u32 [B, 2]."""
     largest, most = float(np.finfo(np.float32).max), np.iinfo(np.int32).max
     keys = [np.random.SeedSequence(row.seed).generate_state(2) for row in options]  # of any size
-    return RowOptions(
-        temperature=jnp.array([min(row.temperature, largest) for row in options], jnp.float32),
-        top_k=jnp.array([min(row.top_k or most, most) for row in options], jnp.int32),
-        tail=jnp.array(
-            [1 - (1 if row.top_p is None else row.top_p) for row in options], jnp.float32
-        ),
-        min_p=jnp.array([row.min_p or 0.0 for row in options], jnp.float32),
-        penalty=jnp.array([min(row.repetition_penalty, largest) for row in options], jnp.float32),
-        key=jax.random.wrap_key_data(jnp.array(keys, jnp.uint32), impl="threefry2x32"),
-    )
+    tails = [1 - (1 if row.top_p is None else row.top_p) for row in options]
+    return {
+        "temperature": np.array([min(row.temperature, largest) for row in options], np.float32),
+        "top_k": np.array([min(row.top_k or most, most) for row in options], np.int32),
+        "tail": np.array(tails, np.float32),
+        "min_p": np.array([row.min_p or 0.0 for row in options], np.float32),
+        "penalty": np.array([min(row.repetition_penalty, largest) for row in options], np.float32),
+        "key": np.array(keys, np.uint32),
+    }
 
 
 def _on_every_device(sharding: Any) -> Any:

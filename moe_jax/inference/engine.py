@@ -23,16 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.inference.expert_cache import ExpertCounts
 from moe_jax.inference.kv_cache import Cache, CacheLayout
 from moe_jax.inference.output import all_logits, last_logits, total_nats
 from moe_jax.models.batch import NewTokens
+from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.transformer import Transformer
 from moe_jax.moe.tables import LayerTables
+from moe_jax.parallel.collectives import psum
 from moe_jax.parallel.half_bits import as_bits
 from moe_jax.runtime.platform import platform_of
 
@@ -95,6 +97,31 @@ class ResidentEngine:
         """`params` may be `plan.abstract_params()`: programs can then be lowered, and not run."""
         self.plan, self.params, self.tables = plan, params, tables
         self.layout = CacheLayout(plan)
+        self._load_LE: jax.Array | None = None
+        self._total_LE: np.ndarray | None = None
+
+    def count_choices(self) -> None:
+        """From now on `decode` counts how many choices fall on each expert, if there are experts;
+        another program, of the same arithmetic.
+        """
+        shape = (count_moe_layers(self.plan.model, self.plan.moe), self.plan.moe.num_experts)
+        if shape[0]:
+            self._total_LE = np.zeros(shape, np.int64)
+            self._load_LE = self._no_choices()
+
+    def choices(self) -> np.ndarray | None:
+        """Choices of each expert since `count_choices`, i64 [MoE layers, E]; None where they are
+        not counted. It waits for the devices.
+        """
+        if self._total_LE is not None:
+            self._total_LE = self._total_LE + np.asarray(self._load_LE)
+            self._load_LE = self._no_choices()  # they would overflow in the end
+        return self._total_LE
+
+    def _no_choices(self) -> jax.Array:
+        assert self._total_LE is not None
+        everywhere = NamedSharding(self.plan.mesh, P())
+        return jnp.zeros(self._total_LE.shape, jnp.int32, device=everywhere)
 
     def expert_figures(self) -> dict[str, Any]:
         """None: no expert is fetched."""
@@ -106,7 +133,12 @@ class ResidentEngine:
 
     def decode(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
         """As `Engine.decode`."""
-        return self._decode(self._held, self.tables, cache, new)
+        if self._load_LE is None:
+            return self._decode(self._held, self.tables, cache, new)
+        logits_BV, cache, self._load_LE = self._decode_counted(
+            self._held, self.tables, cache, new, self._load_LE
+        )
+        return logits_BV, cache
 
     def all_logits(self, new: NewTokens) -> jax.Array:
         """As `Engine.all_logits`."""
@@ -151,6 +183,20 @@ class ResidentEngine:
     @cached_property
     def _decode(self) -> Any:
         return self._compile_over_cache(Transformer.decode)
+
+    @cached_property
+    def _decode_counted(self) -> Any:
+        def local(
+            params: Any, tables: LayerTables, cache: Cache, new: NewTokens, load_LE: jax.Array
+        ) -> Any:
+            transformer = self._transformer(params)
+            hidden_BSD, cache, more_LE = transformer.decode_counted(new, tables, cache)
+            load_LE = load_LE + psum(more_LE, ("data",))
+            return last_logits(transformer, hidden_BSD, new), cache, load_LE
+
+        in_specs = (self.plan.param_specs, P(), self.layout.specs, NEW_TOKENS_SPEC, P())
+        out_specs = (P("data"), self.layout.specs, P())
+        return compile_on(self.plan.mesh, local, in_specs, out_specs, donated=(2,))
 
     def _compile_over_cache(self, through_model: Any) -> Any:
         def local(params: Any, tables: LayerTables, cache: Cache, new: NewTokens) -> Any:

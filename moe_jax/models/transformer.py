@@ -31,7 +31,7 @@ from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.loops import scan
 from moe_jax.parallel.half_bits import are_bits
 from moe_jax.parallel.sharding import gather, param
-from moe_jax.utils.annotations import Array, Float, Key, Shaped
+from moe_jax.utils.annotations import Array, Float, Int, Key, Shaped
 
 
 class Block(nnx.Module):
@@ -96,6 +96,24 @@ class Block(nnx.Module):
         """As `prefill`, for new tokens of rows whose earlier tokens are in the cache."""
         x_BSD, h_BSD, cache = self.decode_attention(x_BSD, new, cache, repeat)
         return x_BSD + self._serve(h_BSD, new, tables, repeat - first, repeats), cache
+
+    def decode_counted(
+        self,
+        x_BSD: jax.Array,
+        new: NewTokens,
+        tables: LayerTables | None,
+        cache: LayerCache,
+        repeat: jax.Array,
+        first: int,
+        repeats: int,
+    ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
+        """As `decode`, with the choices of each expert, i32 [E]; None without experts."""
+        if isinstance(self.mlp, FeedForward):
+            return *self.decode(x_BSD, new, tables, cache, repeat, first, repeats), None
+        assert tables is not None
+        x_BSD, h_BSD, cache = self.decode_attention(x_BSD, new, cache, repeat)
+        y_BSD, load_E = self.mlp.serve_counted(h_BSD, new.valid, tables, repeat - first, repeats)
+        return x_BSD + y_BSD, cache, load_E
 
     def prefill_attention(
         self, x_BSD: jax.Array, new: NewTokens, cache: LayerCache, repeat: jax.Array
@@ -218,25 +236,34 @@ class Transformer(nnx.Module):
 
         The cache has for each stack a list with the `LayerCache` of each block of its pattern.
         """
-        return self._through_layers(Block.prefill, new, tables, cache)
+        return self._through_layers(Block.prefill, new, tables, cache)[:2]
 
     def decode(
         self, new: NewTokens, tables: LayerTables, cache: list[Any]
     ) -> tuple[Float[Array, "B S D"], list[Any]]:
         """As `prefill`, for new tokens of rows whose earlier tokens are in the cache."""
-        return self._through_layers(Block.decode, new, tables, cache)
+        return self._through_layers(Block.decode, new, tables, cache)[:2]
+
+    def decode_counted(
+        self, new: NewTokens, tables: LayerTables, cache: list[Any]
+    ) -> tuple[Float[Array, "B S D"], list[Any], Int[Array, "L E"] | None]:
+        """As `decode`, with how many choices of this device's tokens fell on each expert; None of a
+        model without experts.
+        """
+        return self._through_layers(Block.decode_counted, new, tables, cache)
 
     def _through_layers(
         self, through_block: Any, new: NewTokens, tables: LayerTables, cache: list[Any]
-    ) -> tuple[jax.Array, list[Any]]:
-        """New tokens through all layers, by `Block.prefill` or `Block.decode`.
+    ) -> tuple[jax.Array, list[Any], jax.Array | None]:
+        """New tokens through all layers, by `Block.prefill`, `Block.decode` or
+        `Block.decode_counted`.
 
         The cache's arrays travel through the scan whole and are updated in place, and the experts'
         bank is read in place too: cutting a layer's part out would copy it. A bank in parts has a
         scan for each, which cuts the other weights where it needs them.
         """
         x_BSD = embed(self.embedding, new.tokens, jnp.dtype(self.config.compute_dtype))
-        cache_after, done = [], 0
+        cache_after, loads, done = [], [], 0
         for stack, stack_cache in zip(self.stacks, cache, strict=True):
             moes = sum(kind.moe for kind in stack.kinds)
             split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
@@ -252,11 +279,12 @@ class Transformer(nnx.Module):
                 inputs: Any = (*by_repeat, numbers)
                 if layers < repeats:
                     run, inputs = partial(_cut_repeat, run, by_repeat), numbers
-                (x_BSD, stack_cache), _ = lax.scan(run, (x_BSD, stack_cache), inputs)
+                (x_BSD, stack_cache), load = lax.scan(run, (x_BSD, stack_cache), inputs)
+                loads += [] if load is None else [load.reshape(-1, load.shape[-1])]
                 first += layers
             done += repeats * moes
             cache_after.append(stack_cache)
-        return self.final_norm(x_BSD), cache_after
+        return self.final_norm(x_BSD), cache_after, jnp.concatenate(loads) if loads else None
 
 
 def _serve_pattern(
@@ -268,24 +296,25 @@ def _serve_pattern(
     new: NewTokens,
     carry: Any,
     inputs: Any,
-) -> tuple[Any, None]:
+) -> tuple[Any, jax.Array | None]:
     """The scan's body: one repeat of a pattern over new tokens; `banks` are those of `repeats` from
-    the `first` on.
+    the `first` on. With the experts' choices [MoE layers, E] where they are counted.
     """
     (x_BSD, cache), (state, tables, repeat) = carry, inputs
     pattern = nnx.merge(graph, banks, state)
-    at, cache_after = 0, []
+    at, cache_after, loads = 0, [], []
     for block, kind, layer_cache in zip(pattern.blocks, pattern.kinds, cache, strict=True):
         table = jax.tree.map(lambda a, at=at: a[at], tables) if kind.moe else None
-        x_BSD, layer_cache = through_block(
+        x_BSD, layer_cache, *load = through_block(
             block, x_BSD, new, table, layer_cache, repeat, first, repeats
         )
         cache_after.append(layer_cache)
+        loads += [load_E for load_E in load if load_E is not None]
         at += kind.moe
-    return (x_BSD, cache_after), None
+    return (x_BSD, cache_after), jnp.stack(loads) if loads else None
 
 
-def _cut_repeat(run: Any, by_repeat: Any, carry: Any, repeat: jax.Array) -> tuple[Any, None]:
+def _cut_repeat(run: Any, by_repeat: Any, carry: Any, repeat: jax.Array) -> tuple[Any, Any]:
     """`run` for one repeat of what is stacked over all of them, as `lax.scan` cuts its inputs."""
     one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, repeat, keepdims=False), by_repeat)
     return run(carry, (*one, repeat))

@@ -102,6 +102,30 @@ class MoE(nnx.Module):
         The experts' weights may be those of `repeats` layers one after another, of which this is
         number `repeat`.
         """
+        return self._serve(x_BSD, valid_BS, tables, repeat, repeats)[0]
+
+    def serve_counted(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        valid_BS: Bool[Array, "B S"],
+        tables: LayerTables,
+        repeat: Int[Array, ""] | int = 0,
+        repeats: int = 1,
+    ) -> tuple[Float[Array, "B S D"], Int[Array, " E"]]:
+        """As `serve`, with how many choices fell on each expert."""
+        y_BSD, expert_TK = self._serve(x_BSD, valid_BS, tables, repeat, repeats)
+        chosen_TKE = expert_TK[..., None] == jnp.arange(self.config.num_experts)
+        return y_BSD, jnp.sum(chosen_TKE, axis=(0, 1), dtype=jnp.int32)
+
+    def _serve(
+        self,
+        x_BSD: jax.Array,
+        valid_BS: jax.Array,
+        tables: LayerTables,
+        repeat: jax.Array | int,
+        repeats: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What `serve` gives, and the experts that the tokens chose [T, K], E for padding."""
         routing = self.router.choose(x_BSD, valid_BS, tables.bias_E)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights = self.experts.weights(x_TD.dtype)
@@ -111,7 +135,7 @@ class MoE(nnx.Module):
         )
         route = make_route(self.config, MESH_AXES, slots)
         y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * slots)
-        return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape)
+        return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape), routing.expert_TK
 
     def choice_rows(
         self, x_TD: Float[Array, "T D"], slot_TK: Int[Array, "T K"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
+from collections import Counter
 from typing import Any
 
 import jax
 
 COMPILING = "/jax/core/compile/"
+BACK_END = f"{COMPILING}backend_compile_duration"  # once for each program, read from a cache or not
 
 
 class CompileClock:
@@ -17,12 +20,15 @@ class CompileClock:
     def __init__(self) -> None:
         self.seconds = 0.0
         """Seconds since the clock was made."""
+        self.programs: Counter[int] = Counter()
+        """Programs that each thread has compiled, or read from where they are kept, since then."""
         self._spans: list[tuple[float, float]] = []  # apart from each other, in their order
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
     def _note(self, event: str, duration_secs: float, **details: Any) -> None:
         if not event.startswith(COMPILING):
             return
+        self.programs[threading.get_ident()] += event == BACK_END
         end = time.perf_counter()
         start = end - duration_secs
         # An event is told at its end: those that lie within it have been told before.

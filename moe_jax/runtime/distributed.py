@@ -175,12 +175,14 @@ def broadcast_text(name: str, text: str | None, seconds: float | None = None) ->
     return hear_process(name, 0, 1e6 if seconds is None else seconds)
 
 
-def tell_processes(what: str, text: str) -> None:
-    """Lets other processes hear a text, from any thread. No two calls of a process may have the
-    same `what`.
+def tell_processes(what: str, text: str, forget: str | None = None) -> None:
+    """Lets other processes hear a text, from any thread; `forget` was told before and is needed no
+    more. No two calls of a process may have the same `what`.
     """
     if process_count() > 1:
         _state().client.key_value_set(f"{_PREFIX}/told/{what}/{process_index()}", text)
+        if forget is not None:
+            _state().client.key_value_delete(f"{_PREFIX}/told/{forget}/{process_index()}")
 
 
 def hear_process(what: str, process: int, seconds: float) -> str:

@@ -61,9 +61,13 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    slots: int = 0
     cache_use: float = 0.0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
-    compilations: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    compilations: int = 0  # since the engine was started
     stalled_seconds: float = 0.0
-    expert_counts: np.ndarray | None = None
+    expert_counts: np.ndarray | None = None  # [MoE layers, experts]; of late, not of this step

@@ -1,0 +1,286 @@
+"""Many requests at once over one model: each takes a slot, and they join and leave between steps.
+
+    engine = ServingEngine(loaded, EngineSize(max_batch=32, context=4096))
+    engine.start()
+    stream = engine.submit(Request(prompt=(1, 5, 9), max_tokens=50))
+    for event in stream: ...                   # Token, Token, ..., Finished
+    engine.drain()
+
+One thread runs the steps. A step takes in a waiting request if a slot is free, reads at most one
+chunk of one prompt, decodes one token of every running request and draws the next of each. A
+running stream thus waits for one chunk and one step at most. Prompts are read in the order in which
+they came. After `start` nothing is compiled: `EngineStats.compilations` counts.
+
+What a request gives does not depend on what else runs (device_state.py says why): its draws are
+numbered by its own seed and tokens, as those of `moe-jax generate` are.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.inference.session import LoadedModel
+from moe_jax.profiling.clock import compile_clock
+from moe_jax.serving.device_state import DeviceState, EngineSize, num_ids
+from moe_jax.serving.lockstep import dismiss, leading
+from moe_jax.serving.prefix_blocks import PrefixBlocks
+from moe_jax.serving.request import EngineStats, Finished, Request
+from moe_jax.serving.stream import TokenStream
+from moe_jax.serving.text_row import TextRow
+from moe_jax.serving.warm_up import warm_up
+
+STOPPED = "The server was stopped."
+COUNT_EVERY = 64  # steps between two readings of the experts' load, which wait for the devices
+
+
+class Waiting(NamedTuple):
+    """A request without a slot."""
+
+    request: Request
+    stream: TokenStream
+    since: float
+
+
+class ServingEngine:
+    """See above. `submit`, `stats`, `drain` and `stop` may be called from any thread."""
+
+    def __init__(self, loaded: LoadedModel, size: EngineSize):
+        """Raises UserError where the model cannot be served like this."""
+        self._loaded, self.size = loaded, size
+        self.context, self.max_batch = size.context, size.max_batch
+        self._state = leading(DeviceState(loaded, size))
+        self.num_ids = num_ids(loaded)
+        self._prefixes = PrefixBlocks(size.blocks, size.chunk)
+        self._changed = threading.Condition()  # guards what other threads see
+        self._waiting: deque[Waiting] = deque()
+        self._rows: dict[int, TextRow] = {}  # by slot
+        self._read_next: TextRow | None = None  # the prompt under way
+        self._accepts, self._stops = True, False
+        self._failure: str | None = None
+        self._thread: threading.Thread | None = None
+        self._compilations = 0
+        self._busy_since: float | None = None  # or since the last step; None where all is done
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+        self._prefix_query_tokens = self._prefix_hit_tokens = 0
+        self._expert_counts = self._state.expert_counts()
+
+    def start(self) -> None:
+        """Compiles every program, and begins to serve."""
+        compile_clock()
+        warm_up(self._state)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, notify: Callable[[], None] | None = None) -> TokenStream:
+        """Queues a request. `notify` is called, on the engine's thread, where its stream has news.
+
+        Raises UserError for a prompt that is empty, too long, or of tokens that the model does not
+        have, and where the engine takes no requests any more.
+        """
+        self._check(request)
+        stream = TokenStream(notify, self._wake)
+        with self._changed:
+            if not self._accepts:
+                raise UserError(self._failure or "The server is draining: it takes no requests.")
+            if self._busy_since is None:
+                self._busy_since = time.monotonic()
+            self._waiting.append(Waiting(request, stream, time.monotonic()))
+            self._changed.notify_all()
+        return stream
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Takes no further requests and waits until those that are there have ended; whether they
+        have, within `seconds`. The engine has stopped then.
+        """
+        with self._changed:
+            self._accepts = False
+            done = self._changed.wait_for(lambda: not self._has_work() or self._stops, seconds)
+        self.stop()
+        return done
+
+    def stop(self) -> None:
+        """Ends all that runs and waits, now."""
+        with self._changed:
+            self._accepts, self._stops = False, True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def dismiss(self) -> None:
+        """Lets the other processes of `follow` go; where there are several, once, after `stop`."""
+        dismiss(self._state)
+
+    def stats(self) -> EngineStats:
+        """What the engine does now, and has done."""
+        with self._changed:
+            rows = list(self._rows.values())
+            since = self._busy_since
+            return EngineStats(
+                running=len(rows),
+                waiting=len(self._waiting),
+                slots=self.max_batch,
+                cache_use=sum(row.length for row in rows) / (self.max_batch * self.context),
+                prefix_query_tokens=self._prefix_query_tokens,
+                prefix_hit_tokens=self._prefix_hit_tokens,
+                prompt_tokens=self._prompt_tokens,
+                generation_tokens=self._generation_tokens,
+                steps=self._steps,
+                compilations=self._compilations,
+                stalled_seconds=0.0 if since is None else time.monotonic() - since,
+                expert_counts=self._expert_counts,
+            )
+
+    def _check(self, request: Request) -> None:
+        if not request.prompt:
+            raise UserError("The prompt is empty: give at least one token.")
+        if len(request.prompt) > self.context:
+            raise UserError(
+                f"The prompt has {len(request.prompt)} tokens and the server's context "
+                f"{self.context}: shorten it, or raise --max-context."
+            )
+        if request.max_tokens < 1:
+            raise UserError(f"max_tokens {request.max_tokens} must be at least 1.")
+        if min(request.prompt) < 0:
+            raise UserError(f"The prompt has token {min(request.prompt)}: ids begin with 0.")
+        self._loaded.engine.plan.check_tokens(max(request.prompt))
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._rows)
+
+    # What follows runs on the engine's thread alone; other threads see what changes under the lock.
+
+    def _run(self) -> None:
+        message = STOPPED
+        try:
+            while self._work_to_do():
+                self._step()
+        except BaseException as error:
+            message = f"The engine failed: {type(error).__name__}: {error}"
+            raise
+        finally:
+            with self._changed:
+                self._failure, self._accepts, self._stops = message, False, True
+                streams = [waiting.stream for waiting in self._waiting]
+                streams += [row.stream for row in self._rows.values()]
+                self._waiting.clear()
+                self._rows.clear()
+                self._busy_since = None
+                self._changed.notify_all()
+            for stream in streams:
+                stream.put(Finished("error", message))
+
+    def _work_to_do(self) -> bool:
+        """Waits until there is a step to make; False where the engine is to stop."""
+        if not self._has_work() or self._steps % COUNT_EVERY == 0:
+            self._expert_counts = self._state.expert_counts()
+        with self._changed:
+            if not self._has_work():
+                self._busy_since = None
+                self._changed.notify_all()  # whoever drains
+            self._changed.wait_for(lambda: self._has_work() or self._stops)
+            return not self._stops
+
+    def _step(self) -> None:
+        programs, thread = compile_clock().programs, threading.get_ident()
+        before = programs[thread]
+        self._drop_cancelled()
+        self._admit()
+        decoding = [row for row in self._rows.values() if row.tokens]
+        if decoding:
+            self._decode(decoding)
+        if (row := self._read_next) is not None and self._read_chunk(row):
+            decoding.append(row)
+        if decoding:
+            self._draw(decoding)
+        with self._changed:
+            self._steps += 1
+            self._compilations += programs[thread] - before
+            self._busy_since = time.monotonic()
+
+    def _drop_cancelled(self) -> None:
+        dropped = []
+        with self._changed:
+            for waiting in [one for one in self._waiting if one.stream.cancelled]:
+                self._waiting.remove(waiting)
+                dropped.append(waiting.stream)
+        for row in [row for row in self._rows.values() if row.stream.cancelled]:
+            self._leave(row)
+            dropped.append(row.stream)
+        for stream in dropped:
+            stream.put(Finished("cancelled"))
+
+    def _leave(self, row: TextRow) -> None:
+        """A row's slot is free."""
+        if self._read_next is row:
+            self._read_next = None
+        with self._changed:
+            del self._rows[row.slot]
+
+    def _admit(self) -> None:
+        """The next request takes a slot, if there are both and no other prompt is under way."""
+        with self._changed:
+            free = [slot for slot in range(self.max_batch) if slot not in self._rows]
+            if self._read_next is not None or not self._waiting or not free:
+                return
+            request, stream, since = self._waiting.popleft()
+            row = TextRow(free[0], request, stream, self._loaded.eos_ids, self.num_ids)
+            self._rows[row.slot] = self._read_next = row
+        stream.queue_seconds = time.monotonic() - since
+        self._state.begin(row.slot, request, row.kind)
+        for part, number in enumerate(self._prefixes.find(request.prompt)):
+            self._state.fetch_block(number, part)
+            row.length += self.size.chunk
+        with self._changed:
+            self._prefix_query_tokens += len(request.prompt)
+            self._prefix_hit_tokens += row.length
+            self._prompt_tokens += len(request.prompt)
+
+    def _read_chunk(self, row: TextRow) -> bool:
+        """Reads a chunk of a row's prompt; whether that was the last."""
+        prompt = row.request.prompt
+        part = prompt[row.length : row.length + self.size.chunk]
+        self._state.read_prompt(part, row.length)
+        row.length += len(part)
+        if row.length < len(prompt):
+            return False
+        self._state.move_to_slot(row.slot, row.length)
+        for number, block in self._prefixes.keep(prompt):
+            self._state.keep_block(number, block)
+        self._read_next = None
+        return True
+
+    def _decode(self, rows: list[TextRow]) -> None:
+        token_S, start_S, length_S = np.zeros((3, self.max_batch), np.int32)
+        for row in rows:
+            token_S[row.slot], start_S[row.slot], length_S[row.slot] = row.newest, row.length, 1
+            row.length += 1
+        self._state.decode(token_S, start_S, length_S)
+
+    def _draw(self, rows: list[TextRow]) -> None:
+        """Draws the next token of these rows, and hands them out."""
+        drawn_S = np.zeros(self.max_batch, np.int32)
+        for row in rows:
+            drawn_S[row.slot] = row.tokens
+        masks = {row.slot: row.allowed() for row in rows}
+        allowed = {slot: mask for slot, mask in masks.items() if mask is not None}
+        token_S = self._state.draw({row.slot: row.kind for row in rows}, drawn_S, allowed)
+        top = self._state.top(token_S) if any(row.wants_top for row in rows) else None
+        for row in rows:
+            events = row.take(int(token_S[row.slot]), top, self.context)
+            ended = isinstance(events[-1], Finished)
+            with self._changed:
+                self._generation_tokens += len(events) - ended
+            if ended:
+                self._leave(row)
+            row.stream.put(*events)
