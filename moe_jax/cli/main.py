@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from moe_jax import __version__
-from moe_jax.cli import checkpoints, data, inference, launch, placement, preflight, serving
+from moe_jax.cli import (
+    checkpoints,
+    data,
+    forecasting,
+    inference,
+    launch,
+    placement,
+    preflight,
+    serving,
+)
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.options import (
     COMPUTING,
@@ -236,6 +245,7 @@ for _name, _command, _example in (
     *serving.COMMANDS,
     *checkpoints.COMMANDS,
     *preflight.COMMANDS,
+    *forecasting.COMMANDS,
 ):
     app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_command)
 

@@ -50,8 +50,9 @@ class Forecaster(Protocol):
         batch_size: int = 256,
         num_samples: int | None = None,
         seed: int = 0,
+        first_series: int = 0,
     ) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-        """Quantiles and means of the next steps, f32: arrays [B, H, levels] and [B, H], and of
+        """Quantiles and means of the next steps: arrays [B, H, levels] and [B, H], and of
         multivariate forecasters lists of B such [targets, H, levels] and [targets, H].
 
         Args:
@@ -60,7 +61,8 @@ class Forecaster(Protocol):
           quantile_levels: any in (0, 1).
           batch_size: rows that are computed together; it changes no forecast.
           num_samples: sample paths per series, of models that give them; None is the model's own.
-          seed: of the sample paths. Each series draws from a key of its own.
+          seed: of the sample paths. Each series draws from a key of its own, by its number.
+          first_series: number of the first input, where the inputs are a part of more.
 
         Raises UserError for an input that is not of these, and for infinities.
         """

@@ -36,6 +36,7 @@ class SeasonalNaive:
         batch_size: int = 256,
         num_samples: int | None = None,
         seed: int = 0,
+        first_series: int = 0,
     ) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `Forecaster`; for an input [T] [H, levels] and [H], for other inputs with targets in
         front.

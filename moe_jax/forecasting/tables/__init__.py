@@ -1,0 +1,1 @@
+"""Series in tables: CSV and parquet files and frames of pandas, in and out."""

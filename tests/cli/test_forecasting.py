@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.support import ROOT
+from tests.support.command import call
+
+SHARED = ROOT.parent / "shared" / "data"
+there = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
+
+
+@there
+def test_seasonal_naive_scores_as_published(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--data-dir", SHARED / "series", "--json")
+    wanted = {"m4_hourly": (1.193210, 0.0483092), "etth": (0.9316203115, 0.1220896586)}
+    given = ("--data", "m4_hourly", "--horizon", "48", "--season", "24")
+    assert call("eval-forecast", "seasonal-naive", *given, *options) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert call("eval-forecast", "seasonal-naive", "--data", "etth", *options) == 0
+    scores |= json.loads(capsys.readouterr().out)
+    assert scores.keys() == wanted.keys()
+    for name, (mase, wql) in wanted.items():
+        assert scores[name] == pytest.approx({"MASE": mase, "WQL": wql}, rel=1e-6)
+    assert scores["etth"]["MASE"] == pytest.approx(0.9316203115, abs=1e-10)
+
+
+@there
+def test_files_of_scores_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, baseline = (
+        SHARED / "chronos" / f"{name}-zero-shot.csv"
+        for name in ("chronos-t5-tiny", "seasonal-naive")
+    )
+    out = ("--out", tmp_path / "out.csv")
+    assert call("eval-forecast", model, "--baseline", baseline, *out) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"geometric mean of ratios +0\.87048 +0\.71089", table)
+    assert re.search(r"ETTh +0\.8184\d+ +0\.0857\d+ +0\.9316203 +0\.1220897", table)
+    assert pd.read_csv(tmp_path / "out.csv").columns.tolist() == ["dataset", "model", "MASE", "WQL"]
+    assert call("eval-forecast", tmp_path / "out.csv", "--baseline", baseline, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["relative to baseline"] == pytest.approx(
+        {"MASE": 0.8704764463925718, "WQL": 0.7108912052035352}
+    )
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    times = pd.date_range("2026-01-01", periods=60, freq="h")
+    path = tmp_path / "sales.csv"
+    pd.concat(
+        pd.DataFrame({"item_id": item, "timestamp": times, "target": range(60), "price": 1})
+        for item in ("one", "two")
+    ).to_csv(path, index=False)
+    return path
+
+
+def test_forecast(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = table.with_name("out.csv"), table.with_name("out.png")
+    options = ("--horizon", "3", "--quantiles", "0.1,0.5,0.9")
+    assert call("forecast", "seasonal-naive", table, *options, "--out", out, "--plot", plot) == 0
+    assert f"forecast 2 items into {out} and {plot}" in capsys.readouterr().err
+    frame = pd.read_csv(out)
+    assert frame.columns.tolist() == [
+        *("item_id", "timestamp", "target_name", "predictions", "0.1", "0.5", "0.9")
+    ]
+    assert frame["predictions"].tolist() == [36, 37, 38] * 2  # the season of hours is 24
+    assert frame["timestamp"][0] == "2026-01-03 12:00:00"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert call("forecast", "seasonal-naive", table, *options, "--season", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ",".join(frame.columns) and lines[1].endswith("target,59.0,59.0,59.0,59.0")
+
+
+def test_evaluation_of_a_file(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = table.with_name("scores.png")
+    options = ("--data", table, "--horizon", "12", "--json", "--plot", plot)
+    assert call("eval-forecast", "seasonal-naive", *options) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    scores = json.loads(capsys.readouterr().out)["sales"]
+    # A line: a day later everything is 24 more, and so is every error.
+    assert scores == pytest.approx({"MASE": 1.0, "WQL": 24 / 53.5})
+
+
+@pytest.mark.parametrize(
+    "command,words,sentence",
+    [
+        ("forecast", [], "--horizon is missing"),
+        ("forecast", ["--horizon", "3", "--quantiles", "0.5,1"], "--quantiles '0.5,1'"),
+        ("forecast", ["--horizon", "3", "--quantiles", "a"], "--quantiles 'a' cannot be read"),
+        ("forecast", ["--horizon", "3", "--id", "shop"], "'shop': name another with --id; it has"),
+        ("forecast", ["--horizon", "3", "--target", "sold"], "'sold': name another with --target"),
+        ("forecast", ["--horizon", "3", "--freq", "x"], "--freq 'x' is no frequency"),
+        ("forecast", ["--horizon", "3", "--layout", "tall"], "--layout"),
+        ("forecast", ["--horizon", "3", "--out", "no/x.csv"], "--out no/x.csv: there is no folder"),
+        ("eval-forecast", [], "--data is missing"),
+        ("eval-forecast", ["--data", "etth"], "ETTh1.csv is not there: --data-dir names"),
+        ("eval-forecast", ["--data", "TABLE"], "has no horizon of its own: give --horizon"),
+        ("eval-forecast", ["--data", "TABLE", "--horizon", "60"], "(row 1) has 60 values"),
+    ],
+)
+def test_mistakes(
+    command: str, words: list[str], sentence: str, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(table) if word == "TABLE" else word for word in words]
+    data = [table] if command == "forecast" else []
+    assert call(command, "seasonal-naive", *data, *words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("moe-jax: ") and error.count("\n") == 1
+
+
+def test_gaps(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:70] + lines[71:]))
+    options = ("--horizon", "3", "--out", table.with_name("out.csv"))
+    assert call("forecast", "seasonal-naive", table, *options) == 2
+    error = capsys.readouterr().err
+    assert "item 'two' has a gap before row 70" in error and "or give --fill-gaps." in error
+    assert not table.with_name("out.csv").exists()
+    assert call("forecast", "seasonal-naive", table, *options, "--fill-gaps") == 0
