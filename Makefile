@@ -50,6 +50,7 @@ types: $(VENV)/.installed-dev ## Check types
 
 docs: $(VENV)/.installed-dev ## Write docs/configuration.md from the configuration types
 	@$(BIN)/python scripts/config_docs.py
+	@$(BIN)/python scripts/serving_docs.py
 
 lock: ## Write requirements.lock from a new resolution of pyproject.toml
 	@lock=$$(mktemp -d) && $(PYTHON) -m venv "$$lock" && "$$lock/bin/pip" install -qq '.[dev]' && \

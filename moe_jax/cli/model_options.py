@@ -37,6 +37,7 @@ from moe_jax.utils.units import parse_bytes
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.inference.load import LoadedModel
+    from moe_jax.models.serving_plan import ServingPlan
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -158,10 +159,12 @@ class Opened(NamedTuple):
 
 
 def load_model(
-    choice: ModelChoice, check: Callable[[Tokenizer, int], None] | None = None
+    choice: ModelChoice,
+    check: Callable[[Tokenizer, int], None] | None = None,
+    check_plan: Callable[[ServingPlan, int], None] | None = None,
 ) -> Opened:
-    """Starts the devices and loads the model; `check(tokenizer, context)` may refuse before
-    weights are read.
+    """Starts the devices and loads the model; `check(tokenizer, context)` and `check_plan(plan,
+    context)` may refuse before weights are read.
     """
     from moe_jax.inference.load import open_model
     from moe_jax.profiling.clock import Stopwatch
@@ -181,5 +184,6 @@ def load_model(
             context=options.context,
             expert_cache=options.expert_cache_size,
             check=check,
+            check_plan=check_plan,
         )
     return Opened(model, watch.seconds, watch.compiling)

@@ -161,7 +161,7 @@ Platform = Annotated[
 
 # Commands that compute: they start themselves once more with huge pages, and may be several
 # processes.
-COMPUTING = ("train", "generate", "chat", "eval", "bench")
+COMPUTING = ("train", "generate", "chat", "eval", "bench", "serve")
 
 
 @dataclasses.dataclass(frozen=True)

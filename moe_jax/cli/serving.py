@@ -1,16 +1,157 @@
-"""The commands around a server: bench-serve; `main.py` adds them to `moe-jax`."""
+"""The commands around a server: serve and bench-serve; `main.py` adds them to `moe-jax`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_jax.cli.options import AsJson, option, path_option
+from moe_jax.cli.model_options import ModelChoice, ModelOptions, load_model
+from moe_jax.cli.options import (
+    AsJson,
+    ModelArgument,
+    ProcessFlags,
+    option,
+    path_option,
+    spread,
+)
+from moe_jax.errors import UserError
+from moe_jax.runtime.compile_cache import use_compile_cache
+from moe_jax.runtime.distributed import process_count
 from moe_jax.utils.progress import say
+from moe_jax.utils.units import parse_bytes
+
+if TYPE_CHECKING:
+    from moe_jax.data.tokenizer import Tokenizer
+    from moe_jax.models.serving_plan import ServingPlan
+    from moe_jax.serving.run import OpenedModel
+
+LONGEST_BY_DEFAULT = 8192  # tokens of a slot: memory for all of them is taken at the start
+
+
+@spread
+def serve(
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0: a free one.")
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        path_option(
+            "--api-key-file", metavar="FILE", help="Keys, one per line; a request needs one."
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, max=4096, metavar="N", help="Answers at a time.")
+    ] = 32,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=0, metavar="N", help="Answers that may wait.")
+    ] = 128,
+    max_context: Annotated[
+        int | None,
+        option(
+            "--max-context",
+            min=2,
+            metavar="N",
+            help="Tokens of a prompt and its answer.  [default: the model's, at most 8192]",
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float,
+        typer.Option("--request-timeout", min=0.001, metavar="S", help="Seconds of a request."),
+    ] = 600.0,
+    *,
+    model: ModelArgument,
+    options: ModelOptions,
+    processes: ProcessFlags,
+) -> None:
+    """Serve a model to many at once, with OpenAI's API."""
+    choice = ModelChoice(model.path, options)
+    if options.mesh_config.data > 1:
+        raise UserError(
+            f"--mesh {options.mesh}: a server's mesh has no data axis; start a server per copy."
+        )
+    if max_context is not None and options.context is not None:
+        raise UserError("--context and --max-context say the same: give one of them.")
+    try:
+        from moe_jax.serving.api.app import Api, Limits, create_app
+        from moe_jax.serving.api.server import bound_socket
+        from moe_jax.serving.keys import read_keys
+        from moe_jax.serving.run import run_server
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"moe-jax serve needs {error.name}, which is not installed: pip install "
+            f"'moe-jax[serve]'."
+        ) from error
+    keys = [] if api_key_file is None else read_keys(api_key_file)
+    with bound_socket(host, port) as listener:
+        processes.join()
+        if process_count() > 1:
+            raise UserError("moe-jax serve runs as one process so far: start it once.")
+        use_compile_cache()
+        limits = Limits(max_batch, max_waiting, request_seconds=request_timeout)
+        api = Api(limits)
+        app = create_app(api, keys=keys, log=say)
+        asked = max_context or options.context
+        opening = partial(_open, choice, max_batch, asked)
+        run_server(api, app, listener, opening)
+
+
+def _open(
+    choice: ModelChoice, max_batch: int, asked: int | None, checked: Callable[[], None]
+) -> OpenedModel:
+    """Loads the model and its engine; `checked` is called when all that can be wrong has been
+    looked at.
+    """
+    from moe_jax.serving.api.prompts import ServedModel
+    from moe_jax.serving.device_state import EngineSize
+    from moe_jax.serving.engine import ServingEngine
+    from moe_jax.serving.room import check_room
+    from moe_jax.serving.run import OpenedModel
+
+    options = choice.options
+    memory = None if options.memory is None else parse_bytes(options.memory)
+
+    def sized(context: int) -> EngineSize:
+        if asked is not None and asked > context:
+            raise UserError(
+                f"--max-context {asked} exceeds the model's context of {context} tokens: lower it."
+            )
+        return EngineSize(max_batch, asked or min(context, LONGEST_BY_DEFAULT))
+
+    def check_plan(plan: ServingPlan, context: int) -> None:
+        check_room(plan, sized(context), memory, options.expert_cache_size)
+
+    def check(tokenizer: Tokenizer, context: int) -> None:
+        checked()
+
+    plain = replace(choice, options=replace(options, context=None))
+    opened = load_model(plain, check, check_plan)
+    loaded, size = opened.model, sized(opened.model.context)
+    engine = ServingEngine(loaded, size)
+    engine.start()
+    model = ServedModel(
+        loaded.name,
+        loaded.tokenizer,
+        loaded.eos_ids,
+        size.context,
+        start_token=not choice.is_run,
+    )
+    mesh = loaded.engine.plan.mesh
+    return OpenedModel(
+        model,
+        engine,
+        f"{loaded.name} in {loaded.held_in} on {mesh.size} {mesh.devices.flat[0].platform} "
+        f"device{'s' if mesh.size > 1 else ''}, loaded in {opened.seconds:,.1f} s; "
+        f"{max_batch} slots of {size.context:,} tokens",
+    )
 
 
 def bench_serve(
@@ -78,5 +219,6 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 COMMANDS: list[tuple[str, Callable[..., None], str]] = [
+    ("serve", serve, "moe-jax serve Qwen/Qwen3-30B-A3B --mesh expert=4 --port 8000"),
     ("bench-serve", bench_serve, "moe-jax bench-serve http://127.0.0.1:8000 --concurrency 16"),
 ]

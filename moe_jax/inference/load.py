@@ -58,6 +58,7 @@ def open_model(
     context: int | None = None,
     expert_cache: int | None = None,
     check: Callable[[Tokenizer, int], None] | None = None,
+    check_plan: Callable[[ServingPlan, int], None] | None = None,
 ) -> LoadedModel:
     """A model on a mesh. Raises UserError, one sentence, for whatever is wrong with the folder, the
     mesh or the memory.
@@ -72,7 +73,8 @@ def open_model(
       context: tokens that a sequence may have, if not as many as the model was made for.
       expert_cache: experts per layer that the device keeps, the others in host memory (offload.py);
         by default it holds all.
-      check: called with the tokenizer and the context before weights are read; it may refuse.
+      check, check_plan: called with the tokenizer, or the plan, and the context before weights
+        are read; they may refuse.
     """
     stored = find_model(
         Path(path),
@@ -83,7 +85,7 @@ def open_model(
         step=step,
         fallback=fallback,
     )
-    Preconditions(memory, context, check, expert_cache).require(stored)
+    Preconditions(memory, context, check, expert_cache, check_plan).require(stored)
     if context is not None and context > stored.context:
         say(
             f"{stored.name} was made for {stored.context:,} tokens: in a context of {context:,}, "
@@ -126,10 +128,11 @@ class Preconditions(NamedTuple):
     context: int | None = None
     check: Callable[[Tokenizer, int], None] | None = None
     expert_cache: int | None = None
+    check_plan: Callable[[ServingPlan, int], None] | None = None
 
     def require(self, stored: StoredModel) -> None:
-        """Raises UserError where the weights do not fit, the experts' cache is impossible, or
-        `check` refuses.
+        """Raises UserError where the weights do not fit, the experts' cache is impossible, or a
+        check refuses.
         """
         if self.expert_cache is not None:
             check_size(stored.plan, self.expert_cache)
@@ -140,8 +143,11 @@ class Preconditions(NamedTuple):
             converted=stored.converted,
             expert_cache=self.expert_cache,
         )
+        context = self.context or stored.context
+        if self.check_plan is not None:
+            self.check_plan(stored.plan, context)
         if self.check is not None:
-            self.check(stored.tokenizer, self.context or stored.context)
+            self.check(stored.tokenizer, context)
 
 
 def find_model(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,8 @@ def saying(text: str) -> Say:
 class FakeStream:
     """What an engine gives for a request."""
 
+    queue_seconds = 0.25
+
     def __init__(self, events: list[Token | Finished]):
         self.events = events
         self.cancelled = False
@@ -61,9 +64,12 @@ class FakeEngine:
     """Says at once all that it has to say; with `holding` it never ends an answer."""
 
     say: Say = shout
+    end: int = fake_model.END
     holding: bool = False
     failing: bool = False
     stalled: float = 0.0
+    failed: str | None = None
+    stopped: bool = False
     requests: list[Request] = dataclasses.field(default_factory=list)
     streams: list[FakeStream] = dataclasses.field(default_factory=list)
 
@@ -84,9 +90,9 @@ class FakeEngine:
 
     def _events(self, request: Request) -> list[Token | Finished]:
         events: list[Token | Finished] = []
-        for wanted in itertools.chain(self.say(request), itertools.repeat(fake_model.END)):
+        for wanted in itertools.chain(self.say(request), itertools.repeat(self.end)):
             token = self._filtered(request, wanted)
-            if token == fake_model.END or token in request.stop_token_ids:
+            if token == self.end or token in request.stop_token_ids:
                 ending = Finished("stop")
                 break
             top = ((token, -0.5), (0, -2.0), (1, float("-inf")))[: request.logprobs or 0]
@@ -106,6 +112,9 @@ class FakeEngine:
         token = wanted if allowed[wanted] else int(np.flatnonzero(allowed)[0])
         request.token_filter.accept(token)
         return token
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def stats(self) -> EngineStats:
         counts = np.array([[4, 0, 0, 0], [1, 1, 1, 1]])
@@ -161,16 +170,31 @@ def serve(
     keys: Sequence[bytes] = (),
     context: int = 200,
     ready: bool = True,
+    model: ServedModel | None = None,
 ) -> Server:
-    """A server of a model of bytes; its requests and answers are in `log`."""
+    """A server, by default of a model of bytes; what it logs is in `log`."""
     engine = engine or FakeEngine()
     log: list[str] = []
     api = Api(limits or Limits())
     app = create_app(api, keys=keys, log=log.append)
-    tokenizer = dataclasses.replace(load_tokenizer("bytes"), chat=chat)
     if ready:
-        api.open(ServedModel("fake", tokenizer, (fake_model.END,), context), engine)
+        api.open(model or served_model(chat, context), engine)
     return Server(engine, api, app, log)
+
+
+def served_model(
+    chat: ChatTemplate | None = fake_model.TEMPLATE, context: int = 200
+) -> ServedModel:
+    tokenizer = dataclasses.replace(load_tokenizer("bytes"), chat=chat)
+    return ServedModel("fake", tokenizer, (fake_model.END,), context)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for it, a minute at most."""
+    ends = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.005)
 
 
 @contextmanager

@@ -38,7 +38,6 @@ class Choice:
     cached_tokens: int = 0
     """Of the prompt, those that were not computed."""
     finish: str | None = None
-    begun: float | None = None
     newest: float | None = None
     stream: Any = None
 
@@ -130,8 +129,9 @@ class AnswerJob:
         now = time.monotonic()
         choice.tokens += 1
         if choice.newest is None:
-            choice.begun = now
             self.metrics.first_token(now - self.began)
+            if choice.stream.queue_seconds is not None:
+                self.metrics.queued(choice.stream.queue_seconds)
         else:
             self.metrics.next_token(now - choice.newest)
         choice.newest = now

@@ -112,8 +112,8 @@ class EngineCollector:
             family = CounterMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model], value)
             yield family
-        if stats.expert_counts is not None:
-            yield from self._experts(np.asarray(stats.expert_counts))
+        counts = np.zeros((0, 1)) if stats.expert_counts is None else stats.expert_counts
+        yield from self._experts(np.asarray(counts))
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])
@@ -121,7 +121,9 @@ class EngineCollector:
         return family
 
     def _experts(self, counts_LE: np.ndarray) -> Iterator[Metric]:
-        groups = np.array_split(np.arange(len(counts_LE)), min(LAYER_GROUPS, len(counts_LE)))
+        groups = np.array_split(
+            np.arange(len(counts_LE)), max(1, min(LAYER_GROUPS, len(counts_LE)))
+        )
         labels = ["model_name", "layers"]
         load = GaugeMetricFamily(
             "moe_jax:expert_load_max_over_mean",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import openai
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from moe_jax.serving.api.app import Limits
 from moe_jax.serving.request import Finished
+from tests.support import ROOT
 from tests.support.fake_serving import TOOLS, FakeEngine, Server, saying, serve
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -359,6 +363,7 @@ def test_metrics_and_experts() -> None:
         'vllm:prompt_tokens_total{model_name="fake"} 10.0',
         'vllm:time_to_first_token_seconds_count{model_name="fake"} 1.0',
         'vllm:inter_token_latency_seconds_count{model_name="fake"} 4.0',
+        'vllm:request_queue_time_seconds_sum{model_name="fake"} 0.25',
         'vllm:request_success_total{finished_reason="stop",model_name="fake"} 1.0',
         'moe_jax:request_errors_total{model_name="fake",status="400"} 1.0',
         'moe_jax:expert_load_max_over_mean{layers="0",model_name="fake"} 4.0',
@@ -378,3 +383,32 @@ def test_openapi_has_every_field_of_the_table() -> None:
     used = str(schema["components"])
     for reference in {part.split("'")[0] for part in used.split("#/components/schemas/")[1:]}:
         assert reference in schema["components"]["schemas"]
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    board = json.loads((ROOT / "docs" / "serving_dashboard.json").read_text())
+    expressions = " ".join(
+        target["expr"] for panel in board["panels"] for target in panel["targets"]
+    )
+    server = serve()
+    chat(server)
+    server.get("/v1/none")
+    there = set(re.findall(r"(?m)^((?:vllm|moe_jax):\w+)\{", server.get("/metrics").text))
+    asked = set(re.findall(r"(?:vllm|moe_jax):\w+", expressions))
+    assert len(asked) >= 12 and asked <= there
+
+
+def test_bodies_and_chunks_are_what_openai_publishes() -> None:
+    server = serve(FakeEngine(saying(f"<think>hm</think>{CALL}")), chat=TOOLS)
+    body = {"model": "fake", "messages": HELLO, "tools": [WEATHER], "logprobs": True}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for path, asked, whole, chunk in (
+        ("chat/completions", body, ChatCompletion, ChatCompletionChunk),
+        ("completions", {"model": "fake", "prompt": "x", "logprobs": 2}, Completion, Completion),
+    ):
+        response = server.post(f"/v1/{path}", asked)
+        whole.model_validate_json(response.content, strict=True)
+        events = server.post(f"/v1/{path}", asked | usage).text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        for event in events[:-2]:
+            chunk.model_validate_json(event.removeprefix("data: "), strict=True)

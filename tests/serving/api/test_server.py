@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -12,16 +11,9 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.serving.api.server import bound_socket
 from moe_jax.serving.request import Finished, Token
-from tests.support.fake_serving import FakeEngine, running, saying, serve
+from tests.support.fake_serving import FakeEngine, running, saying, serve, until
 
 BODY = {"model": "fake", "prompt": "x", "stream": True}
-
-
-def until(condition: Any) -> None:
-    ends = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.005)
 
 
 def test_events_come_while_the_text_goes_on_and_a_client_that_leaves_cancels() -> None:
