@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moe_jax.errors import UserError
 from moe_jax.runtime.signals import noted_signals
 from moe_jax.serving.api.app import Api
 from moe_jax.serving.api.prompts import ServedModel
@@ -47,7 +46,8 @@ def run_server(
         have been found to be good; until then nothing listens.
 
     Raises:
-      UserError: what `open_model` refuses, or an engine that failed.
+      UserError: what `open_model` refuses.
+      SystemExit: with code 1 where the engine fails, with 0 for a signal while it loads.
     """
     stop, server = threading.Event(), HttpServer(app, listener)
 
@@ -75,10 +75,13 @@ def run_server(
 
 
 def _check(server: HttpServer, engine: Any) -> None:
-    if engine.failed is not None:
-        raise UserError(f"the engine failed ({engine.failed}): start the server again.")
-    if not server.is_running:
-        raise UserError("the HTTP server ended: start it again.")
+    """Ends the process with exit code 1, which asks for a restart, where it answers no more."""
+    broken = engine.failed
+    if broken is None and not server.is_running:
+        broken = "the HTTP server ended"
+    if broken is not None:
+        say(f"moe-jax: {broken}: start the server again.")
+        raise SystemExit(1)
 
 
 def _drain(api: Api) -> None:

@@ -18,11 +18,9 @@ from moe_jax.serving.run import OpenedModel, run_server
 from tests.support.fake_serving import FakeEngine, Server, saying, serve, served_model, until
 
 
-def start(server: Server, open_model: Callable[[Callable[[], None]], OpenedModel]) -> str:
-    listener = bound_socket("127.0.0.1", 0)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    run_server(server.api, server.app, listener, open_model)
-    return address
+def start(server: Server, open_model: Callable[[Callable[[], None]], OpenedModel]) -> None:
+    with bound_socket("127.0.0.1", 0) as listener:
+        run_server(server.api, server.app, listener, open_model)
 
 
 def test_a_server_loads_answers_and_drains(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +61,7 @@ def test_a_server_loads_answers_and_drains(capsys: pytest.CaptureFixture[str]) -
     assert "float32 on a device" in said and f"ready: fake at {url}/v1" in said
 
 
-def test_what_is_wrong_is_said_before_anything_listens() -> None:
+def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(ready=False)
 
     def refuse(checked: Callable[[], None]) -> OpenedModel:
@@ -77,8 +75,9 @@ def test_what_is_wrong_is_said_before_anything_listens() -> None:
         server.engine.failed = "its device is gone"
         return OpenedModel(served_model(), server.engine, "")
 
-    with pytest.raises(UserError, match="its device is gone"):
+    with pytest.raises(SystemExit) as ended:
         start(server, fail)
+    assert ended.value.code == 1 and "its device is gone" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_server_that_loads() -> None:

@@ -128,15 +128,7 @@ def _variables(chat: ChatTemplate, body: Any) -> dict[str, Any]:
     if effort is not None and chat.mentions("reasoning_effort"):
         given["reasoning_effort"] = effort
     elif effort is not None:
-        try:
-            given |= chat.thinking(effort != "none")
-        except UserError:
-            raise ApiError(
-                400,
-                "reasoning_effort is not supported: the model's chat template does not use it.",
-                param="reasoning_effort",
-                code="unsupported_parameter",
-            ) from None
+        given |= _without_thinking(chat, effort)
     try:
         return TemplateOptions(variables=given).of(chat)
     except UserError:
@@ -148,6 +140,24 @@ def _variables(chat: ChatTemplate, body: Any) -> dict[str, Any]:
             param="chat_template_kwargs",
             code="invalid_value",
         ) from None
+
+
+def _without_thinking(chat: ChatTemplate, effort: str) -> dict[str, bool]:
+    """The switch of a template that knows no degrees of reasoning. Raises ApiError for a degree,
+    and where there is no switch.
+    """
+    try:
+        if effort == "none":
+            return chat.thinking(False)
+        why = "the model's chat template knows no degrees"
+    except UserError:
+        why = "the model's chat template does not use it"
+    raise ApiError(
+        400,
+        f"reasoning_effort {effort} is not supported: {why}.",
+        param="reasoning_effort",
+        code="unsupported_parameter",
+    )
 
 
 def _message(chat: ChatTemplate, message: Any, place: str) -> dict[str, Any]:

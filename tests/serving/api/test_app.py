@@ -116,6 +116,13 @@ def test_stop_strings_are_held_back_and_stop_the_engine() -> None:
     assert server.api.open_answers == 0
 
 
+def test_the_template_is_told_what_to_do() -> None:
+    server = serve()
+    chat(server, reasoning_effort="none", extra_body={"chat_template_kwargs": {"reply": "hi:"}})
+    assert bytes(server.engine.requests[0].prompt).endswith(b"hi:")
+    assert server.engine.requests[0].max_tokens == 200 - len(server.engine.requests[0].prompt)
+
+
 def test_reasoning_is_apart() -> None:
     server = serve(FakeEngine(saying("<think>\nhm</think>\n\nyes")))
     message = chat(server).choices[0].message
@@ -203,7 +210,8 @@ def test_a_demanded_tool_is_called() -> None:
         ({"stop_token_ids": [99999]}, "stop_token_ids"),
         ({"tools": [WEATHER]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"reasoning_effort": "high", "chat_template_kwargs": {"no": 1}}, "chat_template_kwargs"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"no": 1}}, "chat_template_kwargs"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         (
             {

@@ -1,0 +1,53 @@
+"""What `moe-jax serve` refuses, before anything listens."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import call
+from tests.support.hf_folder import make_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder("qwen3_moe-plain", tmp_path_factory.mktemp("served") / "model")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command says, in one sentence."""
+    assert call("serve", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "ready" not in said.err
+    return said.err.removeprefix("moe-jax: ")
+
+
+def test_options_that_cannot_be(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(capsys, tmp_path / "none").startswith(f"{tmp_path / 'none'} does not exist")
+    key = tmp_path / "key"
+    key.write_text("secret")
+    key.chmod(0o644)
+    told = refusal(capsys, folder, "--api-key-file", key)
+    assert (
+        told == f"--api-key-file {key} can be read by everybody on this machine: chmod 600 {key}.\n"
+    )
+    assert "has no data axis" in refusal(capsys, folder, "--mesh", "data=2")
+    both = ("--context", 64, "--max-context", 64)
+    assert "say the same" in refusal(capsys, folder, *both)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port} cannot be served" in refusal(capsys, folder, "--port", port)
+
+
+def test_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, folder, "--port", 0, "--max-context", 10**6)
+    assert told.startswith("--max-context 1000000 exceeds the model's context of ")
+    told = refusal(capsys, folder, "--port", 0, "--max-batch", 4096, "--memory", "20MiB")
+    assert told.startswith("--max-batch 4096 and --max-context ") and "--memory allows" in told
+    assert "needs 64 devices" in refusal(capsys, folder, "--port", 0, "--mesh", "expert=64")
