@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_jax.cli.model_options import ModelChoice, ModelOptions, load_model
+from moe_jax.cli.model_options import ModelChoice, ModelOptions, Opened, load_model
 from moe_jax.cli.options import (
     AsJson,
     ModelArgument,
@@ -22,13 +23,15 @@ from moe_jax.cli.options import (
 )
 from moe_jax.errors import UserError
 from moe_jax.runtime.compile_cache import use_compile_cache
-from moe_jax.runtime.distributed import process_count
+from moe_jax.runtime.distributed import is_first
+from moe_jax.runtime.signals import noted_signals
 from moe_jax.utils.progress import say
 from moe_jax.utils.units import parse_bytes
 
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.models.serving_plan import ServingPlan
+    from moe_jax.serving.device_state import EngineSize
     from moe_jax.serving.run import OpenedModel
 
 LONGEST_BY_DEFAULT = 8192  # tokens of a slot: memory for all of them is taken at the start
@@ -91,30 +94,26 @@ def serve(
             f"'moe-jax[serve]'."
         ) from error
     keys = [] if api_key_file is None else read_keys(api_key_file)
+    asked = max_context or options.context
+    processes.join(model=choice.fingerprint(), settings=repr((options, max_batch, asked)))
+    use_compile_cache()
+    if not is_first():
+        _follow(choice, max_batch, asked)
+        return
     with bound_socket(host, port) as listener:
-        processes.join()
-        if process_count() > 1:
-            raise UserError("moe-jax serve runs as one process so far: start it once.")
-        use_compile_cache()
-        limits = Limits(max_batch, max_waiting, request_seconds=request_timeout)
-        api = Api(limits)
+        api = Api(Limits(max_batch, max_waiting, request_seconds=request_timeout))
         app = create_app(api, keys=keys, log=say)
-        asked = max_context or options.context
-        opening = partial(_open, choice, max_batch, asked)
-        run_server(api, app, listener, opening)
+        run_server(api, app, listener, partial(_open, choice, max_batch, asked))
 
 
-def _open(
+def _load(
     choice: ModelChoice, max_batch: int, asked: int | None, checked: Callable[[], None]
-) -> OpenedModel:
-    """Loads the model and its engine; `checked` is called when all that can be wrong has been
-    looked at.
+) -> tuple[Opened, EngineSize]:
+    """The model, and the size of its engine; `checked` is called when all that can be wrong has
+    been looked at, before weights are read.
     """
-    from moe_jax.serving.api.prompts import ServedModel
     from moe_jax.serving.device_state import EngineSize
-    from moe_jax.serving.engine import ServingEngine
     from moe_jax.serving.room import check_room
-    from moe_jax.serving.run import OpenedModel
 
     options = choice.options
     memory = None if options.memory is None else parse_bytes(options.memory)
@@ -132,26 +131,45 @@ def _open(
     def check(tokenizer: Tokenizer, context: int) -> None:
         checked()
 
-    plain = replace(choice, options=replace(options, context=None))
-    opened = load_model(plain, check, check_plan)
-    loaded, size = opened.model, sized(opened.model.context)
+    whole = replace(choice, options=replace(options, context=None))
+    opened = load_model(whole, check, check_plan)
+    return opened, sized(opened.model.context)
+
+
+def _open(
+    choice: ModelChoice, max_batch: int, asked: int | None, checked: Callable[[], None]
+) -> OpenedModel:
+    """The model and its engine, ready to answer."""
+    from moe_jax.serving.api.prompts import ServedModel
+    from moe_jax.serving.engine import ServingEngine
+    from moe_jax.serving.run import OpenedModel
+
+    opened, size = _load(choice, max_batch, asked, checked)
+    loaded = opened.model
     engine = ServingEngine(loaded, size)
     engine.start()
+    # Training gives a run's model no start token.
     model = ServedModel(
-        loaded.name,
-        loaded.tokenizer,
-        loaded.eos_ids,
-        size.context,
-        start_token=not choice.is_run,
+        loaded.name, loaded.tokenizer, loaded.eos_ids, size.context, start_token=not choice.is_run
     )
     mesh = loaded.engine.plan.mesh
+    devices = f"{mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
     return OpenedModel(
         model,
         engine,
-        f"{loaded.name} in {loaded.held_in} on {mesh.size} {mesh.devices.flat[0].platform} "
-        f"device{'s' if mesh.size > 1 else ''}, loaded in {opened.seconds:,.1f} s; "
+        f"{loaded.name} in {loaded.held_in} on {devices}, loaded in {opened.seconds:,.1f} s; "
         f"{max_batch} slots of {size.context:,} tokens",
     )
+
+
+def _follow(choice: ModelChoice, max_batch: int, asked: int | None) -> None:
+    """What a process does that has no HTTP: the steps of process 0, until that one lets it go."""
+    from moe_jax.serving.device_state import DeviceState
+    from moe_jax.serving.lockstep import follow
+
+    opened, size = _load(choice, max_batch, asked, lambda: None)
+    with noted_signals(signal.SIGTERM, signal.SIGINT):  # process 0 drains
+        follow(DeviceState(opened.model, size))
 
 
 def bench_serve(

@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import ResidentEngine, compile_on
-from moe_jax.inference.kv_cache import STEP, Cache, bucket
+from moe_jax.inference.kv_cache import STEP, Cache, CacheLayout, bucket
 from moe_jax.inference.memory import check_cache_memory
 from moe_jax.inference.session import SHORTEST_PROMPT, LoadedModel
 from moe_jax.models.batch import LayerCache, NewTokens
@@ -75,6 +75,15 @@ class EngineSize:
         return self.max_batch * self.places // self.chunk // 4
 
 
+def cache_bytes(layout: CacheLayout, size: EngineSize) -> int:
+    """Bytes of keys and values on each device: of all slots, of the prompt under way, and of the
+    blocks of prompts that are kept.
+    """
+    shapes = [(size.max_batch, size.places), (1, size.places), (size.blocks, size.chunk)]
+    abstract = [layout.abstract(*shape) for shape in shapes]
+    return per_device(abstract, jax.tree.map(lambda array: array.sharding, abstract))
+
+
 class DeviceState:
     """Caches, logits and the state of sampling; see above."""
 
@@ -85,11 +94,9 @@ class DeviceState:
         _check_model(loaded, size)
         self.size, self._engine = size, loaded.engine
         plan, layout = loaded.engine.plan, loaded.engine.layout
-        shapes = [(size.max_batch, size.places), (1, size.places), (size.blocks, size.chunk)]
-        abstract = [layout.abstract(*shape) for shape in shapes]
         check_cache_memory(
             plan,
-            per_device(abstract, jax.tree.map(lambda array: array.sharding, abstract)),
+            cache_bytes(layout, size),
             remedy=f"less than --max-batch {size.max_batch} or --max-context {size.context}",
         )
         self._slots = layout.new(size.max_batch, size.places)

@@ -95,6 +95,11 @@ class ServingEngine:
             self._changed.notify_all()
         return stream
 
+    @property
+    def failed(self) -> str | None:
+        """Why the engine answers no more, if nobody stopped it."""
+        return None if self._failure == STOPPED else self._failure
+
     def drain(self, seconds: float | None = None) -> bool:
         """Takes no further requests and waits until those that are there have ended; whether they
         have, within `seconds`. The engine has stopped then.
@@ -241,6 +246,7 @@ class ServingEngine:
         for part, number in enumerate(self._prefixes.find(request.prompt)):
             self._state.fetch_block(number, part)
             row.length += self.size.chunk
+        stream.cached_tokens = row.length
         with self._changed:
             self._prefix_query_tokens += len(request.prompt)
             self._prefix_hit_tokens += row.length

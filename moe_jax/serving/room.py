@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import jax
-
 from moe_jax.errors import UserError
 from moe_jax.inference.kv_cache import CacheLayout
 from moe_jax.inference.memory import weight_memory
 from moe_jax.models.serving_plan import ServingPlan
-from moe_jax.profiling.memory import per_device
-from moe_jax.serving.device_state import EngineSize
+from moe_jax.serving.device_state import EngineSize, cache_bytes
 from moe_jax.utils.units import gibibytes
-
-
-def cache_bytes(plan: ServingPlan, size: EngineSize) -> int:
-    """Bytes of keys and values that each device of the mesh holds: all slots, the prompt under way
-    and the blocks of prompts that are kept.
-    """
-    layout = CacheLayout(plan)
-    parts = [layout.abstract(size.max_batch + 1, size.places)]
-    if size.blocks:
-        parts.append(layout.abstract(size.blocks, size.chunk))
-    return sum(per_device(part, jax.tree.map(lambda a: a.sharding, part)) for part in parts)
 
 
 def check_room(
@@ -31,7 +17,7 @@ def check_room(
     those of `weight_memory`.
     """
     room = weight_memory(plan, memory, expert_cache=expert_cache)
-    caches = cache_bytes(plan, size) * (plan.mesh.size if room.shared else 1)
+    caches = cache_bytes(CacheLayout(plan), size) * (plan.mesh.size if room.shared else 1)
     if room.free is None or room.needed + caches <= room.free:
         return
     where = "in all" if room.shared and plan.mesh.size > 1 else "on each device"

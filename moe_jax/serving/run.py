@@ -71,6 +71,7 @@ def run_server(
         finally:
             if engine is not None:
                 engine.stop()
+                engine.dismiss()
             server.stop()
 
 

@@ -22,6 +22,8 @@ class TokenStream:
         self.cancelled = False
         self.queue_seconds: float | None = None
         """From the request's arrival until its prompt was begun."""
+        self.cached_tokens = 0
+        """Of the prompt: those that the prefix cache had."""
         self._notify, self._wake = notify, wake
         self._events: deque[Token | Finished] = deque()
         self._news = threading.Condition()

@@ -45,7 +45,7 @@ def saying(text: str) -> Say:
 class FakeStream:
     """What an engine gives for a request."""
 
-    queue_seconds = 0.25
+    queue_seconds, cached_tokens = 0.25, 4
 
     def __init__(self, events: list[Token | Finished]):
         self.events = events
@@ -115,6 +115,9 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def dismiss(self) -> None:
+        assert self.stopped
 
     def stats(self) -> EngineStats:
         counts = np.array([[4, 0, 0, 0], [1, 1, 1, 1]])

@@ -35,11 +35,14 @@ class Choice:
     reply: Reply
     tokens: int = 0
     """So far, the end token left out."""
-    cached_tokens: int = 0
-    """Of the prompt, those that were not computed."""
     finish: str | None = None
     newest: float | None = None
     stream: Any = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, those that were not computed."""
+        return 0 if self.stream is None else self.stream.cached_tokens
 
 
 class Step(NamedTuple):

@@ -53,6 +53,7 @@ def test_a_chat_and_its_stream() -> None:
     (choice,) = answer.choices
     assert choice.message.content == "HELLO" and choice.finish_reason == "stop"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 5)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
     assert answer.object == "chat.completion" and answer.model == "fake"
     parts = chunks(server, stream_options={"include_usage": True})
     assert parts[0].choices[0].delta.role == "assistant"
