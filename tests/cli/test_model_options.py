@@ -116,6 +116,7 @@ def test_the_engine_gets_what_was_asked_for(
             "context": 4096,
             "expert_cache": None,
             "check": None,
+            "check_plan": None,
         }
     ]
     assert ModelChoice(Path("someone/some-model"))  # a name on the hub: the engine's to find
