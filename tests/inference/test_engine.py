@@ -183,6 +183,9 @@ def test_keys_one_after_another_in_a_larger_cache(
     assert keys.shape[3] == PLACES and keys.shape[2] == {"experts": 8, "latent": 1}[name]
     logits, cache = engine.decode(cache, new_tokens([a[5:6], b[3:9]], [5, 3], 6))
     assert_same(logits, np.stack([data.logits[0, 5], data.logits[1, 8]]))
+    if name == "experts":
+        whole = engine.all_logits(new_tokens([a, b], [0, 0], LENGTH))
+        assert_same(np.asarray(whole), data.logits)
 
 
 def test_rows_do_not_see_each_other(single: LoadedModel) -> None:
