@@ -2,6 +2,7 @@
 
     train --data 2 --expert 4 --batch 8 --seq 256    whole training steps, 8 simulated devices
     train --batch 4 --seq 256                        the same model on one device
+    train --batch 4 --seq 256 --against transformers side by side, in turns
     layer                                            one MoE layer, forward and backward
     generate --against transformers                  prefill and decoding, side by side
     placement --expert 8                             load, drops, time around a move of experts
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 
-from moe_jax.benchmarks import generation, placement, training
+from moe_jax.benchmarks import against, generation, placement, training
 from moe_jax.errors import UserError
 from moe_jax.runtime.huge_pages import TUNABLES_VARIABLE, restart_with_huge_pages
 
@@ -87,6 +88,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if name == "placement":
             placement_options(command)
         if name == "train":
+            against.add_options(command.add_argument)
             command.add_argument(
                 "--against-dropless",
                 action="store_true",
@@ -185,18 +187,7 @@ def generation_options(command: argparse.ArgumentParser) -> None:
     add("--generated", type=positive, default=64, help="tokens to generate")
     add("--batch", type=positive, default=1, help="rows at a time")
     add("--quantize", choices=("int8", "int4"), help="hold experts and projections in 8 or 4 bits")
-    add("--against", choices=("transformers",), help="measure transformers too, in turns")
-    add(
-        "--turns",
-        type=positive,
-        default=2,
-        help="with --against: how often each is measured; medians are shown",
-    )
-    add(
-        "--python",
-        default=sys.executable,
-        help="with --against: an interpreter that has torch and transformers",
-    )
+    against.add_options(add)
 
 
 def placement_options(command: argparse.ArgumentParser) -> None:

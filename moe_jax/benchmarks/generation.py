@@ -5,19 +5,18 @@ generate` prints.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-from pathlib import Path
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.benchmarks import against
+from moe_jax.benchmarks.against import SIZES
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.errors import UserError
 from moe_jax.generation.bench import bench
 from moe_jax.inference.engine import ResidentEngine
 from moe_jax.inference.read_weights import serving_tables
@@ -30,19 +29,6 @@ from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import contiguous
 from moe_jax.runtime.platform import default_platform
 
-THEIRS = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_transformers.py"
-SIZES = (
-    "width",
-    "layers",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "experts",
-    "expert_hidden",
-    "top_k",
-    "vocab",
-    "dtype",
-)
 DEFAULTS: dict[
     bool, dict[str, Any]
 ] = {  # layers of the sizes of Qwen3-30B-A3B, and what a laptop's processor does in milliseconds
@@ -108,51 +94,20 @@ def benchmark_generation(args: argparse.Namespace, mesh: MeshConfig) -> dict[str
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     loaded = load_random(args, mesh)
     session = loaded.session(args.batch)
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
-    for turn in range(args.turns if args.against else 1):
-        ours.append(
-            bench(loaded, session, prompt=args.prompt, generated=args.generated, repeats=args.steps)
+
+    def ours() -> dict[str, Any]:
+        options = {"prompt": args.prompt, "generated": args.generated, "repeats": args.steps}
+        return bench(loaded, session, **options)
+
+    compared: dict[str, Any] = {}
+    if args.against is None:
+        every = [ours()]
+    else:
+        python = args.python or sys.executable
+        every, compared = against.in_turns(
+            args.turns, ours, lambda: against.transformers(args, "generate", python), COMPARED
         )
-        print(f"turn {turn + 1}: " + _speeds(ours[-1]), flush=True)
-        if args.against:
-            theirs.append(_transformers(args))
-            print(f"turn {turn + 1}: " + _speeds(theirs[-1]) + "  (transformers)", flush=True)
-    figures = ours[-1] | {name: statistics.median(turn[name] for turn in ours) for name in COMPARED}
-    figures |= {
-        name: statistics.median(turn[name] for turn in ours)
-        for name in ("share_of_floor", "decode_ms_per_step")
-    }
+    names = (*COMPARED, "share_of_floor", "decode_ms_per_step")
+    figures = every[-1] | {name: statistics.median(one[name] for one in every) for name in names}
     figures.pop("model"), figures.pop("platform")
-    if args.against:
-        for name in COMPARED:
-            other = statistics.median(turn[name] for turn in theirs)
-            figures |= {
-                f"transformers_{name}": other,
-                f"{name.split('_')[0]}_over_transformers": figures[name] / other,
-            }
-        figures["transformers_version"] = theirs[-1]["version"]
-    return figures
-
-
-def _speeds(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{name.split('_')[0]} {figures[name]:,.1f} tokens/s" for name in COMPARED)
-
-
-def _transformers(args: argparse.Namespace) -> dict[str, Any]:
-    """The same figures of transformers, in a process of its own."""
-    options = {name: getattr(args, name) for name in SIZES} | {
-        "prompt": args.prompt,
-        "generated": args.generated,
-        "batch": args.batch,
-    }
-    command = [args.python, str(THEIRS), json.dumps(options | {"repeats": args.steps})]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise UserError(
-            f"--python {args.python} cannot run transformers ({said[-1] if said else error}): "
-            f"name a Python with torch and transformers."
-        ) from error
-    return json.loads(done.stdout.splitlines()[-1])
+    return figures | compared

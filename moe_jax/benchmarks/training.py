@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.benchmarks import program_flops
+from moe_jax.benchmarks import against, program_flops
 from moe_jax.benchmarks.layer import make_layer
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import Config, MeshConfig, OptimizerConfig, TrainConfig
@@ -200,7 +202,12 @@ def drops(kept: int, dropped: int) -> Results:
 
 
 def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
-    """Whole training steps."""
+    """Whole training steps; with `--against transformers` in turns with it."""
+    if args.against is not None and mesh.size > 1:
+        raise UserError(
+            f"--against {args.against} runs on one device and the mesh has {mesh.size}: leave "
+            f"--data, --expert and --tensor out."
+        )
     program = build(args, mesh)
     rate, rate_text = machine.matmul_rate(args.dtype, mesh.size)
     compiled, compile_seconds = compile_step(program, args)
@@ -209,7 +216,23 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
         * measure.model_flops(program.model, program.moe, args.vocab, args.seq)
         * (args.batch * args.seq)
     )
-    state, times, layers = _timed_steps(args, program, compiled)
+    steps = _Steps(args, program, compiled)
+    tokens = args.batch * args.seq
+    compared: Results = {}
+    if args.against is None:
+        times = steps.run()
+    else:
+        times = []
+
+        def ours() -> Results:
+            turn = steps.run()
+            times.extend(turn)
+            return {"tokens_per_second": tokens / statistics.median(turn)}
+
+        python = args.python or sys.executable
+        theirs = partial(against.transformers, args, "train", python)
+        _, compared = against.in_turns(args.turns, ours, theirs, ("tokens_per_second",))
+    layers = steps.layers
     kept, dropped = (
         int(sum(np.sum(getattr(stats, name)) for stats in layers)) for name in ("kept", "dropped")
     )
@@ -217,7 +240,8 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     total, active = measure.parameter_counts(program.model, program.moe, args.vocab)
     least = program_flops.least_bytes(program, args.batch, args.seq)
     results = {
-        **speed(times, args.batch * args.seq, flops, rate),
+        **speed(times, tokens, flops, rate),
+        **compared,
         "matmul": rate_text,
         **drops(kept, dropped),
         "rounds": float(rounds.mean()),
@@ -235,26 +259,34 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     if args.against_dropless:
         results |= against_dropless(args, mesh, results["temp_bytes"])
     if args.count_flops:
-        results |= count_flops(args, mesh, program, compiled, state, flops)
+        results |= count_flops(args, mesh, program, compiled, steps.state, flops)
     return results
 
 
-def _timed_steps(
-    args: argparse.Namespace, program: TrainProgram, compiled: Any
-) -> tuple[TrainState, list[float], list[Any]]:
-    """The state after all steps; seconds and layers' statistics of the timed ones."""
-    state = program.init(0)
-    batches = [program.shard(random_batch(args, seed)) for seed in range(BATCHES)]
-    layers: list[Any] = []
+class _Steps:
+    """Training steps that follow each other over several turns."""
 
-    def step() -> Any:
-        nonlocal state
-        state, stats = compiled(state, batches[len(layers) % BATCHES])
-        layers.append(stats.layers)
-        return stats.loss
+    def __init__(self, args: argparse.Namespace, program: TrainProgram, compiled: Any):
+        self._args, self._compiled, self._done = args, compiled, 0
+        self._batches = [program.shard(random_batch(args, seed)) for seed in range(BATCHES)]
+        self.state: TrainState = program.init(0)
+        self.layers: list[Any] = []
+        """The layers' statistics of each timed step."""
 
-    times = clock(step, args, "step")
-    return state, times, layers[args.warmup :]
+    def run(self) -> list[float]:
+        """Seconds of each timed step of one more turn."""
+        turn: list[Any] = []
+
+        def step() -> Any:
+            batch = self._batches[self._done % BATCHES]
+            self.state, stats = self._compiled(self.state, batch)
+            self._done += 1
+            turn.append(stats.layers)
+            return stats.loss
+
+        times = clock(step, self._args, "step")
+        self.layers += turn[self._args.warmup :]
+        return times
 
 
 def against_dropless(args: argparse.Namespace, mesh: MeshConfig, temp_bytes: int) -> Results:
