@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moe_jax.serving.device_state import EngineSize
     from moe_jax.serving.run import OpenedModel
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_BY_DEFAULT = 8192  # tokens of a slot: memory for all of them is taken at the start
 
 
@@ -100,6 +101,8 @@ def serve(
     if not is_first():
         _follow(choice, max_batch, asked)
         return
+    if not keys and host not in LOOPBACK:
+        say(f"--host {host} without --api-key-file: everybody who reaches it can use the model.")
     with bound_socket(host, port) as listener:
         api = Api(Limits(max_batch, max_waiting, request_seconds=request_timeout))
         app = create_app(api, keys=keys, log=say)

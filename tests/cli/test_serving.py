@@ -43,6 +43,8 @@ def test_options_that_cannot_be(
         taken.listen()
         port = taken.getsockname()[1]
         assert f"--port {port} cannot be served" in refusal(capsys, folder, "--port", port)
+        told = refusal(capsys, folder, "--host", "0.0.0.0", "--port", port)
+        assert "everybody who reaches it can use the model" in told
 
 
 def test_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,8 @@ class Api:
         """(status, body) of /health: 200 only where requests are answered."""
         if self.state != "ready":
             return 503, {"status": self.state}
+        if self._engine.failed is not None:
+            return 503, {"status": "failed"}
         stalled = self._engine.stats().stalled_seconds
         if stalled > self.limits.wedged_seconds:
             return 503, {"status": "wedged", "seconds_without_a_step": round(stalled, 1)}

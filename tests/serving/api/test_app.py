@@ -353,6 +353,8 @@ def test_models_tokens_and_health() -> None:
     assert server.get("/health").json() == {"status": "ready"}
     server.engine.stalled = 1000.0
     assert server.get("/health").status_code == 503
+    server.engine.failed = "its device is gone"
+    assert server.get("/health").json() == {"status": "failed"}
     server.api.drain()
     assert server.get("/health").json() == {"status": "draining"}
     response = server.post("/v1/completions", {"model": "fake", "prompt": "x"})
