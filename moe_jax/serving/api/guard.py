@@ -96,7 +96,7 @@ class Guard:
                 await error_response(server_error())(scope, receive, noting)
         if status >= 400:
             self._refused(status)
-        if scope["path"] not in OPEN_ROUTES or status >= 400:
+        if scope["path"] not in OPEN_ROUTES:
             told = "".join(f", {text}" for text in scope["told"].values())
             seconds = time.monotonic() - began
             path = ascii(scope["path"][:80])[1:-1]

@@ -41,6 +41,7 @@ def test_the_log_has_no_text_of_requests(capsys: pytest.CaptureFixture[str]) -> 
     server = serve(FakeEngine())
     server.post("/v1/completions", {"model": "fake", "prompt": "secret", "user": "me\n"})
     server.post("/v1/completions", {"model": "fake", "prompt": "secret", "n": "secret"})
+    server.get("/health")  # which is asked all the time
     (first, second) = server.log
     assert first.startswith("POST /v1/completions 200, ")
     assert first.endswith(r", user 'me\n', 6 + 6 tokens")
