@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.config.schema import MeshConfig
@@ -46,9 +47,9 @@ def make_mesh(config: MeshConfig, given: Sequence[jax.Device] | None = None) -> 
         chosen = first_devices(config.size) if given is None else devices[: config.size]
         grid = np.array(chosen).reshape(config.data, config.expert, config.tensor)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(
-        (config.data, config.expert, config.tensor),
-        AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
+    # Two axes may share a dim of a TPU's torus, as data 8 x expert 8 must on 4 x 4 x 4 chips, which
+    # `jax.make_mesh` refuses.
+    grid = create_device_mesh(
+        (config.data, config.expert, config.tensor), devices, allow_split_physical_axes=True
     )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
