@@ -1,4 +1,4 @@
-"""The commands about text: data prepare and verify; `main.py` adds them to `moe-jax`."""
+"""The commands data prepare, verify and series; `main.py` adds them to `moe-jax`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
+from moe_jax.cli import series
 from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.model_options import one_of
 from moe_jax.cli.options import Out, option, path_argument
 from moe_jax.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare text once, for runs.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare data once, for runs.")
 
 # How the settings that `prepare` takes are called there.
 _SETTINGS = "tokenizer|text_field|split|loss_on|validation_fraction"
@@ -87,6 +88,12 @@ def verify(
             for done in verify_prepared(folder):
                 progress(done)
         print(f"{folder} is whole: {gibibytes(total)}.")
+
+
+app.command(
+    "series",
+    epilog="\b\nExample:\n  moe-jax data series m4_hourly_train.csv hourly --layout rows",
+)(series.store)
 
 
 @contextmanager

@@ -1,6 +1,4 @@
-"""The commands about time series: forecast, eval-forecast and synth; `main.py` adds them to
-`moe-jax`.
-"""
+"""The commands forecast and eval-forecast; `main.py` adds them to `moe-jax`."""
 
 from __future__ import annotations
 
@@ -79,7 +77,6 @@ class TableFlags:
     target: Target = None
     layout: Layout = "auto"
     freq: Freq = None
-    season: Season = None
 
     def __post_init__(self) -> None:
         one_of("--layout", self.layout, LAYOUTS)
@@ -97,6 +94,7 @@ class TableFlags:
 class ModelFlags:
     """How a model computes."""
 
+    season: Season = None
     samples: Samples = None
     seed: Seed = 0
     batch: Batch = 256
@@ -142,12 +140,12 @@ def forecast(
         raise UserError("--horizon is missing: say how many steps to forecast.")
     _require_folder("--out", out)
     _require_folder("--plot", plot)
-    with _as_options(), explained_disk_errors(out):
+    with as_options(), explained_disk_errors(out):
         from moe_jax.forecasting.tables.forecast_file import forecast_file
         from moe_jax.forecasting.tables.frames import ForecastSettings
 
         done = forecast_file(
-            lambda steps: _open(model, table.season or steps.season, run.platform),
+            lambda steps: _open(model, run.season or steps.season, run.platform),
             data,
             out,
             ForecastSettings(0, levels, run.batch, run.samples, run.seed),
@@ -207,7 +205,7 @@ def eval_forecast(
 
     In place of MODEL a CSV file of scores is compared with the baseline's.
     """
-    with _as_options():
+    with as_options():
         from moe_jax.forecasting.evaluate import (
             compared,
             evaluation_set,
@@ -227,7 +225,7 @@ def eval_forecast(
                     name,
                     data_dir,
                     horizon=horizon,
-                    season=table.season,
+                    season=run.season,
                     columns=table.columns,
                     layout=table.layout,
                     freq=table.freq,
@@ -318,7 +316,7 @@ def _require_folder(name: str, path: Path | None) -> None:
 
 
 @contextmanager
-def _as_options() -> Iterator[None]:
+def as_options() -> Iterator[None]:
     """Errors that name arguments of the Python API name them as they are typed here."""
     try:
         yield

@@ -28,6 +28,7 @@ from moe_jax.cli import (
     launch,
     placement,
     preflight,
+    series,
     serving,
 )
 from moe_jax.cli.console import explained_disk_errors
@@ -263,6 +264,12 @@ app.add_typer(
 )
 
 app.add_typer(data.app, name="data", epilog="\b\nExample:\n  moe-jax data verify prepared")
+
+app.add_typer(
+    series.app,
+    name="synth",
+    epilog="\b\nExample:\n  moe-jax synth kernel --series 1000 --out corpus",
+)
 
 
 @app.command(epilog="\b\nExample:\n  moe-jax report runs/first")

@@ -104,3 +104,18 @@ def scores_figure(comparison: ScoreComparison) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
+
+
+def series_figure(series: Sequence[np.ndarray]) -> Figure:
+    """Series side by side, each in its own scale."""
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure = Figure(figsize=(WIDTH, 0.3 + 1.5 * rows), dpi=120, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for number, (ax, one) in enumerate(zip(axes, series, strict=False)):
+        ax.plot(one, color=BLUE, linewidth=0.8)
+        ax.set_title(f"series {number}", loc="left")
+        _plain(ax)
+    for ax in axes[len(series) :]:
+        ax.set_visible(False)
+    return figure

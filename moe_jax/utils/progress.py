@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 MEANINGFUL = 1 << 28  # bytes from which work takes long enough for a bar
 
@@ -32,6 +35,18 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+def with_progress(what: str, things: Iterable[_T], total: int) -> Iterator[_T]:
+    """The things, with a bar on a terminal that counts them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
+    hidden = _muted or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        yield from progress.track(things, total)
 
 
 _muted = False

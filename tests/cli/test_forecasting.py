@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from moe_jax.data.series.corpus import open_corpus
 from tests.support import ROOT
 from tests.support.command import call
 
@@ -122,3 +124,36 @@ def test_gaps(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "item 'two' has a gap before row 70" in error and "or give --fill-gaps." in error
     assert not table.with_name("out.csv").exists()
     assert call("forecast", "seasonal-naive", table, *options, "--fill-gaps") == 0
+
+
+def test_corpora(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file, from kernels, and mixed of both; the same seed gives the same."""
+    folder = table.parent
+    assert call("data", "series", table, folder / "stored", "--target", "target,price") == 0
+    assert "4 series in" in capsys.readouterr().out
+    plot = folder / "kernel.png"
+    made = ("--series", "4", "--length", "64", "--seed", "3")
+    assert call("synth", "kernel", *made, "--out", folder / "kernel", "--plot", plot) == 0
+    assert "4 series in" in capsys.readouterr().err and plot.read_bytes().startswith(b"\x89PNG")
+    lengths = ("--min-length", "20", "--max-length", "50")
+    sources = ("--source", folder / "stored", "--source", folder / "kernel")
+    for name in ("mixed", "again"):
+        options = (*sources, *lengths, "--series", "9", "--out", folder / name)
+        assert call("synth", "mixup", *options) == 0
+    mixed, again = (open_corpus(folder / name) for name in ("mixed", "again"))
+    assert len(mixed) == 9 and 20 <= mixed.lengths().min() <= mixed.lengths().max() <= 50
+    for number in range(9):
+        np.testing.assert_array_equal(mixed[number], again[number])
+    capsys.readouterr()
+    for words, sentence in (
+        (("kernel", "--out", folder / "kernel"), "kernel exists already"),
+        (
+            ("mixup", *sources, "--max-length", "9", "--out", folder / "x"),
+            "--max-length 9 is less than --min-length 128",
+        ),
+        (("mixup", "--source", folder, "--out", folder / "x"), "is no corpus of series"),
+        (("mixup", *sources, "--out", folder / "x"), "source 1 has no series of 128 values"),
+    ):
+        assert call("synth", *words) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (folder / "x").exists()
