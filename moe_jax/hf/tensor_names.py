@@ -151,10 +151,9 @@ class TensorPlan(NamedTuple):
         """The name of the tensor of one layer that holds an expert's gate (0) or up (1), where
         these are apart.
         """
-        prefix = "" if layer is None else LAYER_PREFIX
-        return (prefix + self.names[half if half and self.by_half else 0]).format(
-            layer=layer, expert=expert
-        )
+        name = self.names[half if half and self.by_half else 0]
+        prefix = "" if layer is None or "{layer}" in name else LAYER_PREFIX
+        return (prefix + name).format(layer=layer, expert=expert)
 
     def tensors(self) -> Iterator[str]:
         """The names of all tensors of the parameter."""

@@ -42,6 +42,9 @@ RULES: Rules = {
     "gate_up": (),
     "head": (),
     "latent": (),
+    "patch": (),  # values of a series, and quantiles of its forecast
+    "tokens": (),  # a vocabulary of a few
+    "buckets": (),
     "norm": (),
     "slot_norm": (),
 }

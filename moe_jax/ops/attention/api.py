@@ -1,4 +1,5 @@
-"""Causal attention within documents, with grouped heads and an optional sliding window.
+"""Causal attention within documents, with grouped heads and an optional sliding window; and
+attention to whatever a mask leaves, with biases on the scores.
 
 Back ends: `reference` writes all scores out (for tests); `blockwise` walks blocks of queries, keeps
 one block's scores at a time, skips blocks that the causal or window mask empties, and recomputes
@@ -18,7 +19,7 @@ from moe_jax.ops.attention.blockwise import blockwise_attention
 from moe_jax.ops.attention.reference import MASKED, reference_attention, visible
 from moe_jax.parallel.collectives import vary, vary_alike, vma
 from moe_jax.runtime.platform import default_platform
-from moe_jax.utils.annotations import Array, Float, Int
+from moe_jax.utils.annotations import Array, Bool, Float, Int
 
 AttentionImpl = Literal["auto", "reference", "blockwise", "cudnn"]
 
@@ -78,3 +79,20 @@ def attention(
     raise ValueError(
         f"impl={impl!r} is not a back end of attention: use auto, reference, blockwise or cudnn"
     )
+
+
+def full_attention(
+    q_BSHQ: Float[Array, "B S H Q"],
+    k_BMGQ: Float[Array, "B M G Q"],
+    v_BMGU: Float[Array, "B M G U"],
+    mask_BSM: Bool[Array, "#B #S M"],
+    *,
+    bias_HSM: Float[Array, "H S M"] | None = None,
+    scale: float = 1.0,
+) -> Float[Array, "B S H U"]:
+    """Softmax attention of each query over the keys that the mask leaves, in both directions, as
+    encoders and their decoders have it; where it leaves none, the mean of all values.
+
+    `bias_HSM` is added to the scores, which are multiplied by `scale` and kept in f32, all at once.
+    """
+    return reference_attention(q_BSHQ, k_BMGQ, v_BMGU, mask_BSM, scale, None, bias_HSM)

@@ -29,11 +29,15 @@ def reference_attention(
     mask_BSM: jax.Array,
     scale: float,
     sinks_H: jax.Array | None,
+    bias_HSM: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` for a mask bool [B, S, S]; all scores [B, H, S, S] are in memory."""
-    """All scores at once; the mask says which of M keys each query sees."""
+    """`attention` for a mask bool [B, S, M], which says what keys each query sees, and `bias_HSM`
+    added to the scores; all scores [B, H, S, M] are in memory.
+    """
     q, groups = split_heads(q_BSHQ, k_BMGQ.shape[2]), k_BMGQ.shape[2]
     scores = einsum_f32("bsghd,bmgd->bghsm", q, k_BMGQ) * scale
+    if bias_HSM is not None:
+        scores = scores + bias_HSM.reshape(groups, -1, *bias_HSM.shape[1:])
     scores = jnp.where(mask_BSM[:, None, None], scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     if sinks_H is not None:

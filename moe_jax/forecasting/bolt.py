@@ -1,0 +1,80 @@
+"""Forecasts of Chronos-Bolt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.forecasting.contexts import as_series, batches, pad_rows, round_length
+from moe_jax.forecasting.placed_model import PlacedModel
+from moe_jax.forecasting.quantile_levels import LEVELS, equidistant_quantiles
+from moe_jax.models.chronos.bolt import ChronosBolt
+from moe_jax.models.chronos.config import ChronosBoltConfig
+
+
+class BoltForecaster:
+    """A Chronos-Bolt model on a mesh, a `Forecaster`; series of one variable."""
+
+    multivariate = False
+
+    def __init__(self, config: ChronosBoltConfig, placed: PlacedModel):
+        self.config, self.placed = config, placed
+        self.context_length, self.prediction_length = (
+            config.context_length,
+            config.prediction_length,
+        )
+        self.quantiles = config.quantiles
+
+    def predict(
+        self, inputs: Any, prediction_length: int | None = None, *, batch_size: int = 64
+    ) -> np.ndarray:
+        """Quantiles f32 [B, Q, H] of each series at the levels that the model was trained for.
+
+        Beyond its trained horizon each of the Q quantiles so far is a path that the model continues
+        with Q quantiles of its own, of whose Q x Q values quantiles are taken; and so on.
+        """
+        horizon = self.prediction_length if prediction_length is None else prediction_length
+        series = as_series(inputs)
+        forecasts = np.empty((len(series), len(self.config.quantiles), horizon), np.float32)
+        sizes = (self.context_length, self.config.patch, batch_size)
+        for numbers, context_BT in batches(series, *sizes):
+            forecasts[numbers] = self._extend(context_BT, horizon, batch_size)
+        return forecasts
+
+    def predict_quantiles(
+        self,
+        inputs: Any,
+        prediction_length: int | None = None,
+        quantile_levels: Sequence[float] = LEVELS,
+        *,
+        batch_size: int = 64,
+        num_samples: int | None = None,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Quantiles [B, H, levels], and the median [B, H], which Chronos-Bolt gives for a mean.
+        It draws nothing: `num_samples` and `seed` change nothing.
+        """
+        del num_samples, seed
+        forecasts = self.predict(inputs, prediction_length, batch_size=batch_size).swapaxes(1, 2)
+        trained = self.config.quantiles
+        chosen = equidistant_quantiles(forecasts, trained, quantile_levels)
+        return chosen, forecasts[..., trained.index(0.5)]
+
+    def _extend(self, context_BT: np.ndarray, horizon: int, batch_size: int) -> np.ndarray:
+        forecast_BQH = self.placed.run(ChronosBolt.__call__, context_BT)
+        blocks, count = [forecast_BQH], len(self.config.quantiles)
+        paths_BQT = np.repeat(context_BT[:, None], count, axis=1)
+        while len(blocks) * self.prediction_length < horizon:
+            paths_BQT = np.concatenate([paths_BQT, blocks[-1]], axis=-1)
+            length = round_length(paths_BQT.shape[-1], self.context_length, self.config.patch)
+            rows = pad_rows(list(paths_BQT.reshape(-1, paths_BQT.shape[-1])), length)
+            parts = [
+                self.placed.run(ChronosBolt.__call__, rows[start : start + batch_size])
+                for start in range(0, len(rows), batch_size)
+            ]
+            values_BNH = np.concatenate(parts).reshape(len(context_BT), count**2, -1)
+            levels = np.asarray(self.config.quantiles, np.float32)
+            blocks.append(np.quantile(values_BNH, levels, axis=1).astype(np.float32).swapaxes(0, 1))
+        return np.concatenate(blocks, axis=-1)[..., :horizon]

@@ -1,0 +1,32 @@
+"""A folder or a name on the hub, opened as a forecaster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from moe_jax.errors import UserError
+from moe_jax.forecasting.bolt import BoltForecaster
+from moe_jax.forecasting.chronos2 import Chronos2Forecaster
+from moe_jax.forecasting.forecaster import Forecaster
+from moe_jax.forecasting.placed_model import place
+from moe_jax.hf.chronos import open_chronos
+from moe_jax.model_io import source
+from moe_jax.models.chronos.config import ChronosBoltConfig
+
+
+def load_forecaster(path: Path | str, mesh: Mesh | None = None) -> Forecaster:
+    """The Chronos-T5, Chronos-Bolt or Chronos-2 model in a folder or on the hub, on a mesh (by
+    default one device).
+
+    Raises UserError for what is none of them.
+    """
+    found = source.find_local(Path(path))
+    if not isinstance(found, source.HuggingFaceSource):
+        raise UserError(f"{path} is no Chronos model: name a folder with its config.json.")
+    checkpoint = open_chronos(found.path)
+    config, placed = checkpoint.config, place(checkpoint, mesh)
+    if isinstance(config, ChronosBoltConfig):
+        return BoltForecaster(config, placed)
+    return Chronos2Forecaster(config, placed)

@@ -1,0 +1,130 @@
+"""A forecaster's weights on the devices of a mesh, and its methods as compiled programs.
+
+    placed = place(open_chronos(folder), mesh)
+    quantiles = placed.run(ChronosBolt.__call__, contexts)      # numpy in and out, a row a series
+
+Rows are split over `data` and `expert`, and every device computes with its own; there may be any
+number of them. Weights are stored as in training (`parallel/sharding.py`), read by the byte ranges
+of each device's part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config.schema import MeshConfig
+from moe_jax.errors import UserError
+from moe_jax.hf.chronos import ChronosCheckpoint
+from moe_jax.models.chronos.config import ChronosConfig
+from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.sharding import RULES, Rules, apply_rules, named, specs
+
+
+def fitting_rules(config: ChronosConfig, mesh: Mesh) -> Rules:
+    """The rules for training, of which those stay out whose axes do not divide a dim of the model.
+
+    Raises UserError where a vocabulary of bins cannot be split.
+    """
+    stack = config.stack
+    sizes = {
+        "width": stack.width,
+        "heads": stack.num_heads,
+        "hidden": stack.hidden,
+        "vocab": config.vocab_size,
+    }
+    rules = dict(RULES)
+    for name, size in sizes.items():
+        devices = int(np.prod([mesh.shape[axis] for axis in rules[name]]))
+        if size % devices:
+            rules[name] = ()
+    return rules
+
+
+class PlacedModel:
+    """Weights on a mesh; `run` computes with them."""
+
+    def __init__(self, graph: nnx.GraphDef, state: Any, spec: Any, mesh: Mesh):
+        self.mesh, self.state, self._graph, self._spec = mesh, state, graph, spec
+        self._programs: dict[Any, Any] = {}
+
+    def run(self, method: Callable[..., Any], *rows: np.ndarray, **static: Any) -> Any:
+        """`method(model, *rows, **static)` in numpy; it takes and gives arrays whose first dim
+        counts rows, of which it computes each by itself.
+        """
+        count = len(rows[0])
+        devices = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        padded = -(-rounded(count) // devices) * devices
+        repeated = [
+            np.concatenate([array, np.repeat(array[:1], padded - count, axis=0)]) for array in rows
+        ]
+        key = (method, tuple(sorted(static.items())))
+        if key not in self._programs:
+            self._programs[key] = jax.jit(self._inside(functools.partial(method, **static)))
+        placed = jax.device_put(repeated, NamedSharding(self.mesh, P(BATCH_AXES)))
+        results = self._programs[key](self.state, *placed)
+        return jax.tree.map(lambda array: np.asarray(array)[:count], results)
+
+    def gradients(self, method: Callable[..., Any], *rows: np.ndarray) -> tuple[Any, Any]:
+        """The mean of `method(model, *rows)` [B], and its gradient by every parameter, as a state
+        of the model. The devices divide the number of rows.
+        """
+        mean = jax.jit(jax.value_and_grad(lambda *given: jnp.mean(self._inside(method)(*given))))
+        return mean(self.state, *rows)
+
+    def _inside(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`method` of the model whose state comes first, each device with its rows."""
+
+        def compute(state: Any, *arrays: jax.Array) -> Any:
+            rows = P(BATCH_AXES)
+            return jax.shard_map(
+                lambda state, *arrays: method(nnx.merge(self._graph, state), *arrays),
+                mesh=self.mesh,
+                in_specs=(self._spec, *([rows] * len(arrays))),
+                out_specs=rows,
+            )(state, *arrays)
+
+        return compute
+
+
+def place(checkpoint: ChronosCheckpoint, mesh: Mesh | None = None) -> PlacedModel:
+    """Reads a checkpoint onto a mesh, by default of one device; each device its part."""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    model, config = checkpoint.abstract, checkpoint.config
+    rules = fitting_rules(config, mesh)
+    if config.vocab_size > 2 and not rules["vocab"]:
+        raise UserError(
+            f"{checkpoint.folder}: its {config.vocab_size} tokens cannot be split over "
+            f"mesh.tensor={mesh.shape['tensor']}: choose a divisor of them."
+        )
+    apply_rules(model, rules)
+    graph, state = nnx.split(model)
+    spec = specs(state)
+    shardings = traverse_util.flatten_dict(named(mesh, nnx.to_pure_dict(spec)))
+    arrays = {}
+    for keys, variable in nnx.to_flat_state(state):
+        path = "/".join(map(str, keys))
+        arrays[keys] = jax.make_array_from_callback(
+            variable.get_value().shape,
+            shardings[keys],
+            functools.partial(checkpoint.leaf, path),
+        )
+    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(arrays))
+    return PlacedModel(graph, state, spec, mesh)
+
+
+def rounded(count: int) -> int:
+    """The least number that is at least `count` and one of few, so that few programs are compiled:
+    of four in each octave.
+    """
+    step = max(1, 1 << max(0, (count - 1).bit_length() - 3))
+    return -(-count // step) * step
