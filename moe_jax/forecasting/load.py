@@ -11,9 +11,10 @@ from moe_jax.forecasting.bolt import BoltForecaster
 from moe_jax.forecasting.chronos2 import Chronos2Forecaster
 from moe_jax.forecasting.forecaster import Forecaster
 from moe_jax.forecasting.placed_model import place
+from moe_jax.forecasting.t5 import T5Forecaster
 from moe_jax.hf.chronos import open_chronos
 from moe_jax.model_io import source
-from moe_jax.models.chronos.config import ChronosBoltConfig
+from moe_jax.models.chronos.config import ChronosBoltConfig, ChronosT5Config
 
 
 def load_forecaster(path: Path | str, mesh: Mesh | None = None) -> Forecaster:
@@ -27,6 +28,8 @@ def load_forecaster(path: Path | str, mesh: Mesh | None = None) -> Forecaster:
         raise UserError(f"{path} is no Chronos model: name a folder with its config.json.")
     checkpoint = open_chronos(found.path)
     config, placed = checkpoint.config, place(checkpoint, mesh)
+    if isinstance(config, ChronosT5Config):
+        return T5Forecaster(config, placed)
     if isinstance(config, ChronosBoltConfig):
         return BoltForecaster(config, placed)
     return Chronos2Forecaster(config, placed)

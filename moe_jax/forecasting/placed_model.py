@@ -4,8 +4,8 @@
     quantiles = placed.run(ChronosBolt.__call__, contexts)      # numpy in and out, a row a series
 
 Rows are split over `data` and `expert`, and every device computes with its own; there may be any
-number of them. Weights are stored as in training (`parallel/sharding.py`), read by the byte ranges
-of each device's part.
+number of them. Weights are split as `parallel/sharding.py` says, read by the byte ranges of each
+device's part.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.sharding import RULES, Rules, apply_rules, named, specs
 
 
-def fitting_rules(config: ChronosConfig, mesh: Mesh) -> Rules:
-    """The rules for training, of which those stay out whose axes do not divide a dim of the model.
-
-    Raises UserError where a vocabulary of bins cannot be split.
+def fitting_rules(config: ChronosConfig, mesh: Mesh, fsdp: bool) -> Rules:
+    """The rules for training, without `fsdp` whole widths on every device; those stay out whose
+    axes do not divide a dim of the model.
     """
     stack = config.stack
     sizes = {
@@ -45,7 +44,7 @@ def fitting_rules(config: ChronosConfig, mesh: Mesh) -> Rules:
     rules = dict(RULES)
     for name, size in sizes.items():
         devices = int(np.prod([mesh.shape[axis] for axis in rules[name]]))
-        if size % devices:
+        if size % devices or (name == "width" and not fsdp):
             rules[name] = ()
     return rules
 
@@ -57,13 +56,17 @@ class PlacedModel:
         self.mesh, self.state, self._graph, self._spec = mesh, state, graph, spec
         self._programs: dict[Any, Any] = {}
 
+    @property
+    def row_devices(self) -> int:
+        """Parts into which rows are split."""
+        return int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+
     def run(self, method: Callable[..., Any], *rows: np.ndarray, **static: Any) -> Any:
         """`method(model, *rows, **static)` in numpy; it takes and gives arrays whose first dim
         counts rows, of which it computes each by itself.
         """
         count = len(rows[0])
-        devices = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
-        padded = -(-rounded(count) // devices) * devices
+        padded = -(-rounded(count) // self.row_devices) * self.row_devices
         repeated = [
             np.concatenate([array, np.repeat(array[:1], padded - count, axis=0)]) for array in rows
         ]
@@ -96,11 +99,15 @@ class PlacedModel:
         return compute
 
 
-def place(checkpoint: ChronosCheckpoint, mesh: Mesh | None = None) -> PlacedModel:
-    """Reads a checkpoint onto a mesh, by default of one device; each device its part."""
+def place(
+    checkpoint: ChronosCheckpoint, mesh: Mesh | None = None, *, fsdp: bool = False
+) -> PlacedModel:
+    """Reads a checkpoint onto a mesh, by default of one device; each device its part: with `fsdp`
+    as in training, else all that `tensor` does not split.
+    """
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     model, config = checkpoint.abstract, checkpoint.config
-    rules = fitting_rules(config, mesh)
+    rules = fitting_rules(config, mesh, fsdp)
     if config.vocab_size > 2 and not rules["vocab"]:
         raise UserError(
             f"{checkpoint.folder}: its {config.vocab_size} tokens cannot be split over "

@@ -67,11 +67,14 @@ def weighted_quantiles(
 ) -> np.ndarray:
     """Quantiles of samples [..., N] that stand for shares of the probability, weights [N]: linear
     between the sums of the weights up to each; f32.
+
+    A rounding of these sums moves a result by its share of a weight times the distance of two
+    samples: they are added up in f64, as torch does.
     """
     weights = np.asarray(weights, np.float32)
     order = np.argsort(samples, axis=-1, kind="stable")
-    shares = (weights / weights.sum(dtype=np.float32))[order]
-    sums = np.cumsum(shares, axis=-1, dtype=np.float32).clip(0, 1)
+    shares = (weights / np.float32(weights.sum(dtype=np.float64)))[order]
+    sums = np.cumsum(shares, axis=-1, dtype=np.float64).astype(np.float32).clip(0, 1)
     return interpolate_quantiles(levels, sums, np.take_along_axis(samples, order, -1))
 
 

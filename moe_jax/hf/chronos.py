@@ -23,7 +23,13 @@ from moe_jax.hf.safetensors import FILE_DTYPES, Shards
 from moe_jax.hf.tensor_names import Names, Stored, TensorPlan, plan_tensors
 from moe_jax.models.chronos.bolt import ChronosBolt
 from moe_jax.models.chronos.chronos2 import Chronos2
-from moe_jax.models.chronos.config import Chronos2Config, ChronosBoltConfig, ChronosConfig
+from moe_jax.models.chronos.config import (
+    Chronos2Config,
+    ChronosBoltConfig,
+    ChronosConfig,
+    ChronosT5Config,
+)
+from moe_jax.models.chronos.t5 import ChronosT5
 from moe_jax.models.parameters import Parameter
 from moe_jax.models.paths import ParameterPath
 
@@ -90,13 +96,19 @@ def _residual_block(ours: str) -> Names:
 
 def names_of(config: ChronosConfig) -> Names:
     """The tensors of a family's parameters, by path."""
+    if isinstance(config, ChronosT5Config):
+        return _t5_names()
     stacks = _chronos2_names() if isinstance(config, Chronos2Config) else _t5_names()
     return stacks | _residual_block("input_patch") | _residual_block("output_patch")
 
 
 def chronos_model(config: ChronosConfig) -> Callable[[], nnx.Module]:
     """Makes the model of a configuration, with weights of no meaning."""
-    models = {ChronosBoltConfig: ChronosBolt, Chronos2Config: Chronos2}
+    models = {
+        ChronosT5Config: ChronosT5,
+        ChronosBoltConfig: ChronosBolt,
+        Chronos2Config: Chronos2,
+    }
     model: Any = models[type(config)]
     return lambda: model(config, rngs=nnx.Rngs(0))
 

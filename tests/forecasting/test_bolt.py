@@ -68,7 +68,7 @@ def counted_losses(model: ChronosBolt, *rows: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2, "tensor": 2}], ids=["1", "2x2x2"])
 def test_losses_and_gradients_are_the_librarys(checkpoint: Any, mesh: dict[str, int]) -> None:
     config = MeshConfig(**mesh)
-    placed = place(checkpoint, make_mesh(config, jax.devices()[: config.size]))
+    placed = place(checkpoint, make_mesh(config, jax.devices()[: config.size]), fsdp=True)
     # Twelve rows, which the devices divide: the last once more, which counts for nothing.
     context, target = (
         np.concatenate([WANTED[name], WANTED[name][-1:]]) for name in ("context", "target")

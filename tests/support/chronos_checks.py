@@ -14,13 +14,17 @@ TOLERANCE = 1e-5  # of the size of a series, or of the largest entry
 
 
 def assert_close(found: Any, wanted: np.ndarray, size: Any = None) -> None:
-    """Equal but for a share of `size`, which goes with the first dim; by default of the largest
-    entry.
+    """Equal but for a share of `size`, which goes with the first dim, or of what is wanted there,
+    where that is larger; by default of the largest entry.
     """
     found = np.asarray(found)
     assert found.shape == wanted.shape
     size = np.abs(wanted).max() if size is None else np.asarray(size)
-    size = size.reshape(-1, *[1] * (wanted.ndim - 1)) if np.ndim(size) else size
+    if np.ndim(size):
+        rows = tuple(range(1, wanted.ndim))
+        size = np.maximum(
+            size.reshape(-1, *[1] * len(rows)), np.abs(wanted).max(rows, keepdims=True)
+        )
     assert (np.abs(found - wanted) <= TOLERANCE * size).all(), np.max(np.abs(found - wanted) / size)
 
 

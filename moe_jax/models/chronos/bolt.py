@@ -17,6 +17,7 @@ from moe_jax.models.chronos.patches import (
     scale_of,
 )
 from moe_jax.models.chronos.stacks import Decoder, Encoder
+from moe_jax.parallel.collectives import vary, vma
 from moe_jax.parallel.sharding import gather, param
 from moe_jax.utils.annotations import Array, Float
 
@@ -85,5 +86,5 @@ class ChronosBolt(nnx.Module):
 
     def _token(self, token: int, like_BMD: jax.Array) -> jax.Array:
         """The embedding of a token for each series, [B, 1, D]."""
-        row_D = gather(self.shared, like_BMD.dtype)[:, token]
+        row_D = vary(gather(self.shared, like_BMD.dtype)[:, token], vma(like_BMD))
         return jnp.broadcast_to(row_D, (len(like_BMD), 1, len(row_D)))

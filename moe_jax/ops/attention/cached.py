@@ -108,3 +108,18 @@ def _places(
     at = (layer, *(start if d == dim else 0 for d in range(1, cache.ndim)))
     shape = (1, *(size if d == dim else cache.shape[d] for d in range(1, cache.ndim)))
     return lax.dynamic_slice(cache, at, shape, allow_negative_indices=False)[0]
+
+
+def stored_attention(
+    q_BSHQ: Float[Array, "B S H Q"],
+    keys: Float[Array, "B H Q M"],
+    values: Float[Array, "B H M U"],
+    bias: Float[Array, "#B #H 1 M"],
+) -> Float[Array, "B S H U"]:
+    """Attention, whose scores are not scaled, over all places of keys and values in the order of
+    a cache; `bias` is added to the scores of all queries alike, and hides a place where it is
+    `MASKED`.
+    """
+    scores = einsum_f32("bshq,bhqm->bhsm", q_BSHQ, keys) + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return einsum_f32("bhsm,bhmu->bshu", weights, values).astype(q_BSHQ.dtype)
