@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -139,11 +138,12 @@ def make_checkpoint(options: argparse.Namespace) -> None:
     }
     patches = {"input_patch_size": 16, "input_patch_stride": 16, "use_reg_token": True}
     nine = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
     torch.manual_seed(0)
     model: Any
     if family == "bolt":
         settings = {"context_length": 2048, "prediction_length": 64, "quantiles": nine, **patches}
-        config = T5Config(**common, vocab_size=2, decoder_start_token_id=0)
+        config = T5Config(**common, vocab_size=2, **start)
         config.chronos_config, config.chronos_pipeline_class = settings, "ChronosBoltPipeline"
         model = ChronosBoltModelForForecasting(config)
     elif family == "chronos2":
@@ -160,7 +160,7 @@ def make_checkpoint(options: argparse.Namespace) -> None:
         config.chronos_pipeline_class = "Chronos2Pipeline"
         model = Chronos2Model(config)
     else:
-        config = T5Config(**common, vocab_size=4096, decoder_start_token_id=0)
+        config = T5Config(**common, vocab_size=4096, **start)
         config.chronos_config = {
             "tokenizer_class": "MeanScaleUniformBins",
             "n_tokens": 4096,
@@ -182,4 +182,4 @@ def make_checkpoint(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

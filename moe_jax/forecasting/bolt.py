@@ -52,11 +52,12 @@ class BoltForecaster:
         batch_size: int = 64,
         num_samples: int | None = None,
         seed: int = 0,
+        first_series: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles [B, H, levels], and the median [B, H], which Chronos-Bolt gives for a mean.
-        It draws nothing: `num_samples` and `seed` change nothing.
+        It draws nothing: `num_samples`, `seed` and `first_series` change nothing.
         """
-        del num_samples, seed
+        del num_samples, seed, first_series
         forecasts = self.predict(inputs, prediction_length, batch_size=batch_size).swapaxes(1, 2)
         trained = self.config.quantiles
         chosen = equidistant_quantiles(forecasts, trained, quantile_levels)
@@ -69,7 +70,7 @@ class BoltForecaster:
         while len(blocks) * self.prediction_length < horizon:
             paths_BQT = np.concatenate([paths_BQT, blocks[-1]], axis=-1)
             length = round_length(paths_BQT.shape[-1], self.context_length, self.config.patch)
-            rows = pad_rows(list(paths_BQT.reshape(-1, paths_BQT.shape[-1])), length)
+            rows = pad_rows(paths_BQT.reshape(-1, paths_BQT.shape[-1]), length)
             parts = [
                 self.placed.run(ChronosBolt.__call__, rows[start : start + batch_size])
                 for start in range(0, len(rows), batch_size)

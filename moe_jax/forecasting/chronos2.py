@@ -69,12 +69,14 @@ class Chronos2Forecaster:
         batch_size: int = 256,
         num_samples: int | None = None,
         seed: int = 0,
+        first_series: int = 0,
         cross_learning: bool = False,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Quantiles [targets, H, levels] of each input, and medians [targets, H], which Chronos-2
-        gives for means. It draws nothing: `num_samples` and `seed` change nothing.
+        gives for means. It draws nothing: `num_samples`, `seed` and `first_series` change
+        nothing.
         """
-        del num_samples, seed
+        del num_samples, seed, first_series
         check_levels(quantile_levels)
         trained = self.quantiles
         quantiles, medians = [], []
@@ -87,7 +89,7 @@ class Chronos2Forecaster:
                 quantiles.append(values[..., [trained.index(one) for one in quantile_levels]])
             else:
                 quantiles.append(
-                    interpolate_quantiles(quantile_levels, np.float32(trained), values)
+                    interpolate_quantiles(quantile_levels, np.asarray(trained, np.float32), values)
                 )
         return quantiles, medians
 
@@ -153,7 +155,7 @@ class Chronos2Forecaster:
         """Contexts [G, N, R, T] with a forecast [G, R, Q, h] behind them, of which each path N has
         one level, or what is known; and the future after it.
         """
-        trained, steps = np.float32(self.quantiles), block.shape[-1]
+        trained, steps = np.asarray(self.quantiles, np.float32), block.shape[-1]
         levels = interpolate_quantiles(LEVELS, trained, np.moveaxis(block, 2, -1))
         paths = np.moveaxis(levels, -1, 1)
         known = future[..., :steps]
@@ -169,7 +171,7 @@ class Chronos2Forecaster:
         """One pass over all paths [G, N, R, T], as quantiles [G, R, Q, h] of all their values."""
         groups, paths, count, length = context.shape
         length = round_length(length, self.context_length, self.config.patch)
-        rows = pad_rows(list(context.reshape(-1, context.shape[-1])), length)
+        rows = pad_rows(context.reshape(-1, context.shape[-1]), length)
         given = rows.reshape(-1, count, length), future.reshape(-1, count, future.shape[-1])
         values = self._pass(*given, patches, batch)
         values = values.reshape(groups, paths, *values.shape[1:])

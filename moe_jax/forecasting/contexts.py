@@ -40,7 +40,7 @@ def check_finite(values: np.ndarray, what: str) -> None:
         )
 
 
-def pad_rows(series: Sequence[np.ndarray], length: int) -> np.ndarray:
+def pad_rows(series: Sequence[np.ndarray] | np.ndarray, length: int) -> np.ndarray:
     """The last `length` values of each, f32 [B, length], with NaN in front of shorter ones."""
     rows = np.full((len(series), length), np.nan, np.float32)
     for row, one in zip(rows, series, strict=True):

@@ -19,6 +19,9 @@ ForecastTask = Mapping[str, Any]
 `past_covariates` has too.
 """
 
+Forecasts = np.ndarray | Sequence[np.ndarray]
+"""One array for all inputs, or one for each."""
+
 
 class Forecaster(Protocol):
     """A model that continues series. A missing value is NaN."""
@@ -51,7 +54,7 @@ class Forecaster(Protocol):
         num_samples: int | None = None,
         seed: int = 0,
         first_series: int = 0,
-    ) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    ) -> tuple[Forecasts, Forecasts]:
         """Quantiles and means of the next steps: arrays [B, H, levels] and [B, H], and of
         multivariate forecasters lists of B such [targets, H, levels] and [targets, H].
 

@@ -39,6 +39,7 @@ class T5Forecaster:
         batch_size: int = 256,
         num_samples: int | None = None,
         seed: int = 0,
+        first_series: int = 0,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -46,7 +47,8 @@ class T5Forecaster:
         """Sample paths f32 [B, num_samples, H] of each series; what is None is the model's own.
 
         Beyond the trained horizon all paths go on from their median, as in the library. A series
-        draws from a key of its number among the inputs, so that other series change nothing.
+        draws from a key of its number, counted from `first_series`, so that other series change
+        nothing.
         """
         horizon = self.prediction_length if prediction_length is None else prediction_length
         own = self.config.sampling
@@ -61,7 +63,8 @@ class T5Forecaster:
         forecasts = np.empty((len(series), paths, horizon), np.float32)
         size = min(batch_size, self._most_series(paths))
         for numbers, context_BT in batches(series, self.context_length, UNIT, size):
-            found = self._extend(context_BT, horizon, numbers, seed, paths, drawing)
+            keys = jax.random.key(seed, impl="threefry2x32"), first_series + numbers
+            found = self._extend(context_BT, horizon, keys, paths, drawing)
             forecasts[numbers] = found
         return forecasts
 
@@ -70,13 +73,26 @@ class T5Forecaster:
         inputs: Any,
         prediction_length: int | None = None,
         quantile_levels: Sequence[float] = LEVELS,
-        **options: Any,
+        *,
+        batch_size: int = 256,
+        num_samples: int | None = None,
+        seed: int = 0,
+        first_series: int = 0,
+        **drawing: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles [B, H, levels] of the sample paths, linear between them, and their means [B,
-        H]; `options` are those of `predict`.
+        H]; the options are those of `predict`.
         """
         check_levels(quantile_levels)
-        samples = self.predict(inputs, prediction_length, **options)
+        samples = self.predict(
+            inputs,
+            prediction_length,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            seed=seed,
+            first_series=first_series,
+            **drawing,
+        )
         levels = np.asarray(quantile_levels, np.float32)
         quantiles = np.moveaxis(np.quantile(samples, levels, axis=1), 0, -1)
         return quantiles.astype(np.float32), samples.mean(axis=1)
@@ -93,12 +109,11 @@ class T5Forecaster:
         self,
         context_BT: np.ndarray,
         horizon: int,
-        numbers: np.ndarray,
-        seed: int,
+        keys: tuple[jax.Array, np.ndarray],
         paths: int,
         drawing: Drawing,
     ) -> np.ndarray:
-        """Paths [B, N, horizon] of the series with these numbers."""
+        """Paths [B, N, horizon]; `keys` are the seed's and the numbers of the series."""
         blocks: list[np.ndarray] = []
         done = 0
         while done < horizon:
@@ -107,14 +122,14 @@ class T5Forecaster:
                 median_BT = ordered[:, (paths - 1) // 2]  # of an even number the lower one
                 context_BT = np.concatenate([context_BT, median_BT], axis=1)
                 length = round_length(context_BT.shape[1], self.context_length, UNIT)
-                context_BT = pad_rows(list(context_BT), length)
+                context_BT = pad_rows(context_BT, length)
             tokens = encode_context(context_BT, self.config.bins)
             steps = min(horizon - done, self.prediction_length)
             ids_BNT = self.placed.run(
                 ChronosT5.generate,
                 tokens.ids_BT,
                 tokens.mask_BT,
-                _keys(seed, len(blocks), numbers),
+                _keys(*keys, len(blocks)),
                 steps=steps,
                 paths=paths,
                 drawing=drawing,
@@ -124,10 +139,10 @@ class T5Forecaster:
         return np.concatenate(blocks, axis=-1)
 
 
-def _keys(seed: int, block: int, numbers: np.ndarray) -> np.ndarray:
-    """The key of each series, uint32 [B, 2]."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), block)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(numbers, np.uint32))
+def _keys(key: jax.Array, numbers: np.ndarray, block: int) -> np.ndarray:
+    """The key of each series, uint32 [B, 2], for one of the blocks of steps that it draws."""
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = fold(jax.random.fold_in(key, block), np.asarray(numbers, np.uint32))
     return np.asarray(jax.random.key_data(keys))
 
 

@@ -122,7 +122,7 @@ def _encode(
     past_codes = codes(past)
     future_codes = None if future is None else codes(future)
     if len(target) > 1:
-        number = np.float32([*range(unseen), np.nan])
+        number = np.array([*range(unseen), np.nan], np.float32)
     else:
         seen = np.isfinite(target[0])
         values = np.where(seen, target[0], 0).astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def read_chronos_config(folder: Path | str) -> ChronosConfig:
         )
     keys = Keys(values, str(path))
     architecture = (keys.get("architectures", list, None) or [None])[0]
+    readers: dict[str, Callable[[Keys, Keys], ChronosConfig]]
     readers = {T5: _t5, BOLT: _bolt, CHRONOS2: _chronos2}
     if architecture not in readers:
         raise keys.refuse("architectures", f"is not supported, only one of {', '.join(readers)}")

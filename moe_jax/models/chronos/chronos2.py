@@ -79,7 +79,8 @@ class GroupBlock(nnx.Module):
 
         parts = (self.group.queries(x_BSD), *self.group.keys_values(x_BSD))
         mask_N1R = jnp.swapaxes(mask_GRS, 1, 2).reshape(groups * length, 1, rows)
-        out_NRHQ = full_attention(*map(by_time, parts), mask_N1R)
+        q_NRHQ, k_NRHQ, v_NRHQ = map(by_time, parts)
+        out_NRHQ = full_attention(q_NRHQ, k_NRHQ, v_NRHQ, mask_N1R)
         out_GSRHQ = out_NRHQ.reshape(groups, length, *out_NRHQ.shape[1:])
         out_GRSHQ = jnp.swapaxes(out_GSRHQ, 1, 2)
         return self.group.project_out(out_GRSHQ.reshape(-1, *out_GRSHQ.shape[2:]))
