@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.forecasting.contexts import as_series, batches, pad_rows, round_length
+from moe_jax.forecasting.contexts import as_series, batches, left_padded, round_length
 from moe_jax.forecasting.placed_model import PlacedModel
 from moe_jax.forecasting.quantile_levels import LEVELS, equidistant_quantiles
 from moe_jax.models.chronos.bolt import ChronosBolt
@@ -70,7 +70,7 @@ class BoltForecaster:
         while len(blocks) * self.prediction_length < horizon:
             paths_BQT = np.concatenate([paths_BQT, blocks[-1]], axis=-1)
             length = round_length(paths_BQT.shape[-1], self.context_length, self.config.patch)
-            rows = pad_rows(paths_BQT.reshape(-1, paths_BQT.shape[-1]), length)
+            rows = left_padded(paths_BQT.reshape(-1, paths_BQT.shape[-1]), length)
             parts = [
                 self.placed.run(ChronosBolt.__call__, rows[start : start + batch_size])
                 for start in range(0, len(rows), batch_size)

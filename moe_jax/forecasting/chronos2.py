@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.forecasting.contexts import pad_rows, round_length
+from moe_jax.forecasting.contexts import left_padded, round_length
 from moe_jax.forecasting.placed_model import PlacedModel, rounded
 from moe_jax.forecasting.quantile_levels import (
     LEVELS,
@@ -128,7 +128,7 @@ class Chronos2Forecaster:
             self.context_length,
             self.config.patch,
         )
-        context = np.stack([pad_rows(group.context_RT, length) for group in groups])
+        context = np.stack([left_padded(group.context_RT, length) for group in groups])
         future = np.stack([group.future_RH for group in groups])
         batch = max(1, batch_size // count)
         blocks: list[np.ndarray] = []
@@ -171,7 +171,7 @@ class Chronos2Forecaster:
         """One pass over all paths [G, N, R, T], as quantiles [G, R, Q, h] of all their values."""
         groups, paths, count, length = context.shape
         length = round_length(length, self.context_length, self.config.patch)
-        rows = pad_rows(context.reshape(-1, context.shape[-1]), length)
+        rows = left_padded(context.reshape(-1, context.shape[-1]), length)
         given = rows.reshape(-1, count, length), future.reshape(-1, count, future.shape[-1])
         values = self._pass(*given, patches, batch)
         values = values.reshape(groups, paths, *values.shape[1:])
@@ -206,6 +206,6 @@ class Chronos2Forecaster:
 def _merged(groups: list[Group]) -> Group:
     """All rows of groups as one group."""
     length = max(group.context_RT.shape[1] for group in groups)
-    context = np.concatenate([pad_rows(group.context_RT, length) for group in groups])
+    context = np.concatenate([left_padded(group.context_RT, length) for group in groups])
     future = np.concatenate([group.future_RH for group in groups])
     return Group(context, future, len(context))

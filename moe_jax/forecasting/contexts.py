@@ -40,7 +40,7 @@ def check_finite(values: np.ndarray, what: str) -> None:
         )
 
 
-def pad_rows(series: Sequence[np.ndarray] | np.ndarray, length: int) -> np.ndarray:
+def left_padded(series: Sequence[np.ndarray] | np.ndarray, length: int) -> np.ndarray:
     """The last `length` values of each, f32 [B, length], with NaN in front of shorter ones."""
     rows = np.full((len(series), length), np.nan, np.float32)
     for row, one in zip(rows, series, strict=True):
@@ -60,7 +60,7 @@ def batches(
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         length = round_length(int(lengths[numbers[0]]), context_length, unit)
-        yield numbers, pad_rows([series[number] for number in numbers], length)
+        yield numbers, left_padded([series[number] for number in numbers], length)
 
 
 def round_length(length: int, context_length: int, unit: int) -> int:

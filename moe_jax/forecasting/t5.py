@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.forecasting.contexts import as_series, batches, pad_rows, round_length
+from moe_jax.forecasting.contexts import as_series, batches, left_padded, round_length
 from moe_jax.forecasting.placed_model import PlacedModel
 from moe_jax.forecasting.quantile_levels import LEVELS, check_levels
 from moe_jax.models.chronos.bins import decode_tokens, encode_context
@@ -122,7 +122,7 @@ class T5Forecaster:
                 median_BT = ordered[:, (paths - 1) // 2]  # of an even number the lower one
                 context_BT = np.concatenate([context_BT, median_BT], axis=1)
                 length = round_length(context_BT.shape[1], self.context_length, UNIT)
-                context_BT = pad_rows(context_BT, length)
+                context_BT = left_padded(context_BT, length)
             tokens = encode_context(context_BT, self.config.bins)
             steps = min(horizon - done, self.prediction_length)
             ids_BNT = self.placed.run(

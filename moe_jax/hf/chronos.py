@@ -34,7 +34,7 @@ from moe_jax.models.parameters import Parameter
 from moe_jax.models.paths import ParameterPath
 
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
-SHARED = "shared.weight"
+SHARED_TABLE = "shared.weight"
 _TIED = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -58,7 +58,7 @@ def _feed_forward(blocks: str, stack: str, number: int, name: str) -> Names:
 
 def _t5_names() -> Names:
     """Of T5's encoder and decoder."""
-    names: Names = {"shared": SHARED}
+    names: Names = {"shared": SHARED_TABLE}
     for stack in ("encoder", "decoder"):
         blocks, attention = f"{stack}/blocks", "SelfAttention"
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -78,7 +78,7 @@ def _t5_names() -> Names:
 def _chronos2_names() -> Names:
     """Of Chronos-2's encoder."""
     blocks = "encoder/blocks"
-    names: Names = {"shared": SHARED, "encoder/norm/scale": "encoder.final_layer_norm.weight"}
+    names: Names = {"shared": SHARED_TABLE, "encoder/norm/scale": "encoder.final_layer_norm.weight"}
     for number, ours in enumerate(("time", "group")):
         where = (f"{blocks}/{ours}", "encoder", number, "self_attention", f"{blocks}/{ours}_norm")
         names |= _attention(*where)
@@ -121,7 +121,9 @@ def open_chronos(folder: Path | str) -> ChronosCheckpoint:
     config = read_chronos_config(folder)
     abstract = nnx.eval_shape(chronos_model(config))
     shards, names = Shards(folder), names_of(config)
-    if SHARED not in shards.entries:  # of which transformers writes one copy, not always this one
+    if (
+        SHARED_TABLE not in shards.entries
+    ):  # of which transformers writes one copy, not always this one
         there = [name for name in _TIED if name in shards.entries]
         names |= {"shared": there[0]} if there else {}
     plans = {}
