@@ -46,8 +46,9 @@ def launch(
             metavar="R",
             min=0,
             show_default=False,
-            help="Restart a run from its last checkpoint so often after a death; a new checkpoint "
-            f"begins the count again.  [default: 0; with --elastic {ELASTIC_RESTARTS}]",
+            help="Restart a run from its last checkpoint, or a server, so often after a death; a "
+            "new checkpoint, or an hour, begins the count again.  [default: 0; with --elastic "
+            f"{ELASTIC_RESTARTS}]",
         ),
     ] = None,
     elastic: Annotated[
@@ -110,8 +111,10 @@ def _checked(
     parsed = _parse(context, command)
     if parsed.get("coordinator") is not None or parsed.get("process_id") is not None:
         raise UserError("launch chooses --coordinator and --process-id itself: leave them out.")
-    if max_restarts and name != "train":
-        raise UserError(f"--max-restarts is for train: {name} has no checkpoint to go on from.")
+    if max_restarts and name not in ("train", "serve"):
+        raise UserError(
+            f"--max-restarts is for train and serve: {name} has no checkpoint to go on from."
+        )
     if elastic:
         _check_elastic(name, processes, max_restarts)
     return name, parsed

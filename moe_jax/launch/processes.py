@@ -35,6 +35,7 @@ _USER_ERROR = 2  # exit code of a process, as is HUNG; others above 0 are deaths
 TOGETHER = 0.5  # seconds within which several ends have one cause
 PORTS = 5  # tries, where another program takes the port between our look and its use
 LONGEST_WAIT = 60.0  # seconds before a restart
+STEADY = 3600.0  # seconds after which a server's death is a new one
 STOP = (signal.SIGINT, signal.SIGTERM)  # these end a command; the others ask for a save
 PASSED = (*STOP, *SAVE_SIGNALS)
 GROW = signal.SIGUSR2  # to a job that shrank; to others it is passed on
@@ -53,7 +54,9 @@ class Job:
     mesh: str | None = None  # to tell of, where it is not the configured one
 
     def again(self) -> Job:
-        """The same from the newest whole checkpoint."""
+        """The same from the newest whole checkpoint; a server has none."""
+        if self.command[0] == "serve":
+            return self
         words = [word for word in self.command if word != "--overwrite"]
         for flag in ("--resume", "--fallback"):
             if flag not in words:
@@ -118,14 +121,16 @@ def supervise(
     """Runs the job to its end; returns the exit code of the whole.
 
     A death is followed by a restart, `wait` seconds later, twice as long each time, up to
-    `max_restarts` times in a row; a new checkpoint in between begins the count again. A user's
-    mistake (exit code 2) is not tried twice, nor is anything after a signal to stop. With `elastic`
-    a restart is without the processes that died, where a mesh fits, until GROW comes.
+    `max_restarts` times in a row; a new checkpoint in between, or an hour of serving, begins the
+    count again. A user's mistake (exit code 2) is not tried twice, nor is anything after a signal
+    to stop. With `elastic` a restart is without the processes that died, where a mesh fits, until
+    GROW comes.
     """
     arguments_of = arguments_of or child_arguments
     failures, newest, ports = 0, _newest_step(job.run_dir), 1
     with collected_signals(*PASSED) as received:
         while True:
+            began = time.monotonic()
             group = _Group(job, arguments_of)
             death = group.watch(received)
             if elastic is not None and group.growing and (death is None or death.as_asked):
@@ -141,11 +146,12 @@ def supervise(
             if max_restarts == 0:
                 return death.exit_code
             step = _newest_step(job.run_dir)
-            failures, newest = (0, step) if step > newest else (failures, newest)
+            steady = job.command[0] == "serve" and time.monotonic() > began + STEADY
+            failures, newest = (0, step) if step > newest or steady else (failures, newest)
             if failures >= max_restarts:
                 _say(
-                    f"moe-jax launch: giving up after {max_restarts} restarts without a new "
-                    f"checkpoint."
+                    f"moe-jax launch: giving up after {max_restarts} restarts"
+                    f"{'' if job.command[0] == 'serve' else ' without a new checkpoint'}."
                 )
                 return death.exit_code
             pause = min(wait * 2**failures, LONGEST_WAIT)

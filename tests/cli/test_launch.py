@@ -43,7 +43,7 @@ def started(monkeypatch):
         (["-n", "2", "--", "train", TINY, "--set", "moe.top_k=99"], "moe.top_k=99"),
         (
             ["-n", "2", "--max-restarts", "1", "--", "eval", "x", "--text", "y"],
-            "--max-restarts is for train",
+            "--max-restarts is for train and serve: eval",
         ),
         (["-n", "2", "--", "train", TINY, "--stp"], "No such option: --stp"),
         (["-n", "2", "--elastic", "--", "chat", "x"], "--elastic is for train: chat has no"),

@@ -144,6 +144,15 @@ def test_restarts_go_on_from_the_newest_checkpoint_until_none_is_new(tmp_path, c
     assert err.endswith("giving up after 2 restarts without a new checkpoint.\n")
 
 
+def test_a_server_is_started_again_as_it_was(tmp_path, capfd, monkeypatch):
+    job = Job(("serve", "model"), 1)
+    assert run(tmp_path, ["kill=9"], ["exit=7"], job=job, restarts=1) == 7
+    assert starts(tmp_path) == [["serve", "model"]] * 2
+    assert capfd.readouterr().err.endswith("giving up after 1 restarts.\n")
+    monkeypatch.setattr(processes, "STEADY", 0.0)  # each death is the first one
+    assert run(tmp_path, ["kill=9"], ["kill=9"], ["kill=9"], [""], job=job, restarts=1) == 0
+
+
 def test_a_restart_that_succeeds_is_a_success(tmp_path, capfd):
     assert run(tmp_path, ["kill=9", "await=never"], ["", ""], restarts=1) == 0
 
