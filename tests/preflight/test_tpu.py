@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from moe_jax.config.load import load_config
+from moe_jax.config.load import dump_config, load_config
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.preflight.bounds import link_of
 from moe_jax.preflight.chips import find_target
 from moe_jax.preflight.job import preflight
 from moe_jax.preflight.measure import Sent
+from moe_jax.preflight.serving import Serving
 from moe_jax.profiling.transfers import group_axes
 from moe_jax.runtime import compile_only
 from tests.preflight.test_job import SMALL
@@ -28,6 +29,22 @@ def test_a_compiler_that_does_not_match_is_refused(monkeypatch):
     monkeypatch.setattr(compile_only, "libtpu_version", lambda: None)
     with pytest.raises(UserError, match=r"not installed .*pip install 'moe-jax\[preflight\]'"):
         find_target("v5e:2x4")
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_serving_copies_neither_weights_nor_cache(kind, tmp_path):
+    path = tmp_path / "model.yaml"
+    sets = ["model.num_layers=4", "model.width=512", "model.num_heads=8", "model.num_kv_heads=2"]
+    sets += ["model.head_dim=128", "model.vocab_size=1024", "moe.num_experts=16", "moe.hidden=256"]
+    path.write_text(dump_config(load_config(ROOT / "configs/tiny.yaml", sets)))
+    serving = Serving(path, rows=32, context=1024, prompt=256, quantize=kind)
+    prefill, decode = preflight("v5e:2x4", serving=serving).programs
+    assert decode.temp_bytes < 0.05 * decode.argument_bytes
+    # A tile at a time: less than one layer's experts, in bf16, beside the rows.
+    layer, rows = 2 * 3 * 512 * 256 * 2, 256 * 2 * 512 * 2
+    assert prefill.temp_bytes < layer + 4 * rows
 
 
 @needs_libtpu
