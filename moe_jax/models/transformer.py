@@ -30,7 +30,7 @@ from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.loops import scan
 from moe_jax.parallel.half_bits import are_bits
-from moe_jax.parallel.sharding import gather, param
+from moe_jax.parallel.sharding import gather, param, stream_of
 from moe_jax.utils.annotations import Array, Float, Int, Key, Shaped
 
 
@@ -159,15 +159,16 @@ class LayerPattern(nnx.Module):
 
 
 def _make_pattern(
-    model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], key: jax.Array
+    model: ModelConfig, moe: MoEConfig, kinds: tuple[LayerKind, ...], stream: str, key: jax.Array
 ) -> LayerPattern:
-    return LayerPattern(model, moe, kinds, rngs=nnx.Rngs(params=key))
+    return LayerPattern(model, moe, kinds, rngs=nnx.Rngs(**{stream: key}))
 
 
 class Transformer(nnx.Module):
     """Tokens in, final hidden states and the MoE layers' figures out.
 
-    It is built with experts in logical order; `slots.lay_out` puts them into slots.
+    It is built with experts in logical order; a training program's are drawn into slots
+    (models/initial_values.py).
     """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, vocab_size: int, *, rngs: nnx.Rngs):
@@ -178,9 +179,10 @@ class Transformer(nnx.Module):
         if not model.tied_embeddings:
             self.head = param(rngs, (model.width, vocab_size), ("width", "vocab"), 0.02)
         self.stacks: nnx.List[Any] = nnx.List([])
+        stream = stream_of(rngs)
         for kinds, repeats in stack_layers(layer_kinds(model, moe)):
-            make = partial(_make_pattern, model, moe, kinds)
-            self.stacks.append(nnx.vmap(make)(jax.random.split(rngs.params(), repeats)))
+            make = partial(_make_pattern, model, moe, kinds, stream)
+            self.stacks.append(nnx.vmap(make)(jax.random.split(rngs[stream](), repeats)))
 
     def __call__(
         self,

@@ -26,16 +26,6 @@ def expert_banks(tree: Any, layers: Layers) -> Iterator[tuple[dict[str, jax.Arra
         yield tree["stacks"][stack]["blocks"][block]["mlp"]["experts"], np.array(rows)
 
 
-def lay_out(params: Any, layers: Layers, table_LP: np.ndarray) -> Any:
-    """Parameters with experts in logical order [repeats, E, ...], changed to slots [repeats, P,
-    ...]; zeros where empty.
-    """
-    for experts, rows in expert_banks(params, layers):
-        for name, logical in experts.items():
-            experts[name] = take_slots(logical, table_LP[rows])
-    return params
-
-
 def take_slots(weights: jax.Array, source_RP: np.ndarray) -> jax.Array:
     """Rows of the second dim by index, for each index of the first; zeros for EMPTY. [R, N, ...] to
     [R, P, ...].

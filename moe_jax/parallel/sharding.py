@@ -123,19 +123,33 @@ def param(
 ) -> nnx.Param:
     """An f32 parameter with named dimensions, normal with standard deviation `std`, or ones for
     None; sharded for training.
+
+    If `rngs` has a stream `keys`, a normal parameter's value is the key that it would be drawn from
+    (uint32 [2]): models/initial_values.py draws its parts where they are kept.
     """
-    value = (
-        jnp.ones(shape, jnp.float32)
-        if std is None
-        else std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    )
-    return nnx.Param(value, axes=axes, mesh_axes=tuple(RULES[name] for name in axes))
+    if std is None:
+        value = jnp.ones(shape, jnp.float32)
+    elif stream_of(rngs) == "keys":
+        value = jax.random.key_data(rngs.keys())
+    else:
+        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, mesh_axes=tuple(RULES[name] for name in axes), std=std)
+
+
+def stream_of(rngs: nnx.Rngs) -> str:
+    """The stream that parameters take their keys from: `params`, or `keys` where nothing else is
+    wanted of them.
+    """
+    return "keys" if "keys" in rngs else "params"
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """An f32 parameter that starts at zero, sharded for training."""
     return nnx.Param(
-        jnp.zeros(shape, jnp.float32), axes=axes, mesh_axes=tuple(RULES[name] for name in axes)
+        jnp.zeros(shape, jnp.float32),
+        axes=axes,
+        mesh_axes=tuple(RULES[name] for name in axes),
+        std=0.0,
     )
 
 

@@ -7,6 +7,7 @@ numpy alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +22,10 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import OptimizerConfig
 from moe_jax.models.batch import Batch
+from moe_jax.models.initial_values import PRNG, InitialValue, draw
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.models.transformer import Transformer
-from moe_jax.moe import load_balancing, slots
+from moe_jax.moe import load_balancing
 from moe_jax.moe.router import RouterStats
 from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
@@ -62,7 +64,7 @@ class TrainProgram:
         self.hosts, self.vocab_size, self.accumulation = hosts, vocab_size, accumulation
         self.clip_norm = optimizer.clip_norm
         self.has_moe = count_moe_layers(model, moe) > 0
-        self.graph, self.param_specs, self.param_axes = self._describe_parameters()
+        self._describe_parameters()
         self.schedule = make_schedule(optimizer, steps)
         self.optimizer = make_optimizer(
             optimizer, self.param_axes, finish_moments=platform_of(mesh.devices.flat[0]).simulated
@@ -75,26 +77,29 @@ class TrainProgram:
         )
         self.batch_sharding = NamedSharding(mesh, P(BATCH_AXES))
 
-    def _describe_parameters(self) -> tuple[Any, Any, Any]:
-        """The model's graph, and its parameters' partition specs and logical axes."""
+    def _describe_parameters(self) -> None:
+        """Sets the model's graph, and its parameters' partition specs, logical axes and initial
+        values.
+        """
+        key = jax.random.key(0, impl=PRNG)
+        abstract = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=key)))
+        self.graph, variables = nnx.split(abstract)
+        self.param_specs = nnx.to_pure_dict(specs(variables))
 
-        def is_variable(v: Any) -> bool:
-            return isinstance(v, nnx.Variable)
+        def described(describe: Callable[[nnx.Variable], Any]) -> Any:
+            return nnx.to_pure_dict(
+                jax.tree.map(describe, variables, is_leaf=lambda v: isinstance(v, nnx.Variable))
+            )
 
-        graph, variables = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
-        axes = jax.tree.map(lambda v: v.get_metadata("axes"), variables, is_leaf=is_variable)
-        return graph, nnx.to_pure_dict(specs(variables)), nnx.to_pure_dict(axes)
+        self.param_axes = described(lambda v: v.get_metadata("axes"))
+        self.initial_values = described(InitialValue.of)
 
-    def _build(self, key: jax.Array) -> Transformer:
-        return Transformer(self.model, self.moe, self.vocab_size, rngs=nnx.Rngs(params=key))
+    def _build(self, rngs: nnx.Rngs) -> Transformer:
+        return Transformer(self.model, self.moe, self.vocab_size, rngs=rngs)
 
     def _init(self, seed: jax.Array) -> TrainState:
-        # Drawn in logical order, so that the initial experts depend on neither mesh nor placement.
-        params = nnx.to_pure_dict(nnx.state(self._build(jax.random.key(seed))))
-        params = slots.lay_out(
-            params, expert_layers(self.model, self.moe), self.placement.physical_to_logical
-        )
         tables, expert_LP = make_tables(self.placement, self.hosts)
+        params = self._draw(seed, expert_LP)
         zero = jnp.int32(0)
         return TrainState(
             zero,
@@ -106,6 +111,24 @@ class TrainProgram:
             zero,
             zero,
         )
+
+    def _draw(self, seed: jax.Array, expert_LP: jax.Array) -> Any:
+        """Each device's parts of the parameters."""
+        model = self._build(nnx.Rngs(keys=jax.random.key(seed, impl=PRNG)))
+        rows_of = expert_layers(self.model, self.moe)
+
+        def local(keys: Any, expert_LP: jax.Array) -> Any:
+            return draw(self.initial_values, keys, self.param_specs, expert_LP, rows_of)
+
+        in_specs = (P(), P(None, "expert"))
+        sharded = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=self.param_specs,
+            check_vma=self.mesh.size > 1,
+        )
+        return sharded(nnx.to_pure_dict(nnx.state(model)), expert_LP)
 
     def _state_specs(self) -> TrainState:
         """Optimizer moments are sharded like their parameters; what has another shape is

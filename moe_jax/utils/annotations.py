@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+    from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+        from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt
     except ModuleNotFoundError:
 
         class _Unchecked:
@@ -21,6 +21,6 @@ else:
                 return Any
 
         Array = Any
-        Bool = Float = Int = Key = Shaped = _Unchecked
+        Bool = Float = Int = Key = Shaped = UInt = _Unchecked
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped", "UInt"]

@@ -14,10 +14,9 @@ from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import ResidentEngine
 from moe_jax.inference.session import LoadedModel
-from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import nested
 from moe_jax.models.serving_plan import ServingPlan
-from moe_jax.moe import slots
 from moe_jax.moe.tables import make_tables
 from moe_jax.ops.quantized import Kind, PackedWeight, dequantize
 from moe_jax.parallel.mesh import make_mesh
@@ -36,6 +35,7 @@ from tests.support.small_models import (
     make_plan,
     new_tokens,
 )
+from tests.support.tiny_programs import lay_out
 
 PLACES, WIDTH = 16, 8
 
@@ -214,10 +214,8 @@ def test_weights_read_in_parts_are_those_of_training_packed(
     data = case("latent")
     loaded = load(data, mesh, quantization=kind, group=4)
     engine = loaded.engine
-    layout = engine.plan.placement.physical_to_logical
-    whole = slots.lay_out(
-        jax.tree.map(jnp.asarray, nested(data.leaves)), expert_layers(data.model, data.moe), layout
-    )
+    leaves = jax.tree.map(np.asarray, nested(data.leaves))
+    whole = jax.tree.map(jnp.asarray, lay_out(leaves, data.model, data.moe, engine.plan.placement))
     for (path, found), packed in zip(
         jax.tree.leaves_with_path(engine.params),
         jax.tree.leaves(engine.plan.pack(whole)),

@@ -8,12 +8,15 @@ import numpy as np
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig, OptimizerConfig
-from moe_jax.models.layer_pattern import count_moe_layers
+from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.moe.slots import expert_banks
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement, contiguous
 from moe_jax.training.step import TrainProgram
 
 VOCAB, BATCH, LENGTH, EXPERTS, TOP_K = 32, 16, 12, 8, 2
+TINY_MODEL: dict[str, Any] = dict(num_layers=2, width=16, num_heads=2, num_kv_heads=2, hidden=16)
+TINY_MOE: dict[str, Any] = dict(num_experts=EXPERTS, top_k=TOP_K, hidden=8, dropless=True)
 
 
 def make_program(
@@ -29,12 +32,8 @@ def make_program(
     accumulation: int = 1,
     hosts: int = 1,
 ) -> TrainProgram:
-    model_config = ModelConfig(
-        **dict(num_layers=2, width=16, num_heads=2, num_kv_heads=2, hidden=16) | (model or {})
-    )
-    moe_config = MoEConfig(
-        **dict(num_experts=EXPERTS, top_k=TOP_K, hidden=8, dropless=True) | (moe or {})
-    )
+    model_config = ModelConfig(**TINY_MODEL | (model or {}))
+    moe_config = MoEConfig(**TINY_MOE | (moe or {}))
     placement = placement or contiguous(
         count_moe_layers(model_config, moe_config), moe_config.num_experts, expert, redundant
     )
@@ -68,3 +67,13 @@ def make_batch(seed: int = 0, rows: int = BATCH) -> dict[str, np.ndarray]:
         segments=segments,
         mask=mask.astype(np.float32),
     )
+
+
+def lay_out(params: Any, model: ModelConfig, moe: MoEConfig, placement: Placement) -> Any:
+    """A tree of numpy arrays with experts in logical order, changed to slots; zeros where empty."""
+    for experts, rows in expert_banks(params, expert_layers(model, moe)):
+        for name, bank in experts.items():
+            padded = np.concatenate([bank, np.zeros_like(bank[:, :1])], axis=1)  # -1 is EMPTY
+            table = placement.physical_to_logical[rows]
+            experts[name] = np.stack([one[row] for one, row in zip(padded, table, strict=True)])
+    return params
