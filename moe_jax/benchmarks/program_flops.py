@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_jax.config.schema import OptimizerConfig
 from moe_jax.models.batch import Batch
+from moe_jax.models.head import collective_values
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.paths import path_of
 from moe_jax.moe.dispatch import pool_capacity
@@ -30,7 +31,7 @@ class LeastBytes(NamedTuple):
     """
 
     pools: int  # all-to-alls of the MoE layers
-    lookup: int  # all-to-alls of the embedding
+    lookup: int  # all-to-alls of the embedding and of the head
     all_gather: int
     reduce_scatter: int
 
@@ -42,7 +43,9 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
     back, forward and backward, so 4 times (6 with rematerialisation, which sends the forward pools
     again); 4 bytes per row beside them carry slots, once (twice). Nothing travels where a device
     has all experts, or gathers tokens. With `dropless` this is the first round alone. lookup: T
-    rows of D values swap tokens for widths, and back in the backward pass.
+    rows of D values swap tokens for widths, and back in the backward pass; so do the shards of a
+    head that is split for the loss (models/head.py), which then gathers tokens and its columns
+    alone.
 
     all_gather, reduce_scatter: each FSDP-sharded parameter is gathered once, in the type it is
     computed in, and its gradient scattered once, which is the size of the parameter less its
@@ -68,7 +71,8 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
     )
     times = 1 if model.remat == "none" else 2
     pools = ranks * capacity * ((2 + 2 * times) * model.width * itemsize + times * 4) * pooled
-    fsdp = 0
+    fsdp, lookup = 0, 2 * tokens * model.width * itemsize * (sizes["data"] * ranks > 1)
+    head = "embedding" if model.tied_embeddings else "head"
 
     def is_axes(value: Any) -> bool:
         return isinstance(value, tuple)
@@ -77,6 +81,9 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
     for (keys, axes), parameter in zip(
         paths, jax.tree.leaves(program.abstract_state.params), strict=True
     ):
+        text = path_of(keys).text
+        if text == "embedding" != head:
+            continue  # looked up, never gathered
         over = {"width": sizes["data"] * ranks, "slot_width": sizes["data"]}
         if all(over[name] == 1 for name in axes if name in GATHERED):
             continue
@@ -84,8 +91,12 @@ def least_bytes(program: TrainProgram, batch: int, seq_len: int) -> LeastBytes:
             sizes["tensor"] if {"heads", "kv_heads", "hidden", "vocab"} & set(axes) else 1
         ) * (ranks if "slots" in axes else 1)
         f32 = path_of(keys).is_router  # computed in it
+        if text == head:
+            columns = parameter.size // model.width // shards
+            gathered, swapped = collective_values(model.width, columns, tokens, sizes)
+            fsdp, lookup = fsdp + gathered * itemsize, lookup + 2 * swapped * itemsize
+            continue
         fsdp += parameter.size // shards * (4 if f32 else itemsize)
-    lookup = 2 * tokens * model.width * itemsize * (sizes["data"] * ranks > 1)
     return LeastBytes(
         pools * count_moe_layers(model, moe) * parts, lookup * parts, fsdp * parts, fsdp * parts
     )

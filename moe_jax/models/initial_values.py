@@ -96,7 +96,7 @@ class InitialValue:
         return cls(shape[:-dims], shape[-dims:], variable.get_metadata("std"))
 
 
-def draw(
+def draw_parameters(
     values: Any,
     keys: Any,
     specs: Any,
@@ -130,22 +130,22 @@ def _draw_one(
     dims = list(zip(value.shape, axes, strict=True))
     size = tuple(length // (lax.axis_size(names) if names else 1) for length, names in dims)
     start: Indices = tuple(
-        rank(names) * part if names else 0
-        for part, (_, names) in zip(size, dims, strict=True)
+        rank(names) * part if names else 0 for part, (_, names) in zip(size, dims, strict=True)
     )
     if not value.std:  # no bank of experts starts as ones, so empty slots are zeros
         slots = () if slots_RP is None else slots_RP.shape[1:]
         fill = 1.0 if value.std is None else 0.0
         return jnp.full((*value.leading, *slots, *size[len(slots) :]), fill, jnp.float32)
+    std: float = value.std
 
     def dense(key: jax.Array) -> jax.Array:
-        return value.std * normal_part(key, value.shape, start, size)
+        return std * normal_part(key, value.shape, start, size)
 
     def expert(key_and_slot: tuple[jax.Array, jax.Array]) -> jax.Array:
         key, slot = key_and_slot
         first: Indices = (jnp.maximum(slot, 0), *start[1:])
         part = normal_part(key, value.shape, first, (1, *size[1:]))[0]
-        return jnp.where(slot == EMPTY, 0.0, value.std * part)
+        return jnp.where(slot == EMPTY, 0.0, std * part)
 
     # Where a loop cannot stack its results, all at once.
     each = lax.map if default_platform().stacks_in_loops else _all_at_once

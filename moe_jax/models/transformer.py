@@ -190,9 +190,8 @@ class Transformer(nnx.Module):
         tables: LayerTables,
         full: RouterStats | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "D V"], LayerStats | None]:
-        """Normalised hidden states, this device's columns of the output head, and figures stacked
-        over the MoE layers.
+    ) -> tuple[Float[Array, "B S D"], LayerStats | None]:
+        """Normalised hidden states, and figures stacked over the MoE layers.
 
         `tables` (and `full`) are stacked over the MoE layers; `key` turns the router's training
         noise on.
@@ -212,7 +211,6 @@ class Transformer(nnx.Module):
             stats += [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), figures)] if moes else []
         return (
             self.final_norm(x_BSD),
-            self.head_weights(),
             jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None,
         )
 

@@ -98,12 +98,28 @@ def _gather_forward(x: jax.Array, axes: AxisNames, dim: int) -> tuple[jax.Array,
 
 
 def _gather_backward(axes: AxisNames, dim: int, _: None, gathered: jax.Array) -> tuple[jax.Array]:
-    ranks, shape = lax.axis_size(axes), gathered.shape
-    parts = gathered.reshape(*shape[:dim], ranks, shape[dim] // ranks, *shape[dim + 1 :])
-    return (jnp.sum(lax.all_to_all(parts, axes, split_axis=dim, concat_axis=dim), axis=dim),)
+    return (_sum_in_order(gathered, axes, dim),)
 
 
 _all_gather_between_hosts.defvjp(_gather_forward, _gather_backward)
+
+
+def reduce_scatter(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
+    """The sum over all devices along mesh `axes`, of which each keeps its block of dimension
+    `dim`.
+    """
+    if lax.axis_size(axes) == 1:
+        return x
+    if process_count() > 1 and jax.default_backend() == "cpu":
+        return _sum_in_order(x, axes, dim)
+    return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def _sum_in_order(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
+    """`reduce_scatter` as an exchange and a sum in the order of the ranks."""
+    ranks, shape = lax.axis_size(axes), x.shape
+    parts = x.reshape(*shape[:dim], ranks, shape[dim] // ranks, *shape[dim + 1 :])
+    return jnp.sum(lax.all_to_all(parts, axes, split_axis=dim, concat_axis=dim), axis=dim)
 
 
 def all_to_all(x: jax.Array, axis: AxisNames) -> jax.Array:

@@ -69,8 +69,10 @@ def loss_and_gradients(
         count = jnp.maximum(lax.psum(jnp.sum(batch.mask), BATCH_AXES), 1.0)
 
         def loss(params: Any) -> LossAndStats:
-            hidden_BSD, head_DV, stats = nnx.merge(program.graph, params)(batch, tables, None, key)
-            logits_TV = logits(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), head_DV)
+            model = nnx.merge(program.graph, params)
+            hidden_BSD, stats = model(batch, tables, None, key)
+            hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+            logits_TV = logits(hidden_TD, model.head_weights())
             logits_TV = all_gather(logits_TV, "tensor", 1)
             logits_BSV = logits_TV.reshape(*hidden_BSD.shape[:2], -1)
             losses_BS = token_loss(logits_BSV, hidden_BSD, batch)

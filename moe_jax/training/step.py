@@ -22,13 +22,14 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import OptimizerConfig
 from moe_jax.models.batch import Batch
-from moe_jax.models.initial_values import PRNG, InitialValue, draw
+from moe_jax.models.head import batch_loss
+from moe_jax.models.initial_values import PRNG, InitialValue, draw_parameters
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
 from moe_jax.models.transformer import Transformer
 from moe_jax.moe import load_balancing
 from moe_jax.moe.router import RouterStats
 from moe_jax.moe.tables import LayerTables, make_tables
-from moe_jax.ops.cross_entropy import linear_cross_entropy, logits
+from moe_jax.ops.cross_entropy import logits
 from moe_jax.ops.loops import map_over, scan
 from moe_jax.parallel.collectives import BATCH_AXES, psum, vary, vma
 from moe_jax.parallel.sharding import specs
@@ -118,7 +119,7 @@ class TrainProgram:
         rows_of = expert_layers(self.model, self.moe)
 
         def local(keys: Any, expert_LP: jax.Array) -> Any:
-            return draw(self.initial_values, keys, self.param_specs, expert_LP, rows_of)
+            return draw_parameters(self.initial_values, keys, self.param_specs, expert_LP, rows_of)
 
         in_specs = (P(), P(None, "expert"))
         sharded = jax.shard_map(
@@ -198,19 +199,18 @@ class TrainProgram:
         key: Any,
     ) -> Losses:
         """Losses of a batch, or of a part of one whose counted tokens are `count` in all."""
-        hidden_BSD, head_DV, stats = nnx.merge(self.graph, params)(batch, tables, full, key)
+        model = nnx.merge(self.graph, params)
+        hidden_BSD, stats = model(batch, tables, full, key)
         weight_T = (batch.mask / count).reshape(-1)
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        ce = linear_cross_entropy(
-            hidden_TD, head_DV, batch.targets.reshape(-1), weight_T, axis="tensor"
-        )
+        ce = batch_loss(model.head_parameter, hidden_TD, batch.targets.reshape(-1), weight_T)
         zero = jnp.float32(0)
         aux, z = (jnp.sum(stats.aux_loss), jnp.sum(stats.z_loss)) if stats else (zero, zero)
         if stats:
             aux = aux + load_balancing.pooled_loss(
                 self.moe, stats.router, stats.router if full is None else full
             )
-        return Losses(psum(ce, BATCH_AXES), aux, z, stats)
+        return Losses(ce, aux, z, stats)
 
     def _local_gradients(
         self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
@@ -369,10 +369,10 @@ class TrainProgram:
         """
 
         def local(params: Any, tables: LayerTables, batch: Batch, last_B: jax.Array) -> jax.Array:
-            hidden_BSD, head_DV, _ = nnx.merge(self.graph, params)(batch, tables)
-            return logits(
-                jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0], head_DV
-            )
+            model = nnx.merge(self.graph, params)
+            hidden_BSD, _ = model(batch, tables)
+            hidden_BD = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
+            return logits(hidden_BD, model.head_weights())
 
         in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
         return jax.jit(

@@ -83,8 +83,9 @@ def make_forward(
     """Logits f32 [B, S, V], and how many choices each expert of each layer got [L, E]."""
 
     def local(params: Any, tables: LayerTables, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        hidden_BSD, head_DV, stats = nnx.merge(program.graph, params)(batch, tables)
-        found_TV = logits(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), head_DV)
+        model = nnx.merge(program.graph, params)
+        hidden_BSD, stats = model(batch, tables)
+        found_TV = logits(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), model.head_weights())
         return found_TV.reshape(*batch.tokens.shape, -1), stats.router.load_E if stats else None
 
     specs = {

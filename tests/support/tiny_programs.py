@@ -71,7 +71,8 @@ def make_batch(seed: int = 0, rows: int = BATCH) -> dict[str, np.ndarray]:
 
 def lay_out(params: Any, model: ModelConfig, moe: MoEConfig, placement: Placement) -> Any:
     """A tree of numpy arrays with experts in logical order, changed to slots; zeros where empty."""
-    for experts, rows in expert_banks(params, expert_layers(model, moe)):
+    banks: Any = expert_banks(params, expert_layers(model, moe))
+    for experts, rows in banks:
         for name, bank in experts.items():
             padded = np.concatenate([bank, np.zeros_like(bank[:, :1])], axis=1)  # -1 is EMPTY
             table = placement.physical_to_logical[rows]
