@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.ops.attention.api import attention
-from moe_jax.ops.attention.blockwise import MAX_BLOCKS
+from moe_jax.ops.attention.blockwise import BLOCKS
 from moe_jax.ops.attention.cached import cached_attention
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.runtime import platform
@@ -26,6 +26,7 @@ jitted = jax.jit(attention, static_argnames=("window", "impl", "scale"))
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr("moe_jax.ops.attention.blockwise.MIN_BLOCK", BLOCK)
+    monkeypatch.setattr("moe_jax.ops.attention.blockwise.MAX_BLOCK", 2 * BLOCK)
     monkeypatch.setattr("moe_jax.ops.attention.cached.CACHE_BLOCK", BLOCK)
 
 
@@ -75,11 +76,13 @@ def test_short_sequences_equal_the_definition(impl, window):
     ("length", "heads", "window"),
     [
         (BLOCK, 2, None),  # one block, no grouping
-        (BLOCK + 1, 4, None),  # a last block of one query
+        (1, 2, None),  # a block of one query
+        (BLOCK + 1, 4, None),  # a last block with padding
         (2 * BLOCK + 7, 6, None),
         (3 * BLOCK - 1, 4, 5),  # a window shorter than a block
         (3 * BLOCK, 2, BLOCK + 9),  # and longer
-        (MAX_BLOCKS * BLOCK + 16, 2, 1),  # blocks longer than the least
+        (BLOCKS * BLOCK + 16, 2, 1),  # blocks longer than the least
+        (2 * BLOCKS * BLOCK + 5, 2, 3 * BLOCK),  # more blocks of the greatest length
     ],
 )
 def test_blockwise_equals_reference(length, heads, window):
@@ -98,6 +101,18 @@ def test_blockwise_equals_reference(length, heads, window):
         strict=True,
     ):
         np.testing.assert_allclose(got, expected, atol=3e-5, err_msg=name)
+
+
+def test_the_program_does_not_grow_with_the_number_of_blocks():
+    def products(length: int) -> int:
+        q, k, v, segments = operands(length, heads=2)
+
+        def loss(q, k, v):
+            return jnp.sum(attention(q, k, v, segments, impl="blockwise"))
+
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)).count("dot_general[")
+
+    assert products(BLOCK) == products(6 * BLOCK) == 8  # 2 forward, 5 backward, 1 for the softmax
 
 
 SINKS = jnp.array([0.5, -1.0, 3.0, 40.0])  # the last takes nearly all weight
