@@ -2,10 +2,10 @@
 
 Rows travel in fixed-size pools, one per (source, destination) pair of ranks on the `expert` axis,
 filled by the priority in `queue_choices`. Only int32 tables are scattered; activations are
-gathered, in both directions and in both passes, by two hand-written VJPs (`gather_rows`,
-`combine_rows`) that share one pair of tables: `source_M`, the choice that fills each row, and
+gathered, in both directions and in both passes, by hand-written VJPs. Those of `gather_rows` and
+`combine_rows` share one pair of tables: `source_M`, the choice that fills each row, and
 `place_TK`, the row that each choice fills. A choice is token * K + k. An index one past the end
-means "none" and reads as zeros.
+means "none" and reads as zeros. `permute_rows` puts all rows into another order.
 """
 
 from __future__ import annotations
@@ -74,6 +74,31 @@ def gather_rows(
     backward pass gathers and sums by it.
     """
     return _gather(*vary_alike(x_ND, source_M, place_NK))
+
+
+@jax.custom_vjp
+def _permute(x_MD: jax.Array, order_M: jax.Array, inverse_M: jax.Array) -> jax.Array:
+    # No index is past the end, so there is no second copy with zeros filled in.
+    return x_MD.at[order_M].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _permute_fwd(x_MD: jax.Array, order_M: jax.Array, inverse_M: jax.Array):
+    return _permute(x_MD, order_M, inverse_M), (order_M, inverse_M)
+
+
+def _permute_bwd(saved: tuple[jax.Array, jax.Array], dy_MD: jax.Array):
+    order_M, inverse_M = saved
+    return _permute(dy_MD, inverse_M, order_M), None, None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+def permute_rows(
+    x_MD: Float[Array, "M D"], order_M: Int[Array, " M"], inverse_M: Int[Array, " M"]
+) -> Float[Array, "M D"]:
+    """Row m of the result is row order_M[m] of `x_MD`; the backward pass gathers by the inverse."""
+    return _permute(*vary_alike(x_MD, order_M, inverse_M))
 
 
 @jax.custom_vjp

@@ -142,11 +142,12 @@ def _exchange_round(
         queue, round, capacity, route.slots * route.ranks, route.ranks
     )
     received_MD = all_to_all(dispatch.gather_rows(x_TD, tables.source_M, tables.place_TK), expert)
-    slot_M = all_to_all(local_M, expert)
+    # One row per rank: a TPU may pad a dim of size 1 to 128.
+    slot_M = all_to_all(local_M.reshape(route.ranks, -1), expert).reshape(-1)
     order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots)
-    sorted_MD = dispatch.gather_rows(received_MD, order_M, inverse_M[:, None])
+    sorted_MD = dispatch.permute_rows(received_MD, order_M, inverse_M)
     computed_MD = apply_experts(sorted_MD, sizes_P, weights, limit=route.limit, impl=route.impl)
-    returned_MD = all_to_all(dispatch.gather_rows(computed_MD, inverse_M, order_M[:, None]), expert)
+    returned_MD = all_to_all(dispatch.permute_rows(computed_MD, inverse_M, order_M), expert)
     return dispatch.combine_rows(returned_MD, weight_TK, tables.source_M, tables.place_TK)
 
 

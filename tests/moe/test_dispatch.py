@@ -16,6 +16,7 @@ from moe_jax.moe.dispatch import (
     combine_rows,
     gather_rows,
     invert,
+    permute_rows,
     pool_capacity,
     pool_tables,
     queue_choices,
@@ -247,6 +248,14 @@ def test_gradients_equal_autodiff_of_plain_indexing(capacity, dtype):
             np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
 
 
+def test_permuted_rows_and_their_gradient():
+    order, inverse, _ = sort_by_slot(jnp.array([2, 0, 1, 0], jnp.int32), slots=2)
+    x, dy = jnp.arange(12.0).reshape(4, 3), 1 + jnp.arange(12.0).reshape(4, 3) ** 2
+    y, pull = jax.vjp(lambda x: permute_rows(x, order, inverse), x)
+    np.testing.assert_array_equal(y, np.asarray(x)[[1, 3, 2, 0]])
+    np.testing.assert_array_equal(pull(dy)[0], np.asarray(dy)[[3, 0, 2, 1]])
+
+
 def test_only_integers_are_scattered():
     """Activations are gathered in both directions: a scatter-add of them is what the hand-written
     VJPs are for.
@@ -254,8 +263,9 @@ def test_only_integers_are_scattered():
     queue = queue_jit(SLOT, WEIGHT, num_slots=4, ranks=2)
 
     def there_and_back(x, weight):
-        tables, _ = pool_tables(queue, 0, 2, 4, 2)
+        tables, local = pool_tables(queue, 0, 2, 4, 2)
         rows = gather_rows(x, tables.source_M, tables.place_TK)
+        rows = permute_rows(rows, *sort_by_slot(local, 2)[:2])
         return jnp.sum(combine_rows(rows, weight, tables.source_M, tables.place_TK) ** 2)
 
     jaxpr = str(jax.make_jaxpr(jax.grad(there_and_back, argnums=(0, 1)))(jnp.ones((3, 4)), WEIGHT))

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
+from moe_jax.ops.grouped_matmul import ragged
 from moe_jax.ops.grouped_matmul.api import grouped_matmul
 from moe_jax.ops.grouped_matmul.counted import CHOSEN_ROWS
 from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, SMALL_TILE
@@ -121,6 +122,41 @@ def test_rows_past_the_last_group_do_not_leak(value_and_gradients, operands):
         value_and_gradients(x, w, np.array(sizes, np.int32), dy), expected, strict=True
     ):
         np.testing.assert_array_equal(got, want)
+
+
+def test_ragged_is_zero_past_the_last_group_where_the_kernel_writes_nothing(monkeypatch, operands):
+    """As on TPU, in both passes."""
+    x, w, dy = operands
+    sizes = jnp.array([60, 0, 3, 70, 0], jnp.int32)
+    kernel = ragged.kernel
+
+    @jax.custom_vjp
+    def unwritten(x, w, sizes):
+        return kernel(x, w, sizes).at[133:].set(jnp.nan)
+
+    def backward(saved, dy):
+        dx, dw = jax.vjp(lambda x, w: kernel(x, w, saved[2]), *saved[:2])[1](dy)
+        return dx.at[133:].set(jnp.nan), dw, None
+
+    unwritten.defvjp(lambda *args: (unwritten(*args), args), backward)
+    monkeypatch.setattr(ragged, "kernel", unwritten)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, impl="ragged"), x, w)
+    dx, dw = pull(dy)
+    np.testing.assert_array_equal(y[133:], 0)
+    np.testing.assert_array_equal(dx[133:], 0)
+    assert np.all(np.isfinite(y)) and np.all(np.isfinite(dx)) and np.all(np.isfinite(dw))
+
+
+@pytest.mark.parametrize("impl", ["ragged", "tiled"])
+def test_half_precision_keeps_no_f32_copy_of_the_rows(impl):
+    x, w = jnp.ones((ROWS, WIDTH), jnp.bfloat16), jnp.ones((GROUPS, WIDTH, HIDDEN), jnp.bfloat16)
+    sizes = jnp.full(GROUPS, 50, jnp.int32)
+
+    def both(x, w):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, impl=impl), x, w)
+        return y, pull(y)
+
+    assert f"f32[{ROWS}," not in str(jax.make_jaxpr(both)(x, w))
 
 
 @pytest.mark.parametrize("rows", [0, 1, TILE, TILE + 1, TILE_GRAD])

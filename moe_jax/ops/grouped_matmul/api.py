@@ -28,7 +28,7 @@ from moe_jax.ops.grouped_matmul.counted import (
 )
 from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, packed_ragged, packed_rows, packed_tiles
 from moe_jax.ops.grouped_matmul.ragged import ragged
-from moe_jax.ops.grouped_matmul.reference import mask_tail, reference_grouped_matmul
+from moe_jax.ops.grouped_matmul.reference import reference_grouped_matmul
 from moe_jax.ops.grouped_matmul.tiled import tiled
 from moe_jax.ops.quantized import PackedWeight
 from moe_jax.parallel.collectives import vary_alike
@@ -80,7 +80,7 @@ def grouped_matmul(
     if impl == "reference":
         return reference_grouped_matmul(x_ND, w_GDF, sizes_G)
     if impl == "ragged":
-        return mask_tail(ragged(x_ND, w_GDF, sizes_G), sizes_G)
+        return ragged(x_ND, w_GDF, sizes_G)
     raise _unknown(impl)
 
 

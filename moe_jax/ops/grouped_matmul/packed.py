@@ -49,7 +49,7 @@ def packed_ragged(
     groups = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, sizes_G.shape[0]), w)
     dense = dequantize(groups, x_ND.dtype)
     w_GDF = jnp.swapaxes(dense.reshape(dense.shape[0], -1, dense.shape[-1]), 1, 2)
-    return mask_tail(ragged(x_ND, w_GDF, sizes_G), sizes_G)
+    return ragged(x_ND, w_GDF, sizes_G)
 
 
 def packed_tiles(
