@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from moe_jax.moe.dispatch import TABLES
+
 # What only moves or retypes values. A gathered parameter reaches its matmul through some of these,
 # so refusing to keep the gather's own output is not enough. JAX has renamed primitives before:
 # tests/models/test_remat.py notices.
@@ -27,7 +29,8 @@ MOVES = frozenset(
 
 def remat(choice: str, body: Any) -> Any:
     """`body` with the policy of `model.remat`. Gathered parameters are never kept: holding them
-    would undo their sharding.
+    would undo their sharding. Tables of dispatch always are: they are small, and sorting is slow
+    to run and to compile on TPU.
     """
     policies = jax.checkpoint_policies
     policy = {
@@ -35,6 +38,7 @@ def remat(choice: str, body: Any) -> Any:
         "dots": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
     }[choice]
+    policy = policies.save_from_both_policies(policy, policies.save_only_these_names(TABLES))
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

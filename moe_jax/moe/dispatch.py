@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops.products import einsum_f32
 from moe_jax.parallel.collectives import vary_alike
@@ -23,6 +24,7 @@ from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 PRIORITY_VERSION = 1  # raise it when `queue_choices` orders choices differently
+TABLES = "dispatch_tables"  # by this name the backward pass keeps what comes from sorting
 
 
 class Queue(NamedTuple):
@@ -174,16 +176,18 @@ def queue_choices(
     tokens, top_k = slot_TK.shape
     # Padding goes to rank R, which no device is.
     rank_N = (slot_TK // (num_slots // ranks)).reshape(-1)
-    choice_N = jnp.tile(jnp.arange(top_k, dtype=jnp.int32), tokens)
     index_N = jnp.arange(tokens * top_k, dtype=jnp.int32)
-    order = _sorted_by(rank_N, choice_N, -lax.stop_gradient(weight_TK).reshape(-1))
+    # Rank and choice in one key: a TPU's compiler takes 9 s for each more.
+    key_N = rank_N * top_k + index_N % top_k
+    order = _sorted_by(key_N, -lax.stop_gradient(weight_TK).reshape(-1))
     sorted_rank = rank_N[order]
     count_R = jnp.sum(rank_N[:, None] == jnp.arange(ranks + 1), axis=0, dtype=jnp.int32)
     start_R = jnp.cumsum(count_R) - count_R
     position_N = (
         jnp.zeros_like(index_N).at[order].set(index_N - start_R[sorted_rank], unique_indices=True)
     )
-    return Queue(slot_TK, position_N.reshape(tokens, top_k), jnp.max(count_R[:ranks]))
+    position_TK = checkpoint_name(position_N.reshape(tokens, top_k), TABLES)
+    return Queue(slot_TK, position_TK, jnp.max(count_R[:ranks]))
 
 
 def _sorted_by(*keys: jax.Array) -> jax.Array:
@@ -232,7 +236,7 @@ def sort_by_slot(local_N: Int[Array, " N"], slots: int) -> tuple[jax.Array, jax.
     """Order of rows by local slot (empty rows, those of slot `slots`, come last), its inverse, and
     rows per slot [P/R].
     """
-    order_N = jnp.argsort(local_N, stable=True).astype(jnp.int32)
+    order_N = checkpoint_name(jnp.argsort(local_N, stable=True).astype(jnp.int32), TABLES)
     sizes_P = jnp.sum(local_N[:, None] == jnp.arange(slots), axis=0, dtype=jnp.int32)
     return order_N, invert(order_N, local_N.shape[0]), sizes_P
 

@@ -9,14 +9,17 @@ softmax top-k (Shazeer et al., 2017), sigmoid scores with a balance bias and gro
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config.model import MoEConfig
+from moe_jax.moe.dispatch import TABLES
 from moe_jax.ops.linear import project
 from moe_jax.parallel.collectives import MESH_AXES, MeshAxes, psum
 from moe_jax.parallel.sharding import bias, gather, param
@@ -125,11 +128,30 @@ def select(
         ranked_BSE = jnp.where(dropped_BE[:, None], NEVER + ranked_BSE, ranked_BSE)
     if config.num_groups > 1:
         ranked_BSE = jnp.where(_open_groups(config, ranked_BSE), ranked_BSE, -jnp.inf)
-    _, expert_BSK = lax.top_k(ranked_BSE, config.top_k)
-    weight_BSK = jnp.take_along_axis(score_BSE, expert_BSK, axis=-1, mode="promise_in_bounds")
+    expert_BSK = checkpoint_name(lax.top_k(ranked_BSE, config.top_k)[1], TABLES)
+    weight_BSK = _pick(score_BSE.shape[-1], score_BSE, expert_BSK)
     if config.normalize == "after":
         weight_BSK = _rescaled(weight_BSK)
     return expert_BSK, weight_BSK * config.routed_scale
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pick(num_experts: int, score_BSE: jax.Array, expert_BSK: jax.Array) -> jax.Array:
+    """The scores of a token's experts, which are K different ones."""
+    return jnp.take_along_axis(score_BSE, expert_BSK, axis=-1, mode="promise_in_bounds")
+
+
+def _pick_fwd(num_experts: int, score_BSE: jax.Array, expert_BSK: jax.Array):
+    return _pick(num_experts, score_BSE, expert_BSK), expert_BSK
+
+
+def _pick_bwd(num_experts: int, expert_BSK: jax.Array, dweight_BSK: jax.Array):
+    # A sum in place of the scatter that JAX would make of it, which a TPU sorts first.
+    chosen_BSKE = expert_BSK[..., None] == jnp.arange(num_experts)
+    return jnp.sum(jnp.where(chosen_BSKE, dweight_BSK[..., None], 0.0), axis=-2), None
+
+
+_pick.defvjp(_pick_fwd, _pick_bwd)
 
 
 def _rescaled(weight_BSK: jax.Array) -> jax.Array:

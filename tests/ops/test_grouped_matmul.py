@@ -126,7 +126,7 @@ def test_rows_past_the_last_group_do_not_leak(value_and_gradients, operands):
 
 def test_ragged_is_zero_past_the_last_group_where_the_kernel_writes_nothing(monkeypatch, operands):
     """As on TPU, in both passes."""
-    x, w, dy = operands
+    x, w, dy = map(jnp.asarray, operands)
     sizes = jnp.array([60, 0, 3, 70, 0], jnp.int32)
     kernel = ragged.kernel
 
