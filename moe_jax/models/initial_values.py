@@ -65,7 +65,7 @@ def _element_numbers(
             *iota.shape, *(1,) * (len(shape) - dim - 1)
         )
         low = low + index
-        high = high + (low < index)  # the carry
+        high = high + (low < index).astype(jnp.uint32)  # the carry
     return high, low
 
 
