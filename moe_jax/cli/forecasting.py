@@ -16,7 +16,8 @@ from moe_jax.cli.console import explained_disk_errors
 from moe_jax.cli.model_options import one_of
 from moe_jax.cli.options import AsJson, Platform, option, path_argument, path_option, spread
 from moe_jax.errors import UserError
-from moe_jax.runtime.devices import check_platform
+from moe_jax.runtime.compile_cache import use_compile_cache
+from moe_jax.runtime.devices import check_platform, use_platform
 from moe_jax.utils.files import local_path, replace_text
 from moe_jax.utils.progress import say
 
@@ -35,7 +36,7 @@ Forecasting = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="seasonal-naive, the last season once more.",
+        help="Folder or hub name of a Chronos model, or seasonal-naive.",
     ),
 ]
 Id = Annotated[str | None, option("--id", metavar="NAME", help="Column of ids.  [item_id]")]
@@ -293,7 +294,11 @@ def _open(model: str, season: int, platform: str | None) -> Forecaster:
         from moe_jax.forecasting.seasonal_naive import SeasonalNaive
 
         return SeasonalNaive(season)
-    raise UserError(f"MODEL {model}: seasonal-naive is the only one that there is so far.")
+    use_platform(platform)
+    use_compile_cache()
+    from moe_jax.forecasting.load import load_forecaster
+
+    return load_forecaster(local_path(model))
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -342,7 +347,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str]] = [
     (
         "forecast",
         forecast,
-        "moe-jax forecast seasonal-naive sales.csv --horizon 24 --plot sales.png",
+        "moe-jax forecast amazon/chronos-2 sales.csv --horizon 24 --plot sales.png",
     ),
     (
         "eval-forecast",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ import pandas as pd
 import pytest
 
 from moe_jax.data.series.corpus import open_corpus
-from tests.support import ROOT
+from moe_jax.forecasting.load import load_forecaster
+from moe_jax.forecasting.tables.frames import predict_df
+from tests.support import ROOT, chronos_cases
 from tests.support.command import call
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -157,3 +160,20 @@ def test_corpora(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("synth", *words) == 2
         assert sentence in capsys.readouterr().err
     assert not (folder / "x").exists()
+
+
+def test_a_chronos_model_forecasts(
+    table: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the Python API does; covariates that it does not read are named."""
+    folder = chronos_cases.build("bolt", tmp_path_factory.mktemp("bolt"))
+    options = ("--horizon", "3", "--quantiles", "0.1,0.5")
+    assert call("forecast", folder, table, *options) == 0
+    written = capsys.readouterr()
+    assert "MODEL reads no covariates; ignored: price." in written.err
+    frame = pd.read_csv(io.StringIO(written.out))
+    own = predict_df(
+        load_forecaster(folder), pd.read_csv(table), prediction_length=3, quantile_levels=[0.1, 0.5]
+    )
+    assert frame.columns.tolist() == own.columns.tolist() and len(frame) == 6
+    np.testing.assert_allclose(frame[["predictions", "0.1"]], own[["predictions", "0.1"]], 1e-5)
