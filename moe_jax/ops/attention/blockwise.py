@@ -75,7 +75,7 @@ class _Cut(NamedTuple):
         return carry
 
     def scores(
-        self, q: jax.Array, k: jax.Array, segments_NBC: jax.Array, i: jax.Array, j: jax.Array
+        self, q: jax.Array, k: jax.Array, segments_NBC: jax.Array, i: Any, j: Any
     ) -> jax.Array:
         """Masked scaled scores f32 [B, G, R, C] of queries [B, G, R, Q] of block i and keys [B, G,
         C, Q] of block j.
@@ -108,10 +108,10 @@ def _blockwise_fwd(q_BSHQ, k_BSGQ, v_BSGU, sinks_H, segments_BS, window: int | N
     sinks = cut.rows(sinks_H, q_BSHQ.shape[0])
     nothing = vary(jnp.zeros((*q_N.shape[1:4], v_N.shape[-1]), jnp.float32), vma(q_BSHQ))
 
-    def queries(_: None, block: tuple[jax.Array, jax.Array]):
+    def queries(_: None, block: tuple[Any, jax.Array]):
         i, q = block
 
-        def keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def keys(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, out = carry
             scores = cut.scores(q, _at(k_N, j), segments_NBC, i, j)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -143,10 +143,10 @@ def _blockwise_bwd(window: int | None, scale: float, saved, dout_BSHU: jax.Array
         vma(q_BSHQ),
     )
 
-    def queries(dkv: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]):
+    def queries(dkv: tuple[jax.Array, jax.Array], block: tuple[Any, ...]):
         i, q, dout, inner, logsum = block
 
-        def keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def keys(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk_N, dv_N = carry
             k, v = _at(k_N, j), _at(v_N, j)
             weights = jnp.exp(cut.scores(q, k, segments_NBC, i, j) - logsum[..., None])
@@ -181,7 +181,7 @@ def _over_queries(step: Any, carry: Any, blocks: tuple[jax.Array, ...]) -> tuple
     return carry, jax.tree.map(lambda *a: jnp.stack(a), *results)
 
 
-def _add_at(total_N: jax.Array, part: jax.Array, j: jax.Array) -> jax.Array:
+def _add_at(total_N: jax.Array, part: jax.Array, j: Any) -> jax.Array:
     """The blocks with a part added to block j."""
     return lax.dynamic_update_index_in_dim(total_N, _at(total_N, j) + part, j, 0)
 
