@@ -50,7 +50,6 @@ class Platform:
     stacks_in_loops: bool = True  # what a loop stacks, turn by turn, comes out whole
     mixed_dots: bool = True  # a product of bf16 matrices can have f32 results
     fuses_sums: bool = True  # what is only added up is not written to memory before
-    sorts_by_several: bool = True  # keys, one after another
     cuts_halves: bool = True  # a part of a bf16 array is cut out without converting all of it
     cuts_rows: bool = True  # cutting the last dim into short pieces does not move what is in it
     # Keys are cached with the places of a row in the last dim, which a product with one query reads
@@ -128,7 +127,6 @@ _METAL = Platform(
     stacks_in_loops=False,
     mixed_dots=False,
     fuses_sums=False,
-    sorts_by_several=False,
 )
 _METAL_ON_CPU = dataclasses.replace(
     _METAL,
