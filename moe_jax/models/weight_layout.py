@@ -105,15 +105,7 @@ class WeightPlan(NamedTuple):
         )
 
     def pack(self, weights: jax.Array) -> Any:
-        """What is held, from weights in the order held (or plain ones)."""
-        if self.cuts:
-            ends = itertools.accumulate(self.cuts)
-            return BankParts(
-                tuple(
-                    part.pack(weights[part.first : end])
-                    for part, end in zip(self.parts, ends, strict=True)
-                )
-            )
+        """What is held as one array, from weights in the order held (or plain ones)."""
         if self.order is None:
             return weights.astype(self.dtype)
         weights = weights.reshape(*weights.shape[: -self.inputs], -1)
