@@ -111,26 +111,6 @@ def check_weight_memory(
     )
 
 
-def check_cache_memory(plan: ServingPlan, needed: int, *, remedy: str) -> None:
-    """Refuses a cache of `needed` bytes on each device of a model whose weights are read already,
-    where the platform tells what is left.
-    """
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() or {}
-    where = "on each device"
-    if "bytes_limit" in statistics:
-        free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    elif sys.platform == "linux" and platform_of(device).simulated:
-        needed, free, where = needed * plan.mesh.size, _free_memory(), "in all"
-    else:
-        return
-    if needed > free:
-        raise UserError(
-            f"The cache takes {gibibytes(needed)} {where} and there are {gibibytes(free)} beside "
-            f"the weights: use {remedy}."
-        )
-
-
 def _smaller_weights(plan: ServingPlan, *, masters: bool, converted: bool) -> list[str]:
     """Ways to hold the weights in less, of those that were not taken already."""
     if masters:  # whatever they are packed into afterwards

@@ -33,11 +33,11 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import ResidentEngine, compile_on
 from moe_jax.inference.kv_cache import STEP, Cache, CacheLayout, bucket
-from moe_jax.inference.memory import check_cache_memory
 from moe_jax.inference.session import SHORTEST_PROMPT, LoadedModel
 from moe_jax.models.batch import LayerCache, NewTokens
 from moe_jax.ops.attention.cached import place_dim
 from moe_jax.profiling.memory import per_device
+from moe_jax.runtime.platform import default_platform
 from moe_jax.serving.request import Request
 from moe_jax.serving.row_sampling import DrawKind, RowSampler
 
@@ -88,22 +88,15 @@ class DeviceState:
     """Caches, logits and the state of sampling; see above."""
 
     def __init__(self, loaded: LoadedModel, size: EngineSize):
-        """Raises UserError where the model's mesh or its positions cannot be served, or the caches
-        do not fit.
-        """
+        """Raises UserError where the model's mesh or its positions cannot be served."""
         _check_model(loaded, size)
         self.size, self._engine = size, loaded.engine
         plan, layout = loaded.engine.plan, loaded.engine.layout
-        check_cache_memory(
-            plan,
-            cache_bytes(layout, size),
-            remedy=f"less than --max-batch {size.max_batch} or --max-context {size.context}",
-        )
         self._slots = layout.new(size.max_batch, size.places)
         self._reading = layout.new(1, size.places)
         self._blocks = layout.new(size.blocks, size.chunk) if size.blocks else None
         everywhere = NamedSharding(plan.mesh, P())
-        self._everywhere = everywhere
+        donated = (0,) if default_platform().donates else ()
         self.sampler = RowSampler(size.max_batch, num_ids(loaded), everywhere)
         self._copy = compile_on(
             plan.mesh,
@@ -112,9 +105,9 @@ class DeviceState:
             layout.specs,
             donated=(1,),
         )
-        self._insert = jax.jit(insert_row, out_shardings=everywhere)
-        self._hand_over = jax.jit(lambda logits: logits, out_shardings=everywhere)
+        self._insert = jax.jit(insert_rows, donate_argnums=donated, out_shardings=everywhere)
         self.forget_counts()
+        self._row = jax.jit(lax.dynamic_index_in_dim, out_shardings=everywhere)
         self._prompt_logits_1V: Any = None
         self._logits_SV: Any = jnp.zeros(
             (size.max_batch, plan.vocab_size), jnp.float32, device=everywhere
@@ -164,12 +157,16 @@ class DeviceState:
         self._logits_SV = self._insert(self._logits_SV, self._prompt_logits_1V, np.int32(slot))
 
     def decode(self, token_S: np.ndarray, start_S: np.ndarray, length_S: np.ndarray) -> None:
-        """One more token of every slot with length 1, of those with length 0 none. Logits of the
-        latter mean nothing afterwards.
+        """One more token of every slot with length 1, of those with length 0 none, of the first
+        slots, as many as there are numbers. Logits of those with length 0 mean nothing afterwards.
         """
         new = NewTokens(*map(jnp.asarray, (token_S[:, None], start_S, length_S)))
         logits_SV, self._slots = self._engine.decode(self._slots, new)
-        self._logits_SV = self._hand_over(logits_SV)
+        self._logits_SV = self._insert(self._logits_SV, logits_SV, np.int32(0))
+
+    def row_logits(self, slot: int) -> np.ndarray:
+        """A slot's logits, f32 [V]."""
+        return np.asarray(self._row(self._logits_SV, np.int32(slot)))[0]
 
     def draw(
         self, kinds: dict[int, DrawKind], drawn_S: np.ndarray, allowed: dict[int, np.ndarray]
@@ -217,9 +214,9 @@ def copy_places(chunk: int, source: Cache, target: Cache, at: Any) -> Cache:
     ]
 
 
-def insert_row(logits_SV: jax.Array, logits_1V: jax.Array, row: jax.Array) -> jax.Array:
-    """The logits with those of one row."""
-    return lax.dynamic_update_index_in_dim(logits_SV, logits_1V[0], row, 0)
+def insert_rows(logits_SV: jax.Array, new_NV: jax.Array, row: jax.Array) -> jax.Array:
+    """The logits with new ones from a row on."""
+    return lax.dynamic_update_slice_in_dim(logits_SV, new_NV, row, 0)
 
 
 def _at(

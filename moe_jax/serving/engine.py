@@ -37,6 +37,7 @@ from moe_jax.serving.text_row import TextRow
 from moe_jax.serving.warm_up import warm_up
 
 STOPPED = "The server was stopped."
+DRAINING = "The server is draining: it takes no further requests."
 COUNT_EVERY = 64  # steps between two readings of the experts' load, which wait for the devices
 
 
@@ -57,6 +58,7 @@ class ServingEngine:
         self.context, self.max_batch = size.context, size.max_batch
         self._state = leading(DeviceState(loaded, size))
         self.num_ids = num_ids(loaded)
+        self._widths: tuple[int, ...] = (size.max_batch,)
         self._prefixes = PrefixBlocks(size.blocks, size.chunk)
         self._changed = threading.Condition()  # guards what other threads see
         self._waiting: deque[Waiting] = deque()
@@ -71,10 +73,15 @@ class ServingEngine:
         self._prefix_query_tokens = self._prefix_hit_tokens = 0
         self._expert_counts = self._state.expert_counts()
 
+    @property
+    def failed(self) -> str | None:
+        """What went wrong, in a sentence, where the engine ended by an error of its own."""
+        return self._failure
+
     def start(self) -> None:
         """Compiles every program, and begins to serve."""
         compile_clock()
-        warm_up(self._state)
+        self._widths = warm_up(self._state)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -88,17 +95,12 @@ class ServingEngine:
         stream = TokenStream(notify, self._wake)
         with self._changed:
             if not self._accepts:
-                raise UserError(self._failure or "The server is draining: it takes no requests.")
+                raise UserError(self._failure or (STOPPED if self._stops else DRAINING))
             if self._busy_since is None:
                 self._busy_since = time.monotonic()
             self._waiting.append(Waiting(request, stream, time.monotonic()))
             self._changed.notify_all()
         return stream
-
-    @property
-    def failed(self) -> str | None:
-        """Why the engine answers no more, if nobody stopped it."""
-        return None if self._failure == STOPPED else self._failure
 
     def drain(self, seconds: float | None = None) -> bool:
         """Takes no further requests and waits until those that are there have ended; whether they
@@ -166,16 +168,16 @@ class ServingEngine:
     # What follows runs on the engine's thread alone; other threads see what changes under the lock.
 
     def _run(self) -> None:
-        message = STOPPED
+        ending = STOPPED
         try:
             while self._work_to_do():
                 self._step()
         except BaseException as error:
-            message = f"The engine failed: {type(error).__name__}: {error}"
+            ending = self._failure = f"The engine failed: {type(error).__name__}: {error}"
             raise
         finally:
             with self._changed:
-                self._failure, self._accepts, self._stops = message, False, True
+                self._accepts, self._stops = False, True
                 streams = [waiting.stream for waiting in self._waiting]
                 streams += [row.stream for row in self._rows.values()]
                 self._waiting.clear()
@@ -183,7 +185,7 @@ class ServingEngine:
                 self._busy_since = None
                 self._changed.notify_all()
             for stream in streams:
-                stream.put(Finished("error", message))
+                stream.put(Finished("error", ending))
 
     def _work_to_do(self) -> bool:
         """Waits until there is a step to make; False where the engine is to stop."""
@@ -266,8 +268,13 @@ class ServingEngine:
         self._read_next = None
         return True
 
+    def _slots_of(self, rows: list[TextRow]) -> int:
+        """How many of the first slots a step runs over, so that these rows are among them."""
+        last = max(row.slot for row in rows)
+        return next(width for width in self._widths if width > last)
+
     def _decode(self, rows: list[TextRow]) -> None:
-        token_S, start_S, length_S = np.zeros((3, self.max_batch), np.int32)
+        token_S, start_S, length_S = np.zeros((3, self._slots_of(rows)), np.int32)
         for row in rows:
             token_S[row.slot], start_S[row.slot], length_S[row.slot] = row.newest, row.length, 1
             row.length += 1
@@ -275,7 +282,7 @@ class ServingEngine:
 
     def _draw(self, rows: list[TextRow]) -> None:
         """Draws the next token of these rows, and hands them out."""
-        drawn_S = np.zeros(self.max_batch, np.int32)
+        drawn_S = np.zeros(self._slots_of(rows), np.int32)
         for row in rows:
             drawn_S[row.slot] = row.tokens
         masks = {row.slot: row.allowed() for row in rows}

@@ -24,6 +24,7 @@ from moe_jax.generation.sampling import (
     option_arrays,
     penalised,
 )
+from moe_jax.runtime.platform import default_platform
 from moe_jax.serving.request import Request
 
 MOST_TOP = 20  # likeliest tokens that a step can tell
@@ -113,10 +114,11 @@ class RowSampler:
         """The next token of the rows that `kinds` has, i32 [S], NOT_FINITE where the logits are
         not; that of other rows means nothing.
 
-        `drawn_S` are the tokens drawn so far, and `allowed` is bool [num_ids] of rows that may not
-        take every token.
+        `drawn_S` are the tokens drawn so far, of the first rows at least, which alone are then
+        computed; `allowed` is bool [num_ids] of rows that may not take every token.
         """
         rows, results = len(drawn_S), {}
+        options = {name: array[:rows] for name, array in self._options.items()}
         for kind in sorted(set(kinds.values())):
             of_kind_S = np.array([kinds.get(row) == kind for row in range(rows)])
             extra: tuple[Any, ...] = (None, None, None, None)
@@ -124,10 +126,8 @@ class RowSampler:
                 allowed_SV = np.ones((rows, self.num_ids), bool)
                 for row, mask in allowed.items():
                     allowed_SV[row] = mask
-                extra = (self._penalty_2S, of_kind_S, allowed_SV, self._adjustments)
-            token_S, after = self._draw(
-                kind, self.num_ids, logits_SV, self._options, drawn_S, *extra
-            )
+                extra = (self._penalty_2S[:, :rows], of_kind_S, allowed_SV, self._adjustments)
+            token_S, after = self._draw(kind, self.num_ids, logits_SV, options, drawn_S, *extra)
             if kind.adjusts:
                 self._adjustments = after
             results[kind] = token_S
@@ -144,8 +144,9 @@ class RowSampler:
 @functools.cache
 def sampling_programs(sharding: NamedSharding) -> tuple[Any, Any, Any]:
     """The compiled `begin_row`, `draw_rows` and `top_tokens`, their results with this sharding."""
+    donated = (0,) if default_platform().donates else ()
     return (
-        jax.jit(begin_row, donate_argnums=0, out_shardings=sharding),
+        jax.jit(begin_row, donate_argnums=donated, out_shardings=sharding),
         jax.jit(draw_rows, static_argnums=(0, 1), out_shardings=sharding),
         jax.jit(top_tokens, static_argnums=0, out_shardings=sharding),
     )
@@ -173,27 +174,29 @@ def draw_rows(
     allowed_SV: jax.Array | None,
     adjustments: Adjustments | None,
 ) -> tuple[jax.Array, Adjustments | None]:
-    """A token for every row, i32 [S], as a row of this kind draws it, and the adjustments with the
-    tokens of rows of this kind counted.
+    """A token for each of the first rows, i32 [S], as a row of this kind draws it, and the
+    adjustments with the tokens of rows of this kind counted. Logits and adjustments may have more
+    rows.
 
     The arguments after `drawn_S` are there for a kind that adjusts.
     """
+    rows = drawn_S.shape[0]
     key = jax.random.wrap_key_data(options["key"], impl=KEY_KIND)
     row_options = RowOptions(**options | {"key": key})
-    logits_SV = logits_SV[:, :num_ids]
+    logits_SV = logits_SV[:rows, :num_ids]
     if adjustments is not None:
         assert penalty_2S is not None and allowed_SV is not None
-        count_SV = adjustments.count_SV
-        occurred_SV = adjustments.prompt_SV | (count_SV > 0)
+        bias_SV, prompt_SV, count_SV = (array[:rows] for array in adjustments)
+        occurred_SV = prompt_SV | (count_SV > 0)
         logits_SV = penalised(logits_SV, occurred_SV, row_options.penalty[:, None])
         logits_SV -= penalty_2S[0, :, None] * (count_SV > 0) + penalty_2S[1, :, None] * count_SV
-        logits_SV = jnp.where(allowed_SV, logits_SV + adjustments.bias_SV, -jnp.inf)
+        logits_SV = jnp.where(allowed_SV, logits_SV + bias_SV, -jnp.inf)
     filters = Filters(kind.draws, kind.filters, kind.filters, kind.draws, penalty=False)
     token_S, _ = draw_tokens(filters, None, logits_SV, row_options, RowState(drawn_S, None))
     if adjustments is None:
         return token_S, None
     assert of_kind_S is not None
-    at = (jnp.arange(token_S.shape[0]), jnp.maximum(token_S, 0))
+    at = (jnp.arange(rows), jnp.maximum(token_S, 0))
     count_SV = adjustments.count_SV.at[at].add(of_kind_S.astype(jnp.int32))
     return token_S, adjustments._replace(count_SV=count_SV)
 
@@ -201,10 +204,10 @@ def draw_rows(
 def top_tokens(
     num_ids: int, logits_SV: jax.Array, token_S: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """By the model's own logits, nats: the log-probability of each row's token, f32 [S], and the
-    likeliest tokens, i32 [S, T], with theirs, f32 [S, T].
+    """By the model's own logits, nats: the log-probability of the tokens of the first rows, f32
+    [S], and the likeliest tokens, i32 [S, T], with theirs, f32 [S, T].
     """
-    log_SV = jax.nn.log_softmax(logits_SV[:, :num_ids], axis=-1)
+    log_SV = jax.nn.log_softmax(logits_SV[: token_S.shape[0], :num_ids], axis=-1)
     own_S = jnp.take_along_axis(log_SV, jnp.maximum(token_S, 0)[:, None], axis=-1)[:, 0]
     log_ST, token_ST = jax.lax.top_k(log_SV, min(MOST_TOP, num_ids))
     return own_S, token_ST, log_ST

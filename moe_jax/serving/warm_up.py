@@ -6,18 +6,26 @@ import numpy as np
 
 from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.inference.session import SHORTEST_PROMPT
+from moe_jax.runtime.platform import default_platform
 from moe_jax.serving.device_state import DeviceState
 from moe_jax.serving.request import Request
 from moe_jax.serving.row_sampling import DRAW_KINDS
 
+FEW_SLOTS = (2, 8)  # over which a step may run on a CPU, if there are more
 
-def warm_up(state: DeviceState) -> None:
-    """Compiles what an engine runs. Nothing that a request sees changes: what is left in the slots
-    is overwritten before anything reads it.
+
+def warm_up(state: DeviceState) -> tuple[int, ...]:
+    """Compiles what an engine runs; over how many slots a step may run, the first ones, ascending.
+
+    On a CPU a step takes longer the more rows there are, so it may run over a few alone, if that
+    gives the same bits as running over all: which product XLA chooses depends on the rows, so it is
+    tried. Nothing that a request sees changes: what is left in the slots is overwritten before
+    anything reads it.
     """
-    size, rows = state.size, state.size.max_batch
+    size = state.size
+    few = FEW_SLOTS if default_platform().simulated else ()
+    widths = (*(slots for slots in few if slots < size.max_batch), size.max_batch)
     request = Request((0,), 1, sampling=SamplingOptions(repetition_penalty=2.0))
-    token_S, start_S, length_S = np.zeros((3, rows), np.int32)
     # Twice: the state that a first run leaves may lie on the devices in another way than it began.
     for _ in range(2):
         state.begin(0, request, DRAW_KINDS[-1])
@@ -29,9 +37,23 @@ def warm_up(state: DeviceState) -> None:
             state.keep_block(0, 0)
             state.fetch_block(0, 0)
         state.move_to_slot(0, 1)
-        state.decode(token_S, start_S, length_S)
-        for kind in DRAW_KINDS:
-            state.draw({0: kind}, token_S, {})
-        state.top(token_S)
+        logits = {slots: _run_steps(state, slots) for slots in widths}
         state.expert_counts()
     state.forget_counts()
+    every = logits[size.max_batch]
+    return tuple(slots for slots in widths if np.array_equal(logits[slots], every))
+
+
+def _run_steps(state: DeviceState, slots: int) -> list[np.ndarray]:
+    """Some steps over the first slots, and the logits of the first two after each."""
+    zero_S = np.zeros(slots, np.int32)
+    for kind in DRAW_KINDS:
+        state.draw({0: kind}, zero_S, {})
+    state.top(zero_S)
+    found = []
+    for step in range(4):
+        token_S, length_S = zero_S.copy(), zero_S.copy()
+        token_S[:2], length_S[:2] = (step, step + 1)[: len(token_S)], 1
+        state.decode(token_S % state.sampler.num_ids, zero_S + step, length_S)
+        found += [state.row_logits(row) for row in range(min(2, state.size.max_batch))]
+    return found

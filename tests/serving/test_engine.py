@@ -23,6 +23,7 @@ from moe_jax.serving.device_state import DeviceState, EngineSize
 from moe_jax.serving.engine import ServingEngine
 from moe_jax.serving.request import Finished, Request, Token
 from moe_jax.serving.stream import TokenStream
+from moe_jax.serving.warm_up import warm_up
 from tests.support.small_models import VOCAB, case, load
 
 GREEDY = SamplingOptions(temperature=0)
@@ -232,13 +233,13 @@ def test_what_cannot_be_is_refused(engine: ServingEngine, loaded: LoadedModel) -
             engine.submit(wrong)
     with pytest.raises(UserError, match="--max-context 65 exceeds the context of 64 tokens"):
         ServingEngine(loaded, EngineSize(2, 65))
-    with pytest.raises(UserError, match="use less than --max-batch 999999999 or --max-context 64"):
-        ServingEngine(loaded, EngineSize(999_999_999, 64))
     with pytest.raises(UserError, match="--max-batch 0"):
         EngineSize(0, 8)
 
 
+@pytest.mark.slow
 def test_over_a_mesh_it_says_the_same(engine: ServingEngine) -> None:
+    """Quicker tests: the same programs on meshes in tests/inference/test_engine.py."""
     over = ServingEngine(load(case("experts"), {"expert": 2, "tensor": 2}), SMALL)
     over.start()
     requests = of_many_kinds()[:6]
@@ -280,6 +281,45 @@ def test_requests_are_taken_in_order_and_drained(loaded: LoadedModel) -> None:
     endless = again.submit(request(0, tokens=60))
     again.stop()
     assert list(endless)[-1] in (Finished("error", "The server was stopped."), Finished("length"))
+
+
+def test_a_step_over_few_slots_is_used_where_it_gives_the_same_bits(loaded: LoadedModel) -> None:
+    engine = ServingEngine(loaded, SMALL)
+    state: Any = engine._state
+    decode, row_logits, slots = state.decode, state.row_logits, [0]
+    state.decode = lambda *a: (slots.append(len(a[0])), decode(*a))
+    assert warm_up(state) == (2, 3)
+    state.row_logits = lambda row: row_logits(row) * np.float32(1 + 1e-6 * (slots[-1] == 2))
+    assert warm_up(state) == (3,)
+    state.row_logits = row_logits
+    engine.start()
+    slots.clear()
+    list(engine.submit(request(1, tokens=5)))
+    assert slots == 4 * [2]
+    streams = [engine.submit(request(number, tokens=20)) for number in range(3)]
+    assert engine.drain(SECONDS)
+    assert all(len(stream.take()) == 21 for stream in streams) and 3 in slots
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_ends_all_streams_and_is_told(loaded: LoadedModel) -> None:
+    engine = ServingEngine(loaded, SMALL)
+    engine.start()
+    state: Any = engine._state
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    assert engine.failed is None
+    state.decode = fail
+    streams = [engine.submit(request(number, tokens=30)) for number in range(5)]
+    ends = [list(stream)[-1] for stream in streams]
+    assert {end.reason for end in ends if isinstance(end, Finished)} == {"error"}
+    assert engine.failed is not None and "RuntimeError: out of memory" in engine.failed
+    assert not any(isinstance(end, Token) or "out of memory" not in end.message for end in ends)
+    with pytest.raises(UserError, match="out of memory"):
+        engine.submit(request(0))
+    assert engine.drain(SECONDS)
 
 
 def test_no_stream_waits_longer_than_a_chunk(loaded: LoadedModel) -> None:

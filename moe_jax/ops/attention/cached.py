@@ -20,8 +20,8 @@ CACHE_BLOCK = 256  # places of a cache read at once
 
 def cached_attention(
     q_BSHQ: Float[Array, "B S H Q"],
-    keys: Shaped[Array, "R B G _ _"],
-    values: Shaped[Array, "R B G M U"] | None,
+    keys: Shaped[Array, "R N G _ _"],
+    values: Shaped[Array, "R N G M U"] | None,
     layer: Int[Array, ""] | int,
     position_BS: Int[Array, "B S"],
     *,
@@ -31,8 +31,9 @@ def cached_attention(
     sinks_H: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H U"]:
     """`attention` over one layer of a cache whose place m holds the key and value of position m,
-    for queries at any positions. Keys are [R, B, G, Q, M], or [R, B, G, M, Q] where `place_dim`
-    says so. A cache of bits (parallel/half_bits.py) holds bf16.
+    for queries at any positions. Keys are [R, N, G, Q, M], or [R, N, G, M, Q] where `place_dim`
+    says so; of N rows the first B are those of the queries. A cache of bits
+    (parallel/half_bits.py) holds bf16.
 
     A query sees the places up to its own position, so what lies beyond may be anything finite.
     Without `values` they are the first `value_width` entries of the keys, by default all. Only the
@@ -57,9 +58,9 @@ def cached_attention(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
-        k = as_floats(_places(keys, layer, dim, i * block, block)).astype(q.dtype)
+        k = as_floats(_places(keys, batch, layer, dim, i * block, block)).astype(q.dtype)
         if rest:
-            v = as_floats(_places(rest[0], layer, 3, i * block, block)).astype(q.dtype)
+            v = as_floats(_places(rest[0], batch, layer, 3, i * block, block)).astype(q.dtype)
         else:
             v = jnp.swapaxes(k[:, :, :width], 2, 3) if dim == 4 else k[..., :width]
         scores = einsum_f32("bgrd,bgdm->bgrm" if dim == 4 else "bgrd,bgmd->bgrm", q, k) * scale
@@ -102,11 +103,14 @@ def place_dim() -> int:
 
 
 def _places(
-    cache: jax.Array, layer: jax.Array | int, dim: int, start: jax.Array, size: int
+    cache: jax.Array, rows: int, layer: jax.Array | int, dim: int, start: jax.Array, size: int
 ) -> jax.Array:
-    """`size` places of one layer of a cache [R, B, ...] whose dim `dim` counts places."""
+    """`size` places of one layer of a cache [R, N, ...], whose dim `dim` counts places, in its
+    first rows.
+    """
     at = (layer, *(start if d == dim else 0 for d in range(1, cache.ndim)))
-    shape = (1, *(size if d == dim else cache.shape[d] for d in range(1, cache.ndim)))
+    sizes = (1, rows, *cache.shape[2:])
+    shape = tuple(size if d == dim else whole for d, whole in enumerate(sizes))
     return lax.dynamic_slice(cache, at, shape, allow_negative_indices=False)[0]
 
 
