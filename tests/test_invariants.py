@@ -150,6 +150,27 @@ def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(part
     np.testing.assert_allclose(want.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5)
 
 
+def test_routes_of_sequences_do_not_depend_on_the_mesh_or_the_parts():
+    """No noise, and a loss of half-filled batches: all of it is counted in sequences."""
+    moe = dict(aux_loss=0.1, sequence_aux_loss=0.2, z_loss=0.1, route_by="sequence")
+    (alone, (want,)), (meshed, (got,)) = (
+        run(program, steps=1)
+        for program in (
+            make_program(moe=moe),
+            make_program(2, 4, moe=moe | dict(dispatch="pooled"), accumulation=2),
+        )
+    )
+    assert_same([got], [want])
+    np.testing.assert_array_equal(want.layers.router.tokens, len(make_batch(0)["tokens"]))
+    # The first moments are a tenth of the gradients, which the whole batch gives alike.
+    for one, other in zip(
+        jax.tree.leaves(alone.opt_state[0].mu),
+        jax.tree.leaves(meshed.opt_state[0].mu),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 def moved(program: TrainProgram, state: TrainState, new: Placement) -> TrainState:
     """A state with its experts, and their moments, in the slots of another table."""
     sources = slot_sources(program.placement, new)

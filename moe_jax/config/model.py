@@ -275,6 +275,13 @@ class MoEConfig:
         "unchanged.",
     )
     routed_scale: float = setting(default=1.0, help="Factor on the routed experts' weights.", gt=0)
+    route_by: Literal["token", "sequence"] = setting(
+        default="token",
+        help="token: each token chooses its experts. sequence: one route per sequence, from the "
+        "mean of its tokens, which all its tokens take; load and losses then count sequences. A "
+        "language model of this kind can be trained and validated and cannot generate, as its "
+        "route depends on tokens that are still to come.",
+    )
     num_groups: int = setting(
         default=1, help="Groups of experts for group-limited selection (DeepSeek); 1 is none.", ge=1
     )

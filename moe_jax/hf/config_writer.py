@@ -40,6 +40,7 @@ _MOE = [
     "score",
     "normalize",
     "routed_scale",
+    "route_by",
     "num_groups",
     "top_groups",
     "shared_gate",

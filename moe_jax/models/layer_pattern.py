@@ -36,6 +36,11 @@ def count_moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
     return sum(kind.moe for kind in layer_kinds(model, moe))
 
 
+def routes_by_sequence(model: ModelConfig, moe: MoEConfig) -> bool:
+    """Whether experts are chosen for whole sequences, of which all tokens must be known."""
+    return moe.route_by == "sequence" and count_moe_layers(model, moe) > 0
+
+
 def stack_layers(kinds: list[LayerKind]) -> list[tuple[tuple[LayerKind, ...], int]]:
     """Cuts the layers into (pattern, repeats), at each point taking the pattern whose repeats cover
     most layers.

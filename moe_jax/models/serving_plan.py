@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.models.layer_pattern import layer_kinds
+from moe_jax.models.layer_pattern import layer_kinds, routes_by_sequence
 from moe_jax.models.paths import ParameterPath, by_path, nested
 from moe_jax.models.transformer import Transformer
 from moe_jax.models.weight_layout import WeightPlan, bytes_of, cut_banks, plan_weight
@@ -57,6 +57,7 @@ class ServingPlan:
         self.model = dataclasses.replace(model, **compute)
         self.moe, self.mesh, self.placement, self.vocab_size = moe, mesh, placement, vocab_size
         self.dtype, self.quantization = jnp.dtype(dtype), quantization
+        _check_routes(model, moe)
         _check_mesh(model, moe, mesh)
         abstract = nnx.eval_shape(
             lambda: Transformer(self.model, moe, vocab_size, rngs=nnx.Rngs(0))
@@ -190,6 +191,16 @@ class ServingPlan:
                 f"The text has token {largest} and the model a vocabulary of {self.vocab_size}: "
                 f"its tokenizer is another model's."
             )
+
+
+def _check_routes(model: ModelConfig, moe: MoEConfig) -> None:
+    """Refuses experts that are chosen by tokens which are still to come."""
+    if routes_by_sequence(model, moe):
+        raise UserError(
+            "moe.route_by=sequence routes a sequence by the mean of all its tokens, which a model "
+            "does not know while it reads and writes them one after another: such a model can be "
+            "trained and validated; train with moe.route_by=token to generate."
+        )
 
 
 def _check_mesh(model: ModelConfig, moe: MoEConfig, mesh: Mesh | AbstractMesh) -> None:

@@ -17,8 +17,8 @@ from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch, load_balancing
 from moe_jax.moe.exchange import make_route, own_rows, own_share, strategy
 from moe_jax.moe.experts import Experts, gated_projection
-from moe_jax.moe.router import Router, RouterStats, total
-from moe_jax.moe.stats import LayerStats, count_routing
+from moe_jax.moe.router import Router, RouterStats, for_tokens, sequence_means, total
+from moe_jax.moe.stats import LayerStats, count_choices, count_routing
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.linear import project
 from moe_jax.parallel.collectives import MESH_AXES, MeshAxes, once, psum, rank, vary
@@ -56,8 +56,16 @@ class MoE(nnx.Module):
         `full` are the router's sums over the whole batch when this is a part of it; `keys_B` turns
         noise on.
         """
-        routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
-        load_E, stats = stats.load_E, total(stats, axes)
+        if self.config.route_by == "sequence":
+            by_sequence, stats = self.router(
+                *sequence_means(x_BSD, valid_BS), tables.bias_E, keys_B
+            )
+            routing = for_tokens(self.config, by_sequence, valid_BS)
+            load_E = count_choices(routing.expert_TK, self.config.num_experts)
+        else:
+            routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
+            load_E = stats.load_E
+        stats = total(stats, axes)
         aux, z = load_balancing.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         place, ranks = rank(axes.expert), lax.axis_size(axes.expert)
@@ -114,8 +122,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Int[Array, " E"]]:
         """As `serve`, with how many choices fell on each expert."""
         y_BSD, expert_TK = self._serve(x_BSD, valid_BS, tables, repeat, repeats)
-        chosen_TKE = expert_TK[..., None] == jnp.arange(self.config.num_experts)
-        return y_BSD, jnp.sum(chosen_TKE, axis=(0, 1), dtype=jnp.int32)
+        return y_BSD, count_choices(expert_TK, self.config.num_experts)
 
     def _serve(
         self,

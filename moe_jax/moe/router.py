@@ -1,8 +1,9 @@
 """Choosing experts: scores, selection, weights, and the sums from which load and losses are
 computed.
 
-Everything is in f32 and in logical expert order. Statistics are sums over the valid tokens of the
-device; `total` sums them over the mesh, after which every device holds the same sums. Sources:
+Everything is in f32 and in logical expert order. Statistics are sums over what was routed on the
+device, its valid tokens or (`moe.route_by: sequence`) its sequences, which are then what "token"
+means here; `total` sums them over the mesh, after which every device holds the same sums. Sources:
 softmax top-k (Shazeer et al., 2017), sigmoid scores with a balance bias and group-limited selection
 (DeepSeek-V2 and V3, 2024), z-loss (ST-MoE, Zoph et al., 2022).
 """
@@ -115,6 +116,23 @@ def _routing(
     """One line per token; padding chooses expert E."""
     expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, config.num_experts).astype(jnp.int32)
     return Routing(expert_BSK.reshape(-1, config.top_k), weight_BSK.reshape(-1, config.top_k))
+
+
+def sequence_means(
+    x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"]
+) -> tuple[Float[Array, "B 1 D"], Bool[Array, "B 1"]]:
+    """What a sequence is routed by, the mean of its valid tokens in f32, and whether it has any."""
+    counts_BS1 = valid_BS[..., None].astype(jnp.float32)
+    total_B1D = jnp.sum(x_BSD.astype(jnp.float32) * counts_BS1, axis=1, keepdims=True)
+    mean_B1D = total_B1D / jnp.maximum(jnp.sum(counts_BS1, axis=1, keepdims=True), 1.0)
+    return mean_B1D, jnp.any(valid_BS, axis=1, keepdims=True)
+
+
+def for_tokens(config: MoEConfig, routing_B: Routing, valid_BS: Bool[Array, "B S"]) -> Routing:
+    """The routes of B sequences as those of their tokens."""
+    shape = (*valid_BS.shape, config.top_k)
+    expert_BSK, weight_BSK = (jnp.broadcast_to(part[:, None], shape) for part in routing_B)
+    return _routing(config, expert_BSK, weight_BSK, valid_BS)
 
 
 def select(

@@ -46,6 +46,12 @@ class LayerStats(NamedTuple):
         return self.counts.dropped_RR.sum((-2, -1))
 
 
+def count_choices(expert_TK: Int[Array, "T K"], num_experts: int) -> Int[Array, " E"]:
+    """How many choices fell on each expert; padding, which chooses expert E, is not counted."""
+    chosen_TKE = expert_TK[..., None] == jnp.arange(num_experts)
+    return jnp.sum(chosen_TKE, axis=(0, 1), dtype=jnp.int32)
+
+
 def count_routing(
     load_E: jax.Array, slot_TK: jax.Array, num_slots: int, room: jax.Array, axes: MeshAxes
 ) -> RoutingCounts:

@@ -254,7 +254,10 @@ class TrainProgram:
 
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), map_over(sums, parts))
         layers, experts = tables.start_E.shape
-        tokens = jnp.broadcast_to(psum(jnp.sum(parts.segments > 0), BATCH_AXES), (layers,))
+        routed = parts.segments > 0
+        if self.moe.route_by == "sequence":
+            routed = jnp.any(routed, axis=-1)
+        tokens = jnp.broadcast_to(psum(jnp.sum(routed), BATCH_AXES), (layers,))
         nothing = jnp.zeros(layers)
         return RouterStats(
             jnp.zeros((layers, experts), jnp.int32),

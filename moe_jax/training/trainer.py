@@ -37,7 +37,7 @@ from moe_jax.config.schema import Config
 from moe_jax.data.corpus import Corpus, load_corpus
 from moe_jax.data.packing import Batches, HostBatch
 from moe_jax.errors import UserError
-from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds
+from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds, routes_by_sequence
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import Placement
 from moe_jax.placement.topology import Topology
@@ -477,6 +477,7 @@ class Trainer:
     def _end(self, step: int) -> TrainingResult:
         """Draws the report."""
         self.phases.enter("end", step)
+        whole = routes_by_sequence(self.config.model, self.config.moe)  # so it writes no text
         params = jax.tree.leaves(self.program.abstract_state.params)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
         return TrainingResult(
@@ -485,7 +486,7 @@ class Trainer:
             stopped=step < self.config.train.steps,
             report=write_report(self.directory) if is_first() else None,
             sample_fits=process_count() == 1 and size <= SAMPLE_LIMIT,
-            sample_prompt=self.corpus.sample_prompt(),
+            sample_prompt=None if whole else self.corpus.sample_prompt(),
         )
 
 

@@ -277,6 +277,13 @@ def test_meshes_that_do_not_divide_are_refused() -> None:
         make_plan(odd, {"tensor": 2})
 
 
+def test_experts_that_are_chosen_for_whole_sequences_cannot_generate() -> None:
+    whole = case("experts")
+    whole = whole._replace(moe=dataclasses.replace(whole.moe, route_by="sequence"))
+    with pytest.raises(UserError, match=r"moe\.route_by=sequence .* moe\.route_by=token"):
+        make_plan(whole, {})
+
+
 def test_int4_groups_must_divide_what_each_device_has_of_the_inputs() -> None:
     """4 heads of 8: 32 inputs of `out`, 8 on each of four devices."""
     make_plan(case("dense"), {"tensor": 2}, quantization="int4", group=16)

@@ -150,6 +150,27 @@ def expected(case: Case, bias=0.0, kept_NE=1.0) -> tuple[jax.Array, dict[str, An
     return y, {"x": dx, **grads}
 
 
+@jax.jit
+def expected_by_sequence(case: Case) -> tuple[jax.Array, dict[str, Any]]:
+    """The oracle's, where the tokens of a sequence are all routed by the mean of its valid ones."""
+
+    def value(params, x):
+        counts = case.valid[..., None].astype(jnp.float32)
+        means = jnp.sum(x * counts, axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1.0)
+        y = oracle.moe_layer(
+            params,
+            x.reshape(-1, WIDTH),
+            case.valid.reshape(-1).astype(jnp.float32),
+            TOP_K,
+            seen_ND=jnp.repeat(means, LENGTH, axis=0),
+        )
+        return y.reshape(x.shape)
+
+    y, pull = jax.vjp(value, case.params, case.x)
+    grads, dx = pull(case.dy)
+    return y, {"x": dx, **grads}
+
+
 def assert_equal(got: tuple[Any, Any, Any], want: tuple[Any, Any]) -> None:
     np.testing.assert_allclose(got[0], want[0], atol=2e-5, err_msg="output")
     assert got[2].keys() == want[1].keys()
@@ -227,6 +248,21 @@ QUICK = ("1x1, alone", "1x8, rounds", "2x2x2, rounds", "1x4x2, gathered, ragged 
 def layer(request) -> Layer:
     mesh, placement, settings = request.param
     return Layer(mesh, placement, **settings)
+
+
+@pytest.mark.parametrize("name", ["1x1, alone", "2x2x2, rounds"])
+def test_one_route_per_sequence_is_taken_by_all_its_tokens(case, name):
+    mesh, placement, settings = LAYERS[name]
+    case = case._replace(valid=case.valid.at[3].set(False))  # a sequence of padding
+    got = Layer(mesh, placement, **settings, route_by="sequence", aux_loss=1.0)(case)
+    assert_equal(got, expected_by_sequence(case))
+    stats, tokens = got[1], int(case.valid.sum())
+    # Load and losses count the seven sequences, rows on the way their tokens.
+    assert (stats.router.tokens, stats.router.load_E.sum()) == (7, 7 * TOP_K)
+    assert (stats.kept, stats.dropped) == (tokens * TOP_K, 0)
+    assert stats.counts.traffic_RE.sum() == stats.counts.slot_load_P.sum() == tokens * TOP_K
+    share, prob = (a / a.sum() for a in (stats.router.load_E, stats.router.prob_E))
+    np.testing.assert_allclose(stats.aux_loss, EXPERTS * jnp.sum(share * prob), rtol=1e-5)
 
 
 def test_layer_equals_the_oracle_for_even_and_skewed_load(layer, case):

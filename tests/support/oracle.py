@@ -17,11 +17,11 @@ def swiglu(x, gate_up, down):
     return (gate * jax.nn.sigmoid(gate) * up) @ down
 
 
-def moe_layer(params, x_ND, valid_N, top_k, bias_E=0.0, kept_NE=1.0):
+def moe_layer(params, x_ND, valid_N, top_k, bias_E=0.0, kept_NE=1.0, seen_ND=None):
     """Softmax top-k with weights rescaled to sum to 1, shared experts behind a gate; choices
-    outside `kept_NE` are lost.
+    outside `kept_NE` are lost. `seen_ND` is what rows are routed by, if not by themselves.
     """
-    score_NE = jax.nn.softmax(x_ND @ params["router"])
+    score_NE = jax.nn.softmax((x_ND if seen_ND is None else seen_ND) @ params["router"])
     ranked_NE = jax.lax.stop_gradient(score_NE) + bias_E
     lowest_N1 = jnp.sort(ranked_NE, axis=-1)[:, -top_k, None]
     weight_NE = jnp.where(ranked_NE >= lowest_N1, score_NE, 0.0)
