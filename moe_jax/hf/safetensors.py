@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class Shards:
         Raises UserError for files that are missing, damaged or cut short.
         """
         self.bytes_read, self._elsewhere = 0, isinstance(source, dict)
+        self._counting = threading.Lock()
         self.entries = source if isinstance(source, dict) else _all_entries(source)
 
     def dtype(self, name: str) -> np.dtype:
@@ -86,13 +88,14 @@ class Shards:
 
     def read(self, name: str, shape: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor in memory of its own: `box` cuts the tensor after it is reshaped to
-        `shape`.
+        `shape`. Threads may read at once.
 
         Slices have a step of 1 and lie within the shape.
         """
         entry, dtype = self.entries[name], self.dtype(name)
         lengths = tuple(part.stop - part.start for part in box)
-        self.bytes_read += math.prod(lengths) * dtype.itemsize
+        with self._counting:
+            self.bytes_read += math.prod(lengths) * dtype.itemsize
         # Elements of the box are neighbours in the file if only its first dimension that counts is
         # cut.
         first = next((axis for axis, length in enumerate(lengths) if length != 1), len(lengths))

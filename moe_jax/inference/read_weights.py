@@ -1,6 +1,8 @@
 """A model's weights and tables on the devices, from a checkpoint that gives parts of them.
 
-Each process reads the parts that its devices hold and nothing else, a tensor at a time. A CPU's
+Each process reads the parts that its devices hold and nothing else, a few pieces of tensors at a
+time, on as many threads as it has cores: reading, converting and quantising leave the interpreter
+to the others, and so does memory that is touched for the first time. A CPU's
 array takes over the memory that was read into, so the peak is the model's share plus one tensor. An
 accelerator copies: one array is then there twice, and the largest comes first, when nothing else is
 there. Where both memories are one, as a Mac's are, the experts' banks come in parts that are small
@@ -12,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,11 +32,14 @@ from moe_jax.moe.tables import LayerTables, make_tables
 from moe_jax.ops import quantized
 from moe_jax.parallel.sharding import named
 from moe_jax.placement.table import EMPTY
+from moe_jax.runtime.devices import usable_cores
 from moe_jax.utils.progress import byte_progress
 
 ReadPart = Callable[[str, tuple[Any, ...]], np.ndarray]
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
-QUANTIZED_AT_ONCE = 1 << 16  # weights: quantising takes a few times their memory
+QUANTIZED_AT_ONCE = 1 << 19  # weights: quantising takes a few times their memory
+PIECE = 1 << 24  # weights that a thread reads at a time; a tensor of more is cut
+READERS = 8  # threads at most: each has a piece in memory
 _quantize = jax.jit(quantized.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
 
 
@@ -113,20 +119,51 @@ def _read_part(
         weight._replace(shape=part_shape, cuts=()).abstract(),
     )
     tensor_dims = _tensor_dims(path)
-    for place in itertools.product(*(range(len(bounds[dim])) for dim in range(len(tensor_dims)))):
-        at = [bounds[dim][number] for dim, number in enumerate(place)]
-        cut: list[Any] = [slice(bound.start, bound.stop) for bound in bounds]
-        cut[: len(at)] = [slice(number, number + 1) for number in at]
-        if path.is_expert:
-            repeat, slot = at[tensor_dims.index("layer")], at[tensor_dims.index("slot")]
-            cut[tensor_dims.index("slot")] = np.array([_expert_in(plan, path, repeat, slot)])
-        piece = _pack_piece(weight, cut, read)
-        jax.tree.map(
-            lambda to, value, place=place: to.__setitem__(place, value.reshape(to[place].shape)),
-            out,
-            piece,
+    expert_SP = _experts_in_slots(plan, path) if path.is_expert else None
+
+    def fill(piece: list[range]) -> None:
+        cut: list[Any] = [slice(part.start, part.stop) for part in piece]
+        if expert_SP is not None:
+            repeat, slot = (piece[tensor_dims.index(dim)][0] for dim in ("layer", "slot"))
+            cut[tensor_dims.index("slot")] = expert_SP[repeat, slot : slot + 1]
+        place = tuple(
+            slice(part.start - bound.start, part.stop - bound.start)
+            for part, bound in zip(piece, bounds, strict=True)
         )
+        if weight.inputs:  # which are one dim where it is held, and never cut
+            place = place[: -weight.inputs]
+        jax.tree.map(
+            lambda to, value: to.__setitem__(place, value.reshape(to[place].shape)),
+            out,
+            _pack_piece(weight, cut, read),
+        )
+
+    _on_threads(fill, _pieces(bounds, len(tensor_dims), packed=weight.order is not None))
     return out
+
+
+def _pieces(bounds: list[range], tensor_dims: int, *, packed: bool) -> Iterator[list[range]]:
+    """A part of a parameter in pieces, each of one tensor: every index of the first `tensor_dims`,
+    and of the dim that comes first in the file as much as makes a `PIECE`.
+
+    That is the first of the outputs where weights are packed, else the last dim, as an embedding's
+    vocabulary is.
+    """
+    tensor = bounds[tensor_dims:]
+    cut = 0 if packed else len(tensor) - 1
+    size = math.prod(map(len, tensor))
+    step = max(1, len(tensor[cut]) * PIECE // size) if size > PIECE else len(tensor[cut])
+    for place in itertools.product(*bounds[:tensor_dims]):
+        for start in range(tensor[cut].start, tensor[cut].stop, max(1, step)):
+            part = range(start, min(start + step, tensor[cut].stop))
+            yield [*(range(at, at + 1) for at in place), *tensor[:cut], part, *tensor[cut + 1 :]]
+
+
+def _on_threads(fill: Callable[[list[range]], None], pieces: Iterable[list[range]]) -> None:
+    """`fill` of each piece, several at a time; raises the first error."""
+    with ThreadPoolExecutor(min(READERS, usable_cores())) as threads:
+        for _ in threads.map(fill, pieces):
+            pass
 
 
 def _tensor_dims(path: ParameterPath) -> list[str]:
@@ -164,11 +201,11 @@ def _pack_piece(weight: WeightPlan, cut: list[Any], read: ReadPart) -> Any:
     return packed
 
 
-def _expert_in(plan: ServingPlan, path: ParameterPath, repeat: int, slot: int) -> int:
-    """The expert in a slot of a stacked layer, -1 for none."""
-    layer = expert_layers(plan.model, plan.moe)[path.layer_block][repeat]
-    expert = int(plan.placement.physical_to_logical[layer, slot])
-    return -1 if expert == EMPTY else expert
+def _experts_in_slots(plan: ServingPlan, path: ParameterPath) -> np.ndarray:
+    """The expert in each slot of the stacked layers, [layers, slots], -1 for none."""
+    layers = expert_layers(plan.model, plan.moe)[path.layer_block]
+    expert_SP = plan.placement.physical_to_logical[np.array(layers)]
+    return np.where(expert_SP == EMPTY, -1, expert_SP)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ from moe_jax.launch.probes import (
     probe_against_numpy,
 )
 from moe_jax.runtime import metal
-from moe_jax.runtime.devices import split_cpu, use_platform
+from moe_jax.runtime.devices import split_cpu, usable_cores, use_platform
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -241,9 +241,7 @@ def describe_machine() -> dict[str, Any]:
             for device in ([] if simulated else devices)
         ],
         "simulated_devices": SIMULATED_DEVICES,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 

@@ -138,3 +138,10 @@ def split_cpu(devices: int) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def usable_cores() -> int:
+    """Cores that this process may compute on, at least one."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,61 @@ def test_an_accelerator_that_shares_memory_holds_the_weights_and_one_tensor_more
     assert max(peaks) <= loading_bytes(plan.weights)
     tensor = math.prod(plan.weights["embedding"].shape) * 4  # the largest
     assert (max(peaks) <= weights + tensor) == cuts_banks
+
+
+@pytest.mark.parametrize("quantization", ["float", "int8", "int4"])
+def test_tensors_in_pieces_give_the_same(
+    folder: tuple[Path, dict[str, np.ndarray]], quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones are cut, those with the vocabulary last too; each byte is still read once."""
+    plan = make_plan({}, quantization=quantization, group=4)
+    whole = read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf)
+    monkeypatch.setattr(read_weights, "PIECE", 256)
+    monkeypatch.setattr(read_weights, "QUANTIZED_AT_ONCE", 64)
+    checkpoint, most = hf.open_checkpoint(folder[0]), [0]
+
+    def read(path: str, index: tuple[Any, ...]) -> np.ndarray:
+        part = checkpoint.leaf(path, index)
+        most[0] = max(most[0], part.size)
+        return part
+
+    pieces = read_weights.read_params(plan, read)
+    jax.tree.map(np.testing.assert_array_equal, pieces, whole)
+    assert 128 < most[0] <= 256
+    assert checkpoint.bytes_read == sum(leaf.nbytes for leaf in folder[1].values())
+
+
+def test_as_many_pieces_are_read_at_once_as_there_are_cores(
+    folder: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three, which wait for one another here, and never a fourth; an error in one is raised."""
+    monkeypatch.setattr(read_weights, "usable_cores", lambda: 3)
+    leaf, together = hf.open_checkpoint(folder[0]).leaf, threading.Barrier(3)
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def read(path: str, index: tuple[Any, ...]) -> np.ndarray:
+        if not path.endswith("experts/down"):
+            return leaf(path, index)
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        try:
+            if index[0].start == 0 and index[1][0] < 6:
+                together.wait(60)
+            return leaf(path, index)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    plan = make_plan({})
+    read_weights.read_params(plan, read)
+    assert most == [3] and not together.broken
+    monkeypatch.setattr(read_weights, "READERS", 2)
+    most[0] = 0
+    with pytest.raises(threading.BrokenBarrierError):
+        together.abort()
+        read_weights.read_params(plan, read)
+    assert most[0] <= 2
 
 
 def test_packing_training_weights_gives_what_is_read(
