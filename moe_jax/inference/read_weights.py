@@ -37,9 +37,10 @@ from moe_jax.utils.progress import byte_progress
 
 ReadPart = Callable[[str, tuple[Any, ...]], np.ndarray]
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
-QUANTIZED_AT_ONCE = 1 << 19  # weights: quantising takes a few times their memory
-PIECE = 1 << 24  # weights that a thread reads at a time; a tensor of more is cut
+QUANTIZED_AT_ONCE = 1 << 17  # weights: quantising takes a few times their memory
+PIECE = 1 << 18  # weights that a thread reads at a time; a tensor of more is cut
 READERS = 8  # threads at most: each has a piece in memory
+KEPT = 8 << 20  # bytes: more than most pieces
 _quantize = jax.jit(quantized.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
 
 
@@ -60,6 +61,7 @@ def read_params(plan: ServingPlan, read: ReadPart, *, experts_on_host: bool = Fa
     """
     sizes = {path: bytes_of(weight) for path, weight in plan.weights.items()}
     params: dict[str, Any] = {}
+    _keep_freed_memory()
     with byte_progress("loading", sum(sizes.values())) as done:
         for path in loading_order(plan.weights):
             weight = plan.weights[path]
@@ -138,23 +140,27 @@ def _read_part(
             _pack_piece(weight, cut, read),
         )
 
-    _on_threads(fill, _pieces(bounds, len(tensor_dims), packed=weight.order is not None))
+    # First in the file are the outputs, which are first where weights are packed, else last, as an
+    # embedding's vocabulary is. An expert's tensor may alternate gate and up there, which takes the
+    # whole of it for each piece: it is never cut.
+    cut_dim = len(tensor_dims) if weight.order is not None else len(bounds) - 1
+    most = math.inf if path.is_expert else PIECE
+    _on_threads(fill, _pieces(bounds, len(tensor_dims), cut_dim, most))
     return out
 
 
-def _pieces(bounds: list[range], tensor_dims: int, *, packed: bool) -> Iterator[list[range]]:
+def _pieces(
+    bounds: list[range], tensor_dims: int, cut_dim: int, most: float
+) -> Iterator[list[range]]:
     """A part of a parameter in pieces, each of one tensor: every index of the first `tensor_dims`,
-    and of the dim that comes first in the file as much as makes a `PIECE`.
-
-    That is the first of the outputs where weights are packed, else the last dim, as an embedding's
-    vocabulary is.
+    and of `cut_dim` as much as makes `most` weights.
     """
-    tensor = bounds[tensor_dims:]
-    cut = 0 if packed else len(tensor) - 1
+    tensor, cut = bounds[tensor_dims:], cut_dim - tensor_dims
     size = math.prod(map(len, tensor))
-    step = max(1, len(tensor[cut]) * PIECE // size) if size > PIECE else len(tensor[cut])
+    step = int(len(tensor[cut]) * most // size) if size > most else len(tensor[cut])
+    step = max(1, step)
     for place in itertools.product(*bounds[:tensor_dims]):
-        for start in range(tensor[cut].start, tensor[cut].stop, max(1, step)):
+        for start in range(tensor[cut].start, tensor[cut].stop, step):
             part = range(start, min(start + step, tensor[cut].stop))
             yield [*(range(at, at + 1) for at in place), *tensor[:cut], part, *tensor[cut + 1 :]]
 
@@ -164,6 +170,16 @@ def _on_threads(fill: Callable[[list[range]], None], pieces: Iterable[list[range
     with ThreadPoolExecutor(min(READERS, usable_cores())) as threads:
         for _ in threads.map(fill, pieces):
             pass
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc's malloc keep what a piece took for the next one.
+
+    It would give it back to the system and ask for it anew, which took half of the time of loading,
+    until a block as large as this has been freed once. Elsewhere this does nothing.
+    """
+    block = np.empty(KEPT, np.uint8)  # never touched, so it takes no memory
+    del block
 
 
 def _tensor_dims(path: ParameterPath) -> list[str]:

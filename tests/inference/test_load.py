@@ -187,7 +187,9 @@ def test_an_accelerator_that_shares_memory_holds_the_weights_and_one_tensor_more
 def test_tensors_in_pieces_give_the_same(
     folder: tuple[Path, dict[str, np.ndarray]], quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large ones are cut, those with the vocabulary last too; each byte is still read once."""
+    """Large ones are cut, those with the vocabulary last too, but an expert's; each byte is still
+    read once.
+    """
     plan = make_plan({}, quantization=quantization, group=4)
     whole = read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf)
     monkeypatch.setattr(read_weights, "PIECE", 256)
@@ -196,7 +198,8 @@ def test_tensors_in_pieces_give_the_same(
 
     def read(path: str, index: tuple[Any, ...]) -> np.ndarray:
         part = checkpoint.leaf(path, index)
-        most[0] = max(most[0], part.size)
+        if "experts" not in path:
+            most[0] = max(most[0], part.size)
         return part
 
     pieces = read_weights.read_params(plan, read)
