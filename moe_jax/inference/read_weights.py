@@ -38,9 +38,9 @@ from moe_jax.utils.progress import byte_progress
 ReadPart = Callable[[str, tuple[Any, ...]], np.ndarray]
 ALIGNMENT = 64  # bytes: memory that begins at a multiple of it becomes a CPU array without a copy
 QUANTIZED_AT_ONCE = 1 << 17  # weights: quantising takes a few times their memory
-PIECE = 1 << 18  # weights that a thread reads at a time; a tensor of more is cut
+READ_AT_ONCE = 1 << 18  # weights that a thread reads at a time; a tensor of more is cut
 READERS = 8  # threads at most: each has a piece in memory
-KEPT = 8 << 20  # bytes: more than most pieces
+_FREED_ONCE = 8 << 20  # bytes: more than most pieces
 _quantize = jax.jit(quantized.quantize, static_argnums=(1, 2))  # of many pieces of few shapes
 
 
@@ -144,7 +144,7 @@ def _read_part(
     # embedding's vocabulary is. An expert's tensor may alternate gate and up there, which takes the
     # whole of it for each piece: it is never cut.
     cut_dim = len(tensor_dims) if weight.order is not None else len(bounds) - 1
-    most = math.inf if path.is_expert else PIECE
+    most = math.inf if path.is_expert else READ_AT_ONCE
     _on_threads(fill, _pieces(bounds, len(tensor_dims), cut_dim, most))
     return out
 
@@ -178,7 +178,7 @@ def _keep_freed_memory() -> None:
     It would give it back to the system and ask for it anew, which took half of the time of loading,
     until a block as large as this has been freed once. Elsewhere this does nothing.
     """
-    block = np.empty(KEPT, np.uint8)  # never touched, so it takes no memory
+    block = np.empty(_FREED_ONCE, np.uint8)  # never touched, so it takes no memory
     del block
 
 

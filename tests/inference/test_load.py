@@ -192,7 +192,7 @@ def test_tensors_in_pieces_give_the_same(
     """
     plan = make_plan({}, quantization=quantization, group=4)
     whole = read_weights.read_params(plan, hf.open_checkpoint(folder[0]).leaf)
-    monkeypatch.setattr(read_weights, "PIECE", 256)
+    monkeypatch.setattr(read_weights, "READ_AT_ONCE", 256)
     monkeypatch.setattr(read_weights, "QUANTIZED_AT_ONCE", 64)
     checkpoint, most = hf.open_checkpoint(folder[0]), [0]
 
