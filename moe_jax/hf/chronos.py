@@ -121,9 +121,7 @@ def open_chronos(folder: Path | str) -> ChronosCheckpoint:
     config = read_chronos_config(folder)
     abstract = nnx.eval_shape(chronos_model(config))
     shards, names = Shards(folder), names_of(config)
-    if (
-        SHARED_TABLE not in shards.entries
-    ):  # of which transformers writes one copy, not always this one
+    if SHARED_TABLE not in shards.entries:  # transformers writes one copy, not always this one
         there = [name for name in _TIED if name in shards.entries]
         names |= {"shared": there[0]} if there else {}
     plans = {}
