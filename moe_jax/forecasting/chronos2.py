@@ -20,6 +20,8 @@ from moe_jax.forecasting.tasks import Group, as_groups
 from moe_jax.models.chronos.chronos2 import Chronos2
 from moe_jax.models.chronos.config import Chronos2Config
 
+SCORE_ROOM = 1 << 30  # bytes for the scores of a layer on a device
+
 
 class Chronos2Forecaster:
     """A Chronos-2 model on a mesh, a `Forecaster`; series of several variables, with covariates."""
@@ -194,6 +196,9 @@ class Chronos2Forecaster:
             np.pad(array, ((0, 0), (0, spare), (0, 0)), constant_values=np.nan)
             for array in (context, future)
         )
+        places = -(-context.shape[2] // self.config.patch) + 1 + patches
+        scores = 4 * self.config.stack.num_heads * places**2 * (count + spare)  # bytes of a group
+        batch = min(batch, max(1, SCORE_ROOM // scores) * self.placed.row_devices)
         parts = [
             self.placed.run(
                 Chronos2.__call__, *(a[at : at + batch] for a in (context, future, real))

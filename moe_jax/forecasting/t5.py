@@ -17,7 +17,7 @@ from moe_jax.models.chronos.config import ChronosT5Config
 from moe_jax.models.chronos.t5 import ChronosT5, Drawing
 
 UNIT = 32  # values by which contexts grow, so that few programs are compiled
-ROOM = 1 << 30  # bytes for keys and values on a device
+CACHE_ROOM = 1 << 30  # bytes for keys and values on a device
 
 
 class T5Forecaster:
@@ -103,7 +103,7 @@ class T5Forecaster:
         places = self.context_length + paths * self.prediction_length
         width = stack.num_heads * stack.head_width
         each = 2 * 4 * stack.num_decoder_layers * places * width
-        return max(1, ROOM // each) * self.placed.row_devices
+        return max(1, CACHE_ROOM // each) * self.placed.row_devices
 
     def _extend(
         self,
