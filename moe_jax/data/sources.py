@@ -15,13 +15,13 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config.schema import DataConfig
 from moe_jax.data.chat_template import without_surrogates
+from moe_jax.data.parquet import open_parquet
 from moe_jax.errors import UserError
 from moe_jax.utils.files import PART, local_path, read_characters
 from moe_jax.utils.progress import say
@@ -285,7 +285,7 @@ def _jsonl_documents(path: Path, part: SourcePart, text_field: str) -> Iterator[
 
 def _parquet_documents(path: Path, part: SourcePart, text_field: str) -> Iterator[Document]:
     """The text or conversation of each row."""
-    with _parquet(path) as file:
+    with open_parquet(path, _unreadable) as file:
         field = _field(file.schema_arrow.names, text_field, str(path))
         whole = part.size == path.stat().st_size
         groups = range(file.num_row_groups) if whole else range(part.begin, part.end)
@@ -297,25 +297,8 @@ def _parquet_documents(path: Path, part: SourcePart, text_field: str) -> Iterato
 
 
 def _row_groups(path: Path) -> int:
-    with _parquet(path) as file:
+    with open_parquet(path, _unreadable) as file:
         return file.num_row_groups
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """The open file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"data.source: {path} needs the `pyarrow` package: pip install pyarrow."
-        ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise _unreadable(path, error) from error
 
 
 def _load_hub(config: DataConfig) -> Any:

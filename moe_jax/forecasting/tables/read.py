@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from moe_jax.data.parquet import open_parquet
 from moe_jax.errors import UserError
 from moe_jax.forecasting.tables.items import SeriesItem, checked_item
 
@@ -134,8 +135,9 @@ def require_columns(
 def _column_names(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path} is no file: give a CSV or parquet file of series.")
-    if path.suffix == ".parquet":
-        return [str(name) for name in _parquet(path).schema_arrow.names]
+    if _is_parquet(path):
+        with open_parquet(path, _unreadable) as file:
+            return [str(name) for name in file.schema_arrow.names]
     try:
         names = list(pd.read_csv(path, nrows=0).columns)
     except (ValueError, UnicodeDecodeError) as error:
@@ -145,27 +147,19 @@ def _column_names(path: Path) -> list[str]:
 
 def _pieces(path: Path, types: dict[str, Any]) -> Iterator[pd.DataFrame]:
     """The rows in turn."""
-    try:
-        if path.suffix == ".parquet":
-            for batch in _parquet(path).iter_batches(_PIECE_ROWS):
+    if _is_parquet(path):
+        with open_parquet(path, _unreadable) as file:
+            for batch in file.iter_batches(_PIECE_ROWS):
                 yield batch.to_pandas()
-        else:
-            yield from pd.read_csv(path, chunksize=_PIECE_ROWS, dtype=types)
+        return
+    try:
+        yield from pd.read_csv(path, chunksize=_PIECE_ROWS, dtype=types)
     except (ValueError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path} needs the `pyarrow` package: pip install pyarrow, or give CSV."
-        ) from error
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
