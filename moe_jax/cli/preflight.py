@@ -52,6 +52,10 @@ def preflight(
     ] = None,
     quantize: Quantize = None,
     group: Group = INT4_GROUP,
+    program: Annotated[
+        list[str] | None,
+        option("--program", metavar="NAME", help="Compile only this one; may be repeated."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a run for chips that are not there, and see if it fits."""
@@ -71,7 +75,7 @@ def preflight(
     served = None
     if serve is not None:
         served = Serving(serve, rows, context, prompt, axes, kind, group)
-    result = compile_run(topology, tree, served)
+    result = compile_run(topology, tree, served, program or ())
     if as_json:
         print(json.dumps(result.as_json(), indent=1))
     else:

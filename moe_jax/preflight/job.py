@@ -7,6 +7,7 @@ result.as_json()["fits"]
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -16,14 +17,21 @@ from jax.sharding import Mesh
 
 from moe_jax import __version__
 from moe_jax.config.schema import Config
+from moe_jax.errors import UserError
 from moe_jax.preflight.advice import remedies
 from moe_jax.preflight.bounds import link_of, time_bound
 from moe_jax.preflight.chips import Target, find_target
 from moe_jax.preflight.measure import Measured, compile_all
-from moe_jax.preflight.programs import TRAIN_STEP, training_program, training_programs
+from moe_jax.preflight.programs import (
+    TRAIN_STEP,
+    Planned,
+    training_program,
+    training_programs,
+)
 from moe_jax.preflight.serving import Serving, serving_programs
 from moe_jax.runtime.compile_only import libtpu_version
 from moe_jax.runtime.platform import compiling_for
+from moe_jax.utils.units import one_of_these
 
 
 class MeshPrograms(NamedTuple):
@@ -85,24 +93,42 @@ class Preflight:
 
 
 def preflight(
-    topology: str, config: Config | None = None, serving: Serving | None = None
+    topology: str,
+    config: Config | None = None,
+    serving: Serving | None = None,
+    only: Sequence[str] = (),
 ) -> Preflight:
-    """Compiles the programs of a training run, of a model that is served, or of both. Raises
-    UserError where the topology is unknown or the model cannot be on it.
+    """Compiles the programs of a training run, of a model that is served, or of both; `only` those
+    of these names. Raises UserError where the topology is unknown, the model cannot be on it, there
+    is no program of such a name, or the compiler fails.
     """
-    target, parts = find_target(topology), []
+    target, planned = find_target(topology), list[tuple[Mesh, list[Planned]]]()
     with compiling_for(target.devices[0]):
         if config is not None:
             program = training_program(config, target)
-            planned = training_programs(config, program)
-            parts.append(
-                MeshPrograms(program.mesh, list(compile_all(planned, target, program.mesh)))
-            )
+            planned.append((program.mesh, training_programs(config, program)))
         if serving is not None:
-            mesh, planned = serving_programs(serving, target)
-            parts.append(MeshPrograms(mesh, list(compile_all(planned, target, mesh))))
+            planned.append(serving_programs(serving, target))
+        parts = [
+            MeshPrograms(mesh, list(compile_all(programs, target, mesh)))
+            for mesh, programs in _chosen(planned, only)
+        ]
     measured = [program for part in parts for program in part.programs]
     return Preflight(target, parts, remedies(measured, target, config, serving))
+
+
+def _chosen(
+    planned: list[tuple[Mesh, list[Planned]]], only: Sequence[str]
+) -> list[tuple[Mesh, list[Planned]]]:
+    """The programs of these names, by default all."""
+    names = [one.name for _, programs in planned for one in programs]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--program {name} is none of this run: choose {one_of_these(names)}.")
+    return [
+        (mesh, [one for one in programs if not only or one.name in only])
+        for mesh, programs in planned
+    ]
 
 
 def hidden_fraction(program: Measured, kind: str) -> float:

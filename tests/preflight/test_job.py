@@ -65,6 +65,18 @@ def test_programs_and_their_sizes(small):
     assert small["fits"] and all(one["fits"] for one in programs.values())
 
 
+def test_only_the_programs_that_are_named(capsys):
+    assert call(*arguments(), "--program", "checkpoint_checksum", "--json") == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert [one["name"] for one in told["programs"]] == ["checkpoint_checksum"]
+    assert printed.err.count("compiling") == 1
+    assert call(*arguments(), "--program", "migration") == 2  # experts do not move
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--program migration is none of this run: choose initial_state, train_step," in error
+
+
 def test_collectives_of_the_step(small):
     step = next(one for one in small["programs"] if one["name"] == "train_step")
     sent = {(one["kind"], tuple(one["axes"])): one for one in step["collectives"]}
