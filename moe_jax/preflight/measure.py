@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from moe_jax.errors import UserError
 from moe_jax.preflight.chips import Target
-from moe_jax.preflight.programs import Planned
+from moe_jax.preflight.programs import TRAIN_STEP, Planned
 from moe_jax.profiling.memory import compiled_bytes
 from moe_jax.profiling.transfers import group_axes, transfers
 from moe_jax.runtime.platform import compiling_for
@@ -70,18 +71,19 @@ def compile_all(planned: list[Planned], target: Target, mesh: Mesh) -> Iterator[
                 f"{number} of {len(planned)}: compiling {program.name} for {target.topology}, "
                 f"about {duration(lines * rate)}"
             )
-            measured = _compile(program, lowered, mesh)
+            measured = _compile(program, lowered, mesh, target)
             spent, lines_done = spent + measured.compile_seconds, lines_done + lines
             yield measured
 
 
-def _compile(program: Planned, lowered: jax.stages.Lowered, mesh: Mesh) -> Measured:
+def _compile(program: Planned, lowered: jax.stages.Lowered, mesh: Mesh, target: Target) -> Measured:
+    """Raises UserError where the compiler fails for another reason than memory."""
     began = time.perf_counter()
     try:
         compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise UserError(_failure(program.name, target, str(error))) from error
         seconds, held = time.perf_counter() - began, program.resident_bytes
         return Measured(program.name, 0, 0, 0, 0, held, 0, seconds, (), 0, _used(str(error)))
     seconds = time.perf_counter() - began
@@ -97,6 +99,18 @@ def _compile(program: Planned, lowered: jax.stages.Lowered, mesh: Mesh) -> Measu
         compile_seconds=seconds,
         collectives=tuple(sent_by(compiled.as_text(), dict(mesh.shape))),
         flops=program.flops,
+    )
+
+
+def _failure(name: str, target: Target, error: str) -> str:
+    """That the compiler failed, in one sentence."""
+    first = error.strip().partition("\n")[0].rstrip(".")
+    remedy = {
+        TRAIN_STEP: "--set train.accumulation=1, another mesh, or another --topology may compile",
+    }.get(name, "another mesh or another --topology may compile")
+    return (
+        f'--topology {target.topology}: the compiler failed at {name} with "{first}", which is a '
+        f"fault of its own and does not mean that the program does not fit: {remedy}."
     )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -230,6 +231,9 @@ class TrainProgram:
 
         def add(total: Any, part: Batch) -> tuple[Any, Losses]:
             grads, losses = gradient(params, part, full)
+            # The TPU compiler moves a reduce-scatter whose result is only summed out of the loop,
+            # with a sum as large as the whole array, and fails where it is of another type.
+            grads = jax.tree.map(lax.optimization_barrier, grads)
             return jax.tree.map(jnp.add, total, grads), losses
 
         zeros = jax.tree.map(lambda p: vary(jnp.zeros_like(p), vma(p)), params)

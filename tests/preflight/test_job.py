@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from moe_jax.config.schema import Config, MeshConfig, TrainConfig
+from moe_jax.errors import UserError
 from moe_jax.preflight.advice import remedies
 from moe_jax.preflight.bounds import link_of
 from moe_jax.preflight.chips import GPUS, Chip, Target
-from moe_jax.preflight.measure import Measured, Sent
+from moe_jax.preflight.measure import Measured, Sent, compile_all
+from moe_jax.preflight.programs import Planned
 from moe_jax.preflight.serving import Serving
 from tests.support.command import call
 
@@ -150,6 +153,39 @@ def program(name: str, **sizes: int) -> Measured:
     )
     fields |= {"peak_bytes": 0, "compile_seconds": 0, "flops": 0} | sizes
     return Measured(name=name, collectives=(), **fields)
+
+
+class Failing:
+    """Stands for a program that the compiler cannot compile."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def as_text(self) -> str:
+        return ""
+
+    def compile(self) -> None:
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.mark.parametrize("name", ["train_step", "decode"])
+def test_a_failure_of_the_compiler_is_one_sentence(name):
+    target = Target("cpu:1", Chip("small", 10e9, 1e12, 1e12, 1e9, 0), jax.devices()[:1])
+    mesh = jax.sharding.Mesh(np.array(target.devices), ("data",))
+
+    def compiled(message: str) -> list[Measured]:
+        planned = Planned(name, lambda: Failing(message), 0, 0)
+        return list(compile_all([planned], target, mesh))
+
+    with pytest.raises(UserError) as failure:
+        compiled("INTERNAL: RET_CHECK failure (some_pass.cc:1) opcode() == kAdd.\nBacktrace: ...")
+    text = str(failure.value)
+    assert text.count("\n") == 0 and f"--topology cpu:1: the compiler failed at {name}" in text
+    assert '"INTERNAL: RET_CHECK failure (some_pass.cc:1) opcode() == kAdd"' in text
+    assert ("train.accumulation=1" in text) == (name == "train_step")
+    # What does not fit is measured, and the other programs are compiled too.
+    refused = compiled("RESOURCE_EXHAUSTED: Ran out. Used 21.4G of 15.75G hbm. More.")[0].refused
+    assert refused == "needs 21.4G of 15.75G hbm"
 
 
 def test_remedies_of_what_does_not_fit():

@@ -49,6 +49,19 @@ def test_serving_copies_neither_weights_nor_cache(kind, tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_gradients_of_two_parts_are_summed_as_the_step_says():
+    """The compiler failed where it moved the head's reduce-scatter out of the loop over parts."""
+    sizes = ("model.width=512", "model.vocab_size=512", "moe.hidden=256")
+    sizes += ("model.tied_embeddings=false",)
+    parts = ("train.global_batch=16", "train.accumulation=2", "model.compute_dtype=bfloat16")
+    config = load_config(ROOT / "configs/tiny.yaml", [*SMALL, *sizes, *parts])
+    [step] = preflight("v5e:2x4", config, only=["train_step"]).programs
+    scattered = [one for one in step.collectives if one.kind == "reduce-scatter"]
+    assert not step.refused and any(one.axes == ("data", "expert") for one in scattered)
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_step_on_eight_chips():
     result = preflight("v5e:2x4", load_config(ROOT / "configs/tiny.yaml", list(SMALL)))
     told = result.as_json()
