@@ -162,9 +162,10 @@ def load_model(
     choice: ModelChoice,
     check: Callable[[Tokenizer, int], None] | None = None,
     check_plan: Callable[[ServingPlan, int], None] | None = None,
+    redundant_slots: int = 0,
 ) -> Opened:
     """Starts the devices and loads the model; `check(tokenizer, context)` and `check_plan(plan,
-    context)` may refuse before weights are read.
+    context)` may refuse before weights are read. `redundant_slots` as those of `open_model`.
     """
     from moe_jax.inference.load import open_model
     from moe_jax.profiling.clock import Stopwatch
@@ -183,6 +184,7 @@ def load_model(
             group=options.group,
             context=options.context,
             expert_cache=options.expert_cache_size,
+            redundant_slots=redundant_slots,
             check=check,
             check_plan=check_plan,
         )

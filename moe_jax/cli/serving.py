@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +38,46 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_BY_DEFAULT = 8192  # tokens of a slot: memory for all of them is taken at the start
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine holds, and what it does with its experts; the same in all processes."""
+
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, max=4096, metavar="N", help="Answers at a time.")
+    ] = 32
+    max_context: Annotated[
+        int | None,
+        option(
+            "--max-context",
+            min=2,
+            metavar="N",
+            help="Tokens of a prompt and its answer.  [default: the model's, at most 8192]",
+        ),
+    ] = None
+    balance_every: Annotated[
+        int | None,
+        option(
+            "--balance-every",
+            min=2,
+            metavar="STEPS",
+            help="Move experts to even the load of devices.  [default: they stay]",
+        ),
+    ] = None
+    redundant_slots: Annotated[
+        int,
+        typer.Option(
+            "--redundant-slots", min=0, metavar="N", help="Per device, for copies of busy experts."
+        ),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if self.redundant_slots and self.balance_every is None:
+            raise UserError(
+                f"--redundant-slots {self.redundant_slots} is for copies of busy experts, and "
+                f"without --balance-every nothing says which they are: give both."
+            )
+
+
 @spread
 def serve(
     host: Annotated[
@@ -52,21 +92,9 @@ def serve(
             "--api-key-file", metavar="FILE", help="Keys, one per line; a request needs one."
         ),
     ] = None,
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, max=4096, metavar="N", help="Answers at a time.")
-    ] = 32,
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", min=0, metavar="N", help="Answers that may wait.")
     ] = 128,
-    max_context: Annotated[
-        int | None,
-        option(
-            "--max-context",
-            min=2,
-            metavar="N",
-            help="Tokens of a prompt and its answer.  [default: the model's, at most 8192]",
-        ),
-    ] = None,
     request_timeout: Annotated[
         float,
         typer.Option("--request-timeout", min=0.001, metavar="S", help="Seconds of a request."),
@@ -74,6 +102,7 @@ def serve(
     *,
     model: ModelArgument,
     options: ModelOptions,
+    engine: EngineOptions,
     processes: ProcessFlags,
 ) -> None:
     """Serve a model to many at once, with OpenAI's API."""
@@ -82,8 +111,9 @@ def serve(
         raise UserError(
             f"--mesh {options.mesh}: a server's mesh has no data axis; start a server per copy."
         )
-    if max_context is not None and options.context is not None:
+    if engine.max_context is not None and options.context is not None:
         raise UserError("--context and --max-context say the same: give one of them.")
+    engine = replace(engine, max_context=engine.max_context or options.context)
     try:
         from moe_jax.serving.api.app import Api, Limits, create_app
         from moe_jax.serving.api.server import bound_socket
@@ -95,30 +125,29 @@ def serve(
             f"'moe-jax[serve]'."
         ) from error
     keys = [] if api_key_file is None else read_keys(api_key_file)
-    asked = max_context or options.context
-    processes.join(model=choice.fingerprint(), settings=repr((options, max_batch, asked)))
+    processes.join(model=choice.fingerprint(), settings=repr((options, engine)))
     use_compile_cache()
     if not is_first():
-        _follow(choice, max_batch, asked)
+        _follow(choice, engine)
         return
     if not keys and host not in LOOPBACK:
         say(f"--host {host} without --api-key-file: everybody who reaches it can use the model.")
     with bound_socket(host, port) as listener:
-        api = Api(Limits(max_batch, max_waiting, request_seconds=request_timeout))
+        api = Api(Limits(engine.max_batch, max_waiting, request_seconds=request_timeout))
         app = create_app(api, keys=keys, log=say)
-        run_server(api, app, listener, partial(_open, choice, max_batch, asked))
+        run_server(api, app, listener, partial(_open, choice, engine))
 
 
 def _load(
-    choice: ModelChoice, max_batch: int, asked: int | None, checked: Callable[[], None]
+    choice: ModelChoice, engine: EngineOptions, checked: Callable[[], None]
 ) -> tuple[Opened, EngineSize]:
     """The model, and the size of its engine; `checked` is called when all that can be wrong has
     been looked at, before weights are read.
     """
     from moe_jax.serving.device_state import EngineSize
-    from moe_jax.serving.room import check_room
+    from moe_jax.serving.room import check_moves, check_room
 
-    options = choice.options
+    options, asked = choice.options, engine.max_context
     memory = None if options.memory is None else parse_bytes(options.memory)
 
     def sized(context: int) -> EngineSize:
@@ -126,28 +155,30 @@ def _load(
             raise UserError(
                 f"--max-context {asked} exceeds the model's context of {context} tokens: lower it."
             )
-        return EngineSize(max_batch, asked or min(context, LONGEST_BY_DEFAULT))
+        context = asked or min(context, LONGEST_BY_DEFAULT)
+        return EngineSize(engine.max_batch, context, balance_every=engine.balance_every)
 
     def check_plan(plan: ServingPlan, context: int) -> None:
+        if engine.balance_every is not None:
+            option = f"--balance-every {engine.balance_every}"
+            check_moves(plan, option, options.expert_cache_size)
         check_room(plan, sized(context), memory, options.expert_cache_size)
 
     def check(tokenizer: Tokenizer, context: int) -> None:
         checked()
 
     whole = replace(choice, options=replace(options, context=None))
-    opened = load_model(whole, check, check_plan)
+    opened = load_model(whole, check, check_plan, engine.redundant_slots)
     return opened, sized(opened.model.context)
 
 
-def _open(
-    choice: ModelChoice, max_batch: int, asked: int | None, checked: Callable[[], None]
-) -> OpenedModel:
+def _open(choice: ModelChoice, options: EngineOptions, checked: Callable[[], None]) -> OpenedModel:
     """The model and its engine, ready to answer."""
     from moe_jax.serving.api.prompts import ServedModel
     from moe_jax.serving.engine import ServingEngine
     from moe_jax.serving.run import OpenedModel
 
-    opened, size = _load(choice, max_batch, asked, checked)
+    opened, size = _load(choice, options, checked)
     loaded = opened.model
     engine = ServingEngine(loaded, size)
     engine.start()
@@ -161,16 +192,16 @@ def _open(
         model,
         engine,
         f"{loaded.name} in {loaded.held_in} on {devices}, loaded in {opened.seconds:,.1f} s; "
-        f"{max_batch} slots of {size.context:,} tokens",
+        f"{size.max_batch} slots of {size.context:,} tokens",
     )
 
 
-def _follow(choice: ModelChoice, max_batch: int, asked: int | None) -> None:
+def _follow(choice: ModelChoice, engine: EngineOptions) -> None:
     """What a process does that has no HTTP: the steps of process 0, until that one lets it go."""
     from moe_jax.serving.device_state import DeviceState
     from moe_jax.serving.lockstep import follow
 
-    opened, size = _load(choice, max_batch, asked, lambda: None)
+    opened, size = _load(choice, engine, lambda: None)
     with noted_signals(signal.SIGTERM, signal.SIGINT):  # process 0 drains
         follow(DeviceState(opened.model, size))
 

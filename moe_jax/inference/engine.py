@@ -27,15 +27,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.inference.expert_cache import ExpertCounts
+from moe_jax.inference.expert_migration import ServedExperts, tables_of
 from moe_jax.inference.kv_cache import Cache, CacheLayout
 from moe_jax.inference.output import all_logits, last_logits, total_nats
 from moe_jax.models.batch import NewTokens
-from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.models.transformer import Transformer
 from moe_jax.moe.tables import LayerTables
 from moe_jax.parallel.collectives import psum
 from moe_jax.parallel.half_bits import as_bits
+from moe_jax.placement.table import Placement
 from moe_jax.runtime.platform import platform_of
 
 NEW_TOKENS_SPEC = NewTokens._make(P("data") for _ in NewTokens._fields)
@@ -97,31 +98,53 @@ class ResidentEngine:
         """`params` may be `plan.abstract_params()`: programs can then be lowered, and not run."""
         self.plan, self.params, self.tables = plan, params, tables
         self.layout = CacheLayout(plan)
-        self._load_LE: jax.Array | None = None
-        self._total_LE: np.ndarray | None = None
+        self.placement = plan.placement
+        """Where experts are now."""
+        self._moves: ServedExperts | None = None
+        self._load_LP: jax.Array | None = None
+        self._total_LP: np.ndarray | None = None
 
     def count_choices(self) -> None:
-        """From now on `decode` counts how many choices fall on each expert, if there are experts;
+        """From now on `decode` counts how many choices go to each slot, if there are experts;
         another program, of the same arithmetic.
         """
-        shape = (count_moe_layers(self.plan.model, self.plan.moe), self.plan.moe.num_experts)
+        shape = self.placement.physical_to_logical.shape
         if shape[0]:
-            self._total_LE = np.zeros(shape, np.int64)
-            self._load_LE = self._no_choices()
+            self._total_LP = np.zeros(shape, np.int64)
+            self._load_LP = self._no_choices()
 
     def choices(self) -> np.ndarray | None:
-        """Choices of each expert since `count_choices`, i64 [MoE layers, E]; None where they are
-        not counted. It waits for the devices.
+        """Choices that went to each slot since `count_choices`, or since experts moved, i64
+        [MoE layers, P]; None where they are not counted. It waits for the devices.
         """
-        if self._total_LE is not None:
-            self._total_LE = self._total_LE + np.asarray(self._load_LE)
-            self._load_LE = self._no_choices()  # they would overflow in the end
-        return self._total_LE
+        if self._total_LP is not None:
+            self._total_LP = self._total_LP + np.asarray(self._load_LP)
+            self._load_LP = self._no_choices()  # they would overflow in the end
+        return self._total_LP
 
     def _no_choices(self) -> jax.Array:
-        assert self._total_LE is not None
+        assert self._total_LP is not None
         everywhere = NamedSharding(self.plan.mesh, P())
-        return jnp.zeros(self._total_LE.shape, jnp.int32, device=everywhere)
+        return jnp.zeros(self._total_LP.shape, jnp.int32, device=everywhere)
+
+    def let_experts_move(self) -> int:
+        """From now on where experts are changes no bit of what a counted `decode` gives, and
+        `move_experts` may be called. Returns how many experts a device sends in one call at most.
+        """
+        self._moves = self._moves or ServedExperts(self.plan, self._held)
+        return self._moves.budget
+
+    def move_experts(self, new: Placement) -> None:
+        """Brings experts to where the table says, and counts choices from there on. Returns when
+        they are there; the weights' memory is used again.
+        """
+        assert self._moves is not None, "let_experts_move comes first"
+        self._held = self._moves(self._held, self.placement, new)
+        self.params = self._held  # the old arrays are gone
+        self.tables = tables_of(self.plan.mesh, new, self.tables.bias_E)
+        self.placement = new
+        if self._total_LP is not None:
+            self.count_choices()
 
     def expert_figures(self) -> dict[str, Any]:
         """None: no expert is fetched."""
@@ -133,11 +156,10 @@ class ResidentEngine:
 
     def decode(self, cache: Cache, new: NewTokens) -> tuple[jax.Array, Cache]:
         """As `Engine.decode`."""
-        if self._load_LE is None:
+        if self._load_LP is None:
             return self._decode(self._held, self.tables, cache, new)
-        logits_BV, cache, self._load_LE = self._decode_counted(
-            self._held, self.tables, cache, new, self._load_LE
-        )
+        decode = self._decode_counted if self._moves is None else self._decode_in_order
+        logits_BV, cache, self._load_LP = decode(self._held, self.tables, cache, new, self._load_LP)
         return logits_BV, cache
 
     def all_logits(self, new: NewTokens) -> jax.Array:
@@ -186,13 +208,20 @@ class ResidentEngine:
 
     @cached_property
     def _decode_counted(self) -> Any:
+        return self._compile_counted(in_order=False)
+
+    @cached_property
+    def _decode_in_order(self) -> Any:
+        return self._compile_counted(in_order=True)
+
+    def _compile_counted(self, in_order: bool) -> Any:
         def local(
-            params: Any, tables: LayerTables, cache: Cache, new: NewTokens, load_LE: jax.Array
+            params: Any, tables: LayerTables, cache: Cache, new: NewTokens, load_LP: jax.Array
         ) -> Any:
             transformer = self._transformer(params)
-            hidden_BSD, cache, more_LE = transformer.decode_counted(new, tables, cache)
-            load_LE = load_LE + psum(more_LE, ("data",))
-            return last_logits(transformer, hidden_BSD, new), cache, load_LE
+            hidden_BSD, cache, more_LP = transformer.decode_counted(new, tables, cache, in_order)
+            load_LP = load_LP + psum(more_LP, ("data",))
+            return last_logits(transformer, hidden_BSD, new), cache, load_LP
 
         in_specs = (self.plan.param_specs, P(), self.layout.specs, NEW_TOKENS_SPEC, P())
         out_specs = (P("data"), self.layout.specs, P())

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from moe_jax import hf
 from moe_jax.checkpoint import expert_layout
 from moe_jax.checkpoint.manager import Checkpoints
+from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.errors import UserError
@@ -37,7 +38,7 @@ from moe_jax.model_io.source import INT4_GROUP, PackedSource, RunSource, YamlSou
 from moe_jax.models.layer_pattern import count_moe_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.parallel.mesh import first_devices, make_mesh
-from moe_jax.placement.table import contiguous
+from moe_jax.placement.table import Placement, contiguous
 from moe_jax.runtime.platform import default_platform
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
 from moe_jax.utils.progress import say
@@ -57,6 +58,7 @@ def open_model(
     fallback: bool = False,
     context: int | None = None,
     expert_cache: int | None = None,
+    redundant_slots: int = 0,
     check: Callable[[Tokenizer, int], None] | None = None,
     check_plan: Callable[[ServingPlan, int], None] | None = None,
 ) -> LoadedModel:
@@ -73,6 +75,7 @@ def open_model(
       context: tokens that a sequence may have, if not as many as the model was made for.
       expert_cache: experts per layer that the device keeps, the others in host memory (offload.py);
         by default it holds all.
+      redundant_slots: slots per device and layer beyond its share of the experts, for replicas.
       check, check_plan: called with the tokenizer, or the plan, and the context before weights
         are read; they may refuse.
     """
@@ -84,6 +87,7 @@ def open_model(
         group=group,
         step=step,
         fallback=fallback,
+        redundant_slots=redundant_slots,
     )
     Preconditions(memory, context, check, expert_cache, check_plan).require(stored)
     if context is not None and context > stored.context:
@@ -160,6 +164,7 @@ def find_model(
     step: int | None,
     fallback: bool,
     to_write: bool = False,
+    redundant_slots: int = 0,
 ) -> StoredModel:
     """The model of a folder, or of a name on the hub, planned for a mesh; arguments as those of
     `open_model`. With `to_write` every parameter is one array, as it is saved.
@@ -173,25 +178,30 @@ def find_model(
     devices = make_mesh(mesh, first_devices(mesh.size))
     source = find_local(path)
     if isinstance(source, PackedSource):
-        return _find_converted(source.path, devices, dtype, quantize)
+        return _find_converted(source.path, devices, dtype, quantize, redundant_slots)
     held: dict[str, Any] = {
         "dtype": dtype or default_platform().dtype,
         "quantization": quantize or "float",
         "group": group,
     }
     if isinstance(source, RunSource):
-        return _find_run(source.path, devices, held, step, fallback)
+        return _find_run(source.path, devices, held, step, fallback, redundant_slots)
     if isinstance(source, YamlSource):
         source.weights()  # refuses: it has none
     held["cuts_banks"] = default_platform().shares_memory and not to_write
-    return _find_hf(source.path, devices, held)
+    return _find_hf(source.path, devices, held, redundant_slots)
 
 
-def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any]) -> StoredModel:
+def _contiguous(model: ModelConfig, moe: MoEConfig, mesh: Mesh, redundant_slots: int) -> Placement:
+    layers, ranks = count_moe_layers(model, moe), mesh.shape["expert"]
+    return contiguous(layers, moe.num_experts, ranks, redundant_slots)
+
+
+def _find_hf(folder: Path, mesh: Mesh, held: dict[str, Any], redundant_slots: int) -> StoredModel:
     checkpoint = hf.open_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder), field="tokenizer")
     model, moe = checkpoint.model, checkpoint.moe
-    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, mesh.shape["expert"])
+    placement = _contiguous(model, moe, mesh, redundant_slots)
     plan = ServingPlan(model, moe, mesh, placement, vocab_size=checkpoint.vocab_size, **held)
 
     def read(experts_on_host: bool) -> tuple[Any, Any]:
@@ -210,7 +220,12 @@ def _end_ids(stated: Iterable[int], tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _find_run(
-    path: Path, mesh: Mesh, held: dict[str, Any], step: int | None, fallback: bool
+    path: Path,
+    mesh: Mesh,
+    held: dict[str, Any],
+    step: int | None,
+    fallback: bool,
+    redundant_slots: int,
 ) -> StoredModel:
     """A run's checkpoint on any mesh, whatever mesh it was trained on. Choices are dropless, else a
     token could depend on padding.
@@ -222,7 +237,7 @@ def _find_run(
     )
     saved = expert_layout.saved_placement(checkpoints, step, fallback)
     moe = dataclasses.replace(config.moe, dropless=True)
-    placement = restore.serving_placement(saved, mesh.shape["expert"])
+    placement = restore.serving_placement(saved, mesh.shape["expert"], redundant_slots)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     plan = ServingPlan(config.model, moe, mesh, placement, vocab_size=vocab_size, **held)
 
@@ -236,7 +251,9 @@ def _find_run(
     return StoredModel(plan, tokenizer, context, eos_ids, path.name, read, reads_masters=True)
 
 
-def _find_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | None) -> StoredModel:
+def _find_converted(
+    path: Path, mesh: Mesh, dtype: str | None, quantize: str | None, redundant_slots: int
+) -> StoredModel:
     header = packed_header.read_packed_header(path)
     for option, asked, has in (
         ("--dtype", dtype, header.dtype),
@@ -248,7 +265,7 @@ def _find_converted(path: Path, mesh: Mesh, dtype: str | None, quantize: str | N
                 f"convert the model again."
             )
     model, moe = header.model, header.moe
-    placement = contiguous(count_moe_layers(model, moe), moe.num_experts, mesh.shape["expert"])
+    placement = _contiguous(model, moe, mesh, redundant_slots)
     held: dict[str, Any] = {
         "dtype": header.dtype,
         "quantization": header.quantization,

@@ -16,12 +16,12 @@ from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.placement.table import Placement, contiguous
 
 
-def serving_placement(saved: Placement, ranks: int) -> Placement:
+def serving_placement(saved: Placement, ranks: int, redundant_slots: int = 0) -> Placement:
     """The table to serve by: experts as they lie in the checkpoint where they fill as many slots,
-    else the contiguous one.
+    else the contiguous one, with redundant slots on each rank if asked for.
     """
     layers, experts = saved.physical_to_logical.shape[0], saved.num_experts
-    contiguous_table = contiguous(layers, experts, ranks)
+    contiguous_table = contiguous(layers, experts, ranks, redundant_slots)
     return (
         Placement(saved.physical_to_logical, experts, ranks)
         if saved.num_slots == contiguous_table.num_slots == experts

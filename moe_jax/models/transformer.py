@@ -106,14 +106,17 @@ class Block(nnx.Module):
         repeat: jax.Array,
         first: int,
         repeats: int,
+        in_order: bool,
     ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
-        """As `decode`, with the choices of each expert, i32 [E]; None without experts."""
+        """As `decode`, with the choices that went to each slot, i32 [P]; None without experts."""
         if isinstance(self.mlp, FeedForward):
             return *self.decode(x_BSD, new, tables, cache, repeat, first, repeats), None
         assert tables is not None
         x_BSD, h_BSD, cache = self.decode_attention(x_BSD, new, cache, repeat)
-        y_BSD, load_E = self.mlp.serve_counted(h_BSD, new.valid, tables, repeat - first, repeats)
-        return x_BSD + y_BSD, cache, load_E
+        y_BSD, load_P = self.mlp.serve_counted(
+            h_BSD, new.valid, tables, repeat - first, repeats, in_order
+        )
+        return x_BSD + y_BSD, cache, load_P
 
     def prefill_attention(
         self, x_BSD: jax.Array, new: NewTokens, cache: LayerCache, repeat: jax.Array
@@ -245,12 +248,13 @@ class Transformer(nnx.Module):
         return self._through_layers(Block.decode, new, tables, cache)[:2]
 
     def decode_counted(
-        self, new: NewTokens, tables: LayerTables, cache: list[Any]
-    ) -> tuple[Float[Array, "B S D"], list[Any], Int[Array, "L E"] | None]:
-        """As `decode`, with how many choices of this device's tokens fell on each expert; None of a
-        model without experts.
+        self, new: NewTokens, tables: LayerTables, cache: list[Any], in_order: bool = False
+    ) -> tuple[Float[Array, "B S D"], list[Any], Int[Array, "L P"] | None]:
+        """As `decode`, with how many choices of this device's tokens went to each slot; None of a
+        model without experts. With `in_order`, where experts are changes no bit (moe/layer.py).
         """
-        return self._through_layers(Block.decode_counted, new, tables, cache)
+        through_block = partial(Block.decode_counted, in_order=in_order)
+        return self._through_layers(through_block, new, tables, cache)
 
     def _through_layers(
         self, through_block: Any, new: NewTokens, tables: LayerTables, cache: list[Any]
@@ -298,7 +302,7 @@ def _serve_pattern(
     inputs: Any,
 ) -> tuple[Any, jax.Array | None]:
     """The scan's body: one repeat of a pattern over new tokens; `banks` are those of `repeats` from
-    the `first` on. With the experts' choices [MoE layers, E] where they are counted.
+    the `first` on. With the slots' choices [MoE layers, P] where they are counted.
     """
     (x_BSD, cache), (state, tables, repeat) = carry, inputs
     pattern = nnx.merge(graph, banks, state)
@@ -309,7 +313,7 @@ def _serve_pattern(
             block, x_BSD, new, table, layer_cache, repeat, first, repeats
         )
         cache_after.append(layer_cache)
-        loads += [load_E for load_E in load if load_E is not None]
+        loads += [load_P for load_P in load if load_P is not None]
         at += kind.moe
     return (x_BSD, cache_after), jnp.stack(loads) if loads else None
 

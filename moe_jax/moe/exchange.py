@@ -21,7 +21,17 @@ from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch
 from moe_jax.moe.experts import apply_experts
 from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl
-from moe_jax.parallel.collectives import MeshAxes, all_gather, all_to_all, pmax, rank, vary
+from moe_jax.parallel.collectives import (
+    MeshAxes,
+    all_gather,
+    all_to_all,
+    axis_names,
+    once,
+    pmax,
+    psum,
+    rank,
+    vary,
+)
 
 
 class Route(NamedTuple):
@@ -164,6 +174,27 @@ def own_share(
     """
     y_MD, order_M, inverse_NK = own_rows(route, x_ND, weights, slot_NK, first)
     return dispatch.combine_rows(y_MD, weight_NK, order_M, inverse_NK)
+
+
+def share_in_order(
+    route: Route,
+    x_ND: jax.Array,
+    weight_NK: jax.Array,
+    weights: tuple[Any, ...],
+    slot_NK: jax.Array,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """As `own_share`, but each token's whole sum in the order of its choices, on the first rank,
+    and zeros on the others.
+
+    A choice's row is of one rank and zeros are of the others, so that the sum over ranks rounds
+    nothing, and the sum over choices does not depend on where their experts are.
+    """
+    y_MD, _, inverse_NK = own_rows(route, x_ND, weights, slot_NK, first)
+    row_MD = psum(y_MD[inverse_NK.reshape(-1)], route.axes.expert)
+    choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
+    y_ND = dispatch.combine_rows(row_MD, weight_NK, choice_M, choice_M.reshape(weight_NK.shape))
+    return once(y_ND, axis_names(route.axes.expert))
 
 
 def own_rows(

@@ -15,7 +15,7 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch, load_balancing
-from moe_jax.moe.exchange import make_route, own_rows, own_share, strategy
+from moe_jax.moe.exchange import make_route, own_rows, own_share, share_in_order, strategy
 from moe_jax.moe.experts import Experts, gated_projection
 from moe_jax.moe.router import Router, RouterStats, for_tokens, sequence_means, total
 from moe_jax.moe.stats import LayerStats, count_choices, count_routing
@@ -110,7 +110,7 @@ class MoE(nnx.Module):
         The experts' weights may be those of `repeats` layers one after another, of which this is
         number `repeat`.
         """
-        return self._serve(x_BSD, valid_BS, tables, repeat, repeats)[0]
+        return self._serve(x_BSD, valid_BS, tables, repeat, repeats, False)[0]
 
     def serve_counted(
         self,
@@ -119,10 +119,16 @@ class MoE(nnx.Module):
         tables: LayerTables,
         repeat: Int[Array, ""] | int = 0,
         repeats: int = 1,
-    ) -> tuple[Float[Array, "B S D"], Int[Array, " E"]]:
-        """As `serve`, with how many choices fell on each expert."""
-        y_BSD, expert_TK = self._serve(x_BSD, valid_BS, tables, repeat, repeats)
-        return y_BSD, count_choices(expert_TK, self.config.num_experts)
+        in_order: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Int[Array, " P"]]:
+        """As `serve`, with how many choices went to each slot.
+
+        With `in_order` each token's experts are summed in the order of its choices, as on one
+        device, and not by rank: where experts are changes no bit. Its sum over the `expert` axis
+        has K rows per token.
+        """
+        y_BSD, slot_TK = self._serve(x_BSD, valid_BS, tables, repeat, repeats, in_order)
+        return y_BSD, count_choices(slot_TK, tables.slots_NP.shape[-1])
 
     def _serve(
         self,
@@ -131,8 +137,9 @@ class MoE(nnx.Module):
         tables: LayerTables,
         repeat: jax.Array | int,
         repeats: int,
+        in_order: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        """What `serve` gives, and the experts that the tokens chose [T, K], E for padding."""
+        """What `serve` gives, and the slots of the tokens' choices [T, K], P for padding."""
         routing = self.router.choose(x_BSD, valid_BS, tables.bias_E)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights = self.experts.weights(x_TD.dtype)
@@ -141,8 +148,9 @@ class MoE(nnx.Module):
             routing.expert_TK, tables.slots_NP[0], tables.start_E, tables.replicas_NE[0], 0
         )
         route = make_route(self.config, MESH_AXES, slots)
-        y_TD = own_share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * slots)
-        return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape), routing.expert_TK
+        share = share_in_order if in_order else own_share
+        y_TD = share(route, x_TD, routing.weight_TK, weights, slot_TK, repeat * slots)
+        return self._with_shared(y_TD, x_TD).reshape(x_BSD.shape), slot_TK
 
     def choice_rows(
         self, x_TD: Float[Array, "T D"], slot_TK: Int[Array, "T K"]

@@ -47,7 +47,9 @@ class LayerStats(NamedTuple):
 
 
 def count_choices(expert_TK: Int[Array, "T K"], num_experts: int) -> Int[Array, " E"]:
-    """How many choices fell on each expert; padding, which chooses expert E, is not counted."""
+    """How many choices fell on each expert (or slot, of so many); padding, which chooses expert E
+    (or slot P), is not counted.
+    """
     chosen_TKE = expert_TK[..., None] == jnp.arange(num_experts)
     return jnp.sum(chosen_TKE, axis=(0, 1), dtype=jnp.int32)
 

@@ -89,6 +89,11 @@ def plan_migration(old: Placement, new: Placement, budget: int) -> MigrationPlan
     return MigrationPlan(old, new, moves_M3, calls)
 
 
+def idle_call(placement: Placement, budget: int) -> Call:
+    """A call that moves nothing: for compiling the program."""
+    return _call([], placement.ranks, placement.num_slots // placement.ranks, budget)
+
+
 def _fits(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int) -> bool:
     copies = np.bincount(
         [source // share for _, source in {(layer, source) for layer, source, _ in moves}],
@@ -140,7 +145,7 @@ def _call(moves: list[tuple[int, int, int]], ranks: int, share: int, budget: int
             layer,
             slot % share,
         )
-    shifts = np.repeat(list(turns), list(turns.values())).astype(np.int32)
+    shifts = np.repeat(np.array(list(turns), np.int32), np.array(list(turns.values()), np.int32))
     padded = np.zeros(ranks * budget, np.int32)
     padded[: shifts.size] = shifts
     return Call(

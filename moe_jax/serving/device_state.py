@@ -36,6 +36,7 @@ from moe_jax.inference.kv_cache import STEP, Cache, CacheLayout, bucket
 from moe_jax.inference.session import SHORTEST_PROMPT, LoadedModel
 from moe_jax.models.batch import LayerCache, NewTokens
 from moe_jax.ops.attention.cached import place_dim
+from moe_jax.placement.table import Placement
 from moe_jax.profiling.memory import per_device
 from moe_jax.runtime.platform import default_platform
 from moe_jax.serving.request import Request
@@ -54,6 +55,8 @@ class EngineSize:
     """Tokens of a prompt that are read between two steps, and of a block of the prefix cache."""
     prefix_blocks: int | None = None
     """Blocks of prompts that are kept; by default a quarter of what the slots hold."""
+    balance_every: int | None = None
+    """Steps between two plans of where experts are; None: they stay where they are."""
 
     def __post_init__(self) -> None:
         for name, value in (("--max-batch", self.max_batch), ("--max-context", self.context)):
@@ -91,6 +94,11 @@ class DeviceState:
         """Raises UserError where the model's mesh or its positions cannot be served."""
         _check_model(loaded, size)
         self.size, self._engine = size, loaded.engine
+        self.move_budget = 0
+        """Experts that a device sends in one call at most; 0 where they stay."""
+        if size.balance_every is not None:
+            assert isinstance(loaded.engine, ResidentEngine)  # room.check_moves has looked
+            self.move_budget = loaded.engine.let_experts_move()
         plan, layout = loaded.engine.plan, loaded.engine.layout
         self._slots = layout.new(size.max_batch, size.places)
         self._reading = layout.new(1, size.places)
@@ -119,11 +127,22 @@ class DeviceState:
             self._engine.count_choices()
 
     def expert_counts(self) -> np.ndarray | None:
-        """Choices of each expert, i64 [MoE layers, E], of prompts and answers; None where they are
-        not counted: of a model without experts, or with a part of them in host memory. It waits for
-        the devices.
+        """Choices that went to each slot, i64 [MoE layers, P], of prompts and answers, since the
+        start or the last move; None where they are not counted: of a model without experts, or with
+        a part of them in host memory. It waits for the devices.
         """
         return self._engine.choices() if isinstance(self._engine, ResidentEngine) else None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where experts are; None where their choices are not counted."""
+        return self._engine.placement if isinstance(self._engine, ResidentEngine) else None
+
+    def move_experts(self, slots_LP: np.ndarray) -> None:
+        """Brings experts to these slots, and counts from there on."""
+        assert isinstance(self._engine, ResidentEngine)
+        now = self._engine.placement
+        self._engine.move_experts(Placement(slots_LP, now.num_experts, now.ranks))
 
     def begin(self, slot: int, request: Request, kind: DrawKind) -> None:
         """A request of this kind takes a slot."""

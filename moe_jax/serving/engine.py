@@ -29,6 +29,7 @@ from moe_jax.errors import UserError
 from moe_jax.inference.session import LoadedModel
 from moe_jax.profiling.clock import compile_clock
 from moe_jax.serving.device_state import DeviceState, EngineSize, num_ids
+from moe_jax.serving.expert_balance import ExpertBalance
 from moe_jax.serving.lockstep import dismiss, leading
 from moe_jax.serving.prefix_blocks import PrefixBlocks
 from moe_jax.serving.request import EngineStats, Finished, Request
@@ -71,7 +72,11 @@ class ServingEngine:
         self._busy_since: float | None = None  # or since the last step; None where all is done
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._prefix_query_tokens = self._prefix_hit_tokens = 0
-        self._expert_counts = self._state.expert_counts()
+        self._experts: ExpertBalance | None = None
+        if (counts := self._state.expert_counts()) is not None:
+            placement, budget = self._state.placement, self._state.move_budget
+            self._experts = ExpertBalance(placement, size.balance_every, budget)
+            self._experts.read(counts)
 
     @property
     def failed(self) -> str | None:
@@ -119,6 +124,8 @@ class ServingEngine:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+        if self._experts is not None:
+            self._experts.close()
 
     def dismiss(self) -> None:
         """Lets the other processes of `follow` go; where there are several, once, after `stop`."""
@@ -128,7 +135,7 @@ class ServingEngine:
         """What the engine does now, and has done."""
         with self._changed:
             rows = list(self._rows.values())
-            since = self._busy_since
+            since, experts = self._busy_since, self._experts
             return EngineStats(
                 running=len(rows),
                 waiting=len(self._waiting),
@@ -141,7 +148,8 @@ class ServingEngine:
                 steps=self._steps,
                 compilations=self._compilations,
                 stalled_seconds=0.0 if since is None else time.monotonic() - since,
-                expert_counts=self._expert_counts,
+                expert_counts=None if experts is None else experts.choices_LE,
+                experts=None if experts is None else experts.stats,
             )
 
     def _check(self, request: Request) -> None:
@@ -190,7 +198,7 @@ class ServingEngine:
     def _work_to_do(self) -> bool:
         """Waits until there is a step to make; False where the engine is to stop."""
         if not self._has_work() or self._steps % COUNT_EVERY == 0:
-            self._expert_counts = self._state.expert_counts()
+            self._read_choices()
         with self._changed:
             if not self._has_work():
                 self._busy_since = None
@@ -202,6 +210,7 @@ class ServingEngine:
         programs, thread = compile_clock().programs, threading.get_ident()
         before = programs[thread]
         self._drop_cancelled()
+        self._move_experts()
         self._admit()
         decoding = [row for row in self._rows.values() if row.tokens]
         if decoding:
@@ -214,6 +223,31 @@ class ServingEngine:
             self._steps += 1
             self._compilations += programs[thread] - before
             self._busy_since = time.monotonic()
+
+    def _read_choices(self) -> None:
+        if self._experts is not None:
+            counts = self._state.expert_counts()
+            with self._changed:
+                self._experts.read(counts)
+
+    def _move_experts(self) -> None:
+        """Experts move where the load of late says so, a part of them between two steps."""
+        experts = self._experts
+        if experts is None or experts.half is None:
+            return
+        if self._steps and self._steps % experts.half == 0:
+            counts = self._state.expert_counts()
+            with self._changed:
+                experts.observe(counts)
+        with self._changed:
+            table = experts.next_table()
+        if table is None:
+            return
+        self._read_choices()  # these went by the table of now; nothing is under way any more
+        began = time.monotonic()
+        self._state.move_experts(table.physical_to_logical)
+        with self._changed:
+            experts.moved(table, time.monotonic() - began)
 
     def _drop_cancelled(self) -> None:
         dropped = []

@@ -55,6 +55,19 @@ class Finished(NamedTuple):
     message: str = ""
 
 
+class ExpertStats(NamedTuple):
+    """Where experts are, how busy their devices are, and what moving them took."""
+
+    slots: np.ndarray  # [MoE layers, slots]: the expert in each, -1 for none
+    ranks: int  # each has as many consecutive slots
+    device_choices: np.ndarray | None = None  # [MoE layers, ranks], since the last move
+    before: float | None = None  # of devices' loads max/mean, mean over layers, at the last plan
+    moves: int = 0  # slots that got another expert
+    pauses: int = 0  # between two steps, for a part of a move
+    pause_seconds: float = 0.0
+    longest_pause: float = 0.0
+
+
 @dataclass(frozen=True)
 class EngineStats:
     """What an engine tells of itself."""
@@ -71,3 +84,4 @@ class EngineStats:
     compilations: int = 0  # since the engine was started
     stalled_seconds: float = 0.0
     expert_counts: np.ndarray | None = None  # [MoE layers, experts]; of late, not of this step
+    experts: ExpertStats | None = None

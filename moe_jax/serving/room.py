@@ -1,4 +1,6 @@
-"""Whether the caches of a server fit beside the weights, said before any weight is read."""
+"""What a server needs of a model and its mesh, looked at before any weight is read: room for the
+caches beside the weights, and experts that can move where they are to.
+"""
 
 from __future__ import annotations
 
@@ -27,3 +29,19 @@ def check_room(
         f"for keys and values {where}, beside {gibibytes(room.needed)} of weights, and {allowed} "
         f"{gibibytes(room.free)}: lower one of the two."
     )
+
+
+def check_moves(plan: ServingPlan, option: str, expert_cache: int | None) -> None:
+    """Raises UserError for an option that moves experts between devices where they cannot."""
+    if expert_cache is not None:
+        raise UserError(
+            f"{option} moves experts between devices, and with --expert-cache-size they are in the "
+            f"host's memory: leave one of the two out."
+        )
+    if not len(plan.placement.physical_to_logical):
+        raise UserError(f"{option} moves experts, and the model has none: leave it out.")
+    if plan.placement.ranks == 1:
+        raise UserError(
+            f"{option} moves experts between devices, and all are on one: leave it out, or give "
+            f"--mesh expert=N."
+        )

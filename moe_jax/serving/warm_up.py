@@ -36,6 +36,9 @@ def warm_up(state: DeviceState) -> tuple[int, ...]:
         if size.blocks:
             state.keep_block(0, 0)
             state.fetch_block(0, 0)
+        if state.move_budget:
+            assert state.placement is not None
+            state.move_experts(state.placement.physical_to_logical)
         state.move_to_slot(0, 1)
         logits = {slots: _run_steps(state, slots) for slots in widths}
         state.expert_counts()

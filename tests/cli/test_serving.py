@@ -47,6 +47,15 @@ def test_options_that_cannot_be(
         assert "everybody who reaches it can use the model" in told
 
 
+def test_experts_that_cannot_move(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, folder, "--port", 0, "--balance-every", 100)
+    assert told.startswith("--balance-every 100 moves experts between devices, and all are on one")
+    told = refusal(capsys, folder, "--port", 0, "--balance-every", 100, "--expert-cache-size", 2)
+    assert "with --expert-cache-size they are in the host's memory" in told
+    told = refusal(capsys, folder, "--redundant-slots", 1)
+    assert told.startswith("--redundant-slots 1 is for copies of busy experts, and without")
+
+
 def test_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refusal(capsys, folder, "--port", 0, "--max-context", 10**6)
     assert told.startswith("--max-context 1000000 exceeds the model's context of ")

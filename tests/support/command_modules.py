@@ -30,7 +30,9 @@ def replace_model() -> None:
     from moe_jax.cli.model_options import Opened
     from tests.support import fake_model
 
-    def load(choice: object, check: object = None, check_plan: object = None) -> Opened:
+    def load(
+        choice: object, check: object = None, check_plan: object = None, redundant_slots: int = 0
+    ) -> Opened:
         return Opened(fake_model.Loaded(fake_model.shout), 1, 0)  # type: ignore[arg-type]
 
     inference.load_model = load

@@ -21,7 +21,7 @@ from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.serving.api.app import Api, Limits, create_app
 from moe_jax.serving.api.prompts import ServedModel
 from moe_jax.serving.api.server import HttpServer, bound_socket
-from moe_jax.serving.request import EngineStats, Finished, Request, Token
+from moe_jax.serving.request import EngineStats, ExpertStats, Finished, Request, Token
 from tests.support import fake_model
 
 TOOLS = dataclasses.replace(
@@ -121,8 +121,14 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         counts = np.array([[4, 0, 0, 0], [1, 1, 1, 1]])
+        slots, loads = np.array([[0, 1, 2, 3], [0, 2, 1, 3]]), np.array([[4, 0], [2, 2]])
         return EngineStats(
-            running=3, waiting=1, cache_use=0.25, stalled_seconds=self.stalled, expert_counts=counts
+            running=3,
+            waiting=1,
+            cache_use=0.25,
+            stalled_seconds=self.stalled,
+            expert_counts=counts,
+            experts=ExpertStats(slots, 2, loads, 1.5, 2, 1, 0.25, 0.25),
         )
 
 

@@ -96,11 +96,24 @@ class Api:
         return self.model
 
     def experts(self) -> dict[str, Any]:
-        """How many choices fell on each expert of each layer."""
-        model = self.require()
-        counts = self._engine.stats().expert_counts
-        rows = None if counts is None else [[int(count) for count in row] for row in counts]
-        return {"object": "expert_load", "model": model.name, "choices": rows}
+        """How many choices fell on each expert of each layer, where they are, and what moving them
+        took.
+        """
+        model, stats = self.require(), self._engine.stats()
+        told: dict[str, Any] = {"object": "expert_load", "model": model.name}
+        told["choices"] = _whole_numbers(stats.expert_counts)
+        if (experts := stats.experts) is not None:
+            told["slots"] = _whole_numbers(experts.slots)
+            told["devices"] = experts.ranks
+            told["device_choices"] = _whole_numbers(experts.device_choices)
+            told["moves"] = {
+                "experts": experts.moves,
+                "pauses": experts.pauses,
+                "seconds": experts.pause_seconds,
+                "longest_pause_seconds": experts.longest_pause,
+                "max_over_mean_before": experts.before,
+            }
+        return told
 
     def refused(self, status: int) -> None:
         """Counts a request that got an error."""
@@ -228,6 +241,10 @@ async def _gone(request: Request) -> None:
         pass
 
 
+def _whole_numbers(matrix: Any) -> list[list[int]] | None:
+    return None if matrix is None else [[int(count) for count in row] for row in matrix]
+
+
 def _event(content: Any) -> bytes:
     return b"data: " + to_json(content) + b"\n\n"
 
@@ -343,7 +360,7 @@ def _add_reading(app: FastAPI, api: Api) -> None:
 
     @app.get("/v1/experts")
     async def experts() -> Response:
-        """How many choices fell on each expert of each layer."""
+        """How many choices fell on each expert of each layer, and where the experts are."""
         return _json(api.experts())
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from moe_jax.serving.request import EngineStats
+from moe_jax.placement.cost import max_over_mean
+from moe_jax.serving.request import EngineStats, ExpertStats
 from moe_jax.utils.units import ranges
 
 LAYER_GROUPS = 8
@@ -109,39 +110,63 @@ class EngineCollector:
             ("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hit_tokens),
             ("moe_jax:compilations", "Programs compiled since start.", stats.compilations),
         ):
-            family = CounterMetricFamily(name, text, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
-        counts = np.zeros((0, 1)) if stats.expert_counts is None else stats.expert_counts
-        yield from self._experts(np.asarray(counts))
+            yield self._counter(name, text, value)
+        if stats.expert_counts is not None:
+            yield from self._experts(stats.expert_counts)
+        if stats.experts is not None:
+            yield from self._moves(stats.experts)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([self._model], value)
         return family
 
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
     def _experts(self, counts_LE: np.ndarray) -> Iterator[Metric]:
-        groups = np.array_split(
-            np.arange(len(counts_LE)), max(1, min(LAYER_GROUPS, len(counts_LE)))
-        )
-        labels = ["model_name", "layers"]
-        load = GaugeMetricFamily(
+        yield self._by_layers(
             "moe_jax:expert_load_max_over_mean",
             "Load of the fullest expert over the mean, largest of the layers.",
-            labels=labels,
+            counts_LE,
+            lambda counts: float(max_over_mean(counts).max()),
         )
-        dead = GaugeMetricFamily(
+        yield self._by_layers(
             "moe_jax:expert_dead_experts",
             "Experts without a token, of all the layers.",
-            labels=labels,
+            counts_LE,
+            lambda counts: int((counts == 0).sum()),
         )
-        for layers in groups:
-            counts = counts_LE[layers]
-            if not counts.sum():
-                continue
-            mean = np.maximum(counts.mean(axis=1), 1e-9)
-            name = [self._model, ranges([int(layer) for layer in layers])]
-            load.add_metric(name, float((counts.max(axis=1) / mean).max()))
-            dead.add_metric(name, int((counts == 0).sum()))
-        yield load
-        yield dead
+
+    def _moves(self, experts: ExpertStats) -> Iterator[Metric]:
+        if experts.device_choices is not None:
+            yield self._by_layers(
+                "moe_jax:device_load_max_over_mean",
+                "Choices on the fullest device over the mean since experts last moved, largest of "
+                "the layers.",
+                experts.device_choices,
+                lambda counts: float(max_over_mean(counts).max()),
+            )
+        for name, text, value in (
+            ("moe_jax:expert_moves", "Slots that got another expert.", experts.moves),
+            ("moe_jax:expert_move_pauses", "Waits for a part of a move.", experts.pauses),
+            ("moe_jax:expert_move_seconds", "All these waits.", experts.pause_seconds),
+        ):
+            yield self._counter(name, text, value)
+        yield self._gauge(
+            "moe_jax:expert_move_longest_seconds", "The longest of them.", experts.longest_pause
+        )
+
+    def _by_layers(
+        self, name: str, text: str, counts: np.ndarray, value: Callable[[np.ndarray], float]
+    ) -> Metric:
+        """A gauge with a value for each group of layers that has any load."""
+        family = GaugeMetricFamily(name, text, labels=["model_name", "layers"])
+        groups = max(1, min(LAYER_GROUPS, len(counts)))
+        for layers in np.array_split(np.arange(len(counts)), groups):
+            if counts[layers].sum():
+                label = ranges([int(layer) for layer in layers])
+                family.add_metric([self._model, label], value(counts[layers]))
+        return family

@@ -23,6 +23,7 @@ from moe_jax.placement.plan import plan_placement
 from moe_jax.placement.schedule import MigrationPlan, plan_migration
 from moe_jax.placement.table import Placement
 from moe_jax.placement.topology import Topology
+from moe_jax.placement.trial import mix_layers, try_plan
 from moe_jax.runtime.platform import platform_of
 from moe_jax.training.placement.migration import MigrationCosts
 from moe_jax.training.placement.traffic_window import TrafficWindow
@@ -181,10 +182,9 @@ def decide(window: TrafficWindow, table: Placement, prices: Prices, horizon: int
     """
     first_LRE = window.earlier_LRE
     second_LRE = window.traffic_LRE - first_LRE
-    trial = prices.plan(first_LRE, table)
-    wanted_L = (1 - prices.config.min_gain) * prices.worth(table, second_LRE)
-    better_L = prices.worth(trial, second_LRE) < wanted_L
-    new = _mix(better_L, prices.plan(window.traffic_LRE, table), table)
+    halves = (first_LRE, second_LRE)
+    trial, better_L = try_plan(prices.plan, prices.worth, halves, table, prices.config.min_gain)
+    new = mix_layers(better_L, prices.plan(window.traffic_LRE, table), table)
     second_LRE = second_LRE / (window.steps - window.earlier)
     plan = plan_migration(table, new, prices.migration.budget)
     return Decision(
@@ -193,18 +193,9 @@ def decide(window: TrafficWindow, table: Placement, prices: Prices, horizon: int
         gains=bool(better_L.any()),
         horizon=horizon,
         before=prices.estimate(table, second_LRE),
-        after=prices.estimate(_mix(better_L, trial, table), second_LRE),
+        after=prices.estimate(mix_layers(better_L, trial, table), second_LRE),
         migration_seconds=prices.migration_seconds(plan),
         migration_bytes=plan.sent * prices.migration.expert_bytes,
         step_seconds=window.step_seconds(),
         dropped_fraction=window.dropped_fraction(),
-    )
-
-
-def _mix(better_L: np.ndarray, new: Placement, old: Placement) -> Placement:
-    """The new table in those layers, the old one in the others."""
-    return Placement(
-        np.where(better_L[:, None], new.physical_to_logical, old.physical_to_logical),
-        old.num_experts,
-        old.ranks,
     )

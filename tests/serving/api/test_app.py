@@ -379,9 +379,16 @@ def test_metrics_and_experts() -> None:
         'moe_jax:request_errors_total{model_name="fake",status="400"} 1.0',
         'moe_jax:expert_load_max_over_mean{layers="0",model_name="fake"} 4.0',
         'moe_jax:expert_dead_experts{layers="0",model_name="fake"} 3.0',
+        'moe_jax:device_load_max_over_mean{layers="0",model_name="fake"} 2.0',
+        'moe_jax:device_load_max_over_mean{layers="1",model_name="fake"} 1.0',
+        'moe_jax:expert_moves_total{model_name="fake"} 2.0',
+        'moe_jax:expert_move_seconds_total{model_name="fake"} 0.25',
     ):
         assert line in text.splitlines(), text
-    assert server.get("/v1/experts").json()["choices"] == [[4, 0, 0, 0], [1, 1, 1, 1]]
+    experts = server.get("/v1/experts").json()
+    assert experts["choices"] == [[4, 0, 0, 0], [1, 1, 1, 1]]
+    assert experts["slots"][1] == [0, 2, 1, 3] and experts["device_choices"] == [[4, 0], [2, 2]]
+    assert experts["moves"]["longest_pause_seconds"] == 0.25
 
 
 def test_openapi_has_every_field_of_the_table() -> None:
