@@ -25,6 +25,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "NPROC", "32"
 )  # threads for eight devices to wait in: see moe_jax.runtime.devices
+# XLA is as quiet as in commands: on some processors it complains of each program that it reads.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["MOE_JAX_CACHE"] = ""  # commands keep no compiled programs; what follows does
 
 import jax
@@ -34,8 +36,7 @@ import pytest
 from tests.support import ROOT
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Many tests compile the same programs; those of the last run are there too. Not in the environment:
-# to processes that tests start, XLA would complain on stderr of each program that it reads.
+# Many tests compile the same programs; those of the last run are there too.
 # (With a limit to its size JAX looks at every file for each that it writes.)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache/programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
