@@ -204,7 +204,9 @@ def test_rows_do_not_see_each_other(single: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
-@pytest.mark.parametrize("mesh", [{}, {"expert": 2, "tensor": 2}], ids=["one", "four"])
+@pytest.mark.parametrize(
+    "mesh", slow_unless(bool, [{}, {"expert": 2, "tensor": 2}]), ids=["one", "four"]
+)
 def test_weights_read_in_parts_are_those_of_training_packed(
     kind: str, mesh: dict[str, int]
 ) -> None:

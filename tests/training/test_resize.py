@@ -243,9 +243,7 @@ def test_eight_twelve_eight_goes_on_training(folder: Path, tmp_path: Path) -> No
     assert lines[-1]["ce_loss"] < before[1]["ce_loss"]
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow), "muon"]
-)
+@pytest.mark.parametrize("optimizer", slow_unless("muon".__eq__, ["adamw", "adafactor", "muon"]))
 def test_growing_and_shrinking_again_changes_nothing(
     optimizer: str, folder: Path, tmp_path: Path
 ) -> None:

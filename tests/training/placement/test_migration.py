@@ -117,12 +117,13 @@ PROGRAMS = {
     "muon": dict(data=2, expert=2, moe=MOE, optimizer=dict(name="muon")),
     "one device": dict(moe=MOE),
 }
+QUICK = ("2x2x2 with biases", "1x4, replicas on two hosts", "muon", "one device")
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name == "adafactor" else [])
+        pytest.param(settings, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
         for name, settings in PROGRAMS.items()
     ],
 )
