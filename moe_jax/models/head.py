@@ -29,7 +29,7 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.ops.cross_entropy import linear_cross_entropy
-from moe_jax.parallel.collectives import BATCH_AXES, all_gather, psum
+from moe_jax.parallel.collectives import BATCH_AXES, all_gather, psum, vary_alike
 from moe_jax.parallel.sharding import axes_of, gather
 from moe_jax.utils.annotations import Array, Float, Int
 
@@ -87,9 +87,11 @@ def batch_loss(
     sizes = {axis: lax.axis_size(axis) for axis in BATCH_AXES}
     columns, split = head.get_value().shape[1], axes_of(head, "vocab")
     axes = vocabulary_axes(width, columns, tokens, sizes)
+    hidden_TD, shard = _gradients_together(*vary_alike(hidden_TD, head.get_value()))
+    tied: Any = head.replace(shard)
     loss = linear_cross_entropy(
         _in_order_of(hidden_TD, axes),
-        _block(head, hidden_TD.dtype, axes),
+        _block(tied, hidden_TD.dtype, axes),
         target_T,
         weight_T,
         axis=split,
@@ -98,6 +100,28 @@ def batch_loss(
     )
     rest = _others(axes)
     return psum(loss, rest)
+
+
+@jax.custom_vjp
+def _gradients_together(hidden_TD: jax.Array, shard: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as they are; in the backward pass neither gradient goes on before the other is made.
+
+    Nothing but the optimizer uses the head's gradient, so that the TPU compiler put off what makes
+    a device's shard of it until all layers were through: the gradient of a device's columns lived
+    all that time, in f32.
+    """
+    return hidden_TD, shard
+
+
+def _together_forward(hidden_TD: jax.Array, shard: jax.Array):
+    return (hidden_TD, shard), None
+
+
+def _together_backward(_: None, gradients: tuple[jax.Array, jax.Array]):
+    return lax.optimization_barrier(gradients)
+
+
+_gradients_together.defvjp(_together_forward, _together_backward)
 
 
 def _others(axes: tuple[str, ...]) -> tuple[str, ...]:
