@@ -352,6 +352,12 @@ class MoEConfig:
     gather_below: int = setting(
         default=8, help="dispatch=auto gathers when a device has fewer tokens than this.", ge=0
     )
+    overlap_chunks: int | None = setting(
+        default=None,
+        help="Chunks of exchanged rows: one travels while the experts compute another. null: by "
+        "their bytes where the platform can do both at once, else 1.",
+        ge=1,
+    )
     grouped_matmul: Literal["auto", "reference", "ragged", "tiled"] = setting(
         default="auto", help="Grouped matmul back end; auto chooses by platform."
     )

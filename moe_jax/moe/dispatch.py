@@ -10,7 +10,8 @@ means "none" and reads as zeros. `permute_rows` puts all rows into another order
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,29 +42,53 @@ class Tables(NamedTuple):
     place_TK: Int[Array, "T K"]
 
 
+class Cut(NamedTuple):
+    """How M rows, in groups of equal length, are cut: into chunks of `size` rows of each group."""
+
+    groups: int  # R
+    size: int
+
+    def of(self, rows_M: jax.Array) -> list[jax.Array]:
+        """The chunks [R, C, ...] of rows [M, ...]."""
+        rows = rows_M.reshape(self.groups, -1, *rows_M.shape[1:])
+        return jnp.split(rows, list(range(self.size, rows.shape[1], self.size)), axis=1)
+
+    def join(self, chunks: list[jax.Array]) -> jax.Array:
+        """Rows [M, ...] of their chunks."""
+        return jnp.concatenate(chunks, axis=1).reshape(-1, *chunks[0].shape[2:])
+
+
 def _rows(x_ND: jax.Array, index: jax.Array) -> jax.Array:
     """Rows by index; an index past the end gives zeros. None is negative."""
     return x_ND.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-@jax.custom_vjp
-def _gather(x_ND: jax.Array, source_M: jax.Array, place_NK: jax.Array) -> jax.Array:
-    return _rows(x_ND, source_M // place_NK.shape[1])
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather(x_ND: jax.Array, source_M: jax.Array, place_NK: jax.Array, cut: Cut) -> list[jax.Array]:
+    return [_rows(x_ND, source_RC // place_NK.shape[1]) for source_RC in cut.of(source_M)]
 
 
-def _gather_fwd(x_ND: jax.Array, source_M: jax.Array, place_NK: jax.Array):
-    return _gather(x_ND, source_M, place_NK), place_NK
+def _gather_fwd(x_ND: jax.Array, source_M: jax.Array, place_NK: jax.Array, cut: Cut):
+    return _gather(x_ND, source_M, place_NK, cut), place_NK
 
 
-def _gather_bwd(place_NK: jax.Array, dy_MD: jax.Array):
-    return (
-        jnp.sum(_rows(dy_MD, place_NK), axis=1, dtype=jnp.float32).astype(dy_MD.dtype),
-        None,
-        None,
-    )
+def _gather_bwd(cut: Cut, place_NK: jax.Array, dchunks: list[jax.Array]):
+    dy_MD = cut.join(dchunks)
+    dx_ND = jnp.sum(_rows(dy_MD, place_NK), axis=1, dtype=jnp.float32)
+    return dx_ND.astype(dy_MD.dtype), None, None
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def gather_chunks(
+    x_ND: Float[Array, "N D"],
+    source_M: Int[Array, " M"],
+    place_NK: Int[Array, "N K"],
+    cut: Cut,
+) -> list[jax.Array]:
+    """`gather_rows` in chunks [R, C, D] of the groups of rows."""
+    return _gather(*vary_alike(x_ND, source_M, place_NK), cut)
 
 
 def gather_rows(
@@ -74,7 +99,7 @@ def gather_rows(
     `place_NK` is the inverse: the rows of the result that each row was copied to (M for none). The
     backward pass gathers and sums by it.
     """
-    return _gather(*vary_alike(x_ND, source_M, place_NK))
+    return gather_chunks(x_ND, source_M, place_NK, Cut(1, source_M.shape[0]))[0][0]
 
 
 @jax.custom_vjp
@@ -102,27 +127,54 @@ def permute_rows(
     return _permute(*vary_alike(x_MD, order_M, inverse_M))
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _combine(
-    y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array
+    chunks: list[jax.Array],
+    weight_TK: jax.Array,
+    source_M: jax.Array,
+    place_TK: jax.Array,
+    cut: Cut,
 ) -> jax.Array:
+    y_MD = cut.join(chunks)
     return einsum_f32("tkd,tk->td", _rows(y_MD, place_TK), weight_TK).astype(y_MD.dtype)
 
 
-def _combine_fwd(y_MD: jax.Array, weight_TK: jax.Array, source_M: jax.Array, place_TK: jax.Array):
-    return _combine(y_MD, weight_TK, source_M, place_TK), (y_MD, weight_TK, source_M, place_TK)
+def _combine_fwd(
+    chunks: list[jax.Array],
+    weight_TK: jax.Array,
+    source_M: jax.Array,
+    place_TK: jax.Array,
+    cut: Cut,
+):
+    saved = (chunks, weight_TK, source_M, place_TK)
+    return _combine(*saved, cut), saved
 
 
-def _combine_bwd(saved: tuple[jax.Array, ...], dout_TD: jax.Array):
-    y_MD, weight_TK, source_M, place_TK = saved
-    weight_M = _rows(weight_TK.reshape(-1), source_M)
-    dout_MD = _rows(dout_TD, source_M // weight_TK.shape[1]).astype(weight_M.dtype)
-    dy_MD = (dout_MD * weight_M[:, None]).astype(y_MD.dtype)
-    dweight_TK = einsum_f32("tkd,td->tk", _rows(y_MD, place_TK), dout_TD)
-    return dy_MD, dweight_TK.astype(weight_TK.dtype), None, None
+def _combine_bwd(cut: Cut, saved: tuple[Any, ...], dout_TD: jax.Array):
+    chunks, weight_TK, source_M, place_TK = saved
+    weights = cut.of(_rows(weight_TK.reshape(-1), source_M))
+    dchunks, dweights = [], []
+    for y_RCD, source_RC, weight_RC in zip(chunks, cut.of(source_M), weights, strict=True):
+        dout_RCD = _rows(dout_TD, source_RC // weight_TK.shape[1]).astype(jnp.float32)
+        dchunks.append((dout_RCD * weight_RC[..., None]).astype(y_RCD.dtype))
+        dweights.append(jnp.sum(y_RCD.astype(jnp.float32) * dout_RCD, axis=-1))
+    dweight_TK = _rows(cut.join(dweights), place_TK)
+    return dchunks, dweight_TK.astype(weight_TK.dtype), None, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def combine_chunks(
+    chunks: list[jax.Array],
+    weight_TK: Float[Array, "T K"],
+    source_M: Int[Array, " M"],
+    place_TK: Int[Array, "T K"],
+    cut: Cut,
+) -> Float[Array, "T D"]:
+    """`combine_rows` of rows that come in chunks [R, C, D] of their groups."""
+    *chunks, weight_TK, source_M, place_TK = vary_alike(*chunks, weight_TK, source_M, place_TK)
+    return _combine(chunks, weight_TK, source_M, place_TK, cut)
 
 
 def combine_rows(
@@ -134,7 +186,8 @@ def combine_rows(
     """Each token's K rows of `y_MD`, weighted and summed in f32; a choice without a row counts as
     zero.
     """
-    return _combine(*vary_alike(y_MD, weight_TK, source_M, place_TK))
+    cut = Cut(1, source_M.shape[0])
+    return combine_chunks([y_MD[None]], weight_TK, source_M, place_TK, cut)
 
 
 def choose_slots(

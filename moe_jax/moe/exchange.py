@@ -19,7 +19,7 @@ from jax import lax
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch
-from moe_jax.moe.experts import apply_experts
+from moe_jax.moe.experts import Grouped
 from moe_jax.ops.grouped_matmul.api import GroupedMatmulImpl
 from moe_jax.parallel.collectives import (
     MeshAxes,
@@ -32,6 +32,12 @@ from moe_jax.parallel.collectives import (
     rank,
     vary,
 )
+from moe_jax.runtime.platform import default_platform
+
+# Pools are cut into chunks of at least so many bytes, where nobody says into how many: a transfer
+# that takes less than what starting it takes hides nothing.
+CHUNK_BYTES, MOST_CHUNKS = 16 << 20, 4
+ROWS = 16
 
 
 class Route(NamedTuple):
@@ -43,10 +49,25 @@ class Route(NamedTuple):
     capacity_factor: float
     limit: float | None  # of gpt-oss's SwiGLU
     impl: GroupedMatmulImpl
+    chunks: int | None  # of a pool's rows, asked for
 
     def capacity(self, tokens: int, top_k: int) -> int:
         """Rows C of a pool for the choices of one device's tokens."""
         return dispatch.pool_capacity(tokens, top_k, self.ranks, self.capacity_factor)
+
+    def chunk(self, capacity: int, row_bytes: int) -> int:
+        """Rows of a pool that travel at once, so that the experts compute others meanwhile; a
+        multiple of `ROWS` where it can be, which is what programs for accelerators cut well.
+        """
+        chunks = self.chunks
+        if self.ranks == 1:
+            chunks = 1
+        elif chunks is None:
+            size = self.ranks * capacity * row_bytes
+            most = MOST_CHUNKS if default_platform().overlaps else 1
+            chunks = max(min(size // CHUNK_BYTES, most), 1)
+        rows = -(-capacity // chunks)
+        return -(-rows // ROWS) * ROWS if ROWS < rows < capacity else rows
 
 
 class Exchanged(NamedTuple):
@@ -69,6 +90,7 @@ def make_route(config: MoEConfig, axes: MeshAxes, slots: int) -> Route:
         config.capacity_factor,
         config.swiglu_limit,
         config.grouped_matmul,
+        config.overlap_chunks,
     )
 
 
@@ -147,18 +169,65 @@ def _exchange_round(
     """Rows travel to their experts' ranks in pools [R*C, D], and their results travel back;
     [T, D].
     """
-    capacity, expert = route.capacity(*weight_TK.shape), route.axes.expert
+    capacity = route.capacity(*weight_TK.shape)
     tables, local_M = dispatch.pool_tables(
         queue, round, capacity, route.slots * route.ranks, route.ranks
     )
-    received_MD = all_to_all(dispatch.gather_rows(x_TD, tables.source_M, tables.place_TK), expert)
     # One row per rank: a TPU may pad a dim of size 1 to 128.
-    slot_M = all_to_all(local_M.reshape(route.ranks, -1), expert).reshape(-1)
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_M, route.slots)
-    sorted_MD = dispatch.permute_rows(received_MD, order_M, inverse_M)
-    computed_MD = apply_experts(sorted_MD, sizes_P, weights, limit=route.limit, impl=route.impl)
-    returned_MD = all_to_all(dispatch.permute_rows(computed_MD, inverse_M, order_M), expert)
-    return dispatch.combine_rows(returned_MD, weight_TK, tables.source_M, tables.place_TK)
+    slot_RC = all_to_all(local_M.reshape(route.ranks, capacity), route.axes.expert)
+    cut = dispatch.Cut(route.ranks, route.chunk(capacity, x_TD[0].nbytes))
+    rows = dispatch.gather_chunks(x_TD, tables.source_M, tables.place_TK, cut)
+    returned = _through_experts(route, rows, cut.of(slot_RC.reshape(-1)), weights)
+    return dispatch.combine_chunks(returned, weight_TK, tables.source_M, tables.place_TK, cut)
+
+
+def _through_experts(
+    route: Route, rows: list[jax.Array], slots: list[jax.Array], weights: tuple[Any, ...]
+) -> list[jax.Array]:
+    """Chunks of the pools' rows [R, C, D] to their experts' ranks and back, computed; `slots` are
+    those of the rows that come, [R, C].
+
+    While the experts compute the first half of chunk i, chunk i + 1 comes; during the second half,
+    chunk i - 1 goes back. Nothing else travels then: a compiler that is free to begin transfers
+    early begins most of them where there is nothing to compute, and holds all chunks at once.
+    """
+    arrived, computed, going = _exchange(route, rows[0]), None, None
+    returned: list[jax.Array | None] = []
+    for slot_RC, ahead in zip(slots, [*rows[1:], None], strict=True):
+        experts, order_M, inverse_M = _sorted(route, slot_RC, weights)
+        ahead, computed, going = _in_turn(ahead, computed, going)
+        returned.append(going)
+        coming = _exchange(route, ahead)
+        rows_MD = arrived.reshape(-1, arrived.shape[-1])
+        hidden_MF = experts.hidden(dispatch.permute_rows(rows_MD, order_M, inverse_M))
+        hidden_MF, coming, computed = _in_turn(hidden_MF, coming, computed)
+        going = _exchange(route, computed)
+        computed_MD = dispatch.permute_rows(experts.output(hidden_MF), inverse_M, order_M)
+        computed, arrived = computed_MD.reshape(arrived.shape), coming
+    returned += [going, _exchange(route, computed)]
+    return [rows_RCD for rows_RCD in returned if rows_RCD is not None]
+
+
+def _in_turn(*arrays: jax.Array | None) -> tuple[Any, ...]:
+    """What is given; whatever uses any of it, forward or backward, waits for all of it."""
+    several = sum(x is not None for x in arrays) > 1
+    return lax.optimization_barrier(arrays) if several else arrays
+
+
+def _exchange(route: Route, rows_RCD: jax.Array | None) -> Any:
+    """Rows r to rank r; as many came from it."""
+    if rows_RCD is None:
+        return None
+    flat = rows_RCD.reshape(-1, rows_RCD.shape[-1])
+    return all_to_all(flat, route.axes.expert).reshape(rows_RCD.shape)
+
+
+def _sorted(
+    route: Route, slot_RC: jax.Array, weights: tuple[Any, ...]
+) -> tuple[Grouped, jax.Array, jax.Array]:
+    """The experts for rows that are sorted by slot, their order and its inverse."""
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_RC.reshape(-1), route.slots)
+    return Grouped(sizes_P, weights, route.limit, route.impl), order_M, inverse_M
 
 
 def own_share(
@@ -212,8 +281,8 @@ def own_rows(
     order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), route.slots)
     inverse_NK = inverse_M.reshape(local_NK.shape)
     rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
-    y_MD = apply_experts(rows_MD, sizes_P, weights, limit=route.limit, impl=route.impl, first=first)
-    return y_MD, order_M, inverse_NK
+    experts = Grouped(sizes_P, weights, route.limit, route.impl, first)
+    return experts.output(experts.hidden(rows_MD)), order_M, inverse_NK
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

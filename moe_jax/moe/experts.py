@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from moe_jax.ops.grouped_matmul.reference import group_of, mask_tail
 from moe_jax.ops.linear import join, project
 from moe_jax.parallel.collectives import once
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
-from moe_jax.utils.annotations import Array, Float, Int
+from moe_jax.utils.annotations import Array, Float
 
 ALPHA = 1.702  # of the sigmoid in gpt-oss's clamped SwiGLU
 
@@ -43,7 +43,7 @@ class Experts(nnx.Module):
             self.down_bias = bias((experts, width), ("slots", "slot_norm"))
 
     def weights(self, dtype: Any) -> tuple[Any, ...]:
-        """This device's slots for `apply_experts`, gathered where FSDP cut them: gate_up, down and,
+        """This device's slots for `Grouped`, gathered where FSDP cut them: gate_up, down and,
         if there, their biases.
         """
         matrices = (gather(self.gate_up, dtype), gather(self.down, dtype))
@@ -55,35 +55,44 @@ class Experts(nnx.Module):
         return (*matrices, gather(self.gate_up_bias, dtype), down_bias)
 
 
-def apply_experts(
-    x_ND: Float[Array, "N D"],
-    sizes_P: Int[Array, " P"],
-    weights: tuple[Any, ...],
-    *,
-    limit: float | None,
-    impl: GroupedMatmulImpl,
-    first: jax.Array | int = 0,
-) -> Float[Array, "N D"]:
-    """Each row through its slot's expert; rows are sorted by slot, `sizes_P` rows each, zeros after
-    them.
+class Grouped(NamedTuple):
+    """Experts' weights, and which rows are whose: they are sorted by slot, `sizes_P` rows each,
+    zeros after them.
 
-    `weights` are `Experts.weights`, of which slot p is number first + p. With the hidden dim
-    sharded over `tensor` the result is this device's part of a sum.
+    `weights` are `Experts.weights`, of which slot p is number first + p.
     """
-    gate_up, down, *biases = weights
-    if isinstance(gate_up, jax.Array):
-        gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
-    both_NF2 = grouped_matmul(x_ND, gate_up, sizes_P, first=first, impl=impl)
-    if not biases:
-        return grouped_matmul(
-            swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
+
+    sizes_P: jax.Array
+    weights: tuple[Any, ...]
+    limit: float | None
+    impl: GroupedMatmulImpl
+    first: jax.Array | int = 0
+
+    def hidden(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N F"]:
+        """Each row through the first half of its slot's expert."""
+        gate_up, _, *biases = self.weights
+        if isinstance(gate_up, jax.Array):
+            gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
+        both_NF2 = grouped_matmul(x_ND, gate_up, self.sizes_P, first=self.first, impl=self.impl)
+        if biases:
+            slot_N = self._slots(x_ND.shape[0])
+            both_NF2 = both_NF2 + biases[0].reshape(biases[0].shape[0], -1)[slot_N]
+        return swiglu(both_NF2, self.limit)
+
+    def output(self, hidden_NF: Float[Array, "N F"]) -> Float[Array, "N D"]:
+        """Through the second half; with the hidden dim sharded over `tensor` this device's part of
+        a sum.
+        """
+        _, down, *biases = self.weights
+        y_ND = grouped_matmul(
+            hidden_NF, down, self.sizes_P, transposed=True, first=self.first, impl=self.impl
         )
-    slot_N = group_of(jnp.arange(x_ND.shape[0]), jnp.cumsum(sizes_P)) + first
-    both_NF2 = both_NF2 + biases[0].reshape(biases[0].shape[0], -1)[slot_N]
-    y_ND = grouped_matmul(
-        swiglu(both_NF2, limit), down, sizes_P, transposed=True, first=first, impl=impl
-    )
-    return mask_tail(y_ND + biases[1][slot_N], sizes_P)
+        if not biases:
+            return y_ND
+        return mask_tail(y_ND + biases[1][self._slots(hidden_NF.shape[0])], self.sizes_P)
+
+    def _slots(self, rows: int) -> jax.Array:
+        return group_of(jnp.arange(rows), jnp.cumsum(self.sizes_P)) + self.first
 
 
 def swiglu(both: Float[Array, "... F2"], limit: float | None = None) -> Float[Array, "... F"]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.runtime.distributed import process_count
+from moe_jax.runtime.platform import default_platform
 
 AxisNames = str | tuple[str, ...]  # a mesh axis, several as one, or () for none: one device
 
@@ -78,9 +79,17 @@ def all_gather(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
     """
     if lax.axis_size(axes) == 1:
         return x
+    if default_platform().gathers_by_axis:  # the last axis numbers the shards that lie side by side
+        for axis in reversed(_larger_than_one(axes)):
+            x = lax.all_gather(x, axis, axis=dim, tiled=True)
+        return x
     if process_count() > 1 and jax.default_backend() == "cpu":
         return _all_gather_between_hosts(x, axes, dim)
     return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _larger_than_one(axes: AxisNames) -> tuple[str, ...]:
+    return tuple(axis for axis in axis_names(axes) if lax.axis_size(axis) > 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -109,6 +118,10 @@ def reduce_scatter(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:
     `dim`.
     """
     if lax.axis_size(axes) == 1:
+        return x
+    if default_platform().gathers_by_axis:
+        for axis in _larger_than_one(axes):
+            x = lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
         return x
     if process_count() > 1 and jax.default_backend() == "cpu":
         return _sum_in_order(x, axes, dim)

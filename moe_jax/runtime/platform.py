@@ -58,6 +58,12 @@ class Platform:
     # Rows of a tile of the product with packed weights, where that walks tiles although there is a
     # kernel for `lax.ragged_dot`: the kernel wants another layout, and would copy the weights.
     packed_tile: int | None = None
+    # A gather over several mesh axes goes one axis at a time, and a scatter of sums likewise: of
+    # one over all axes at once the compiler makes a sum of zero-padded parts, of twice the bytes.
+    gathers_by_axis: bool = False
+    overlaps: bool = False  # an exchange runs beside computation that does not depend on it
+    # For programs with exchanges, by the names of XLA's flags.
+    compiler_options: tuple[tuple[str, bool], ...] = ()
 
 
 _CPU = Platform(
@@ -105,6 +111,9 @@ _TPU = Platform(
     places_last=False,
     packed_tile=256,
     cuts_rows=False,
+    gathers_by_axis=True,
+    overlaps=True,
+    compiler_options=(("xla_tpu_enable_async_all_to_all", True),),
 )
 # What no plug-in lacks, from the wheels and the issues of jax-mps 0.10.11 and metaljax 0.11.9.
 # Rates are of an M4 Max, as Apple publishes its memory's and others measured.

@@ -55,7 +55,8 @@ FIXED = (
     "optimizer.name",
 )
 FREE = (
-    *("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch", "moe.gather_below"),
+    *("model.remat", "model.attention", "moe.grouped_matmul", "moe.dispatch"),
+    *("moe.gather_below", "moe.overlap_chunks"),
     *("data.source", "data.tokenizer", "data.text_field", "data.split"),
 )
 

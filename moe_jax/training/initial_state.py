@@ -49,6 +49,7 @@ OWN = frozenset(
         "moe.variance_loss",
         "moe.dispatch",
         "moe.gather_below",
+        "moe.overlap_chunks",
         "moe.grouped_matmul",
     ]
 )

@@ -345,10 +345,12 @@ class TrainProgram:
         """(state, batch) -> (state, StepStats); the given state's buffers are reused where the
         platform can. A step that is not finite changes nothing but the counts of steps.
         """
+        platform = platform_of(self.mesh.devices.flat[0])
         return jax.jit(
             self._train_step,
-            donate_argnums=(0,) if platform_of(self.mesh.devices.flat[0]).donates else (),
+            donate_argnums=(0,) if platform.donates else (),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
+            compiler_options=dict(platform.compiler_options),
         )
 
     @cached_property

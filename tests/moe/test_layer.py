@@ -4,6 +4,7 @@ travel to experts.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import MoEConfig
 from moe_jax.config.schema import MeshConfig
+from moe_jax.moe.exchange import Route
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
-from moe_jax.parallel.collectives import BATCH_AXES
+from moe_jax.parallel.collectives import BATCH_AXES, MESH_AXES
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.sharding import specs
 from moe_jax.placement.table import EMPTY, Placement, contiguous
+from moe_jax.runtime import platform
 from tests.support import oracle
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -215,7 +218,7 @@ LAYERS = {
     "2x4, large pools": (
         MeshConfig(data=2, expert=4),
         table(*REPLICAS, ranks=4),
-        dict(dispatch="pooled", capacity_factor=50.0),
+        dict(dispatch="pooled", capacity_factor=50.0, overlap_chunks=5),
     ),
     "2x4, gathered": (
         MeshConfig(data=2, expert=4),
@@ -225,7 +228,7 @@ LAYERS = {
     "2x2x2, rounds": (
         MeshConfig(data=2, expert=2, tensor=2),
         table(*SHUFFLED, ranks=2),
-        dict(**MANY, capacity_factor=0.3),
+        dict(**MANY, capacity_factor=0.3, overlap_chunks=3),
     ),
     "1x4x2, gathered, ragged matmul": (
         MeshConfig(expert=4, tensor=2),
@@ -311,13 +314,13 @@ def kept_choices(
 
 
 @pytest.mark.parametrize(
-    ("data", "ranks", "factor", "capacity"), [(1, 1, 0.25, 24), (2, 4, 0.5, 2)]
+    ("data", "ranks", "factor", "capacity"),
+    [pytest.param(1, 1, 0.25, 24, marks=pytest.mark.slow), (2, 4, 0.5, 2)],
 )
 def test_a_capacity_drops_the_least_wanted_and_counts_them(case, data, ranks, factor, capacity):
     placement = table(*SHUFFLED, ranks=ranks)
-    y, stats, grads = Layer(
-        MeshConfig(data=data, expert=ranks), placement, dispatch="pooled", capacity_factor=factor
-    )(case)
+    settings = dict(dispatch="pooled", capacity_factor=factor, overlap_chunks=2)
+    y, stats, grads = Layer(MeshConfig(data=data, expert=ranks), placement, **settings)(case)
     kept = kept_choices(case, placement, data, ranks, capacity)
     assert_equal((y, stats, grads), expected(case, kept_NE=jnp.array(kept, jnp.float32)))
     assert stats.kept == int(kept.sum())
@@ -362,3 +365,19 @@ def test_half_precision_is_close(case):
     np.testing.assert_allclose(y.astype(np.float32), want, atol=0.05, rtol=0.02)
     np.testing.assert_allclose(grads["down"], want_grads["down"], atol=0.2, rtol=0.05)
     assert stats.dropped == 0
+
+
+def test_pools_are_cut_where_the_platform_computes_while_they_travel(monkeypatch):
+    def rows_at_once(capacity: int, ranks: int, chunks: int | None = None) -> int:
+        config = MoEConfig(overlap_chunks=chunks)
+        route = Route(MESH_AXES, ranks, 1, 1.0, None, "auto", config.overlap_chunks)
+        return route.chunk(capacity, row_bytes=4096)
+
+    assert rows_at_once(2560, 16) == 2560
+    assert (rows_at_once(2560, 16, 4), rows_at_once(10, 16, 4)) == (640, 3)
+    assert (rows_at_once(100, 16, 3), rows_at_once(2, 16, 7)) == (48, 1)  # in rows of 16
+    record = dataclasses.replace(platform.default_platform(), overlaps=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+    assert rows_at_once(2560, 16) == 640  # 168 MB in four
+    assert rows_at_once(256, 16) == 256  # 17 MB: one chunk
+    assert rows_at_once(2560, 1) == 2560  # nothing travels
