@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +19,7 @@ from moe_jax.cli.options import AsJson, Platform, option, path_argument, path_op
 from moe_jax.errors import UserError
 from moe_jax.runtime.compile_cache import use_compile_cache
 from moe_jax.runtime.devices import check_platform, use_platform
-from moe_jax.utils.files import local_path, replace_text
+from moe_jax.utils.files import local_path, replace_bytes, replace_text
 from moe_jax.utils.progress import say
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ Freq = Annotated[
     str | None,
     option("--freq", metavar="F", help="Frequency, as pandas has it.  [default: inferred]"),
 ]
+FillGaps = Annotated[bool, typer.Option("--fill-gaps", help="Missing rows are missing values.")]
 Season = Annotated[
     int | None,
     option("--season", metavar="N", min=1, help="Steps per season.  [default: the frequency's]"),
@@ -78,9 +80,13 @@ class TableFlags:
     target: Target = None
     layout: Layout = "auto"
     freq: Freq = None
+    fill_gaps: FillGaps = False
 
     def __post_init__(self) -> None:
         one_of("--layout", self.layout, LAYOUTS)
+        targets = (self.target or "").split(",")
+        if len({*targets}) != len(targets):
+            raise UserError(f"--target {self.target} names a column twice: name it once.")
 
     @property
     def columns(self) -> Columns:
@@ -120,9 +126,6 @@ def forecast(
     quantiles: Annotated[
         str, typer.Option("--quantiles", metavar="LEVELS", help="Between 0 and 1.")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
-    fill_gaps: Annotated[
-        bool, typer.Option("--fill-gaps", help="Missing rows are missing values.")
-    ] = False,
     out: Annotated[
         Path | None,
         path_option("--out", metavar="FILE", help="CSV or parquet.  [default: CSV to stdout]"),
@@ -139,8 +142,7 @@ def forecast(
     levels = _levels(quantiles)
     if horizon is None and model == SEASONAL_NAIVE:
         raise UserError("--horizon is missing: say how many steps to forecast.")
-    _require_folder("--out", out)
-    _require_folder("--plot", plot)
+    check_outputs({"--out": out, "--plot": plot}, {"DATA": data, "--future": future})
     with as_options(), explained_disk_errors(out):
         from moe_jax.forecasting.tables.forecast_file import forecast_file
         from moe_jax.forecasting.tables.frames import ForecastSettings
@@ -155,14 +157,14 @@ def forecast(
             layout=table.layout,
             future=future,
             freq=table.freq,
-            fill_gaps=fill_gaps,
+            fill_gaps=table.fill_gaps,
         )
     _say_what_was_done(done, out, plot)
     if plot is not None:
         from moe_jax.forecasting.figures import forecast_figure
 
         with explained_disk_errors(plot):
-            forecast_figure(done.drawn, levels).savefig(plot, format="png")
+            save_figure(forecast_figure(done.drawn, levels), plot)
 
 
 def _say_what_was_done(done: FileForecast, out: Path | None, plot: Path | None) -> None:
@@ -206,10 +208,12 @@ def eval_forecast(
 
     In place of MODEL a CSV file of scores is compared with the baseline's.
     """
-    with as_options():
+    tables = {"MODEL": Path(model), "--baseline": Path(baseline)}
+    tables |= {f"--data {name}": Path(name) for name in data or ()}
+    check_outputs({"--out": out, "--plot": plot}, tables)
+    with as_options(), explained_disk_errors():
         from moe_jax.forecasting.evaluate import (
             compared,
-            evaluation_set,
             print_scores,
             read_scores,
             scores_csv,
@@ -221,18 +225,7 @@ def eval_forecast(
         else:
             if not data:
                 raise UserError("--data is missing: name m4_hourly, etth or a file of series.")
-            sets = [
-                evaluation_set(
-                    name,
-                    data_dir,
-                    horizon=horizon,
-                    season=run.season,
-                    columns=table.columns,
-                    layout=table.layout,
-                    freq=table.freq,
-                )
-                for name in data
-            ]
+            sets = _evaluation_sets(data, data_dir, horizon, run.season, table)
             scores = _scores(model, sets, run)
         base = {} if baseline == "none" else _baseline(baseline, model, scores, sets)
         comparison = compared(model, scores, baseline if base else None, base)
@@ -240,14 +233,38 @@ def eval_forecast(
         print(json.dumps(comparison.to_json(), indent=2))
     else:
         print_scores(comparison, {one.name: _how(one) for one in sets})
-    if out is not None:
-        with explained_disk_errors(out):
+    with explained_disk_errors(out or plot):
+        if out is not None:
             replace_text(out, "".join(scores_csv(model, scores)))
-    if plot is not None:
-        from moe_jax.forecasting.figures import scores_figure
+        if plot is not None:
+            from moe_jax.forecasting.figures import scores_figure
 
-        with explained_disk_errors(plot):
-            scores_figure(comparison).savefig(plot, format="png")
+            save_figure(scores_figure(comparison), plot)
+
+
+def _evaluation_sets(
+    data: list[str], folder: Path, horizon: int | None, season: int | None, table: TableFlags
+) -> list[EvaluationSet]:
+    """Those of --data. Raises UserError where two would have one row of scores."""
+    from moe_jax.forecasting.evaluate import evaluation_set
+
+    sets = [
+        evaluation_set(
+            name,
+            folder,
+            horizon=horizon,
+            season=season,
+            columns=table.columns,
+            layout=table.layout,
+            freq=table.freq,
+            fill_gaps=table.fill_gaps,
+        )
+        for name in data
+    ]
+    names = [one.name for one in sets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--data names two data sets {min(twice)!r}: rename the file of one.")
+    return sets
 
 
 def _how(data: EvaluationSet) -> str:
@@ -315,9 +332,28 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _require_folder(name: str, path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UserError(f"{name} {path}: there is no folder {path.parent}; make it.")
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """Raises UserError, before anything is computed, for a file that cannot be written, or would
+    take the place of one that is read, or of another output; by the names of the options.
+    """
+    taken = {path.resolve(): name for name, path in inputs.items() if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{name} {path}: there is no folder {path.parent}; make it.")
+        if path.is_dir():
+            raise UserError(f"{name} {path} is a folder: name a file.")
+        if path.resolve() in taken:
+            raise UserError(f"{name} {path} is {taken[path.resolve()]} too: name another file.")
+        taken[path.resolve()] = name
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    replace_bytes(path, content.getvalue())
 
 
 @contextmanager
@@ -327,7 +363,9 @@ def as_options() -> Iterator[None]:
         yield
     except UserError as error:
         text = re.sub(r"\b(id|timestamp)_column\b", r"--\1", str(error))
+        text = re.sub(r"\bprediction_length=", "--horizon ", text)
         text = re.sub(r"\bfreq=", "--freq ", text)
+        text = re.sub(r"\bleave freq out\b", "leave --freq out", text)
         text = re.sub(r"\bgive fill_gaps\b", "give --fill-gaps", text)
         text = re.sub(r"\bgive freq\b", "give --freq", text)
         text = re.sub(r"\bwith target\b", "with --target", text)

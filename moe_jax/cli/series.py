@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.forecasting import Plot, Seed, TableFlags, as_options
+from moe_jax.cli.forecasting import Plot, Seed, TableFlags, as_options, check_outputs, save_figure
 from moe_jax.cli.options import path_argument, path_option, spread
 from moe_jax.utils.files import refuse_existing
 from moe_jax.utils.progress import say, with_progress
@@ -41,6 +41,7 @@ def kernel(
 ) -> None:
     """Draw series from Gaussian processes (KernelSynth)."""
     refuse_existing(out)
+    check_outputs({"--plot": plot}, {"--out": out})
     from moe_jax.data.series.kernel_synth import kernel_synth
 
     made_by = {"synth": "kernel", "seed": seed, "length": length}
@@ -80,6 +81,7 @@ def mixup(
     if max_length < min_length:
         raise UserError(f"--max-length {max_length} is less than --min-length {min_length}.")
     refuse_existing(out)
+    check_outputs({"--plot": plot}, {"--out": out})
     from moe_jax.data.series.corpus import open_corpus
     from moe_jax.data.series.mixup import Mixup, MixupSettings
 
@@ -108,7 +110,8 @@ def store(
         from moe_jax.forecasting.tables.steps import named_steps
 
         given = None if table.freq is None else named_steps(table.freq)
-        items = regular_items(read_series(data, table.columns, table.layout).items, given)
+        series = read_series(data, table.columns, table.layout).items
+        items = regular_items(series, given, fill_gaps=table.fill_gaps)
         values = (target for item, _ in items for target in item.targets.values())
         count = write_corpus(out, values, {"file": str(data)})
     print(f"{count:,} series in {out}")
@@ -132,6 +135,5 @@ def _write(
 
         corpus = open_corpus(out)
         with explained_disk_errors(plot):
-            figure = series_figure([corpus[number] for number in range(min(count, 12))])
-            figure.savefig(plot, format="png")
+            save_figure(series_figure([corpus[number] for number in range(min(count, 12))]), plot)
     say(f"{count:,} series in {out}" + (f"; a picture of some in {plot}" if plot else ""))

@@ -24,9 +24,9 @@ from moe_jax.forecasting.metrics import (
     Scores,
     relative_scores,
 )
-from moe_jax.forecasting.tables.items import regular_items
-from moe_jax.forecasting.tables.read import Columns, read_rows, read_series
-from moe_jax.forecasting.tables.steps import Steps, named_steps
+from moe_jax.forecasting.tables.items import RegularItem, regular_items
+from moe_jax.forecasting.tables.read import Columns, read_series
+from moe_jax.forecasting.tables.steps import named_steps
 
 
 class HeldOut(NamedTuple):
@@ -63,11 +63,18 @@ def evaluation_set(
     columns: Columns = _DEFAULT,
     layout: str = "auto",
     freq: str | None = None,
+    fill_gaps: bool = False,
 ) -> EvaluationSet:
     """The data set of a name, or of a file. Both published ones are hourly: their season is 24.
 
     Raises UserError for a file that is missing, and a horizon that is neither given nor published.
     """
+    steps = None if freq is None else named_steps(freq)
+
+    def items(path: Path, columns: Columns, layout: str) -> Iterator[RegularItem]:
+        series = read_series(path, columns, layout).items
+        return regular_items(series, steps, fill_gaps=fill_gaps)
+
     horizon = horizon or HORIZONS.get(data)
     if horizon is None:
         raise UserError(f"--data {data} has no horizon of its own: give --horizon.")
@@ -76,13 +83,18 @@ def evaluation_set(
         return EvaluationSet(data, horizon, season or 24, lambda: _m4(train, test, horizon))
     if data == "etth":
         paths = [_file(folder, f"ETTh{number}.csv") for number in (1, 2)]
-        wide = [(path, Columns(), "wide") for path in paths]
-        return EvaluationSet(data, horizon, season or 24, lambda: _last(wide, horizon))
+        return EvaluationSet(
+            data,
+            horizon,
+            season or 24,
+            lambda: _last(((path, items(path, Columns(), "wide")) for path in paths), horizon),
+        )
     path = Path(data)
-    table = [(path, columns, layout)]
     if season is None:
-        season = named_steps(freq).season if freq else _steps(*table[0]).season
-    return EvaluationSet(path.stem, horizon, season, lambda: _last(table, horizon))
+        season = (steps or next(items(path, columns, layout)).steps).season
+    return EvaluationSet(
+        path.stem, horizon, season, lambda: _last([(path, items(path, columns, layout))], horizon)
+    )
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -92,25 +104,27 @@ def _file(folder: Path, name: str) -> Path:
     return path
 
 
-def _steps(path: Path, columns: Columns, layout: str) -> Steps:
-    """Those of the first item that tells them."""
-    return next(regular_items(read_series(path, columns, layout).items)).steps
-
-
 def _m4(train: Path, test: Path, horizon: int) -> Iterator[HeldOut]:
     """The series of two files of the M4 competition, whose rows correspond."""
-    for (name, history), (other, label) in zip(read_rows(train), read_rows(test), strict=True):
-        if name != other:
-            raise UserError(f"{train} has {name} where {test} has {other}: take both from one M4.")
-        if len(label) < horizon:
-            raise UserError(f"{test}: {name} has {len(label)} values: give --horizon {len(label)}.")
-        yield HeldOut(name, history, label[:horizon])
+    files = (read_series(path, Columns(), "rows").items for path in (train, test))
+    for before, after in itertools.zip_longest(*files):
+        if before is None or after is None or before.name != after.name:
+            there, missing = (train, test) if after is None else (test, train)
+            one = before if after is None else after
+            raise UserError(
+                f"{there} has the series {one.name!r} in row {one.rows[0]}, and {missing} has not: "
+                f"take both from one M4."
+            )
+        if len(after.times) < horizon:
+            count = len(after.times)
+            raise UserError(f"{test}: {after.name} has {count} values: give --horizon {count}.")
+        yield HeldOut(str(before.name), before.target[0], after.target[0, :horizon])
 
 
-def _last(tables: list[tuple[Path, Columns, str]], horizon: int) -> Iterator[HeldOut]:
-    """Each target of each item, and its last values for a label."""
-    for path, columns, layout in tables:
-        for item in read_series(path, columns, layout).items:
+def _last(tables: Iterable[tuple[Path, Iterable[RegularItem]]], horizon: int) -> Iterator[HeldOut]:
+    """Each target of each item of tables, and its last values for a label."""
+    for path, items in tables:
+        for item, _ in items:
             if len(item.times) <= horizon:
                 raise UserError(
                     f"item {item.name!r} of {path} (row {item.rows[0]}) has {len(item.times)} "
@@ -156,18 +170,24 @@ def evaluate_forecaster(
 
 
 def read_scores(path: Path) -> dict[str, Scores]:
-    """The scores of each data set in a CSV file with the columns dataset, MASE and WQL."""
+    """The scores of each data set in a CSV file with the columns dataset, MASE and WQL. Raises
+    UserError for a file that is none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give a CSV file of scores.")
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
-        names = rows.fieldnames or []
-        if missing := {"dataset", *METRICS} - {*names}:
-            raise UserError(
-                f"{path} has no column {', '.join(sorted(missing))}: a file of scores has dataset, "
-                f"model, MASE and WQL."
-            )
         try:
-            return {row["dataset"]: {name: float(row[name]) for name in METRICS} for row in rows}
-        except ValueError as error:
+            names = rows.fieldnames or []
+            if missing := {"dataset", *METRICS} - {*names}:
+                raise UserError(
+                    f"{path} has no column {', '.join(sorted(missing))}: a file of scores has "
+                    f"dataset, model, MASE and WQL."
+                )
+            return {
+                row["dataset"]: {name: float(row[name] or "") for name in METRICS} for row in rows
+            }
+        except (ValueError, csv.Error) as error:
             raise UserError(f"{path}, line {rows.line_num}: {error}.") from error
 
 

@@ -59,7 +59,12 @@ def _group(one: Any, what: str, horizon: int, categories: dict[str, list[Any]]) 
         if name in categories:
             before, after = _encode(before, after, target, categories[name])
         rows.append(before.astype(np.float32))
-        aheads.append(aheads[0] if after is None else after.astype(np.float32))
+        try:
+            aheads.append(aheads[0] if after is None else after.astype(np.float32))
+        except ValueError as error:
+            raise UserError(
+                f"{what}: covariate {name!r} has numbers in its past, and in its future {error}."
+            ) from error
     context_RT, future_RH = np.stack(rows), np.stack(aheads)
     check_finite(context_RT, what)
     check_finite(future_RH, f"The future of {what.lower()}")
@@ -96,10 +101,7 @@ def _categories(inputs: Sequence[Any]) -> dict[str, list[Any]]:
             if not _is_number(values):
                 there = {value for value in values.tolist() if not _is_missing(value)}
                 found.setdefault(name, set()).update(there)
-    return {
-        name: sorted(values, key=lambda one: (str(type(one)), one))
-        for name, values in found.items()
-    }
+    return {name: sorted(values, key=_by_type) for name, values in found.items()}
 
 
 def _encode(

@@ -102,6 +102,23 @@ def test_evaluation_of_a_file(table: Path, capsys: pytest.CaptureFixture[str]) -
         ("forecast", ["--horizon", "3", "--freq", "x"], "--freq 'x' is no frequency"),
         ("forecast", ["--horizon", "3", "--layout", "tall"], "--layout"),
         ("forecast", ["--horizon", "3", "--out", "no/x.csv"], "--out no/x.csv: there is no folder"),
+        ("forecast", ["--horizon", "3", "--out", "FOLDER"], "is a folder: name a file"),
+        ("forecast", ["--horizon", "3", "--out", "TABLE"], "sales.csv is DATA too: name another"),
+        ("forecast", ["--horizon", "3", "--future", "TABLE"], "has the target 'target'"),
+        (
+            "forecast",
+            ["--horizon", "3", "--out", "x.csv", "--plot", "x.csv"],
+            "--plot x.csv is --out too",
+        ),
+        ("forecast", ["--horizon", "2000000"], "--horizon 2000000 is more than the 1,000,000"),
+        ("forecast", ["--horizon", "3", "--target", "price,price"], "names a column twice"),
+        ("eval-forecast", ["--data", "TABLE", "--out", "TABLE"], "sales.csv is --data"),
+        ("eval-forecast", ["--data", "TABLE", "--plot", "no/x.png"], "--plot no/x.png: there is"),
+        (
+            "eval-forecast",
+            ["--data", "TABLE", "--data", "TABLE", "--horizon", "3"],
+            "--data names two data sets 'sales'",
+        ),
         ("eval-forecast", [], "--data is missing"),
         ("eval-forecast", ["--data", "etth"], "ETTh1.csv is not there: --data-dir names"),
         ("eval-forecast", ["--data", "TABLE"], "has no horizon of its own: give --horizon"),
@@ -111,11 +128,14 @@ def test_evaluation_of_a_file(table: Path, capsys: pytest.CaptureFixture[str]) -
 def test_mistakes(
     command: str, words: list[str], sentence: str, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(table) if word == "TABLE" else word for word in words]
+    places = {"TABLE": str(table), "FOLDER": str(table.parent)}
+    words = [places.get(word, word) for word in words]
+    before = sorted(table.parent.iterdir()), table.read_bytes()
     data = [table] if command == "forecast" else []
     assert call(command, "seasonal-naive", *data, *words) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("moe-jax: ") and error.count("\n") == 1
+    assert (sorted(table.parent.iterdir()), table.read_bytes()) == before
 
 
 def test_gaps(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +147,15 @@ def test_gaps(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "item 'two' has a gap before row 70" in error and "or give --fill-gaps." in error
     assert not table.with_name("out.csv").exists()
     assert call("forecast", "seasonal-naive", table, *options, "--fill-gaps") == 0
+    stored = table.with_name("stored")
+    for command in (
+        ("eval-forecast", "seasonal-naive", "--data", table, "--horizon", "3"),
+        ("data", "series", table, stored),
+    ):
+        assert call(*command) == 2
+        assert "item 'two' has a gap before row 70" in capsys.readouterr().err
+        assert not stored.exists()
+        assert call(*command, "--fill-gaps") == 0
 
 
 def test_corpora(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +189,12 @@ def test_corpora(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("synth", *words) == 2
         assert sentence in capsys.readouterr().err
     assert not (folder / "x").exists()
+    assert call("synth", "kernel", "--out", folder / "x", "--plot", folder / "no" / "x.png") == 2
+    assert "there is no folder" in capsys.readouterr().err and not (folder / "x").exists()
+    for content in ("{", "{}", "[]"):
+        (folder / "stored" / "series.json").write_text(content)
+        assert call("synth", "mixup", *sources, "--out", folder / "x") == 2
+        assert "stored is not whole" in capsys.readouterr().err
 
 
 def test_a_chronos_model_forecasts(

@@ -167,7 +167,7 @@ BAD = {
     ),
     "too short": (
         lambda frame: frame.iloc[[0, 1, 6]],
-        "item 'b' (row 1) has 2 values, and no item has the three",
+        "item 'b' (row 1) has 2 of the three times that tell a frequency, and no item has more",
     ),
     "too near": (
         lambda frame: frame.iloc[[0, 1, 3, 5]],

@@ -118,15 +118,15 @@ def open_corpus(folder: Path) -> SeriesCorpus:
             f"{folder} is no corpus of series: make one with moe-jax synth, or with moe-jax data "
             f"series from a CSV file."
         )
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         names = [f"{number:05d}.npy" for number in range(index["shards"])]
         values = [np.load(folder / f"values-{name}", mmap_mode="r") for name in names]
         ends = [np.load(folder / f"ends-{name}", mmap_mode="r") for name in names]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} is not whole ({error}): make it again.") from error
     corpus = SeriesCorpus(values, ends)
     sizes = [(int(own[-1]), len(part)) for own, part in zip(ends, values, strict=True)]
-    if len(corpus) != index["series"] or any(own != part for own, part in sizes):
+    if len(corpus) != index.get("series") or any(own != part for own, part in sizes):
         raise UserError(f"{folder} is not whole: {_INDEX} says {index['series']:,} series.")
     return corpus

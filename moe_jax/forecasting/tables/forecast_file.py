@@ -70,7 +70,7 @@ def forecast_file(
         )
     given = None if freq is None else named_steps(freq)
     items = regular_items(table.items, given, fill_gaps=fill_gaps)
-    first = next(items)
+    first = next(items)  # a table without any is refused where it is read
     forecaster = open_model(first.steps)
     trained = forecaster.prediction_length
     if (steps := horizon or trained) is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,12 @@ from moe_jax.forecasting.tables.items import RegularItem, SeriesItem, regular_it
 from moe_jax.forecasting.tables.read import (
     Columns,
     items_of_long,
+    numbers_of,
     require_columns,
 )
 from moe_jax.forecasting.tables.steps import named_steps
+
+MOST_STEPS = 1_000_000
 
 
 class ForecastSettings(NamedTuple):
@@ -128,7 +132,8 @@ class FutureCovariates:
         # text may be in it, and the item has a target of zeros.
         frame = frame.assign(**{_NOTHING: 0.0})
         items = items_of_long([frame], columns._replace(targets=(_NOTHING,)), where, single=None)
-        self._items = {item.name: item for item in items}
+        with _said_of(where):
+            self._items = {item.name: item for item in items}
         self._single = columns.id is None
 
     def of(self, item: SeriesItem, times: pd.Index) -> dict[str, np.ndarray]:
@@ -147,7 +152,13 @@ class FutureCovariates:
                 f"{self._where} has item {item.name!r} at {own.times[place]} in row "
                 f"{own.rows[place]}, where the forecast is for {times[place]}: correct it."
             )
-        return own.covariates
+        covariates = dict(own.covariates)
+        for name, values in covariates.items():
+            if item.covariates[name].dtype != object:  # as in the past, so in the future
+                with _said_of(self._where):
+                    column = pd.Series(values)
+                    covariates[name] = numbers_of(column, item.name, own.rows, name)
+        return covariates
 
     def require_all_used(self) -> None:
         """Raises UserError where there are items of which the past has none."""
@@ -162,6 +173,15 @@ class FutureCovariates:
 _NOTHING = "\0nothing"
 
 
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Errors that name a row say of which table it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def forecast_items(
     forecaster: Forecaster,
     items: Iterable[RegularItem],
@@ -170,12 +190,18 @@ def forecast_items(
 ) -> Iterator[ItemForecast]:
     """The forecasts of items, which are read `batch_size` at a time.
 
-    Raises UserError for several targets or covariates to come that the model does not take.
+    Raises UserError for several targets or covariates to come that the model does not take, and for
+    a horizon of more than `MOST_STEPS` or beyond the calendar.
     """
+    if settings.horizon > MOST_STEPS:
+        raise UserError(
+            f"prediction_length={settings.horizon} is more than the {MOST_STEPS:,} steps that are "
+            f"forecast at most: give less."
+        )
     done = 0
     unread = iter(items)
     while batch := list(itertools.islice(unread, settings.batch_size)):
-        times = [one.steps.after(one.item.times[-1], settings.horizon) for one in batch]
+        times = [_times_ahead(one, settings.horizon) for one in batch]
         inputs = [
             _input(forecaster, one.item, own, future) for one, own in zip(batch, times, strict=True)
         ]
@@ -199,6 +225,18 @@ def forecast_items(
             )
     if future is not None:
         future.require_all_used()
+
+
+def _times_ahead(one: RegularItem, horizon: int) -> pd.Index:
+    last = one.item.times[-1]
+    try:
+        return one.steps.after(last, horizon)
+    except (OverflowError, ValueError) as error:  # of pandas, whose calendar ends
+        raise UserError(
+            f"item {one.item.name!r} has the time {last} in row {one.item.rows[-1]}, and "
+            f"prediction_length={horizon} steps of {one.steps.name} after it no time can be "
+            f"written: give less."
+        ) from error
 
 
 def _input(

@@ -79,17 +79,23 @@ def checked_item(item: SeriesItem, hint: str = "") -> SeriesItem:
 def regular_items(
     items: Iterable[SeriesItem], given: Steps | None = None, *, fill_gaps: bool = False
 ) -> Iterator[RegularItem]:
-    """The items with the steps they share; items of one or two values have those of the others.
+    """The items with the steps they share; items too short to tell have those of the others.
 
     Steps that are given are not compared with the times. With `fill_gaps` rows that are missing
     become missing values.
 
     Raises UserError for a gap, for two frequencies, and where no item has three times to tell it.
+    (Whole numbers need two; alone, each counts one step.)
     """
     steps, first, waiting = given, None, []
     for item in items:
+        if given is not None and not _has_dates(item):
+            raise UserError(
+                f"item {item.name!r} has whole numbers for times (row {item.rows[0]}), which count "
+                f"steps: leave freq out, or write dates."
+            )
         if steps is None:
-            steps = _steps_of(item, fill_gaps)
+            steps = _steps_of(item)
             first = item
             if steps is None:
                 waiting.append(item)
@@ -100,16 +106,22 @@ def regular_items(
         if given is None or fill_gaps:
             item = _regular(item, steps, first, fill_gaps)
         yield RegularItem(item, steps)
-    if waiting:
+    if waiting and not _has_dates(waiting[0]):
+        yield from (RegularItem(item, Steps(1)) for item in waiting)
+    elif waiting:
         raise UserError(
-            f"item {waiting[0].name!r} (row {waiting[0].rows[0]}) has {len(waiting[0].times)} "
-            f"values, and no item has the three that tell a frequency: give freq."
+            f"item {waiting[0].name!r} (row {waiting[0].rows[0]}) has {len(waiting[0].times)} of "
+            f"the three times that tell a frequency, and no item has more: give freq."
         )
 
 
-def _steps_of(item: SeriesItem, fill_gaps: bool) -> Steps | None:
-    """The steps of an item with three times or more. Raises UserError for one without any."""
-    if len(item.times) < 3:
+def _has_dates(item: SeriesItem) -> bool:
+    return isinstance(item.times, pd.DatetimeIndex)
+
+
+def _steps_of(item: SeriesItem) -> Steps | None:
+    """The steps of an item with enough times to tell. Raises UserError for one without any."""
+    if len(item.times) < (3 if _has_dates(item) else 2):
         return None
     steps = inferred_steps(item.times) or usual_steps(item.times)
     if steps is None:
@@ -124,6 +136,11 @@ def _regular(
     item: SeriesItem, steps: Steps, first: SeriesItem | None, fill_gaps: bool
 ) -> SeriesItem:
     """The item, which has these steps. Raises UserError where it has not."""
+    if isinstance(steps.offset, int) == _has_dates(item):
+        raise UserError(
+            f"item {item.name!r} has times of another kind, from row {item.rows[0]}, than items "
+            f"before it: write all as dates, or all as whole numbers."
+        )
     place = steps.first_irregular(item.times)
     if place is None:
         return item

@@ -14,7 +14,10 @@ have `WHOLE_BYTES`.)
 from __future__ import annotations
 
 import csv
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +31,7 @@ from moe_jax.forecasting.tables.items import SeriesItem, checked_item
 LAYOUTS = ("auto", "long", "wide", "rows")
 WHOLE_BYTES = 256 << 20
 _PIECE_ROWS = 200_000
+_NAMELESS = re.compile(r"Unnamed: \d+|__index_level_\d+__")
 TARGET = "target"
 
 
@@ -62,24 +66,22 @@ def read_series(path: Path, columns: Columns, layout: str = "auto") -> SeriesTab
     names = _column_names(path)
     layout, columns = _settled(path, names, columns, layout)
     if layout == "wide":
-        frame = pd.concat(_pieces(path, {}))
-        if columns.targets is not None:
-            frame = frame[[names[0], *columns.targets]]
-            columns = columns._replace(targets=None)
+        time = columns.timestamp if columns.timestamp in names else names[0]
+        own = columns.targets or tuple(name for name in names if name != time)
+        columns = columns._replace(targets=None)
+        frame = _whole(path, {})[[time, *own]]
         return SeriesTable(_named(columns), (), _items_of_wide(path, frame))
     whole = path.stat().st_size <= WHOLE_BYTES
     text = {} if columns.id is None else {columns.id: str}
-    pieces = _pieces(path, text)
-    items = items_of_long(
-        [pd.concat(pieces)] if whole else pieces, columns, str(path), single=path.stem
-    )
+    pieces = [_whole(path, text)] if whole else _pieces(path, text)
+    items = items_of_long(pieces, columns, str(path), single=path.stem)
     return SeriesTable(columns, _covariates(names, columns), items)
 
 
 def read_frame(path: Path, columns: Columns) -> pd.DataFrame:
     """A long table as a whole, ids as text where it is CSV."""
     _column_names(path)  # says what is wrong with the file
-    return pd.concat(_pieces(path, {} if columns.id is None else {columns.id: str}))
+    return _whole(path, {} if columns.id is None else {columns.id: str})
 
 
 def _named(columns: Columns) -> Columns:
@@ -90,8 +92,9 @@ def _named(columns: Columns) -> Columns:
 
 
 def _covariates(names: Sequence[str], columns: Columns) -> tuple[str, ...]:
+    """All other columns that have a name: pandas gives one to an index that was written too."""
     own = {columns.id, columns.timestamp, *(columns.targets or ())}
-    return tuple(name for name in names if name not in own)
+    return tuple(name for name in names if name not in own and not _NAMELESS.fullmatch(name))
 
 
 def _settled(path: Path, names: list[str], columns: Columns, layout: str) -> tuple[str, Columns]:
@@ -137,33 +140,78 @@ def _column_names(path: Path) -> list[str]:
         raise UserError(f"{path} is no file: give a CSV or parquet file of series.")
     if _is_parquet(path):
         with open_parquet(path, _unreadable) as file:
-            return [str(name) for name in file.schema_arrow.names]
-    try:
+            return _parquet_names(path, file.schema_arrow)
+    with _explained(path):
         names = list(pd.read_csv(path, nrows=0).columns)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        written = pd.read_csv(path, nrows=1, header=None, dtype=str).iloc[0].dropna()
+    _require_one_of_each(path, written)  # pandas gives the second of a name another one
     return [str(name) for name in names]
 
 
+def _parquet_names(path: Path, schema: Any) -> list[str]:
+    """The columns, those first that were the index of a frame, which pandas writes last."""
+    _require_one_of_each(path, schema.names)
+    for field in schema:
+        if field.type.num_fields:
+            raise UserError(
+                f"{path} has {field.type} in each cell of column {field.name!r}: write a value per "
+                f"row, or leave the column out."
+            )
+    index = (schema.pandas_metadata or {}).get("index_columns", [])
+    first = [name for name in index if name in schema.names]
+    return first + [name for name in schema.names if name not in first]
+
+
+def _require_one_of_each(path: Path, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"{path} has two columns {name!r}: rename one of them.")
+        seen.add(name)
+
+
+def _whole(path: Path, types: dict[str, Any]) -> pd.DataFrame:
+    """All rows. Raises UserError where there is none."""
+    pieces = [*_pieces(path, types)]
+    if not sum(map(len, pieces)):
+        raise UserError(f"{path} has no rows.")
+    return pd.concat(pieces)
+
+
 def _pieces(path: Path, types: dict[str, Any]) -> Iterator[pd.DataFrame]:
-    """The rows in turn."""
+    """The rows in turn, of all columns in the order of `_column_names`."""
     if _is_parquet(path):
         with open_parquet(path, _unreadable) as file:
+            names = _parquet_names(path, file.schema_arrow)
             for batch in file.iter_batches(_PIECE_ROWS):
-                yield batch.to_pandas()
+                yield batch.to_pandas(ignore_metadata=True)[names]
         return
-    try:
-        yield from pd.read_csv(path, chunksize=_PIECE_ROWS, dtype=types)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+    with _explained(path), pd.read_csv(path, chunksize=_PIECE_ROWS, dtype=types) as reader:
+        for piece in reader:
+            if not isinstance(piece.index, pd.RangeIndex):
+                raise UserError(f"{path} has more cells in a row than in its header: correct it.")
+            yield piece
 
 
 def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What pandas and whatever decompresses for it raise, which has no common base, as a
+    UserError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
-    cause = " ".join(str(error).split())[:200]
+    cause = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
     return UserError(f"{path} cannot be read as a table ({cause}): give CSV or parquet.")
 
 
@@ -231,7 +279,9 @@ def _long_item(
     seen.add(name)
     assert columns.timestamp is not None and columns.targets is not None
     times = _times(rows[columns.timestamp], name, numbers)
-    targets = {target: _numbers(rows[target], name, numbers, target) for target in columns.targets}
+    targets = {
+        target: numbers_of(rows[target], name, numbers, target) for target in columns.targets
+    }
     names = _covariates([c for c in rows.columns if c != _ROW], columns)
     covariates = {other: _covariate(rows[other]) for other in names}
     return checked_item(SeriesItem(name, times, numbers, targets, covariates), hint)
@@ -247,37 +297,49 @@ def _times(values: pd.Series, name: Any, rows: np.ndarray) -> pd.Index:
         times = pd.DatetimeIndex([pd.NaT] * len(values))
     else:
         try:
-            times = pd.DatetimeIndex(pd.to_datetime(values, errors="coerce"))
-        except ValueError as error:  # some with a time zone, some without
+            with warnings.catch_warnings():  # of formats; what was understood is checked
+                warnings.simplefilter("ignore", category=UserWarning)
+                times = pd.DatetimeIndex(pd.to_datetime(values, errors="coerce"))
+        except (TypeError, ValueError) as error:  # some with a time zone, some without
             raise UserError(
                 f"item {name!r} has times of several kinds, in rows {rows[0]} to {rows[-1]}: "
-                f"{error}."
+                f"{str(error).rstrip('.')}."
             ) from error
     if (wrong := np.flatnonzero(times.isna())).size:
         place = int(wrong[0])
         raise UserError(
-            f"item {name!r} has {values.iloc[place]!r} for a time in row {rows[place]}: write it "
+            f"item {name!r} has {_shown(values, place)} for a time in row {rows[place]}: write it "
             f"as 2026-01-31 or 2026-01-31 13:00:00, or as a whole number that counts steps."
         )
     return times
 
 
-def _numbers(values: pd.Series, name: Any, rows: np.ndarray, column: str) -> np.ndarray:
-    """f64, NaN where a cell is empty."""
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+def numbers_of(values: pd.Series, name: Any, rows: np.ndarray, column: str) -> np.ndarray:
+    """A column of an item, f64, NaN where a cell is empty. Raises UserError for text."""
+    if pd.api.types.is_datetime64_any_dtype(values.dtype):  # pandas counts their nanoseconds
+        values = values.astype(str)
+    try:
+        numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    except TypeError:  # lists and the like
+        numbers = np.full(len(values), np.nan)
     wrong = np.flatnonzero(np.isnan(numbers) & values.notna().to_numpy())
     if wrong.size:
         place = int(wrong[0])
         raise UserError(
-            f"item {name!r} has {values.iloc[place]!r} for a number in row {rows[place]}, column "
+            f"item {name!r} has {_shown(values, place)} for a number in row {rows[place]}, column "
             f"{column!r}: correct it, or leave the cell empty."
         )
     return numbers
 
 
+def _shown(values: pd.Series, place: int) -> str:
+    """A cell as it would be written in Python."""
+    return repr(values.iloc[place : place + 1].tolist()[0])
+
+
 def _covariate(values: pd.Series) -> np.ndarray:
     numeric = pd.api.types.is_numeric_dtype(values.dtype)
-    if numeric and not pd.api.types.is_bool_dtype(values.dtype):
+    if (numeric and not pd.api.types.is_bool_dtype(values.dtype)) or values.isna().all():
         return values.to_numpy(np.float64, na_value=np.nan)
     return np.array(
         [
@@ -301,7 +363,7 @@ def _items_of_wide(path: Path, frame: pd.DataFrame) -> Iterator[SeriesItem]:
     times = _times(frame.iloc[:, 0], frame.columns[0], rows)
     for place, name in enumerate(frame.columns[1:], 1):
         column = frame.iloc[:, place]
-        values = _numbers(column, str(name), rows, str(name))
+        values = numbers_of(column, str(name), rows, str(name))
         observed = np.flatnonzero(~np.isnan(values))
         # Items may begin and end at different times: an end is no missing value.
         part = slice(observed[0], observed[-1] + 1) if observed.size else slice(None)
@@ -310,31 +372,50 @@ def _items_of_wide(path: Path, frame: pd.DataFrame) -> Iterator[SeriesItem]:
         )
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The id and the values f64 [T] of each row. A first row without numbers is a header; empty
-    cells at the end belong to no series.
+def _read_rows(path: Path) -> Iterator[tuple[int, str, np.ndarray]]:
+    """The number, the id and the values f64 [T] of each row. A first row without numbers is a
+    header; empty cells at the end belong to no series.
 
     Raises UserError for a cell that is no number.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file: give a CSV file of series.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, (name, *cells) in enumerate(filter(None, csv.reader(file))):
+    number = 0
+    with _explained(path), path.open(newline="", encoding="utf-8-sig") as file:
+        for line, (name, *cells) in enumerate(filter(None, csv.reader(file))):
             while cells and not cells[-1].strip():
                 cells.pop()
-            try:
-                values = np.array([float(cell) if cell.strip() else np.nan for cell in cells])
-            except ValueError as error:
-                if number == 0:
-                    continue
-                raise UserError(f"{path}: item {name!r}, row {number}: {error}.") from error
-            yield name, values
+            values = [_number(cell) for cell in cells]
+            if line == 0 and all(value is None for value in values):
+                continue
+            number += 1
+            if None in values:
+                raise UserError(
+                    f"item {name!r} has {cells[values.index(None)]!r} for a number in row {number} "
+                    f"of {path}: correct it, or leave the cell empty."
+                )
+            yield number, name, np.array(values, np.float64)
+
+
+def _number(cell: str) -> float | None:
+    """A cell's value, NaN where it is empty, None where it is no number."""
+    try:
+        return float(cell) if cell.strip() else np.nan
+    except ValueError:
+        return None
 
 
 def _items_of_rows(path: Path) -> Iterator[SeriesItem]:
-    for number, (name, values) in enumerate(read_rows(path), 1):
+    seen: set[str] = set()
+    number = 0
+    for number, name, values in _read_rows(path):
         if not len(values):
             raise UserError(f"item {name!r} in row {number} has no value: leave it out.")
+        if name in seen:
+            raise UserError(f"item {name!r} is there twice, again in row {number}: rename it.")
+        seen.add(name)
         times = pd.Index(np.arange(1, len(values) + 1))
         rows = np.full(len(values), number)
         yield checked_item(SeriesItem(name, times, rows, {TARGET: values}, {}))
+    if not number:
+        raise UserError(f"{path} has no rows.")

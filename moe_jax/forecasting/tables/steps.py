@@ -45,8 +45,11 @@ class Steps:
         return whole // self.offset.n if whole % self.offset.n == 0 else 1
 
     def after(self, last: Any, count: int) -> pd.Index:
-        """The `count` times after `last`."""
+        """The `count` times after `last`. Raises OverflowError or ValueError where the last of them
+        cannot be written.
+        """
         if isinstance(self.offset, int):
+            np.int64(int(last) + self.offset * count)
             return pd.Index(int(last) + self.offset * np.arange(1, count + 1))
         with warnings.catch_warnings():  # offsets like business days are added one by one
             warnings.simplefilter("ignore", category=pd.errors.PerformanceWarning)
