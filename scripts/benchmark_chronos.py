@@ -5,6 +5,9 @@ torch, which take turns on this machine.
 
 The other interpreter needs chronos-forecasting and torch, nothing of this project; it makes the
 checkpoint. Prints the figures as JSON. Without --python it prints only ours, for --folder.
+
+The floor of a turn is the FLOPs of all matmuls in the programs that it runs, divided by the rate of
+a large matmul that is measured just before it.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +40,62 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a checkpoint, in place of a new one")
     parser.add_argument("--series", type=int, default=16)
     parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="series computed together here")
     parser.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.theirs:
-        print(json.dumps(measure(options, open_theirs(options))))
+        answer_turns(open_theirs(options))
         return
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = options.folder or Path(scratch)
-        theirs = [ask_theirs(options)] if options.python else []
-        ours = [measure(options, open_ours(options)) for _ in range(2)]
-        theirs += [ask_theirs(options)] if options.python else []
-    found = {"model": options.model, "series": options.series, "ours": summary(ours)}
-    if theirs:
-        found["theirs"] = summary(theirs)
-        found["times"] = found["ours"]["median"] / found["theirs"]["median"]
+        turns: dict[str, Iterator[float]] = {}
+        if options.python:
+            turns["theirs"] = ask_theirs(options)
+            next(turns["theirs"])  # which makes the checkpoint
+        forecast, flops = open_ours(options)
+        turns |= {"rate": matmul_rates(), "ours": seconds_of(forecast)}
+        seconds = [
+            {name: next(turn) for name, turn in turns.items()} for _ in range(options.repeats)
+        ]
+    found: dict[str, Any] = {"model": options.model, "series": options.series}
+    for name in turns.keys() - {"rate"}:
+        found[name] = summary([options.series / turn[name] for turn in seconds])
+    found["GFLOP per series"] = flops / options.series / 1e9
+    found["GFLOP/s of a matmul"] = summary([turn["rate"] / 1e9 for turn in seconds])
+    shares = [flops / turn["rate"] / turn["ours"] for turn in seconds]
+    found["floor / ours"] = summary(shares)
+    if options.python:
+        times = sorted(turn["theirs"] / turn["ours"] for turn in seconds)
+        found["times"] = {"median of turns": statistics.median(times), "of each": times}
     print(json.dumps(found, indent=1))
 
 
-def summary(runs: list[list[float]]) -> dict[str, Any]:
-    """Series per second of all repeats, and their median."""
-    every = sorted(rate for run in runs for rate in run)
-    return {"median": statistics.median(every), "least": every[0], "most": every[-1]}
+def summary(rates: list[float]) -> dict[str, float]:
+    """Series per second."""
+    return {"median": statistics.median(rates), "least": min(rates), "most": max(rates)}
 
 
-def measure(options: argparse.Namespace, forecast: Any) -> list[float]:
-    """Series per second of each repeat, after a warm-up."""
-    rates = []
-    for repeat in range(options.repeats + 1):
+def matmul_rates() -> Iterator[float]:
+    """FLOP/s of a large matmul, whenever they are asked for."""
+    from moe_jax.profiling.machine import matmul_rate
+
+    while True:
+        yield matmul_rate("float32", seconds=0.3)[0]
+
+
+def seconds_of(forecast: Callable[[], Any]) -> Iterator[float]:
+    """Of one forecast after another, as they are asked for."""
+    while True:
         start = time.perf_counter()
         forecast()
-        seconds = time.perf_counter() - start
-        rates += [options.series / seconds] if repeat else []
-    return rates
+        yield time.perf_counter() - start
+
+
+def answer_turns(forecast: Callable[[], Any]) -> None:
+    """The seconds of a forecast for each line of stdin."""
+    for _, seconds in zip(sys.stdin, seconds_of(forecast), strict=False):
+        print(seconds, flush=True)
 
 
 def inputs(options: argparse.Namespace) -> Any:
@@ -80,24 +108,44 @@ def inputs(options: argparse.Namespace) -> Any:
     return (np.sin(steps / 9) + 0.1 * noise).astype(np.float32)
 
 
-def open_ours(options: argparse.Namespace) -> Any:
-    """A call that forecasts with moe_jax."""
+def open_ours(options: argparse.Namespace) -> tuple[Callable[[], Any], float]:
+    """A call that forecasts with moe_jax, compiled, and the FLOPs of its matmuls."""
     from moe_jax.forecasting.load import load_forecaster
+    from moe_jax.profiling.hlo import dot_flops
 
-    forecaster, series = load_forecaster(options.folder), inputs(options)
-    samples = options.samples
-    return lambda: forecaster.predict_quantiles(series, HORIZON, [0.5], num_samples=samples)
+    forecaster: Any = load_forecaster(options.folder)
+    series, placed = inputs(options), forecaster.placed
+    extra = {"num_samples": options.samples}
+    extra |= {"batch_size": options.batch} if options.batch else {}
+    flops, run = [], placed.run
+
+    def counting(method: Any, *rows: Any, **static: Any) -> Any:
+        text = placed.program(method, **static).lower(placed.state, *rows).compile().as_text()
+        flops.append(dot_flops(text)[0])
+        return run(method, *rows, **static)
+
+    def forecast() -> Any:
+        return forecaster.predict_quantiles(series, HORIZON, [0.5], **extra)
+
+    placed.run = counting
+    forecast()
+    placed.run = run
+    return forecast, sum(flops)
 
 
-def ask_theirs(options: argparse.Namespace) -> list[float]:
-    """What the other interpreter measures."""
+def ask_theirs(options: argparse.Namespace) -> Iterator[float]:
+    """`seconds_of` the other interpreter, which waits between them."""
     command = [
         *(options.python, __file__, options.model, "--theirs", "--folder", str(options.folder)),
         *("--series", str(options.series), "--samples", str(options.samples)),
-        *("--repeats", str(options.repeats)),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        while True:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            yield float(process.stdout.readline())
 
 
 def open_theirs(options: argparse.Namespace) -> Any:

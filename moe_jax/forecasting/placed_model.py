@@ -70,12 +70,16 @@ class PlacedModel:
         repeated = [
             np.concatenate([array, np.repeat(array[:1], padded - count, axis=0)]) for array in rows
         ]
+        placed = jax.device_put(repeated, NamedSharding(self.mesh, P(BATCH_AXES)))
+        results = self.program(method, **static)(self.state, *placed)
+        return jax.tree.map(lambda array: np.asarray(array)[:count], results)
+
+    def program(self, method: Callable[..., Any], **static: Any) -> Any:
+        """What `run` compiles, of the state and rows that the devices divide."""
         key = (method, tuple(sorted(static.items())))
         if key not in self._programs:
             self._programs[key] = jax.jit(self._inside(functools.partial(method, **static)))
-        placed = jax.device_put(repeated, NamedSharding(self.mesh, P(BATCH_AXES)))
-        results = self._programs[key](self.state, *placed)
-        return jax.tree.map(lambda array: np.asarray(array)[:count], results)
+        return self._programs[key]
 
     def gradients(self, method: Callable[..., Any], *rows: np.ndarray) -> tuple[Any, Any]:
         """The mean of `method(model, *rows)` [B], and its gradient by every parameter, as a state

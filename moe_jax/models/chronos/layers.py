@@ -8,12 +8,15 @@ Like the rest of the package they run inside one `shard_map`: series are split o
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.models.chronos.config import StackConfig
 from moe_jax.models.norm import RMSNorm
 from moe_jax.ops.attention.api import full_attention
+from moe_jax.ops.attention.reference import MASKED
 from moe_jax.ops.linear import join, project
+from moe_jax.ops.products import einsum_f32
 from moe_jax.parallel.collectives import psum
 from moe_jax.parallel.sharding import axes_of, bias, gather, param
 from moe_jax.utils.annotations import Array, Bool, Float
@@ -51,6 +54,29 @@ class UnscaledAttention(nnx.Module):
     def project_out(self, x_BSHQ: Float[Array, "B S H Q"]) -> Float[Array, "B S D"]:
         """The heads' outputs joined, the same on all devices that hold heads."""
         return psum(join(x_BSHQ, gather(self.out, x_BSHQ.dtype), 2), axes_of(self.out, "heads"))
+
+    def read(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        states_BMD: Float[Array, "B M D"],
+        mask_BM: Bool[Array, "B M"],
+    ) -> Float[Array, "B S D"]:
+        """What tokens see of an encoder's states.
+
+        One token alone brings its query to the states, and the states that it has looked at to its
+        values: projecting all states into keys and values first would be M products for each of
+        these, a seventh of all that Chronos-Bolt computes.
+        """
+        q_BSHQ, dtype = self.queries(x_BSD), x_BSD.dtype
+        if x_BSD.shape[1] > 1:
+            keys_values = self.keys_values(states_BMD)
+            return self.project_out(full_attention(q_BSHQ, *keys_values, mask_BM[:, None]))
+        q_BHD = einsum_f32("bshq,dhq->bhd", q_BSHQ, gather(self.key, dtype)).astype(dtype)
+        scores_BHM = einsum_f32("bhd,bmd->bhm", q_BHD, states_BMD)
+        share_BHM = jax.nn.softmax(jnp.where(mask_BM[:, None], scores_BHM, MASKED))
+        seen_BHD = einsum_f32("bhm,bmd->bhd", share_BHM.astype(dtype), states_BMD).astype(dtype)
+        out_BHQ = einsum_f32("bhd,dhq->bhq", seen_BHD, gather(self.value, dtype)).astype(dtype)
+        return self.project_out(out_BHQ[:, None])
 
     def __call__(
         self,

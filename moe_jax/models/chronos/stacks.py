@@ -13,7 +13,6 @@ from flax import nnx
 from moe_jax.models.chronos.config import StackConfig
 from moe_jax.models.chronos.layers import ReluFeedForward, UnscaledAttention, stack_norm
 from moe_jax.models.chronos.relative_bias import RelativeBias
-from moe_jax.ops.attention.api import full_attention
 from moe_jax.ops.loops import scan
 from moe_jax.utils.annotations import Array, Bool, Float
 
@@ -58,18 +57,7 @@ class DecoderBlock(nnx.Module):
         length = x_BSD.shape[1]
         past_BSS = jnp.tril(jnp.ones((1, length, length), bool))
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past_BSS, bias_HSS)
-        return self.after_attention(x_BSD, self.cross.keys_values(states_BMD), mask_BM)
-
-    def after_attention(
-        self, x_BSD: jax.Array, keys_values: tuple[jax.Array, jax.Array], mask_BM: jax.Array
-    ) -> jax.Array:
-        """The rest of the layer behind its self-attention, given the keys and values [B, M, H, Q]
-        of the encoder's states.
-        """
-        q_BSHQ = self.cross.queries(self.cross_norm(x_BSD))
-        x_BSD = x_BSD + self.cross.project_out(
-            full_attention(q_BSHQ, *keys_values, mask_BM[:, None])
-        )
+        x_BSD = x_BSD + self.cross.read(self.cross_norm(x_BSD), states_BMD, mask_BM)
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
