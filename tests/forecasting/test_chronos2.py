@@ -20,7 +20,7 @@ from moe_jax.models.chronos.chronos2 import Chronos2
 from moe_jax.models.paths import by_path
 from moe_jax.parallel.mesh import make_mesh
 from tests.support import chronos_cases as cases
-from tests.support.chronos_checks import TOLERANCE, assert_close, assert_same_gradients
+from tests.support.chronos_checks import MESHES, TOLERANCE, assert_close, assert_same_gradients
 
 WANTED = cases.expected("chronos2")
 SERIES = [row[~np.isnan(row)] if at < 4 else row for at, row in enumerate(WANTED["series"])]
@@ -40,10 +40,10 @@ def forecaster(checkpoint: Any) -> Chronos2Forecaster:
     return Chronos2Forecaster(checkpoint.config, place(checkpoint))
 
 
-def states(model: Chronos2, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def states_and_quantiles(model: Chronos2, *rows: jax.Array) -> tuple[jax.Array, ...]:
     encoded = model.encode(*rows)
     shape = (*rows[2].shape, *encoded.states_BMD.shape[1:])
-    return encoded.states_BMD.reshape(shape), encoded.mask_BM.reshape(shape[:3])
+    return encoded.states_BMD.reshape(shape), encoded.mask_BM.reshape(shape[:3]), model(*rows)
 
 
 def counted_losses(model: Chronos2, *rows: jax.Array) -> jax.Array:
@@ -52,14 +52,14 @@ def counted_losses(model: Chronos2, *rows: jax.Array) -> jax.Array:
 
 def test_states_and_quantiles_of_groups_are_the_librarys(forecaster: Chronos2Forecaster) -> None:
     rows = WANTED["context"][ROWS], WANTED["future"][ROWS], REAL
-    found, mask = (array[REAL] for array in forecaster.placed.run(states, *rows))
+    results = forecaster.placed.run(states_and_quantiles, *rows)
+    found, mask, quantiles = (array[REAL] for array in results)
     assert_close(found[mask], WANTED["states"][mask])
     assert np.array_equal(mask[:, :13], WANTED["mask"] > 0)
-    quantiles = forecaster.placed.run(Chronos2.__call__, *rows)[REAL]
     assert_close(quantiles, WANTED["quantiles"], cases.size_of(WANTED["context"]))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2, "tensor": 2}], ids=["1", "2x2x2"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_losses_and_gradients_are_the_librarys(checkpoint: Any, mesh: dict[str, int]) -> None:
     config = MeshConfig(**mesh)
     placed = place(checkpoint, make_mesh(config, jax.devices()[: config.size]), fsdp=True)

@@ -6,10 +6,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from moe_jax.hf.chronos import ChronosCheckpoint
 from tests.support.hf_cases import sample
+from tests.support.slow import SLOW
 
+# Gradients on eight devices are compared with the same recordings as those on one.
+MESHES = [
+    pytest.param({}, id="1", marks=SLOW),
+    pytest.param({"data": 2, "expert": 2, "tensor": 2}, id="2x2x2"),
+]
 TOLERANCE = 1e-5  # of the size of a series, or of the largest entry
 
 
