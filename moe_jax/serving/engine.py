@@ -69,6 +69,7 @@ class ServingEngine:
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._compilations = 0
+        self._step_seconds = 0.0  # of the newest step
         self._busy_since: float | None = None  # or since the last step; None where all is done
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._prefix_query_tokens = self._prefix_hit_tokens = 0
@@ -147,6 +148,7 @@ class ServingEngine:
                 generation_tokens=self._generation_tokens,
                 steps=self._steps,
                 compilations=self._compilations,
+                step_seconds=0.0 if since is None else self._step_seconds,
                 stalled_seconds=0.0 if since is None else time.monotonic() - since,
                 expert_counts=None if experts is None else experts.choices_LE,
                 experts=None if experts is None else experts.stats,
@@ -208,7 +210,7 @@ class ServingEngine:
 
     def _step(self) -> None:
         programs, thread = compile_clock().programs, threading.get_ident()
-        before = programs[thread]
+        before, began = programs[thread], time.monotonic()
         self._drop_cancelled()
         self._move_experts()
         self._admit()
@@ -220,6 +222,7 @@ class ServingEngine:
         if decoding:
             self._draw(decoding)
         with self._changed:
+            self._step_seconds = time.monotonic() - began
             self._steps += 1
             self._compilations += programs[thread] - before
             self._busy_since = time.monotonic()

@@ -83,5 +83,6 @@ class EngineStats:
     steps: int = 0
     compilations: int = 0  # since the engine was started
     stalled_seconds: float = 0.0
+    step_seconds: float = 0.0  # of the newest step; 0 where nothing runs
     expert_counts: np.ndarray | None = None  # [MoE layers, experts]; of late, not of this step
     experts: ExpertStats | None = None

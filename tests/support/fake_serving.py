@@ -68,6 +68,7 @@ class FakeEngine:
     holding: bool = False
     failing: bool = False
     stalled: float = 0.0
+    step: float = 0.0
     failed: str | None = None
     stopped: bool = False
     requests: list[Request] = dataclasses.field(default_factory=list)
@@ -127,6 +128,7 @@ class FakeEngine:
             waiting=1,
             cache_use=0.25,
             stalled_seconds=self.stalled,
+            step_seconds=self.step,
             expert_counts=counts,
             experts=ExpertStats(slots, 2, loads, 1.5, 2, 1, 0.25, 0.25),
         )

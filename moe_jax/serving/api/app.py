@@ -47,6 +47,8 @@ class Limits:
     """Time of a request, waiting included."""
     wedged_seconds: float = 60.0
     """After so long without a step, while requests wait, the server says that it is wedged."""
+    slow_seconds: float = 5.0
+    """A step that takes so long makes it say that it is degraded."""
 
 
 class Api:
@@ -82,10 +84,16 @@ class Api:
             return 503, {"status": self.state}
         if self._engine.failed is not None:
             return 503, {"status": "failed"}
-        stalled = self._engine.stats().stalled_seconds
+        stats = self._engine.stats()
+        stalled = stats.stalled_seconds
         if stalled > self.limits.wedged_seconds:
             return 503, {"status": "wedged", "seconds_without_a_step": round(stalled, 1)}
-        return 200, {"status": "ready"}
+        reasons = []
+        if max(stalled, stats.step_seconds) > self.limits.slow_seconds:
+            reasons.append("slow_steps")
+        if self.open_answers >= self.limits.max_batch + self.limits.max_waiting:
+            reasons.append("queue_full")
+        return 200, {"status": "degraded", "reasons": reasons} if reasons else {"status": "ready"}
 
     def require(self) -> ServedModel:
         """The model. Raises ApiError, status 503, where it is not there yet or no more."""
@@ -348,7 +356,7 @@ def _add_reading(app: FastAPI, api: Api) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """200 where requests are answered, else 503, and why."""
+        """200 where requests are answered (`ready`, `degraded`), else 503, and why."""
         status, body = api.health()
         return _json(body, status)
 

@@ -351,7 +351,13 @@ def test_models_tokens_and_health() -> None:
     assert server.post("/tokenize", {"messages": HELLO}).json()["count"] == 10
     assert server.post("/tokenize", {}).status_code == 400
     assert server.get("/health").json() == {"status": "ready"}
-    server.engine.stalled = 1000.0
+    server.engine.step = 6.0
+    slow = server.get("/health")
+    assert slow.status_code == 200
+    assert slow.json() == {"status": "degraded", "reasons": ["slow_steps"]}
+    server.api.open_answers, server.engine.step = 160, 0.0
+    assert server.get("/health").json()["reasons"] == ["queue_full"]
+    server.api.open_answers, server.engine.stalled = 0, 1000.0
     assert server.get("/health").status_code == 503
     server.engine.failed = "its device is gone"
     assert server.get("/health").json() == {"status": "failed"}
