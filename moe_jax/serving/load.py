@@ -72,6 +72,10 @@ class ServerUnderLoad:
 
     def send(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         """The response, whose body is still to be read. Raises OSError or HTTPException."""
+        return self.open(method, path, body).getresponse()
+
+    def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPConnection:
+        """A connection over which a request has been sent."""
         kind: Any = http.client.HTTPConnection
         rest: dict[str, Any] = {}
         if self._secure:
@@ -79,7 +83,7 @@ class ServerUnderLoad:
         connection = kind(self._host, self._port, timeout=_SECONDS, **rest)
         content = None if body is None else json.dumps(body).encode()
         connection.request(method, self._path + path, content, self._headers)
-        return connection.getresponse()
+        return connection
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON of an answer. Raises UserError where there is none."""

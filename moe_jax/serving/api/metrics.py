@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from moe_jax.placement.cost import max_over_mean
@@ -30,6 +36,7 @@ class ServerMetrics:
         self._registry = CollectorRegistry(auto_describe=False)
         collector: Any = EngineCollector(model, stats)
         self._registry.register(collector)
+        ProcessCollector(registry=self._registry)
         self._model = model
         self._first = self._histogram("time_to_first_token_seconds", "Arrival to token.", _LONG)
         self._next = self._histogram("inter_token_latency_seconds", "Token to token.", _SHORT)
