@@ -167,7 +167,7 @@ def model_options(command: argparse.ArgumentParser) -> None:
     add(
         "--attention",
         default="auto",
-        choices=("auto", "reference", "blockwise", "cudnn"),
+        choices=("auto", "reference", "blockwise", "cudnn", "splash"),
         help="back end",
     )
     add(

@@ -172,7 +172,7 @@ class ModelConfig:
         default="none",
         help="What the backward pass recomputes: none; dots: all but matmuls; full: whole layers.",
     )
-    attention: Literal["auto", "reference", "blockwise", "cudnn"] = setting(
+    attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = setting(
         default="auto", help="Attention back end; auto chooses by platform."
     )
     rope: RopeConfig = setting(default=RopeConfig(), help="Rotary position embedding.")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.config import _check_vma  # there is no public switch
 
 from moe_jax.runtime.distributed import process_count
 from moe_jax.runtime.platform import default_platform
@@ -71,6 +72,19 @@ def vary(tree: Any, axes: frozenset[str] | tuple[str, ...]) -> Any:
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """All arrays typed as varying over the axes over which any of them does."""
     return vary(arrays, frozenset().union(*(vma(x) for x in arrays)))
+
+
+def without_types(run: Any, *arrays: Any) -> Any:
+    """`run(*arrays)` where JAX types nothing by the axes over which it varies; results are typed
+    as varying over all axes over which any of the arrays does.
+
+    For kernels of libraries, whose results have no such type; `run` has no collective, and its
+    gradient is taken elsewhere.
+    """
+    axes = frozenset().union(*(vma(x) for x in jax.tree.leaves(arrays)))
+    with _check_vma(False):
+        results = run(*arrays)
+    return vary(results, axes)
 
 
 def all_gather(x: jax.Array, axes: AxisNames, dim: int) -> jax.Array:

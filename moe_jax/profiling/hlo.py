@@ -109,7 +109,8 @@ def parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
         if match := _COMPUTATION.match(line):
             scope = computations[match[2]] = {}
             entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):
+            # (two close what a kernel's attributes left open on the lines before)
             scope = None
         elif scope is not None and (match := _INSTRUCTION.match(line)):
             scope[match[1]] = _instruction(match[1], match[2])

@@ -37,6 +37,7 @@ class Platform:
     dtype: str  # of weights, activations and cache in inference, if nobody says otherwise
     ragged_dot: bool  # lax.ragged_dot has a kernel; elsewhere it is a masked dense product
     fused_attention: bool  # cuDNN's kernel for half precision
+    splash_attention: bool  # JAX's kernel for TPU; elsewhere it is interpreted, slowly
     reads_host: bool  # devices read pinned host memory by themselves
     matmul_size: int  # rows and columns of a matmul that reaches the plateau of the rate
     calls_in_flight: int  # when a rate is measured, to hide what starting a call costs
@@ -73,6 +74,7 @@ _CPU = Platform(
     dtype="float32",
     ragged_dot=False,
     fused_attention=False,
+    splash_attention=False,
     reads_host=False,
     matmul_size=2048,
     calls_in_flight=1,
@@ -88,6 +90,7 @@ _GPU = Platform(
     dtype="bfloat16",
     ragged_dot=True,
     fused_attention=True,
+    splash_attention=False,
     reads_host=True,
     matmul_size=8192,
     calls_in_flight=8,
@@ -102,6 +105,7 @@ _TPU = Platform(
     dtype="bfloat16",
     ragged_dot=True,
     fused_attention=False,
+    splash_attention=True,
     reads_host=True,
     matmul_size=8192,
     calls_in_flight=8,
@@ -124,6 +128,7 @@ _METAL = Platform(
     dtype="bfloat16",
     ragged_dot=False,
     fused_attention=False,
+    splash_attention=False,
     reads_host=False,
     matmul_size=4096,
     calls_in_flight=8,
@@ -192,6 +197,7 @@ def _unknown(name: str) -> Platform:
         dtype="bfloat16",
         ragged_dot=False,
         fused_attention=False,
+        splash_attention=False,
         reads_host=False,
         matmul_size=2048,
         calls_in_flight=8,

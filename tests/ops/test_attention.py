@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
+from moe_jax.errors import UserError
 from moe_jax.ops.attention.api import attention
 from moe_jax.ops.attention.blockwise import BLOCKS
 from moe_jax.ops.attention.cached import cached_attention
+from moe_jax.ops.attention.splash import splash_attention
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.runtime import platform
 
@@ -311,3 +313,64 @@ def test_half_precision_over_a_cache():
         query, *(jnp.asarray(np.asarray(a).view(np.uint16)) for a in cache), 0, positions
     )
     np.testing.assert_allclose(of_bits.astype(np.float32), half.astype(np.float32), atol=0.01)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_kernel_for_tpu_equals_the_definition(window):
+    """Interpreted, with its gradients, on a mesh whose types are checked."""
+    rng = np.random.default_rng(0)
+    batch, length, width, heads, groups = 2, 256, 128, 4, 2
+    q, k, v, dout = (
+        jnp.asarray(rng.standard_normal((batch, length, count, width)), jnp.float32)
+        for count in (heads, groups, groups, heads)
+    )
+    segments = jnp.asarray([[1] * 100 + [2] * 156, [1] * 200 + [0] * 56], jnp.int32)
+    axes, spread = ("data", "tensor"), P("data", None, "tensor")
+
+    def results(attend):
+        def local(q, k, v, segments, dout):
+            def value(q, k, v):
+                out = attend(q, k, v, segments)
+                return jax.lax.psum(jnp.sum(dout * out), axes), out
+
+            gradients, out = jax.grad(value, (0, 1, 2), has_aux=True)(q, k, v)
+            return out, *gradients
+
+        in_specs = (spread, spread, spread, P("data"), spread)
+        sharded = jax.shard_map(
+            local,
+            mesh=make_mesh(MeshConfig(data=2, tensor=2)),
+            in_specs=in_specs,
+            out_specs=(spread,) * 4,
+        )
+        return jax.jit(sharded)(q, k, v, segments, dout)
+
+    kernel = results(lambda *x: splash_attention(*x, window, width**-0.5, True))
+    plain = results(partial(attention, window=window, impl="reference"))
+    for found, wanted in zip(kernel, plain, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+def test_the_kernel_for_tpu_is_chosen_where_it_can_run(monkeypatch):
+    def chosen(length=256, width=128, dtype=jnp.bfloat16, sinks=None, impl="auto"):
+        x = jnp.zeros((1, length, 2, width), dtype)
+        segments = jnp.ones((1, length), jnp.int32)
+        made = jax.make_jaxpr(partial(attention, impl=impl, sinks_H=sinks))(x, x, x, segments)
+        return "splash" if "splash" in str(made) else "blockwise"
+
+    with pytest.raises(
+        UserError, match=r"model\.attention=splash is a kernel for TPU, and this is c"
+    ):
+        chosen(impl="splash")
+    assert chosen() == "blockwise"
+    record = dataclasses.replace(platform.default_platform(), splash_attention=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+    assert chosen() == "splash"
+    assert chosen(dtype=jnp.float32) == "blockwise" == chosen(sinks=jnp.zeros(2))
+    assert chosen(length=200) == "blockwise" == chosen(width=64)
+    with pytest.raises(
+        UserError, match="multiples of 128; here are sequences of 200, and heads of"
+    ):
+        chosen(length=200, impl="splash")
+    with pytest.raises(UserError, match="knows no sinks: use auto or blockwise"):
+        chosen(sinks=jnp.zeros(2), impl="splash")

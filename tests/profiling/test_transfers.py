@@ -13,7 +13,8 @@ FUSED = (
     "replica_groups={{0,4},{1,5},{2,6},{3,7}}, channel_id=8, dimensions={0}"
 )
 # libtpu 0.0.41: a scan of 3 layers without a written trip count; a gather of 512 bytes beside two
-# fusions, an all-reduce of which each device keeps its part, exchanges of both kinds.
+# fusions, a kernel whose attributes take three lines, an all-reduce of which each device keeps its
+# part, exchanges of both kinds.
 TPU_TEXT = f"""HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %starts (p: bf16[4,32]) -> (bf16[4,32], bf16[8,32]) {{
@@ -47,6 +48,9 @@ custom_call_target="AsyncCollectiveStart"
   %x = bf16[4,32]{{1,0}} get-tuple-element(%s), index=1
   %start = (bf16[4,32], bf16[8,32]) fusion(%x), kind=kCustom, calls=%starts
   %step = (bf16[4,32], bf16[8,32]) fusion(%x), kind=kOutput, calls=%async_collective_fusion.2
+  %kernel = bf16[4,32]{{1,0}} custom-call(%x), frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 512}}"
+}}}}, metadata={{op_name="kernel"}}
   %alone = bf16[4,64]{{1,0}} all-to-all(%x), \
 replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, dimensions={{0}}
   %begun = ((bf16[4,64]), bf16[4,64], u32[]) all-to-all-start(%x), \
