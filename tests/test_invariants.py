@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,10 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.models.layer_pattern import expert_layers
-from moe_jax.models.paths import path_of
-from moe_jax.moe.tables import make_tables
-from moe_jax.placement.table import Placement, contiguous, slot_sources
+from moe_jax.placement.table import Placement, contiguous
 from moe_jax.training.state import StepStats, TrainState
 from moe_jax.training.step import TrainProgram
-from tests.support.tiny_programs import EXPERTS, TOP_K, make_batch, make_program
+from tests.support.tiny_programs import EXPERTS, TOP_K, make_batch, make_program, moved
 
 # Everything that could depend on how a batch is cut: all losses, noise, and the bias that follows
 # the load.
@@ -169,33 +165,6 @@ def test_routes_of_sequences_do_not_depend_on_the_mesh_or_the_parts():
         strict=True,
     ):
         np.testing.assert_allclose(one, other, atol=1e-6)
-
-
-def moved(program: TrainProgram, state: TrainState, new: Placement) -> TrainState:
-    """A state with its experts, and their moments, in the slots of another table."""
-    sources = slot_sources(program.placement, new)
-    layers = expert_layers(program.model, program.moe)
-
-    def one(keys: Any, a: jax.Array) -> jax.Array:
-        path = path_of(keys)
-        if not path.is_expert:
-            return a
-        rows = [sources[layer] for layer in layers[path.layer_block]]
-        padded = [np.concatenate([repeat, np.zeros_like(repeat[:1])]) for repeat in np.asarray(a)]
-        return jax.device_put(
-            np.stack([repeat[row] for repeat, row in zip(padded, rows, strict=True)]), a.sharding
-        )
-
-    params, opt_state = (
-        jax.tree.map_with_path(one, tree) for tree in (state.params, state.opt_state)
-    )
-    tables, expert_LP = jax.device_put(make_tables(new), program.state_shardings.expert_LP)
-    return state._replace(
-        params=params,
-        opt_state=opt_state,
-        tables=tables._replace(bias_E=state.tables.bias_E),
-        expert_LP=expert_LP,
-    )
 
 
 # Layers dense, then MoE and dense in turn, then MoE: two stacks, of which the first holds a pattern

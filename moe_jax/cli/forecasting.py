@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_jax.cli.console import explained_disk_errors
-from moe_jax.cli.model_options import one_of
-from moe_jax.cli.options import AsJson, Platform, option, path_argument, path_option, spread
+from moe_jax.cli.model_options import one_of, parse_mesh
+from moe_jax.cli.options import (
+    AsJson,
+    Mesh,
+    Platform,
+    option,
+    path_argument,
+    path_option,
+    spread,
+)
+from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.runtime.compile_cache import use_compile_cache
-from moe_jax.runtime.devices import check_platform, use_platform
+from moe_jax.runtime.devices import check_platform, start_devices, use_platform
 from moe_jax.utils.files import local_path, replace_bytes, replace_text
 from moe_jax.utils.progress import say
 
@@ -37,7 +46,7 @@ Forecasting = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="Folder or hub name of a Chronos model, or seasonal-naive.",
+        help="A Chronos folder or hub name, a run, or seasonal-naive.",
     ),
 ]
 Id = Annotated[str | None, option("--id", metavar="NAME", help="Column of ids.  [item_id]")]
@@ -105,10 +114,12 @@ class ModelFlags:
     samples: Samples = None
     seed: Seed = 0
     batch: Batch = 256
+    mesh: Mesh = None
     platform: Platform = None
 
     def __post_init__(self) -> None:
         check_platform(self.platform)
+        _axes(self.mesh)
 
 
 @spread
@@ -148,7 +159,7 @@ def forecast(
         from moe_jax.forecasting.tables.frames import ForecastSettings
 
         done = forecast_file(
-            lambda steps: _open(model, run.season or steps.season, run.platform),
+            lambda steps: _open(model, run.season or steps.season, run),
             data,
             out,
             ForecastSettings(0, levels, run.batch, run.samples, run.seed),
@@ -279,7 +290,7 @@ def _scores(model: str, sets: list[EvaluationSet], run: ModelFlags) -> dict[str,
     forecaster = None
     for one in sets:
         if forecaster is None or model == SEASONAL_NAIVE:
-            forecaster = _open(model, one.season, run.platform)
+            forecaster = _open(model, one.season, run)
         sums = evaluate_forecaster(
             forecaster, one, batch_size=run.batch, num_samples=run.samples, seed=run.seed
         )
@@ -305,17 +316,32 @@ def _baseline(
     return _scores(SEASONAL_NAIVE, sets, ModelFlags())
 
 
-def _open(model: str, season: int, platform: str | None) -> Forecaster:
+def _open(model: str, season: int, run: ModelFlags) -> Forecaster:
     """The forecaster that MODEL names."""
     if model == SEASONAL_NAIVE:
         from moe_jax.forecasting.seasonal_naive import SeasonalNaive
 
         return SeasonalNaive(season)
-    use_platform(platform)
+    use_platform(run.platform)
     use_compile_cache()
-    from moe_jax.forecasting.load import load_forecaster
+    axes = _axes(run.mesh)
+    start_devices(axes, None)
+    import jax
 
-    return load_forecaster(local_path(model))
+    from moe_jax.forecasting.load import load_forecaster
+    from moe_jax.parallel.mesh import first_devices, make_mesh
+
+    if axes.size > jax.device_count():
+        raise UserError(
+            f"--mesh {axes.axes_text} needs {axes.size} devices and there are "
+            f"{jax.device_count()}: choose a smaller mesh."
+        )
+    return load_forecaster(local_path(model), make_mesh(axes, first_devices(axes.size)))
+
+
+def _axes(mesh: str | None) -> MeshConfig:
+    """The mesh that was asked for, by default one device."""
+    return MeshConfig() if mesh is None else parse_mesh(mesh)
 
 
 def _levels(text: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ Only the standard library is needed here. A layer sees the section it needs and 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from moe_jax.config.fields import section, setting
@@ -103,8 +104,57 @@ class LatentConfig:
 
 
 @section
+class ForecastConfig:
+    """A forecaster of time series in place of a language model: an encoder-decoder of
+    Chronos-Bolt's form (Ansari et al., 2024), whose decoder's feed-forward parts may be experts
+    ([forecasting.md](forecasting.md)).
+
+    Of the other keys of `model` it takes `num_layers` (the encoder's), `width`, `num_heads`,
+    `head_dim`, `hidden`, `norm_eps`, `compute_dtype` and `remat`. Keys of `moe` that count layers
+    count the decoder's.
+    """
+
+    SECTION = "model.forecast."
+
+    patch: int = setting(
+        default=0, help="Values per patch; 0 is a language model and no forecaster.", ge=0
+    )
+    decoder_layers: int = setting(default=2, help="Layers of the decoder.", ge=1)
+    context_length: int = setting(default=512, help="Values of a series that are read.", ge=1)
+    prediction_length: int = setting(default=64, help="Steps that one pass forecasts.", ge=1)
+    quantiles: tuple[float, ...] = setting(
+        default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        help="Levels that are forecast, ascending; 0.5, the median, is one of them.",
+    )
+
+    @property
+    def patches(self) -> int:
+        """Tokens of the encoder: the patches of a whole context, and REG."""
+        return -(-self.context_length // self.patch) + 1
+
+    def check(self) -> None:
+        levels = self.quantiles
+        if 0.5 not in levels or levels != tuple(sorted({*levels})) or not levels[0] > 0:
+            raise UserError(
+                f"model.forecast.quantiles={list(levels)} must be ascending levels between 0 and 1 "
+                f"with 0.5 among them."
+            )
+        if levels[-1] >= 1:
+            raise UserError(f"model.forecast.quantiles: {levels[-1]} is no level: stay below 1.")
+
+
+# What a forecaster takes of the keys of `model`; the tokenizer's vocabulary may be among them.
+_OF_FORECASTERS = frozenset(
+    (
+        *("num_layers", "width", "num_heads", "head_dim", "hidden", "norm_eps"),
+        *("compute_dtype", "remat", "forecast", "vocab_size"),
+    )
+)
+
+
+@section
 class ModelConfig:
-    """The decoder-only transformer around the experts."""
+    """The decoder-only transformer around the experts, or a forecaster."""
 
     SECTION = "model."
 
@@ -176,6 +226,9 @@ class ModelConfig:
         default="auto", help="Attention back end; auto chooses by platform."
     )
     rope: RopeConfig = setting(default=RopeConfig(), help="Rotary position embedding.")
+    forecast: ForecastConfig = setting(
+        default=ForecastConfig(), help="A forecaster of series in place of a language model."
+    )
 
     @property
     def head_width(self) -> int:
@@ -192,8 +245,15 @@ class ModelConfig:
         """Width of a head's value."""
         return self.latent.value_width if self.latent.kv_rank else self.head_width
 
+    @property
+    def forecasts(self) -> bool:
+        """Whether it is a forecaster of series and no language model."""
+        return self.forecast.patch > 0
+
     def check(self) -> None:
-        if self.num_heads % self.num_kv_heads:
+        if self.forecasts:
+            self._check_forecaster()
+        elif self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide "
                 f"model.num_heads={self.num_heads}: choose a divisor."
@@ -212,11 +272,20 @@ class ModelConfig:
             )
         if self.latent.kv_rank:
             self._check_latent()
-        elif round(self.head_width * self.rope.fraction) % 2:
+        elif not self.forecasts and round(self.head_width * self.rope.fraction) % 2:
             raise UserError(
                 f"model.rope.fraction={self.rope.fraction:g} of model.head_dim={self.head_width} "
                 f"is odd and cannot be rotated: choose an even width."
             )
+
+    def _check_forecaster(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OF_FORECASTERS and value != field.default:
+                raise UserError(
+                    f"model.{field.name}={value!r} does not go with "
+                    f"model.forecast.patch={self.forecast.patch}, a forecaster: leave it out."
+                )
 
     def _check_latent(self) -> None:
         if round(self.latent.rope_width * self.rope.fraction) % 2:

@@ -15,6 +15,9 @@ from moe_jax.config.fields import PathTo, section, setting
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 
+# What may stand in the place of the path of a text or of series.
+SOURCE_WORDS = "builtin|hf:.*|kernel:[0-9]+|mixup:[0-9]+"
+
 
 @section
 class PlacementConfig:
@@ -131,7 +134,7 @@ class MixtureSource:
     source: str = setting(
         default="builtin",
         help="As `data.source`.",
-        path=PathTo(words="builtin|hf:.*"),
+        path=PathTo(words=SOURCE_WORDS),
     )
     weight: float = setting(
         default=1.0, help="Its share of the sequences, relative to the others'.", gt=0
@@ -147,8 +150,10 @@ class DataConfig:
     source: str = setting(
         default="builtin",
         help="`builtin` (Python's own documentation and sources), a file or folder (.txt .py .md "
-        ".jsonl .parquet), a folder that `moe-jax data prepare` wrote, or `hf:NAME`.",
-        path=PathTo(words="builtin|hf:.*"),
+        ".jsonl .parquet), a folder that `moe-jax data prepare` wrote, or `hf:NAME`. Of a "
+        "forecaster: a folder of series, or `kernel:N`, N series of KernelSynth; in a mixture also "
+        "`mixup:N`, N mixtures of the other sources' series.",
+        path=PathTo(words=SOURCE_WORDS),
     )
     mixture: tuple[MixtureSource, ...] = setting(
         default=(),
@@ -173,6 +178,16 @@ class DataConfig:
     split: str = setting(default="train", help="Split to read with `hf:NAME`.")
     validation_fraction: float = setting(
         default=0.05, help="Fraction of the documents held out for validation.", gt=0, le=0.5
+    )
+
+    min_past: int = setting(
+        default=64, help="Series: values before what is to be forecast, at least.", ge=1
+    )
+    drop: float = setting(
+        default=0.2,
+        help="Series: of each window a share that is drawn from 0 to this is made missing.",
+        ge=0,
+        le=0.9,
     )
 
     def check(self) -> None:
@@ -336,7 +351,7 @@ class Config:
             )
         for key, value in (
             ("num_heads", model.num_heads),
-            ("num_kv_heads", model.num_kv_heads),
+            ("num_kv_heads", 0 if model.forecasts else model.num_kv_heads),
             ("hidden", model.hidden),
         ):
             if value % mesh.tensor:
@@ -344,6 +359,7 @@ class Config:
                     f"mesh.tensor={mesh.tensor} does not divide model.{key}={value}: change one "
                     f"of them."
                 )
+        self._check_forecaster()
         if self.moe.hidden % mesh.tensor:
             raise UserError(
                 f"mesh.tensor={mesh.tensor} does not divide moe.hidden={self.moe.hidden}: change "
@@ -374,4 +390,16 @@ class Config:
                 f"train.global_batch={self.train.global_batch} is not divisible by "
                 f"train.accumulation x mesh.data x mesh.expert = "
                 f"{part}: use a multiple of {part}."
+            )
+
+    def _check_forecaster(self) -> None:
+        model, moe = self.model, self.moe
+        if not model.forecasts:
+            return
+        has_experts = moe.first_dense < model.forecast.decoder_layers
+        if has_experts and moe.route_by != "sequence":
+            raise UserError(
+                f"moe.route_by={moe.route_by} does not go with "
+                f"model.forecast.patch={model.forecast.patch}: a forecaster routes each series "
+                f"once; set moe.route_by=sequence."
             )

@@ -63,6 +63,16 @@ class Corpus:
     seed: int
 
     @property
+    def tokenizer_hash(self) -> str:
+        """That of the tokenizer alone."""
+        return self.tokenizer.hash
+
+    @property
+    def size_text(self) -> str:
+        """How much text there is, in a sentence."""
+        return f"{self.train.size:,} tokens to train on, {self.validation.size:,} held out."
+
+    @property
     def largest_id(self) -> int:
         """The largest token id in the text; a tokenizer may have larger ones."""
         return max(part.stream.largest_id for part in self.train.parts)

@@ -245,7 +245,7 @@ def split_for(text: Prepared, fraction: float, seq_len: int) -> Split:
         replace_text(part / PREPARED_INDEX, json.dumps(stated))
         rename_folder(part, folder)
 
-    _once(folder, write)
+    make_once(folder, write)
     return read_split(folder, json.loads((folder / PREPARED_INDEX).read_bytes()))
 
 
@@ -264,11 +264,11 @@ def cached(
         tell(f"Reading data.source={config.source}, prepared in {folder}.")
         return folder
     tell(f"Preparing data.source={config.source} once, in {folder}.")
-    _once(folder, lambda: prepare(config, folder, source=source))
+    make_once(folder, lambda: prepare(config, folder, source=source))
     return folder
 
 
-def _once(folder: Path, make: Callable[[], object]) -> None:
+def make_once(folder: Path, make: Callable[[], object]) -> None:
     """Makes a folder of the cache that is not there; of several processes that want it one does,
     while the others wait. Raises UserError where the cache cannot be written.
     """
@@ -278,7 +278,7 @@ def _once(folder: Path, make: Callable[[], object]) -> None:
         lock.touch()
     except OSError as error:
         raise UserError(
-            f"{folder.parent}, where tokenized text is kept, cannot be written ({error.strerror}): "
+            f"{folder.parent}, where prepared data is kept, cannot be written ({error.strerror}): "
             f"set {CACHE_VARIABLE} to a folder that can."
         ) from error
     with exclusive(lock, wait=False) as free:

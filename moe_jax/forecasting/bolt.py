@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax.forecasting.contexts import as_series, batches, left_padded, round_length
@@ -13,14 +14,28 @@ from moe_jax.forecasting.quantile_levels import LEVELS, equidistant_quantiles
 from moe_jax.models.chronos.bolt import ChronosBolt
 from moe_jax.models.chronos.config import ChronosBoltConfig
 
+Pass = Callable[..., Any]  # (model, contexts [B, T], arrays kept) -> what `PlacedModel.run` gives
+
 
 class BoltForecaster:
-    """A Chronos-Bolt model on a mesh, a `Forecaster`; series of one variable."""
+    """A model of Chronos-Bolt's form on a mesh, a `Forecaster`; series of one variable."""
 
     multivariate = False
 
-    def __init__(self, config: ChronosBoltConfig, placed: PlacedModel):
+    def __init__(
+        self,
+        config: ChronosBoltConfig,
+        placed: PlacedModel,
+        *,
+        first_pass: Pass | None = None,
+        later_pass: Pass | None = None,
+    ):
+        """`first_pass` gives quantiles of contexts and arrays, a row per series, which
+        `later_pass` is given with the contexts that go on from them; without such arrays it is not
+        called. By default both are those of Chronos-Bolt.
+        """
         self.config, self.placed = config, placed
+        self.first_pass, self.later_pass = first_pass or _bolt_pass, later_pass or _bolt_pass
         self.context_length, self.prediction_length = (
             config.context_length,
             config.prediction_length,
@@ -64,18 +79,29 @@ class BoltForecaster:
         return chosen, forecasts[..., trained.index(0.5)]
 
     def _extend(self, context_BT: np.ndarray, horizon: int, batch_size: int) -> np.ndarray:
-        forecast_BQH = self.placed.run(ChronosBolt.__call__, context_BT)
-        blocks, count = [forecast_BQH], len(self.config.quantiles)
+        (forecast_BQH, kept), count = self._pass(context_BT), len(self.config.quantiles)
+        blocks = [forecast_BQH]
         paths_BQT = np.repeat(context_BT[:, None], count, axis=1)
+        kept = tuple(np.repeat(part, count, axis=0) for part in kept)
         while len(blocks) * self.prediction_length < horizon:
             paths_BQT = np.concatenate([paths_BQT, blocks[-1]], axis=-1)
             length = round_length(paths_BQT.shape[-1], self.context_length, self.config.patch)
             rows = left_padded(paths_BQT.reshape(-1, paths_BQT.shape[-1]), length)
-            parts = [
-                self.placed.run(ChronosBolt.__call__, rows[start : start + batch_size])
-                for start in range(0, len(rows), batch_size)
-            ]
+            cuts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
+            parts = [self._pass(rows[cut], tuple(part[cut] for part in kept))[0] for cut in cuts]
             values_BNH = np.concatenate(parts).reshape(len(context_BT), count**2, -1)
             levels = np.asarray(self.config.quantiles, np.float32)
             blocks.append(np.quantile(values_BNH, levels, axis=1).astype(np.float32).swapaxes(0, 1))
         return np.concatenate(blocks, axis=-1)[..., :horizon]
+
+    def _pass(
+        self, context_BT: np.ndarray, kept: tuple[np.ndarray, ...] = ()
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Quantiles [B, Q, H] of one pass, and what later passes keep of the first one."""
+        if kept:
+            return self.placed.run(self.later_pass, context_BT, *kept), kept
+        return self.placed.run(self.first_pass, context_BT)
+
+
+def _bolt_pass(model: ChronosBolt, context_BT: jax.Array) -> tuple[jax.Array, tuple[()]]:
+    return model(context_BT), ()

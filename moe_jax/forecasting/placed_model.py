@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +24,42 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.schema import MeshConfig
 from moe_jax.errors import UserError
-from moe_jax.hf.chronos import ChronosCheckpoint
 from moe_jax.models.chronos.config import ChronosConfig
 from moe_jax.parallel.collectives import BATCH_AXES
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.parallel.sharding import RULES, Rules, apply_rules, named, specs
+from moe_jax.parallel.sharding import GATHERED, RULES, Rules, apply_rules, named, specs
 
 
-def fitting_rules(config: ChronosConfig, mesh: Mesh, fsdp: bool) -> Rules:
+class Placeable(Protocol):
+    """A model on disk: its `abstract` module, and its parameters by path and parts."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, for messages."""
+
+    @property
+    def config(self) -> ChronosConfig:
+        """What makes it up."""
+
+    @property
+    def abstract(self) -> nnx.Module:
+        """The module, without values."""
+
+    def leaf(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a parameter, f32."""
+
+
+def fitting_rules(model: nnx.Module, mesh: Mesh, fsdp: bool) -> Rules:
     """The rules for training, without `fsdp` whole widths on every device; those stay out whose
     axes do not divide a dim of the model.
     """
-    stack = config.stack
-    sizes = {
-        "width": stack.width,
-        "heads": stack.num_heads,
-        "hidden": stack.hidden,
-        "vocab": config.vocab_size,
-    }
     rules = dict(RULES)
-    for name, size in sizes.items():
-        devices = int(np.prod([mesh.shape[axis] for axis in rules[name]]))
-        if size % devices or (name == "width" and not fsdp):
-            rules[name] = ()
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        axes = variable.get_metadata("axes")
+        for name, size in zip(axes, variable.get_value().shape[-len(axes) :], strict=True):
+            devices = int(np.prod([mesh.shape[axis] for axis in rules[name]]))
+            if size % devices or (name in GATHERED and not fsdp):
+                rules[name] = ()
     return rules
 
 
@@ -103,15 +117,13 @@ class PlacedModel:
         return compute
 
 
-def place(
-    checkpoint: ChronosCheckpoint, mesh: Mesh | None = None, *, fsdp: bool = False
-) -> PlacedModel:
+def place(checkpoint: Placeable, mesh: Mesh | None = None, *, fsdp: bool = False) -> PlacedModel:
     """Reads a checkpoint onto a mesh, by default of one device; each device its part: with `fsdp`
     as in training, else all that `tensor` does not split.
     """
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     model, config = checkpoint.abstract, checkpoint.config
-    rules = fitting_rules(config, mesh, fsdp)
+    rules = fitting_rules(model, mesh, fsdp)
     if config.vocab_size > 2 and not rules["vocab"]:
         raise UserError(
             f"{checkpoint.folder}: its {config.vocab_size} tokens cannot be split over "

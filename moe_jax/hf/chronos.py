@@ -35,6 +35,7 @@ from moe_jax.models.paths import ParameterPath
 
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 SHARED_TABLE = "shared.weight"
+_SHARED = ("shared", "ends/shared")  # where ours has it; of Chronos-Bolt with both its ends
 _TIED = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -85,12 +86,12 @@ def _chronos2_names() -> Names:
     return names | _feed_forward(blocks, "encoder", 2, "mlp")
 
 
-def _residual_block(ours: str) -> Names:
+def _residual_block(name: str) -> Names:
     """Of a block that embeds patches or makes quantiles."""
     names: Names = {}
-    for key, name in {"hidden": "hidden", "out": "output", "residual": "residual"}.items():
-        names[f"{ours}/{key}"] = f"{ours}_embedding.{name}_layer.weight"
-        names[f"{ours}/{key}_bias"] = f"{ours}_embedding.{name}_layer.bias"
+    for key, theirs in {"hidden": "hidden", "out": "output", "residual": "residual"}.items():
+        names[f"{name}/{key}"] = f"{name}_embedding.{theirs}_layer.weight"
+        names[f"{name}/{key}_bias"] = f"{name}_embedding.{theirs}_layer.bias"
     return names
 
 
@@ -98,8 +99,12 @@ def names_of(config: ChronosConfig) -> Names:
     """The tensors of a family's parameters, by path."""
     if isinstance(config, ChronosT5Config):
         return _t5_names()
-    stacks = _chronos2_names() if isinstance(config, Chronos2Config) else _t5_names()
-    return stacks | _residual_block("input_patch") | _residual_block("output_patch")
+    ends = _residual_block("input_patch") | _residual_block("output_patch")
+    if isinstance(config, Chronos2Config):
+        return _chronos2_names() | ends
+    stacks = _t5_names()
+    ends["shared"] = stacks.pop("shared")
+    return stacks | {f"ends/{path}": name for path, name in ends.items()}
 
 
 def chronos_model(config: ChronosConfig) -> Callable[[], nnx.Module]:
@@ -123,7 +128,8 @@ def open_chronos(folder: Path | str) -> ChronosCheckpoint:
     shards, names = Shards(folder), names_of(config)
     if SHARED_TABLE not in shards.entries:  # transformers writes one copy, not always this one
         there = [name for name in _TIED if name in shards.entries]
-        names |= {"shared": there[0]} if there else {}
+        shared = next(path for path in _SHARED if path in names)
+        names |= {shared: there[0]} if there else {}
     plans = {}
     for keys, variable in nnx.to_flat_state(nnx.state(abstract)):
         path = ParameterPath.parse("/".join(map(str, keys)))
@@ -179,6 +185,7 @@ def _check(folder: Path, plans: dict[str, TensorPlan], shards: Shards) -> None:
     """Every tensor that the config calls for is there, in its shape and a type that we read, and no
     other.
     """
+    shared = next(plans[path] for path in _SHARED if path in plans)
     wanted = {name: plan.shape for plan in plans.values() for name in plan.tensors()}
     if missing := sorted(wanted.keys() - shards.entries.keys()):
         raise UserError(
@@ -191,7 +198,7 @@ def _check(folder: Path, plans: dict[str, TensorPlan], shards: Shards) -> None:
                 f"{folder} holds {name}, which a model of its config.json does not have: take both "
                 f"from the same checkpoint."
             )
-        if not shards.same(name, plans["shared"].names[0]):
+        if not shards.same(name, shared.names[0]):
             raise UserError(
                 f"{folder} has a {name} of its own: only models whose embedding is their head are "
                 f"supported, as all public Chronos models are."

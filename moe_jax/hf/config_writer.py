@@ -67,6 +67,11 @@ def config_of(
     transformers drops no token, whatever the capacity in training was. Raises UserError naming the
     setting that the closest family cannot express.
     """
+    if model.forecasts:
+        raise UserError(
+            "A forecaster cannot be exported: no Hugging Face family has its mixture; moe-jax "
+            "forecast opens the run itself."
+        )
     family = _closest(model, moe)
     config = {
         "architectures": [FAMILIES[family].architecture],

@@ -23,6 +23,37 @@ class Batch(NamedTuple):
     mask: Float[Array, "B S"]  # 1 where the target counts
     sequences: Int[Array, " B"]
 
+    @property
+    def counted(self) -> jax.Array:
+        """How many targets count."""
+        return jnp.sum(self.mask)
+
+    def routed(self, by_sequence: bool) -> jax.Array:
+        """How many tokens or, if it goes by sequence, rows are routed."""
+        real = self.segments > 0
+        return jnp.sum(jnp.any(real, axis=-1) if by_sequence else real)
+
+
+class SeriesBatch(NamedTuple):
+    """Windows of series, NaN where a value is missing; `sequences` numbers them as in `Batch`."""
+
+    context: Float[Array, "B T"]
+    target: Float[Array, "B H"]
+    sequences: Int[Array, " B"]
+
+    @property
+    def counted(self) -> jax.Array:
+        """How many targets count."""
+        return jnp.sum(~jnp.isnan(self.target)).astype(jnp.float32)
+
+    def routed(self, by_sequence: bool) -> jax.Array:
+        """How many series are routed: all of them, and each once."""
+        del by_sequence
+        return jnp.sum(jnp.ones_like(self.sequences))
+
+
+AnyBatch = Batch | SeriesBatch
+
 
 class NewTokens(NamedTuple):
     """New tokens of sequences whose earlier tokens are in a cache. Rows are padded at the end."""

@@ -12,21 +12,31 @@ class LayerKind(NamedTuple):
 
     moe: bool
     window: int | None
+    reads_encoder: bool = False  # a layer of a forecaster's decoder
 
 
 def layer_kinds(model: ModelConfig, moe: MoEConfig) -> list[LayerKind]:
-    """The kind of each layer, in order."""
+    """The kind of each layer, in order; a forecaster's decoder comes after its encoder, which is
+    dense.
+    """
 
-    def kind(layer: int) -> LayerKind:
-        dense = (
+    def is_dense(layer: int) -> bool:
+        return (
             layer < moe.first_dense
-            or (layer - moe.first_dense + 1) % moe.every
+            or (layer - moe.first_dense + 1) % moe.every != 0
             or layer in moe.dense_layers
         )
+
+    if model.forecasts:
+        encoder = [LayerKind(False, None)] * model.num_layers
+        decoder = range(model.forecast.decoder_layers)
+        return encoder + [LayerKind(not is_dense(layer), None, True) for layer in decoder]
+
+    def kind(layer: int) -> LayerKind:
         full = (
             model.window_every > 1 and (layer + 1) % model.window_every == 0
         ) or layer in model.full_layers
-        return LayerKind(not dense, None if full else model.sliding_window)
+        return LayerKind(not is_dense(layer), None if full else model.sliding_window)
 
     return [kind(layer) for layer in range(model.num_layers)]
 

@@ -1,4 +1,5 @@
-"""The tree of parameters as a table, read from the abstract model: what each array is and which
+"""The model that a configuration describes, a language model or a forecaster of series, and the
+tree of its parameters as a table, read from the abstract model: what each array is and which
 layers it belongs to.
 
     for parameter in parameters(model, moe, vocab_size).values():
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from flax import nnx
 
 from moe_jax.config.model import ModelConfig, MoEConfig
+from moe_jax.models.batch import AnyBatch, Batch, SeriesBatch
+from moe_jax.models.chronos.mixture import ChronosMixture
 from moe_jax.models.layer_pattern import layer_kinds, stack_layers
 from moe_jax.models.paths import ParameterPath
 from moe_jax.models.transformer import Transformer
@@ -33,6 +36,24 @@ PARAMETER_KINDS = (
     "norms",
     "head",
 )
+
+
+# Tokens of a forecaster that are no patches: the decoder's first, and REG.
+FORECASTER_TOKENS = 2
+
+
+def make_model(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, *, rngs: nnx.Rngs
+) -> Transformer | ChronosMixture:
+    """The model with experts in logical order; a forecaster has no vocabulary."""
+    if model.forecasts:
+        return ChronosMixture(model, moe, rngs=rngs)
+    return Transformer(model, moe, vocab_size, rngs=rngs)
+
+
+def batch_type(model: ModelConfig) -> type[AnyBatch]:
+    """What goes through it in training."""
+    return SeriesBatch if model.forecasts else Batch
 
 
 class Parameter(NamedTuple):
@@ -65,7 +86,7 @@ def parameters(
     """Every parameter by its path, such as `stacks/0/blocks/1/mlp/experts/gate_up`, in tree
     order.
     """
-    abstract = nnx.eval_shape(lambda: Transformer(model, moe, vocab_size, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make_model(model, moe, vocab_size, rngs=nnx.Rngs(0)))
     layers_of = _layers_of_blocks(model, moe)
     table = {}
     for keys, variable in nnx.to_flat_state(nnx.state(abstract)):
@@ -93,12 +114,18 @@ def kind_of(path: str) -> str:
     """Which of `PARAMETER_KINDS` a path of the tree is."""
     if path in ("embedding", "head"):
         return path
+    if path == "ends/shared":  # the tokens of a forecaster
+        return "embedding"
     parsed = ParameterPath.parse(path)
     if parsed.name == "scale":
         return "norms"
     kinds = {
         "attention/": "attention",
+        "cross/": "attention",
+        "encoder_bias/": "attention",
+        "decoder_bias/": "attention",
         "mlp/router/": "routers",
+        "router/": "routers",
         "mlp/experts/": "experts",
         "mlp/shared_": "shared experts",
     }

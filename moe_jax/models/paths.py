@@ -66,7 +66,7 @@ class ParameterPath(NamedTuple):
     @property
     def is_router(self) -> bool:
         """Whether it is an array of a router."""
-        return self.within.startswith("mlp/router/")
+        return self.within.startswith(("mlp/router/", "router/"))
 
     @property
     def is_matrix(self) -> bool:

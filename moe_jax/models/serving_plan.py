@@ -57,7 +57,7 @@ class ServingPlan:
         self.model = dataclasses.replace(model, **compute)
         self.moe, self.mesh, self.placement, self.vocab_size = moe, mesh, placement, vocab_size
         self.dtype, self.quantization = jnp.dtype(dtype), quantization
-        _check_routes(model, moe)
+        _check_generates(model, moe)
         _check_mesh(model, moe, mesh)
         abstract = nnx.eval_shape(
             lambda: Transformer(self.model, moe, vocab_size, rngs=nnx.Rngs(0))
@@ -193,8 +193,13 @@ class ServingPlan:
             )
 
 
-def _check_routes(model: ModelConfig, moe: MoEConfig) -> None:
-    """Refuses experts that are chosen by tokens which are still to come."""
+def _check_generates(model: ModelConfig, moe: MoEConfig) -> None:
+    """Refuses forecasters, and experts that are chosen by tokens which are still to come."""
+    if model.forecasts:
+        raise UserError(
+            "This model forecasts series and writes no text: use moe-jax forecast or moe-jax "
+            "eval-forecast."
+        )
     if routes_by_sequence(model, moe):
         raise UserError(
             "moe.route_by=sequence routes a sequence by the mean of all its tokens, which a model "

@@ -20,6 +20,7 @@ from moe_jax.models.attention import Attention, LatentAttention
 from moe_jax.models.batch import Batch, LayerCache, NewTokens
 from moe_jax.models.embedding import embed
 from moe_jax.models.feed_forward import FeedForward
+from moe_jax.models.head import batch_loss
 from moe_jax.models.layer_pattern import LayerKind, layer_kinds, stack_layers
 from moe_jax.models.norm import RMSNorm
 from moe_jax.models.remat import remat
@@ -207,7 +208,7 @@ class Transformer(nnx.Module):
             moes = sum(kind.moe for kind in stack.kinds)
             graph, state = nnx.split(stack)
             repeats = jax.tree.leaves(state)[0].shape[0]
-            inputs = _for_patterns(per_layer, done, repeats, moes)
+            inputs = for_patterns(per_layer, done, repeats, moes)
             run = partial(_run_pattern, graph, batch, key if self.noisy else None)
             x_BSD, figures = scan(remat(self.config.remat, run), x_BSD, (state, inputs))
             done += repeats * moes
@@ -216,6 +217,21 @@ class Transformer(nnx.Module):
             self.final_norm(x_BSD),
             jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None,
         )
+
+    def loss(
+        self,
+        batch: Batch,
+        tables: LayerTables,
+        full: RouterStats | None,
+        count: Float[Array, ""],
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, ""], LayerStats | None]:
+        """The cross-entropy of the mesh's batch in nats, over `count`, and the figures."""
+        hidden_BSD, stats = self(batch, tables, full, key)
+        weight_T = (batch.mask / count).reshape(-1)
+        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+        loss = batch_loss(self.head_parameter, hidden_TD, batch.targets.reshape(-1), weight_T)
+        return loss, stats
 
     def head_weights(self) -> Shaped[Array, "D V"]:
         """This device's columns of the output head, in the compute type or as its bits
@@ -273,7 +289,7 @@ class Transformer(nnx.Module):
             split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
             graph, banks, state = split
             repeats = jax.tree.leaves(state)[0].shape[0]
-            by_repeat = (state, _for_patterns(tables, done, repeats, moes))
+            by_repeat = (state, for_patterns(tables, done, repeats, moes))
             first = 0
             for bank in _bank_parts(banks):
                 layers = jax.tree.leaves(bank)[0].shape[0] if moes else repeats
@@ -339,7 +355,7 @@ def _bank_parts(banks: Any) -> list[Any]:
     ]
 
 
-def _for_patterns(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
+def for_patterns(per_layer: Any, start: int, repeats: int, moes: int) -> Any:
     """Arrays stacked over MoE layers, cut to those of a stack: [repeats, MoE layers of the unit,
     ...].
     """

@@ -1,4 +1,6 @@
-"""The experts' weights, in slot order, and their arithmetic: SwiGLU over rows sorted by slot."""
+"""The experts' weights, in slot order, and their arithmetic over rows sorted by slot: SwiGLU, or
+ReLU where an expert has no gate.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,25 @@ ALPHA = 1.702  # of the sigmoid in gpt-oss's clamped SwiGLU
 
 class Experts(nnx.Module):
     """Weights of all slots: `gate_up` [P, D, 2, F] and `down` [P, D, F], FSDP-sharded over D, and
-    biases if asked for.
+    biases if asked for. Experts that are not `gated` have an up-projection alone, [P, D, 1, F].
 
     Built with one slot per expert, in logical order.
     """
 
-    def __init__(self, config: MoEConfig, width: int, out_std: float, *, rngs: nnx.Rngs):
-        experts, hidden = config.num_experts, config.hidden
+    def __init__(
+        self,
+        config: MoEConfig,
+        width: int,
+        out_std: float,
+        *,
+        gated: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        experts, hidden, parts = config.num_experts, config.hidden, 1 + gated
         self.limit = config.swiglu_limit
         self.gate_up = param(
             rngs,
-            (experts, width, 2, hidden),
+            (experts, width, parts, hidden),
             ("slots", "slot_width", "gate_up", "expert_hidden"),
             width**-0.5,
         )
@@ -39,7 +49,9 @@ class Experts(nnx.Module):
             rngs, (experts, width, hidden), ("slots", "slot_width", "expert_hidden"), out_std
         )
         if config.expert_bias:
-            self.gate_up_bias = bias((experts, 2, hidden), ("slots", "gate_up", "expert_hidden"))
+            self.gate_up_bias = bias(
+                (experts, parts, hidden), ("slots", "gate_up", "expert_hidden")
+            )
             self.down_bias = bias((experts, width), ("slots", "slot_norm"))
 
     def weights(self, dtype: Any) -> tuple[Any, ...]:
@@ -71,13 +83,15 @@ class Grouped(NamedTuple):
     def hidden(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N F"]:
         """Each row through the first half of its slot's expert."""
         gate_up, _, *biases = self.weights
+        is_gated = True
         if isinstance(gate_up, jax.Array):
+            is_gated = gate_up.shape[2] == 2
             gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
         both_NF2 = grouped_matmul(x_ND, gate_up, self.sizes_P, first=self.first, impl=self.impl)
         if biases:
             slot_N = self._slots(x_ND.shape[0])
             both_NF2 = both_NF2 + biases[0].reshape(biases[0].shape[0], -1)[slot_N]
-        return swiglu(both_NF2, self.limit)
+        return swiglu(both_NF2, self.limit) if is_gated else jax.nn.relu(both_NF2)
 
     def output(self, hidden_NF: Float[Array, "N F"]) -> Float[Array, "N D"]:
         """Through the second half; with the hidden dim sharded over `tensor` this device's part of

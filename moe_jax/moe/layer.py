@@ -17,7 +17,14 @@ from moe_jax.config.model import MoEConfig
 from moe_jax.moe import dispatch, load_balancing
 from moe_jax.moe.exchange import make_route, own_rows, own_share, share_in_order, strategy
 from moe_jax.moe.experts import Experts, gated_projection
-from moe_jax.moe.router import Router, RouterStats, for_tokens, sequence_means, total
+from moe_jax.moe.router import (
+    Router,
+    RouterStats,
+    Routing,
+    for_tokens,
+    sequence_means,
+    total,
+)
 from moe_jax.moe.stats import LayerStats, count_choices, count_routing
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.linear import project
@@ -29,10 +36,23 @@ from moe_jax.utils.annotations import Array, Bool, Float, Int, Key
 class MoE(nnx.Module):
     """Router, experts and shared experts of a layer."""
 
-    def __init__(self, config: MoEConfig, width: int, out_std: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: MoEConfig,
+        width: int,
+        out_std: float,
+        *,
+        routes: bool = True,
+        gated: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        """Without `routes` it has no router and is given its routes (`routed`); experts that are
+        not `gated` compute ReLU in place of SwiGLU.
+        """
         self.config = config
-        self.router = Router(config, width, rngs=rngs)
-        self.experts = Experts(config, width, out_std, rngs=rngs)
+        if routes:
+            self.router = Router(config, width, rngs=rngs)
+        self.experts = Experts(config, width, out_std, gated=gated, rngs=rngs)
         hidden = config.shared_width
         if hidden:
             self.shared_gate_up = param(
@@ -57,14 +77,39 @@ class MoE(nnx.Module):
         noise on.
         """
         if self.config.route_by == "sequence":
-            by_sequence, stats = self.router(
-                *sequence_means(x_BSD, valid_BS), tables.bias_E, keys_B
-            )
-            routing = for_tokens(self.config, by_sequence, valid_BS)
-            load_E = count_choices(routing.expert_TK, self.config.num_experts)
-        else:
-            routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
-            load_E = stats.load_E
+            routing, stats = self.router(*sequence_means(x_BSD, valid_BS), tables.bias_E, keys_B)
+            return self.routed(x_BSD, valid_BS, routing, stats, tables, full, axes)
+        routing, stats = self.router(x_BSD, valid_BS, tables.bias_E, keys_B)
+        return self._send(x_BSD, routing, stats, stats.load_E, tables, full, axes)
+
+    def routed(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        valid_BS: Bool[Array, "B S"],
+        routing_B: Routing,
+        stats: RouterStats,
+        tables: LayerTables,
+        full: RouterStats | None = None,
+        axes: MeshAxes = MESH_AXES,
+    ) -> tuple[Float[Array, "B S D"], LayerStats]:
+        """As `__call__`, with a route for each sequence, which its valid tokens take. `stats` are
+        those of this device's routes; load and losses are theirs, traffic is that of the tokens.
+        """
+        routing = for_tokens(self.config, routing_B, valid_BS)
+        load_E = count_choices(routing.expert_TK, self.config.num_experts)
+        return self._send(x_BSD, routing, stats, load_E, tables, full, axes)
+
+    def _send(
+        self,
+        x_BSD: jax.Array,
+        routing: Routing,
+        stats: RouterStats,
+        load_E: jax.Array,
+        tables: LayerTables,
+        full: RouterStats | None,
+        axes: MeshAxes,
+    ) -> tuple[jax.Array, LayerStats]:
+        """Tokens to their experts and back; `load_E` are this device's choices."""
         stats = total(stats, axes)
         aux, z = load_balancing.losses(self.config, stats, stats if full is None else full)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])

@@ -232,6 +232,12 @@ def measure(
     )
 
 
+def no_stats(config: MoEConfig) -> RouterStats:
+    """The sums over nothing."""
+    zero, zero_E = jnp.float32(0), jnp.zeros(config.num_experts)
+    return RouterStats(zero_E.astype(jnp.int32), zero_E, zero, zero, zero, jnp.int32(0))
+
+
 def total(stats: RouterStats, axes: MeshAxes = MESH_AXES) -> RouterStats:
     """The sums over all devices that hold tokens; inside `shard_map`."""
     return psum(stats, axes.batch)

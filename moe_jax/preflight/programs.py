@@ -16,11 +16,11 @@ from moe_jax.checkpoint import integrity, orbax_io
 from moe_jax.config.schema import Config
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.batch import Batch
+from moe_jax.models.batch import AnyBatch, Batch, SeriesBatch
 from moe_jax.models.paths import path_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.preflight.chips import Target
-from moe_jax.profiling.flops import TRAINING, model_flops
+from moe_jax.profiling.flops import TRAINING, model_flops, sequence_tokens
 from moe_jax.profiling.memory import per_device
 from moe_jax.training import initial_state
 from moe_jax.training.placement.initial import mesh_topology
@@ -76,7 +76,8 @@ def training_programs(config: Config, program: TrainProgram) -> list[Planned]:
         (program.state_shardings.params, program.state_shardings.tables),
     )
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    tokens = config.train.global_batch * config.train.seq_len / program.mesh.size
+    length = sequence_tokens(program.model, config.train.seq_len)
+    tokens = config.train.global_batch * length / program.mesh.size
     forward = tokens * model_flops(
         program.model, program.moe, program.vocab_size, config.train.seq_len
     )
@@ -147,12 +148,17 @@ def _share(array: Any) -> int:
     return per_device(array, array.sharding)
 
 
-def _abstract_batch(program: TrainProgram, rows: int, length: int) -> Batch:
+def _abstract_batch(program: TrainProgram, rows: int, length: int) -> AnyBatch:
     """The shapes of a batch as `TrainProgram.shard` makes it."""
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
 
+    forecast = program.model.forecast
+    if program.model.forecasts:
+        sizes = (forecast.context_length, forecast.prediction_length)
+        context, target = (array(rows, size, dtype=jnp.float32) for size in sizes)
+        return SeriesBatch(context, target, array(rows))
     tokens = array(rows, length)
     mask = array(rows, length, dtype=jnp.float32)
     return Batch(tokens, tokens, tokens, tokens, mask, array(rows))

@@ -27,6 +27,11 @@ def mean_visible(seq_len: int, window: int | None) -> float:
     return float(np.mean(np.minimum(np.arange(1, seq_len + 1), window or seq_len)))
 
 
+def sequence_tokens(model: ModelConfig, seq_len: int) -> int:
+    """Tokens of a sequence; a forecaster's are the patches of a context and REG."""
+    return model.forecast.patches if model.forecasts else seq_len
+
+
 def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: int) -> float:
     """FLOPs of the forward pass per token, for sequences that are one document of `seq_len` tokens;
     training is 3 times this.
@@ -36,6 +41,8 @@ def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: in
     the keys it sees. Recomputation, padding, norms, biases and softmax do not count, and dropped
     choices count as if they were computed.
     """
+    if model.forecasts:
+        return _forecaster_flops(model, moe)
     # A head of its own is among the weights.
     flops = 2.0 * vocab_size * model.width * model.tied_embeddings
     for path, parameter in parameters(model, moe, vocab_size).items():
@@ -45,6 +52,20 @@ def model_flops(model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_len: in
     return flops + sum(
         2 * widths * mean_visible(seq_len, kind.window) for kind in layer_kinds(model, moe)
     )
+
+
+def _forecaster_flops(model: ModelConfig, moe: MoEConfig) -> float:
+    """As `model_flops`, per token of the encoder; the decoder and the head have one per series."""
+    tokens, flops = model.forecast.patches, 0.0
+    for path, parameter in parameters(model, moe, 0).items():
+        within, layers = parameter.path.within, parameter.layers
+        encodes = layers is not None and layers[0] < model.num_layers
+        reads_states = within.startswith(("cross/key", "cross/value"))
+        if path != "ends/shared" and parameter.path.is_matrix and parameter.path.name != "table":
+            times = tokens if encodes or reads_states or path.startswith("ends/input_patch/") else 1
+            flops += 2 * parameter.active_size(moe) * times
+    pairs = model.num_layers * tokens**2 + model.forecast.decoder_layers * (tokens + 1)
+    return (flops + 4 * model.num_heads * model.head_width * pairs) / tokens
 
 
 def parameter_counts(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> tuple[int, int]:

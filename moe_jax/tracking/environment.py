@@ -15,6 +15,7 @@ import jax
 
 from moe_jax import __version__
 from moe_jax.config.schema import Config
+from moe_jax.tracking.metrics import NATS, QUANTILE_LOSS
 
 RECORDED_PACKAGES = (
     "jax",
@@ -46,6 +47,7 @@ def describe_environment(config: Config, **measured: Any) -> dict[str, Any]:
         ],
         "mesh": dataclasses.asdict(config.mesh),
         "git_commit": _git_commit(),
+        "loss_unit": QUANTILE_LOSS if config.model.forecasts else NATS,
         **measured,
     }
 

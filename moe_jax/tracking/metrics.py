@@ -26,6 +26,8 @@ from moe_jax.utils.files import local_path, replace_bytes
 from moe_jax.utils.progress import say
 
 FILE_NAME = "metrics.jsonl"
+# What the losses of a run are in.
+NATS, QUANTILE_LOSS = "nats/token", "quantile loss of a normalised value"
 
 
 def load_max_over_mean(load: ArrayLike) -> float:

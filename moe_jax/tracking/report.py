@@ -31,12 +31,12 @@ from moe_jax.tracking.history import (
     read_history,
     running_mean,
 )
-from moe_jax.tracking.metrics import FILE_NAME
+from moe_jax.tracking.metrics import FILE_NAME, NATS
 from moe_jax.utils.files import replace_bytes, replace_text
 from moe_jax.utils.units import binary, si
 
 NOTES = {
-    "loss": "Cross-entropy without the auxiliary losses; the faint line is every logged step.",
+    "loss": "Loss without the auxiliary ones; the faint line is every logged step.",
     "expert_load": "Each row is an expert, each panel a MoE layer. White is an even share, red "
     "more, blue less, black no token at all.",
     "load_imbalance": "max_violation, the largest load over the mean load, less 1: 0 is even.",
@@ -53,6 +53,7 @@ NOTES = {
     "part is the rank that holds it.",
     "throughput": "The first step of each process includes compilation and is left off the scale "
     "and out of the medians.",
+    "forecasts": "Held-out series at the newest validation, the first ones of the batch.",
     "gradient": "Global norm over all parameters, before clipping, and the learning rate of the "
     "schedule.",
 }
@@ -93,6 +94,7 @@ def write_report(run_dir: Path) -> Path:
     history = read_history(run_dir / FILE_NAME)
     config = _read_text(run_dir / "config.yaml")
     environment = _read_environment(run_dir / "environment.json")
+    from moe_jax.tracking.figures.forecasts import forecast_figures
     from moe_jax.tracking.figures.placement import placement_figures
     from moe_jax.tracking.figures.training import (
         all_figures,
@@ -101,7 +103,9 @@ def write_report(run_dir: Path) -> Path:
     pictures = {}
     (run_dir / "plots").mkdir(exist_ok=True)
     for name, figure in (
-        all_figures(history) | placement_figures(history, _newest_table(run_dir, history))
+        all_figures(history, environment.get("loss_unit", NATS))
+        | placement_figures(history, _newest_table(run_dir, history))
+        | forecast_figures(run_dir)
     ).items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
@@ -166,7 +170,7 @@ def _key_figures(history: History, environment: dict[str, Any]) -> list[tuple[st
         environment.get("mesh", {}),
         environment.get("empty_slots_per_layer"),
     )
-    rate = environment.get("matmul_flops_per_second")
+    rate, unit = environment.get("matmul_flops_per_second"), environment.get("loss_unit", NATS)
     ceiling = "".join(
         f", {environment[key]}" for key in ("matmul_shape", "matmul_dtype") if key in environment
     )
@@ -182,9 +186,9 @@ def _key_figures(history: History, environment: dict[str, Any]) -> list[tuple[st
     rows = [
         (
             "Final training loss",
-            f"{_number(last(ce))} nats/token at step {last(history.column('step')):,.0f}{mean}",
+            f"{_number(last(ce))} {unit} at step {last(history.column('step')):,.0f}{mean}",
         ),
-        ("Best validation loss", _best_validation(history.validation)),
+        ("Best validation loss", _best_validation(history.validation, unit)),
         ("Tokens", _number(last(history.column("tokens")), ",.0f")),
         ("Throughput", f"median {_number(speed, ',.0f')} tokens/s{drops}"),
         (
@@ -213,12 +217,12 @@ def _key_figures(history: History, environment: dict[str, Any]) -> list[tuple[st
     return rows
 
 
-def _best_validation(validation: dict[str, np.ndarray]) -> str:
+def _best_validation(validation: dict[str, np.ndarray], unit: str) -> str:
     losses = validation.get("val_loss", np.zeros(0))
     if not finite(losses).size:
         return "not measured"
     best = int(np.nanargmin(losses))
-    return f"{losses[best]:.4f} nats/token at step {validation['step'][best]:,.0f}"
+    return f"{losses[best]:.4f} {unit} at step {validation['step'][best]:,.0f}"
 
 
 def _bytes_table(bytes_per_device: dict[str, dict[str, int]]) -> str:

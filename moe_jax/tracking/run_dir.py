@@ -29,6 +29,7 @@ CONTENTS = (
     "environment.json",
     "metrics.jsonl",
     "traffic.json",
+    "forecasts.npz",
     "checkpoints",
     "report.html",
     "plots",

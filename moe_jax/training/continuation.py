@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config.load import config_from_text, dump_value
 from moe_jax.config.schema import DataConfig, OptimizerConfig
-from moe_jax.data.corpus import Corpus
+from moe_jax.data.run_corpus import TrainingCorpus
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.tracking.run_dir import read_run_config, run_tokenizer
@@ -48,7 +48,7 @@ def own_tokenizer(run_dir: Path, data: DataConfig) -> str:
     )
 
 
-def check_corpus(saved: SavedRun, corpus: Corpus, data: DataConfig) -> None:
+def check_corpus(saved: SavedRun, corpus: TrainingCorpus, data: DataConfig) -> None:
     """Raises UserError where the text or the tokenizer are not those that the run began with,
     wherever they are now.
     """
@@ -56,15 +56,16 @@ def check_corpus(saved: SavedRun, corpus: Corpus, data: DataConfig) -> None:
         return
     began = config_from_text(saved.meta["config"], "the checkpoint's configuration").data
     known = saved.meta.get("tokenizer_hash")  # which older versions did not keep
-    if known not in (None, corpus.tokenizer.hash):
+    if known not in (None, corpus.tokenizer_hash):
         raise UserError(
             f"data.tokenizer={data.tokenizer} is another tokenizer than the run began with "
             f"({began.tokenizer}): restore that, or start another run."
         )
+    what = "text" if corpus.tokenizer_hash else "series"
     raise UserError(
-        f"{_named(data)} gives other text (hash {corpus.hash[:12]}) than the run began "
+        f"{_named(data)} gives other {what} (hash {corpus.hash[:12]}) than the run began "
         f"with ({_named(began)}, hash {saved.meta['corpus_hash'][:12]}): restore the "
-        f"text (the built-in corpus changes with the Python version), or start another run."
+        f"{what} (the built-in corpus changes with the Python version), or start another run."
     )
 
 

@@ -25,7 +25,7 @@ from moe_jax.ops.cross_entropy import logits
 from moe_jax.parallel.collectives import BATCH_AXES, all_gather
 from moe_jax.training import gradients
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import BATCH_SPEC, TrainProgram
+from moe_jax.training.step import TrainProgram
 
 # (logits [B, S, V] in f32, hidden states [B, S, D], batch) of one device -> losses [B, S]
 TokenLoss = Callable[[jax.Array, jax.Array, Batch], jax.Array]
@@ -87,7 +87,7 @@ def loss_and_gradients(
         result, grads = jax.value_and_grad(loss, has_aux=True)(params)
         return result, gradients.sum_replicas(grads, expert_LP, experts, layers)
 
-    in_specs = (program.param_specs, BATCH_SPEC, P(), P(None, "expert"), P())
+    in_specs = (program.param_specs, program.batch_spec, P(), P(None, "expert"), P())
     sharded = jax.shard_map(
         local, mesh=program.mesh, in_specs=in_specs, out_specs=(P(), program.param_specs)
     )

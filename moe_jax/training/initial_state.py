@@ -22,12 +22,14 @@ import numpy as np
 from moe_jax.config.load import dump_value
 from moe_jax.config.schema import Config, DataConfig
 from moe_jax.data.corpus import Corpus
+from moe_jax.data.series.training import SeriesData
 from moe_jax.errors import UserError
 from moe_jax.model_io.describe import Description
 from moe_jax.model_io.packed_header import KEPT_CONFIG
 from moe_jax.model_io.source import HubSource, HuggingFaceSource, RunSource, find
 from moe_jax.model_io.weights import Weights
 from moe_jax.models.layer_pattern import expert_layers
+from moe_jax.models.parameters import FORECASTER_TOKENS
 from moe_jax.models.paths import ParameterPath, path_of
 from moe_jax.moe.tables import make_tables
 from moe_jax.tracking.run_dir import read_run_config
@@ -141,10 +143,11 @@ def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) ->
     else:
         theirs = origin.description
         model, moe = dataclasses.replace(theirs.model, vocab_size=theirs.vocab_size), theirs.moe
+    origin_text = f"init_from={config.init_from}"
     adopted = dataclasses.replace(
         config,
-        model=_adopt(config.model, model, "model.", config.init_from),
-        moe=_adopt(config.moe, moe, "moe.", config.init_from),
+        model=adopt(config.model, model, "model.", origin_text),
+        moe=adopt(config.moe, moe, "moe.", origin_text),
     )
     tokenizer = config.data.tokenizer
     if tokenizer == DataConfig().tokenizer:
@@ -155,14 +158,18 @@ def resolve(config: Config, directory: Path, origin: Origin, *, resume: bool) ->
 
 def _with_dropless(config: Config) -> Config:
     """The configuration with a null `moe.dropless` decided, so that a run's own says what it
-    does.
+    does. A forecaster drops none: a series would lose an expert.
     """
-    moe = dataclasses.replace(config.moe, dropless=bool(config.moe.dropless))
+    chosen = config.moe.dropless
+    dropless = config.model.forecasts if chosen is None else chosen
+    moe = dataclasses.replace(config.moe, dropless=dropless)
     return dataclasses.replace(config, moe=moe)
 
 
-def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
-    """A section of ours with the architecture of theirs."""
+def adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
+    """A section of ours with the architecture of theirs. Raises UserError for a key that was set
+    and differs, naming their `origin`.
+    """
     values = {}
     for field in dataclasses.fields(ours):
         key, mine, other = (
@@ -173,12 +180,12 @@ def _adopt(ours: Any, theirs: Any, prefix: str, origin: str) -> Any:
         if key in OWN or (key in TAKEN_OVER and mine != field.default):
             continue
         if dataclasses.is_dataclass(mine):
-            values[field.name] = _adopt(mine, other, f"{key}.", origin)
+            values[field.name] = adopt(mine, other, f"{key}.", origin)
         elif mine in (field.default, other):
             values[field.name] = other
         else:
             raise UserError(
-                f"{key}={dump_value(mine)} but init_from={origin} has {dump_value(other)} there: "
+                f"{key}={dump_value(mine)} but {origin} has {dump_value(other)} there: "
                 f"leave {key} out."
             )
     return dataclasses.replace(ours, **values)
@@ -257,10 +264,12 @@ def keep_hf_config(directory: Path, config: Config, origin: Origin) -> None:
         replace_text(directory / KEPT_CONFIG, json.dumps(hf_config, indent=2) + "\n")
 
 
-def vocabulary(config: Config, corpus: Corpus) -> int:
+def vocabulary(config: Config, corpus: Corpus | SeriesData) -> int:
     """The model's vocabulary: as configured, or the tokenizer's, which may have ids that no text
     uses and the model has no row for. Raises UserError where the text or the mesh does not fit.
     """
+    if isinstance(corpus, SeriesData):
+        return FORECASTER_TOKENS
     size = config.model.vocab_size or corpus.tokenizer.vocab_size
     largest = corpus.largest_id
     if size <= largest:

@@ -20,8 +20,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class RunProgress:
     """Shows training records as they come; use it as a context manager."""
 
-    def __init__(self, steps: int, start: int):
-        self._steps, self._start = steps, start
+    def __init__(self, steps: int, start: int, loss_unit: str = "nats a token"):
+        self._steps, self._start, self._loss_unit = steps, start, loss_unit
         self._console = Console(highlight=False, soft_wrap=True)
         self._last_line = time.monotonic()
         # Step and time of the first training line, before which the step was compiled.
@@ -92,8 +92,8 @@ class RunProgress:
         least.
         """
         self.say(
-            f"step {record['step']}: validation loss {record['val_loss']:.4f} nats a "
-            f"token{extremes(layers)}"
+            f"step {record['step']}: validation loss {record['val_loss']:.4f} "
+            f"{self._loss_unit}{extremes(layers)}"
         )
 
 

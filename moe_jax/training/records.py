@@ -5,17 +5,21 @@ over links, and decisions about placement.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_jax.models.batch import SeriesBatch
 from moe_jax.moe.stats import LayerStats, RoutingCounts
 from moe_jax.placement.cost import max_over_mean
+from moe_jax.runtime.distributed import is_first
 from moe_jax.tracking.metrics import dead_experts, max_violation
 from moe_jax.training.placement.decision import Decision, Estimate
 from moe_jax.training.placement.migration import Moved
 from moe_jax.training.placement.traffic_window import TrafficWindow
-from moe_jax.training.state import StepStats
+from moe_jax.training.state import StepStats, TrainState
+from moe_jax.training.step import TrainProgram
 from moe_jax.utils.units import less
 
 
@@ -176,3 +180,21 @@ def placement_sentence(event: dict[str, Any]) -> str:
         f"step {event['step']}: moved {event['moves']} experts ({event['bytes'] / 1e6:.1f} "
         f"MB) in {event['seconds']:.2f} s: {event['why']}"
     )
+
+
+def keep_held_out(
+    run_dir: Path, program: TrainProgram, state: TrainState, batch: SeriesBatch
+) -> None:
+    """Keeps forecasts of held-out series for the report: those of the first process's first
+    device.
+    """
+    quantiles = program.forecast_step(state.params, state.tables, batch)
+    if not is_first():
+        return
+    from moe_jax.tracking.figures.forecasts import keep_forecasts  # which imports matplotlib
+
+    context, target, forecast = (
+        np.asarray(array.addressable_shards[0].data)
+        for array in (batch.context, batch.target, quantiles)
+    )
+    keep_forecasts(run_dir, context, target, forecast, program.model.forecast.quantiles)

@@ -22,10 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import OptimizerConfig
-from moe_jax.models.batch import Batch
-from moe_jax.models.head import batch_loss
+from moe_jax.models.batch import AnyBatch, Batch, SeriesBatch
+from moe_jax.models.chronos.mixture import ChronosMixture
 from moe_jax.models.initial_values import PRNG, InitialValue, draw_parameters
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.models.parameters import batch_type, make_model
 from moe_jax.models.transformer import Transformer
 from moe_jax.moe import load_balancing
 from moe_jax.moe.router import RouterStats
@@ -39,8 +40,6 @@ from moe_jax.runtime.platform import platform_of
 from moe_jax.training import gradients
 from moe_jax.training.optimizer import make_optimizer, make_schedule, refuse_mixed_slots
 from moe_jax.training.state import Losses, StepStats, TrainState
-
-BATCH_SPEC = Batch._make(P(BATCH_AXES) for _ in Batch._fields)
 
 
 class TrainProgram:
@@ -78,14 +77,17 @@ class TrainProgram:
             lambda spec: NamedSharding(mesh, spec), self._state_specs()
         )
         self.batch_sharding = NamedSharding(mesh, P(BATCH_AXES))
+        kind: Any = batch_type(model)
+        self.batch_type, self.batch_spec = kind, kind(*[P(BATCH_AXES) for _ in kind._fields])
 
     def _describe_parameters(self) -> None:
         """Sets the model's graph, and its parameters' partition specs, logical axes and initial
         values.
         """
         key = jax.random.key(0, impl=PRNG)
-        abstract = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=key)))
-        self.graph, variables = nnx.split(abstract)
+        abstract: Any = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=key)))
+        graph, variables = nnx.split(abstract)
+        self.graph: Any = graph
         self.param_specs = nnx.to_pure_dict(specs(variables))
 
         def described(describe: Callable[[nnx.Variable], Any]) -> Any:
@@ -96,8 +98,8 @@ class TrainProgram:
         self.param_axes = described(lambda v: v.get_metadata("axes"))
         self.initial_values = described(InitialValue.of)
 
-    def _build(self, rngs: nnx.Rngs) -> Transformer:
-        return Transformer(self.model, self.moe, self.vocab_size, rngs=rngs)
+    def _build(self, rngs: nnx.Rngs) -> Transformer | ChronosMixture:
+        return make_model(self.model, self.moe, self.vocab_size, rngs=rngs)
 
     def _init(self, seed: jax.Array) -> TrainState:
         tables, expert_LP = make_tables(self.placement, self.hosts)
@@ -172,19 +174,19 @@ class TrainProgram:
             tables=tables._replace(bias_E=state.tables.bias_E), expert_LP=expert_LP
         )
 
-    def shard(self, batch: dict[str, np.ndarray], first_sequence: int = 0) -> Batch:
+    def shard(self, batch: dict[str, np.ndarray], first_sequence: int = 0) -> Any:
         """This process's rows of a batch as global arrays; `first_sequence` numbers its first row
         within the batch.
         """
-        rows = len(batch["tokens"])
+        rows = len(next(iter(batch.values())))
         arrays = {
             **batch,
             "sequences": np.arange(first_sequence, first_sequence + rows, dtype=np.int32),
         }
-        return Batch(
+        return self.batch_type(
             **{
                 name: jax.make_array_from_process_local_data(self.batch_sharding, arrays[name])
-                for name in Batch._fields
+                for name in self.batch_type._fields
             }
         )
 
@@ -193,7 +195,7 @@ class TrainProgram:
     def _losses(
         self,
         params: Any,
-        batch: Batch,
+        batch: AnyBatch,
         tables: LayerTables,
         full: RouterStats | None,
         count: jax.Array,
@@ -201,10 +203,7 @@ class TrainProgram:
     ) -> Losses:
         """Losses of a batch, or of a part of one whose counted tokens are `count` in all."""
         model = nnx.merge(self.graph, params)
-        hidden_BSD, stats = model(batch, tables, full, key)
-        weight_T = (batch.mask / count).reshape(-1)
-        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        ce = batch_loss(model.head_parameter, hidden_TD, batch.targets.reshape(-1), weight_T)
+        ce, stats = model.loss(batch, tables, full, count, key)
         zero = jnp.float32(0)
         aux, z = (jnp.sum(stats.aux_loss), jnp.sum(stats.z_loss)) if stats else (zero, zero)
         if stats:
@@ -214,12 +213,12 @@ class TrainProgram:
         return Losses(ce, aux, z, stats)
 
     def _local_gradients(
-        self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
+        self, params: Any, batch: AnyBatch, tables: LayerTables, key: jax.Array
     ) -> tuple[Any, Losses]:
         """This device's part of `gradients`."""
-        count = jnp.maximum(psum(jnp.sum(batch.mask), BATCH_AXES), 1.0)
+        count = jnp.maximum(psum(batch.counted, BATCH_AXES), 1.0)
 
-        def loss(params: Any, part: Batch, full: RouterStats | None) -> tuple[jax.Array, Losses]:
+        def loss(params: Any, part: AnyBatch, full: RouterStats | None) -> tuple[jax.Array, Losses]:
             losses = self._losses(params, part, tables, full, count, key)
             return losses.loss, losses
 
@@ -229,7 +228,7 @@ class TrainProgram:
         parts = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
         full = self._batch_router_sums(params, parts, tables, count, key) if self.has_moe else None
 
-        def add(total: Any, part: Batch) -> tuple[Any, Losses]:
+        def add(total: Any, part: AnyBatch) -> tuple[Any, Losses]:
             grads, losses = gradient(params, part, full)
             # The TPU compiler moves a reduce-scatter whose result is only summed out of the loop,
             # with a sum as large as the whole array, and fails where it is of another type.
@@ -241,7 +240,7 @@ class TrainProgram:
         return grads, _sum_parts(losses)
 
     def _batch_router_sums(
-        self, params: Any, parts: Batch, tables: LayerTables, count: jax.Array, key: jax.Array
+        self, params: Any, parts: AnyBatch, tables: LayerTables, count: jax.Array, key: jax.Array
     ) -> RouterStats:
         """The router's sums over the whole batch, which losses over the batch need before any
         part's gradient.
@@ -251,17 +250,15 @@ class TrainProgram:
         """
         if self.moe.aux_loss or self.moe.variance_loss:
 
-            def sums(part: Batch) -> RouterStats:
+            def sums(part: AnyBatch) -> RouterStats:
                 layers = self._losses(params, part, tables, None, count, key).layers
                 assert layers is not None
                 return layers.router
 
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), map_over(sums, parts))
         layers, experts = tables.start_E.shape
-        routed = parts.segments > 0
-        if self.moe.route_by == "sequence":
-            routed = jnp.any(routed, axis=-1)
-        tokens = jnp.broadcast_to(psum(jnp.sum(routed), BATCH_AXES), (layers,))
+        routed = parts.routed(self.moe.route_by == "sequence")
+        tokens = jnp.broadcast_to(psum(routed, BATCH_AXES), (layers,))
         nothing = jnp.zeros(layers)
         return RouterStats(
             jnp.zeros((layers, experts), jnp.int32),
@@ -275,7 +272,7 @@ class TrainProgram:
     # Compiled functions of the whole mesh.
 
     def gradients(
-        self, params: Any, batch: Batch, tables: LayerTables, key: jax.Array
+        self, params: Any, batch: AnyBatch, tables: LayerTables, key: jax.Array
     ) -> tuple[Any, Losses]:
         """Gradients of a whole batch, sharded like the parameters, and its losses; not compiled.
         Replicas of an expert have a gradient each.
@@ -283,13 +280,13 @@ class TrainProgram:
         sharded = jax.shard_map(
             self._local_gradients,
             mesh=self.mesh,
-            in_specs=(self.param_specs, BATCH_SPEC, P(), P()),
+            in_specs=(self.param_specs, self.batch_spec, P(), P()),
             out_specs=(self.param_specs, P()),
             check_vma=self.mesh.size > 1,
         )
         return sharded(params, batch, tables, key)
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepStats]:
+    def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepStats]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, losses = self.gradients(state.params, batch, state.tables, key)
         grads, norm = self._sum_replicas_and_norm(grads, state.expert_LP)
@@ -357,16 +354,35 @@ class TrainProgram:
     def eval_step(self):
         """(params, tables, batch) -> (sum of losses in nats, counted tokens), without noise."""
 
-        def local(params: Any, tables: LayerTables, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def local(params: Any, tables: LayerTables, batch: AnyBatch) -> tuple[jax.Array, jax.Array]:
             losses = self._losses(params, batch, tables, None, jnp.float32(1.0), None)
-            return losses.ce_loss, psum(jnp.sum(batch.mask), BATCH_AXES)
+            return losses.ce_loss, psum(batch.counted, BATCH_AXES)
 
         return jax.jit(
             jax.shard_map(
                 local,
                 mesh=self.mesh,
-                in_specs=(self.param_specs, P(), BATCH_SPEC),
+                in_specs=(self.param_specs, P(), self.batch_spec),
                 out_specs=P(),
+                check_vma=self.mesh.size > 1,
+            )
+        )
+
+    @cached_property
+    def forecast_step(self):
+        """(params, tables, batch) -> quantiles f32 [B, Q, H] in units of the series, of a
+        forecaster.
+        """
+
+        def local(params: Any, tables: LayerTables, batch: SeriesBatch) -> jax.Array:
+            return nnx.merge(self.graph, params).predict(batch, tables)
+
+        return jax.jit(
+            jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(self.param_specs, P(), self.batch_spec),
+                out_specs=P(BATCH_AXES),
                 check_vma=self.mesh.size > 1,
             )
         )
@@ -383,7 +399,7 @@ class TrainProgram:
             hidden_BD = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
             return logits(hidden_BD, model.head_weights())
 
-        in_specs = (self.param_specs, P(), BATCH_SPEC, P(BATCH_AXES))
+        in_specs = (self.param_specs, P(), self.batch_spec, P(BATCH_AXES))
         return jax.jit(
             jax.shard_map(
                 local,

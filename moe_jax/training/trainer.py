@@ -17,7 +17,6 @@ same step (requests.py). Orbax's PreemptionCheckpointingPolicy and
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import time
 from collections.abc import Iterator
@@ -34,8 +33,8 @@ from moe_jax import __version__
 from moe_jax.checkpoint.manager import Checkpoints
 from moe_jax.config.load import dump_config
 from moe_jax.config.schema import Config
-from moe_jax.data.corpus import Corpus, load_corpus
 from moe_jax.data.packing import Batches, HostBatch
+from moe_jax.data.run_corpus import TrainingCorpus, read_corpus
 from moe_jax.errors import UserError
 from moe_jax.models.layer_pattern import count_moe_layers, layer_kinds, routes_by_sequence
 from moe_jax.parallel.mesh import make_mesh
@@ -60,7 +59,7 @@ from moe_jax.training.pending_steps import FetchedSteps, PendingSteps, StepClock
 from moe_jax.training.placement import initial
 from moe_jax.training.placement.replanner import Replanner
 from moe_jax.training.progress import RunProgress
-from moe_jax.training.records import LinkTraffic, placement_sentence, training_record
+from moe_jax.training.records import LinkTraffic, keep_held_out, placement_sentence, training_record
 from moe_jax.training.requests import Requests
 from moe_jax.training.result import TrainingResult
 from moe_jax.training.state import StepStats, TrainState
@@ -111,7 +110,7 @@ def train(
             tokenizer = continuation.own_tokenizer(directory, config.data)
         if resume and saved is None:
             print(f"--resume: there is no checkpoint in {directory} yet: beginning at step 0.")
-        corpus = _read_corpus(config, tokenizer)
+        corpus = read_corpus(config.model, config.data, config.train, tokenizer)
         if saved is not None:
             continuation.check_corpus(saved, corpus, config.data)
         rows = config.train.global_batch, process_index(), process_count()
@@ -168,10 +167,6 @@ def _tell_constant_weight(config: Config) -> None:
         )
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def _end_at_once(checkpoints: Checkpoints, step: int, directory: Path) -> TrainingResult:
     """The result of a resumed run that has done all its steps already."""
     checkpoints.verify(step)
@@ -189,14 +184,6 @@ def _end_at_once(checkpoints: Checkpoints, step: int, directory: Path) -> Traini
         sample_fits=False,
         sample_prompt=None,
     )
-
-
-def _read_corpus(config: Config, tokenizer: str) -> Corpus:
-    """The run's text, by a tokenizer that may be a copy of the one that it names."""
-    data = dataclasses.replace(config.data, tokenizer=tokenizer)
-    corpus = load_corpus(data, config.train.seq_len, config.train.seed, tell=_say)
-    _say(f"{corpus.train.size:,} tokens to train on, {corpus.validation.size:,} held out.")
-    return corpus
 
 
 def make_program(
@@ -233,7 +220,7 @@ class Trainer:
         program: TrainProgram,
         replanner: Replanner,
         checkpoints: Checkpoints,
-        corpus: Corpus,
+        corpus: TrainingCorpus,
         batches: Batches,
         save_requests: list[signal.Signals],
         phases: Phases,
@@ -247,11 +234,14 @@ class Trainer:
         self.pending, self.clock = PendingSteps(), StepClock()
         kinds = layer_kinds(config.model, config.moe)
         self.moe_layers = [i for i, kind in enumerate(kinds) if kind.moe]
-        self.tokens = config.train.global_batch * config.train.seq_len
+        self.tokens = config.train.global_batch * measure.sequence_tokens(
+            config.model, config.train.seq_len
+        )
         rows = config.train.global_batch // process_count()
         self.first_sequence = process_index() * rows
         self.awaits_steps = platform_of(program.mesh.devices.flat[0]).simulated
         self.max_pending = max(COUNT_LIMIT // (self.tokens * config.moe.top_k), 1)
+        self.loss_unit = "(quantile loss)" if config.model.forecasts else "nats a token"
         self.evaluated = False
         self.skipped = 0  # steps that metrics.jsonl has told of
 
@@ -312,7 +302,7 @@ class Trainer:
             noted_signals(signal.SIGINT, signal.SIGTERM) as signals,
             closing(self.writer),
             self.checkpoints,
-            RunProgress(steps, start) as self.progress,
+            RunProgress(steps, start, self.loss_unit) as self.progress,
         ):
             requests = Requests(self.save_requests, signals)
             if start:
@@ -443,10 +433,14 @@ class Trainer:
     def _validate(self, step: int, state: TrainState, batches: list[Any]) -> dict[str, Any]:
         began = time.perf_counter()
         sums = []
-        for batch in batches:
+        if self.config.model.forecasts:
             self.phases.enter("evaluation" if self.evaluated else "compile", step)
+            keep_held_out(self.directory, self.program, state, batches[0])
+        for number, batch in enumerate(batches):
+            compiled = self.evaluated or number
+            self.phases.enter("evaluation" if compiled else "compile", step)
             sums.append(jax.device_get(self.program.eval_step(state.params, state.tables, batch)))
-            self.evaluated = True
+        self.evaluated = True
         loss, tokens = np.sum(np.array(sums, np.float64), axis=0)
         return {
             "step": step,
@@ -468,7 +462,7 @@ class Trainer:
             "config": dump_config(self.config),
             "data": self.batches.get_state(),
             "corpus_hash": self.corpus.hash,
-            "tokenizer_hash": self.corpus.tokenizer.hash,
+            "tokenizer_hash": self.corpus.tokenizer_hash,
             "placement": self.replanner.placement.to_json(),
             "replanning": self.replanner.to_json(),
         }

@@ -208,6 +208,11 @@ def test_an_override_of_a_text_is_taken_as_typed(typed, meant):
         ("moe: {capacity_factor: -1}", ["moe.capacity_factor=-1", "> 0"]),
         ("train: {global_batch: 0}", ["train.global_batch=0", ">= 1"]),
         ("mesh: {data: 3}\ndevices: {simulate: 8}", ["mesh.data=3", "devices.simulate=8"]),
+        ("model: {forecast: {patch: 4}}", ["moe.route_by=token does", "set moe.route_by=sequ"]),
+        ("model: {sinks: true, forecast: {patch: 4}}", ["model.sinks=True does not go with mod"]),
+        ("model: {forecast: {quantiles: [0.1, 0.9]}}", ["[0.1, 0.9] must be", "0.5 among"]),
+        ("model: {forecast: {quantiles: [0.5, 0.2]}}", ["must be ascending levels"]),
+        ("model: {forecast: {quantiles: [0.5, 1.0]}}", ["1.0 is no level"]),
     ],
 )
 def test_a_mistake_in_a_file_gets_one_sentence(text, parts, tmp_path):

@@ -26,7 +26,7 @@ from moe_jax.ops.cross_entropy import logits
 from moe_jax.parallel.collectives import BATCH_AXES
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.placement.table import contiguous
-from moe_jax.training.step import BATCH_SPEC, TrainProgram
+from moe_jax.training.step import TrainProgram
 from tests.support import hf_cases as cases
 from tests.support.hf_cases import TOLERANCE, assert_same
 
@@ -89,7 +89,7 @@ def make_forward(
         return found_TV.reshape(*batch.tokens.shape, -1), stats.router.load_E if stats else None
 
     specs = {
-        "in_specs": (program.param_specs, P(), BATCH_SPEC),
+        "in_specs": (program.param_specs, P(), program.batch_spec),
         "out_specs": (P(BATCH_AXES, None, "tensor"), P()),
     }
     return jax.jit(jax.shard_map(local, mesh=program.mesh, **specs))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax.config.model import ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig, OptimizerConfig
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers
+from moe_jax.models.paths import path_of
 from moe_jax.moe.slots import expert_banks
+from moe_jax.moe.tables import make_tables
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.placement.table import Placement, contiguous
+from moe_jax.placement.table import Placement, contiguous, slot_sources
+from moe_jax.training.state import TrainState
 from moe_jax.training.step import TrainProgram
 
 VOCAB, BATCH, LENGTH, EXPERTS, TOP_K = 32, 16, 12, 8, 2
@@ -78,3 +82,30 @@ def lay_out(params: Any, model: ModelConfig, moe: MoEConfig, placement: Placemen
             table = placement.physical_to_logical[rows]
             experts[name] = np.stack([one[row] for one, row in zip(padded, table, strict=True)])
     return params
+
+
+def moved(program: TrainProgram, state: TrainState, new: Placement) -> TrainState:
+    """A state with its experts, and their moments, in the slots of another table."""
+    sources = slot_sources(program.placement, new)
+    layers = expert_layers(program.model, program.moe)
+
+    def one(keys: Any, a: jax.Array) -> jax.Array:
+        path = path_of(keys)
+        if not path.is_expert:
+            return a
+        rows = [sources[layer] for layer in layers[path.layer_block]]
+        padded = [np.concatenate([repeat, np.zeros_like(repeat[:1])]) for repeat in np.asarray(a)]
+        return jax.device_put(
+            np.stack([repeat[row] for repeat, row in zip(padded, rows, strict=True)]), a.sharding
+        )
+
+    params, opt_state = (
+        jax.tree.map_with_path(one, tree) for tree in (state.params, state.opt_state)
+    )
+    tables, expert_LP = jax.device_put(make_tables(new), program.state_shardings.expert_LP)
+    return state._replace(
+        params=params,
+        opt_state=opt_state,
+        tables=tables._replace(bias_E=state.tables.bias_E),
+        expert_LP=expert_LP,
+    )

@@ -220,7 +220,7 @@ def test_many_layers_show_twelve_and_say_so(tmp_path: Path) -> None:
 
 def test_lines_with_compilation_set_no_limits(tmp_path: Path) -> None:
     make_run(tmp_path)
-    figure = all_figures(read_history(tmp_path / "metrics.jsonl"))["throughput"]
+    figure = all_figures(read_history(tmp_path / "metrics.jsonl"), "nats/token")["throughput"]
     low, high = figure.axes[0].get_ylim()
     assert 1000 < low < 1002 and 1004 < high < 1006
 

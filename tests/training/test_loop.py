@@ -157,7 +157,7 @@ def test_a_router_that_cannot_learn_is_said(
     def stop(*_: Any, **__: Any) -> None:
         raise UserError("read no further")
 
-    monkeypatch.setattr(trainer, "load_corpus", stop)
+    monkeypatch.setattr(trainer, "read_corpus", stop)
     one = ("devices.simulate=0", "mesh.data=1", "mesh.expert=1")
     with pytest.raises(UserError, match="read no further"):
         run(folder, tmp_path / "run", *one, *settings)

@@ -13,6 +13,7 @@ needs a few values each, and npz cannot be mapped.)
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from moe_jax.errors import UserError
 from moe_jax.utils.files import new_folder
 
 _INDEX = "series.json"
+_HASHED = 1 << 20  # values of a shard, at either end
 SHARD_VALUES = 1 << 24  # of f32: 64 MiB, which is all that writing keeps
 
 
@@ -53,6 +55,14 @@ class SeriesCorpus:
         """Of each series, int64 [N]."""
         parts = [np.diff(ends, prepend=0) for ends in self._ends]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def fingerprint(self) -> str:
+        """A hash (hex) of all lengths, and of the first and last values of each shard."""
+        digest = hashlib.sha256()
+        for values, ends in zip(self._values, self._ends, strict=True):
+            for part in (ends, values[:_HASHED], values[-_HASHED:]):
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
     def observed(self, ahead: int) -> tuple[np.ndarray, np.ndarray]:
         """How many values each series has, and how many of those are not among its last `ahead`,

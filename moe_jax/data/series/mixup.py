@@ -34,11 +34,17 @@ class Mixup:
         corpora: Sequence[SeriesCorpus],
         settings: MixupSettings = MixupSettings(),  # noqa: B008 - it cannot be changed
         seed: int = 0,
+        only: Sequence[np.ndarray] | None = None,
     ):
-        """Raises UserError for a corpus without a series that is long enough."""
+        """`only` has the numbers of the series of each corpus that may be mixed.
+
+        Raises UserError for a corpus without a series that is long enough.
+        """
         self._corpora, self.settings, self._seed = list(corpora), settings, seed
         self._lengths = [corpus.lengths() for corpus in corpora]
         self._long = [np.flatnonzero(own >= settings.shortest) for own in self._lengths]
+        if only is not None:
+            self._long = [np.intersect1d(*both) for both in zip(self._long, only, strict=True)]
         for number, long in enumerate(self._long):
             if not len(long):
                 raise UserError(

@@ -62,12 +62,17 @@ class SeriesWindows:
             raise UserError(
                 f"weights {weights} are not one positive number for each of {len(corpora)} corpora."
             )
-        parts = [_split(corpus, number, settings) for number, corpus in enumerate(corpora)]
+        parts = [split_series(corpus, number, settings) for number, corpus in enumerate(corpora)]
         self._trained, self._held_out = zip(*parts, strict=True)
         self._orders = [
             _endless_order(len(series), seed + number)
             for number, series in enumerate(self._trained)
         ]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Series to train on, and those that are held out."""
+        return sum(map(len, self._trained)), sum(map(len, self._held_out))
 
     def batch(self, places: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The windows at these places: `context` f32 [B, context_length], with NaN before a series
@@ -133,10 +138,12 @@ def _stacked(windows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarr
     return {"context": np.stack(contexts), "target": np.stack(targets)}
 
 
-def _split(
+def split_series(
     corpus: SeriesCorpus, number: int, settings: WindowSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the series to train on, and of those that are held out."""
+    """The numbers of the series to train on, and of those that are held out, of the corpus of a
+    number. Raises UserError where none is to train on.
+    """
     lengths = corpus.lengths()
     observed, before = corpus.observed(settings.prediction_length)
     needed = settings.min_past + settings.prediction_length

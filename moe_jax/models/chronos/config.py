@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from moe_jax.config.model import ModelConfig
+
 
 class StackConfig(NamedTuple):
     """The widths that a model's layers share."""
@@ -75,6 +77,29 @@ class ChronosBoltConfig(NamedTuple):
     def vocab_size(self) -> int:
         """Tokens that are no patches: the decoder's first and, if there is one, REG."""
         return 1 + self.use_reg_token
+
+
+def bolt_config(model: ModelConfig) -> ChronosBoltConfig:
+    """That of a forecaster of ours, whose weights start as large as those of T5 do."""
+    forecast = model.forecast
+    stack = StackConfig(
+        width=model.width,
+        num_heads=model.num_heads,
+        head_width=model.head_width,
+        hidden=model.hidden,
+        num_layers=model.num_layers,
+        num_decoder_layers=forecast.decoder_layers,
+        norm_eps=model.norm_eps,
+        init_factor=1.0,
+    )
+    return ChronosBoltConfig(
+        stack,
+        forecast.context_length,
+        forecast.prediction_length,
+        forecast.patch,
+        forecast.quantiles,
+        use_reg_token=True,
+    )
 
 
 class Chronos2Config(NamedTuple):

@@ -37,15 +37,17 @@ class EncoderBlock(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """Attention to earlier tokens, attention to the encoder's states, then a feed-forward part."""
+    """Attention to earlier tokens, attention to the encoder's states, then a feed-forward part: a
+    dense one, or the module that it is given.
+    """
 
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, mlp: nnx.Module | None = None, *, rngs: nnx.Rngs):
         self.attention_norm = stack_norm(config, rngs)
         self.attention = UnscaledAttention(config, rngs=rngs)
         self.cross_norm = stack_norm(config, rngs)
         self.cross = UnscaledAttention(config, rngs=rngs)
         self.mlp_norm = stack_norm(config, rngs)
-        self.mlp = ReluFeedForward(config, rngs=rngs)
+        self.mlp: Any = ReluFeedForward(config, rngs=rngs) if mlp is None else mlp
 
     def __call__(
         self,
@@ -54,11 +56,17 @@ class DecoderBlock(nnx.Module):
         mask_BM: Bool[Array, "B M"],
         bias_HSS: Float[Array, "H S S"],
     ) -> Float[Array, "B S D"]:
+        x_BSD = self.attend(x_BSD, states_BMD, mask_BM, bias_HSS)
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+
+    def attend(
+        self, x_BSD: jax.Array, states_BMD: jax.Array, mask_BM: jax.Array, bias_HSS: jax.Array
+    ) -> jax.Array:
+        """The layer up to its feed-forward part."""
         length = x_BSD.shape[1]
         past_BSS = jnp.tril(jnp.ones((1, length, length), bool))
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past_BSS, bias_HSS)
-        x_BSD = x_BSD + self.cross.read(self.cross_norm(x_BSD), states_BMD, mask_BM)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        return x_BSD + self.cross.read(self.cross_norm(x_BSD), states_BMD, mask_BM)
 
 
 class Encoder(nnx.Module):

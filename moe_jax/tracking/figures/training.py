@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -51,11 +52,11 @@ from moe_jax.tracking.history import (
 )
 
 
-def all_figures(history: History) -> dict[str, Figure]:
+def all_figures(history: History, loss_unit: str) -> dict[str, Figure]:
     """The figures for which `history` has data, by file name without its ending, in the order of
     the report.
     """
-    draw: dict[str, Callable[[History], Figure]] = {"loss": loss}
+    draw: dict[str, Callable[[History], Figure]] = {"loss": partial(loss, unit=loss_unit)}
     if history.layers:
         draw |= {
             "expert_load": expert_load,
@@ -67,10 +68,10 @@ def all_figures(history: History) -> dict[str, Figure]:
     return {name: function(history) for name, function in draw.items()}
 
 
-def loss(history: History) -> Figure:
-    """Training cross-entropy, faint with a strong running mean, and the validation losses."""
+def loss(history: History, unit: str) -> Figure:
+    """Training loss, faint with a strong running mean, and the validation losses."""
     ce = history.column("ce_loss")
-    figure, (ax,) = step_figure(history, "cross-entropy (nats/token)")
+    figure, (ax,) = step_figure(history, f"loss ({unit})")
     ends = [smooth_line(ax, history, ce, BLUE, "training {:.3f}")]
     title = (
         f"Training loss from {first(ce):.2f} to {last(running_mean(ce)[0]):.2f}"
