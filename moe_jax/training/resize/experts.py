@@ -156,7 +156,7 @@ def from_dense(
         layers = after[path.parameter].layers or ()
         if path.is_router:
             if path.prefix == "params/":
-                new[name] = _router(path, layers, shape, copies.seed)
+                new[name] = new_router(path, layers, shape, copies.seed)
             continue
         rows = [where[path.dense_counterpart, layer] for layer in layers]
         inner = shape[2:] if path.is_expert else shape[1:]
@@ -187,7 +187,7 @@ def _row(old: Arrays, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray
     )
 
 
-def _router(
+def new_router(
     path: ParameterPath, layers: tuple[int, ...], shape: tuple[int, ...], seed: int
 ) -> np.ndarray:
     """A new router's weight [repeats, D, E], the same for a layer however layers are stacked, or

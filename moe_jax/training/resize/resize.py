@@ -24,14 +24,17 @@ from moe_jax.config.load import dump_value, load_config
 from moe_jax.config.model import MoEConfig
 from moe_jax.config.schema import Config
 from moe_jax.data.corpus import load_corpus
+from moe_jax.data.run_corpus import read_corpus
 from moe_jax.errors import UserError
+from moe_jax.hf.chronos_config import is_chronos
 from moe_jax.model_io.describe import Description
 from moe_jax.model_io.source import HubSource, LocalSource, PackedSource, RunSource, find
 from moe_jax.models.layer_pattern import count_moe_layers, expert_layers, layer_kinds
 from moe_jax.models.parameters import parameters
 from moe_jax.tracking.run_dir import read_run_config
 from moe_jax.training import initial_state
-from moe_jax.training.resize.experts import Copies, carry, choose, from_dense
+from moe_jax.training.resize.experts import Copies, carry, choose, from_dense, new_router
+from moe_jax.training.resize.forecaster import bolt_leaf, open_bolt
 from moe_jax.training.resize.host_state import (
     COUNTERS,
     RunArrays,
@@ -77,8 +80,15 @@ def resize(
         raise UserError(
             f"{source} is a converted folder: name the folder or the run that it was made from."
         )
+    if is_chronos(source):
+        return _upcycle_forecaster(source, out, wanted)
     described = origin.describe()
     is_run = isinstance(origin, RunSource)
+    if described.model.forecasts:
+        raise UserError(
+            f"{source} is a forecaster, whose experts stay as many as they are: only a folder of "
+            f"Chronos-Bolt is given experts."
+        )
     has_experts = count_moe_layers(described.model, described.moe) > 0
     if is_run and wanted.config is not None:
         raise UserError(
@@ -261,6 +271,49 @@ def _upcycle(
     return "\n".join(
         [*lines, *_missing(wanted_shapes, arrays), *_next(out, new, state.counters["step"])]
     )
+
+
+def _upcycle_forecaster(folder: Path, out: Path, wanted: Wanted) -> str:
+    """Experts for the decoder of a dense Chronos-Bolt folder."""
+    if wanted.config is None:
+        raise UserError(
+            f"{folder} does not say how to train: add --config with a YAML configuration, such as "
+            f"configs/forecast-moe.yaml."
+        )
+    if wanted.noise:
+        raise UserError(
+            f"--noise {wanted.noise} would change what {folder} forecasts: leave it out; experts "
+            f"become different as they are trained on different series."
+        )
+    given = load_config(wanted.config)
+    checkpoint, model = open_bolt(folder)
+    config = dataclasses.replace(
+        given,
+        model=initial_state.adopt(given.model, model, "model.", str(folder)),
+        moe=dataclasses.replace(given.moe, dropless=given.moe.dropless is not False),
+    )
+    new = _upcycled(config, config.moe, wanted)
+    corpus = read_corpus(new.model, new.data, new.train, new.data.tokenizer)
+    vocab_size = initial_state.vocabulary(new, corpus)
+    arrays = {}
+    for path, parameter in parameters(new.model, new.moe, vocab_size).items():
+        arrays[f"params/{path}"] = (
+            new_router(parameter.path, (0,), (1, *parameter.shape), wanted.seed)[0]
+            if parameter.path.is_router
+            else bolt_leaf(checkpoint, model, parameter, wanted.experts)
+        )
+    position = corpus.train_batches(new.train.global_batch).get_state()
+    meta = {"version": __version__, "data": position, "corpus_hash": corpus.hash}
+    counters = dict.fromkeys(COUNTERS, 0) | {"seed": new.train.seed}
+    copies = Copies(0.0, wanted.moments, wanted.seed)
+    state = RunArrays(arrays, None, counters, meta, vocab_size, new.data.tokenizer)
+    write_run(out, new, state, _event("upcycled", folder, new, copies))
+    lines = [
+        f"{out}: {folder}, the feed-forward part (hidden width {new.moe.hidden}) of each layer of "
+        f"its decoder copied into {wanted.experts} experts, of which a series takes "
+        f"{new.moe.top_k}."
+    ]
+    return "\n".join([*lines, *_next(out, new, 0)])
 
 
 def _upcycled(config: Config, moe: MoEConfig, wanted: Wanted) -> Config:
