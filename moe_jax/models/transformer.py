@@ -30,6 +30,7 @@ from moe_jax.moe.router import RouterStats
 from moe_jax.moe.stats import LayerStats
 from moe_jax.moe.tables import LayerTables
 from moe_jax.ops.loops import scan
+from moe_jax.parallel.collectives import vary, vma
 from moe_jax.parallel.half_bits import are_bits
 from moe_jax.parallel.sharding import gather, param, stream_of
 from moe_jax.utils.annotations import Array, Float, Int, Key, Shaped
@@ -265,25 +266,33 @@ class Transformer(nnx.Module):
 
     def decode_counted(
         self, new: NewTokens, tables: LayerTables, cache: list[Any], in_order: bool = False
-    ) -> tuple[Float[Array, "B S D"], list[Any], Int[Array, "L P"] | None]:
-        """As `decode`, with how many choices of this device's tokens went to each slot; None of a
-        model without experts. With `in_order`, where experts are changes no bit (moe/layer.py).
+    ) -> tuple[Float[Array, "B S D"], list[Any], Int[Array, "L P"]]:
+        """As `decode`, with how many choices of this device's tokens went to each slot. With
+        `in_order`, where experts are changes no bit (moe/layer.py).
         """
         through_block = partial(Block.decode_counted, in_order=in_order)
-        return self._through_layers(through_block, new, tables, cache)
+        slots_LNP = tables.slots_NP
+        load_LP = jnp.zeros((slots_LNP.shape[0], slots_LNP.shape[-1]), jnp.int32)
+        load_LP = vary(load_LP, vma(new.length))
+        return self._through_layers(through_block, new, tables, cache, load_LP)
 
     def _through_layers(
-        self, through_block: Any, new: NewTokens, tables: LayerTables, cache: list[Any]
-    ) -> tuple[jax.Array, list[Any], jax.Array | None]:
+        self,
+        through_block: Any,
+        new: NewTokens,
+        tables: LayerTables,
+        cache: list[Any],
+        load_LP: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Any], Any]:
         """New tokens through all layers, by `Block.prefill`, `Block.decode` or
-        `Block.decode_counted`.
+        `Block.decode_counted`, which writes to `load_LP`.
 
         The cache's arrays travel through the scan whole and are updated in place, and the experts'
         bank is read in place too: cutting a layer's part out would copy it. A bank in parts has a
         scan for each, which cuts the other weights where it needs them.
         """
         x_BSD = embed(self.embedding, new.tokens, jnp.dtype(self.config.compute_dtype))
-        cache_after, loads, done = [], [], 0
+        cache_after, done = [], 0
         for stack, stack_cache in zip(self.stacks, cache, strict=True):
             moes = sum(kind.moe for kind in stack.kinds)
             split: tuple[Any, ...] = nnx.split(stack, nnx.PathContains("experts"), ...)
@@ -294,17 +303,18 @@ class Transformer(nnx.Module):
             for bank in _bank_parts(banks):
                 layers = jax.tree.leaves(bank)[0].shape[0] if moes else repeats
                 bank = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), bank)
-                run = partial(_serve_pattern, through_block, graph, bank, first, layers, new)
+                run = partial(_serve_pattern, through_block, graph, bank, first, layers, done, new)
                 numbers = jnp.arange(first, first + layers)
                 inputs: Any = (*by_repeat, numbers)
                 if layers < repeats:
                     run, inputs = partial(_cut_repeat, run, by_repeat), numbers
-                (x_BSD, stack_cache), load = lax.scan(run, (x_BSD, stack_cache), inputs)
-                loads += [] if load is None else [load.reshape(-1, load.shape[-1])]
+                (x_BSD, stack_cache, load_LP), _ = lax.scan(
+                    run, (x_BSD, stack_cache, load_LP), inputs
+                )
                 first += layers
             done += repeats * moes
             cache_after.append(stack_cache)
-        return self.final_norm(x_BSD), cache_after, jnp.concatenate(loads) if loads else None
+        return self.final_norm(x_BSD), cache_after, load_LP
 
 
 def _serve_pattern(
@@ -313,25 +323,29 @@ def _serve_pattern(
     banks: Any,
     first: int,
     repeats: int,
+    done: int,
     new: NewTokens,
     carry: Any,
     inputs: Any,
-) -> tuple[Any, jax.Array | None]:
+) -> tuple[Any, None]:
     """The scan's body: one repeat of a pattern over new tokens; `banks` are those of `repeats` from
-    the `first` on. With the slots' choices [MoE layers, P] where they are counted.
+    the `first` on. Choices are carried, not stacked (`Platform.stacks_in_loops`); `done` MoE layers
+    are before this stack's.
     """
-    (x_BSD, cache), (state, tables, repeat) = carry, inputs
+    (x_BSD, cache, load_LP), (state, tables, repeat) = carry, inputs
     pattern = nnx.merge(graph, banks, state)
-    at, cache_after, loads = 0, [], []
+    at, cache_after, moes = 0, [], sum(kind.moe for kind in pattern.kinds)
     for block, kind, layer_cache in zip(pattern.blocks, pattern.kinds, cache, strict=True):
         table = jax.tree.map(lambda a, at=at: a[at], tables) if kind.moe else None
         x_BSD, layer_cache, *load = through_block(
             block, x_BSD, new, table, layer_cache, repeat, first, repeats
         )
         cache_after.append(layer_cache)
-        loads += [load_P for load_P in load if load_P is not None]
+        if load and kind.moe:
+            layer = done + repeat * moes + at
+            load_LP = lax.dynamic_update_index_in_dim(load_LP, load[0], layer, 0)
         at += kind.moe
-    return (x_BSD, cache_after), jnp.stack(loads) if loads else None
+    return (x_BSD, cache_after, load_LP), None
 
 
 def _cut_repeat(run: Any, by_repeat: Any, carry: Any, repeat: jax.Array) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,31 @@ def test_decoding_has_one_loop_over_a_banks_layers_and_nothing_that_is_lacking(
     normal = again(metal).lower_decode(1, PLACES).as_text()
     assert normal.count("stablehlo.while") > text.count("stablehlo.while")
     assert LACKING.search(normal) is not None
+
+
+def scans(jaxpr: Any) -> Iterator[Any]:
+    """Every scan of a program, also inside others."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from scans(inner)
+
+
+def test_choices_of_experts_are_counted_without_stacking(metal: ResidentEngine) -> None:
+    """What a loop stacks may come out with parts overwritten (`Platform.stacks_in_loops`)."""
+    with standing_in(METAL_ON_CPU):
+        engine = again(metal)
+        engine.count_choices()
+        new = new_tokens([[1, 2, 3]], [0])
+        given = (engine._held, engine.tables, engine.layout.new(1, PLACES), new, engine._load_LP)
+        found = list(scans(engine._decode_counted.trace(*given).jaxpr))
+        engine.decode(engine.layout.new(1, PLACES), new)
+        counts = engine.choices()
+    assert found and all(len(one.outvars) == one.params["num_carry"] for one in found)
+    assert counts is not None and (counts.sum(1) == 3 * metal.plan.moe.top_k).all()
 
 
 def test_a_token_takes_one_transfer_to_the_host(
