@@ -232,6 +232,13 @@ def bench_serve(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the prompts.")] = 0,
+    words: Annotated[
+        bool, typer.Option("--words", help="Prompts of words, for servers without /tokenize.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        option("--model", metavar="NAME", help="The model.  [default: the first one listed]"),
+    ] = None,
     api_key_file: Annotated[
         Path | None, path_option("--api-key-file", metavar="FILE", help="The server's key.")
     ] = None,
@@ -242,7 +249,9 @@ def bench_serve(
     from moe_jax.serving.load import RequestLoad, ServerUnderLoad, measure_server
 
     key = None if api_key_file is None else read_keys(api_key_file)[0].decode()
-    load = RequestLoad(requests, concurrency, prompt_tokens, answer_tokens, rate, seed)
+    load = RequestLoad(
+        requests, concurrency, prompt_tokens, answer_tokens, rate, seed, words, model
+    )
 
     def progress(done: int) -> None:
         if done % max(1, requests // 5) == 0:

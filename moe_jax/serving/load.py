@@ -3,8 +3,9 @@
     figures = measure_server("http://127.0.0.1:8000", RequestLoad(requests=200, concurrency=16))
 
 Prompts are of random tokens, so no two begin alike, and each answer goes on to its last token. Any
-server will do that has vLLM's /tokenize and OpenAI's /v1/completions with `ignore_eos`. A thread is
-a client with a connection for each request; nothing but the standard library is needed.
+server will do that has vLLM's /tokenize and OpenAI's /v1/completions with `ignore_eos`. Others get
+prompts of random words, of about a token each. A thread is a client with a connection for each
+request; nothing but the standard library is needed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from moe_jax.errors import UserError
 
 QUANTILES = (50, 90, 99)
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs; who can tell why? Ångström, naïve, 東京. "
+_WORDS = (
+    "time person year way day thing man world life hand part child eye woman place work week case "
+    "point company number group problem fact be have do say get make go know take see come think "
+    "look want give use find tell ask seem feel try leave call good new first last long great "
+    "little own other old right big high small large next early young few public bad same able"
+)
 _SECONDS = 600.0  # without a byte of an answer
 
 
@@ -41,6 +48,10 @@ class RequestLoad:
     rate: float | None = None
     """Requests per second, at random times (a Poisson process); None: as fast as answers come."""
     seed: int = 0
+    words: bool = False
+    """Prompts are text, of so many words; an answer may end before its last token."""
+    model: str | None = None
+    """Its name, where the server does not list it."""
 
 
 @dataclass
@@ -52,6 +63,7 @@ class RequestOutcome:
     """Of each event with text."""
     seconds: float = 0.0
     tokens: int = 0
+    prompt_tokens: int = 0
     error: str | None = None
 
 
@@ -117,23 +129,8 @@ def measure_server(
     Raises:
       UserError: the server does not answer, or no request succeeded.
     """
-    model = target.ask("GET", "/v1/models")["data"][0]["id"]
-    pool = sorted(
-        set(target.ask("POST", "/tokenize", {"model": model, "prompt": _SAMPLE})["tokens"])
-    )
     chance = random.Random(load.seed)
-    bodies = [
-        {
-            "model": model,
-            "prompt": [chance.choice(pool) for _ in range(load.prompt_tokens)],
-            "max_tokens": load.answer_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        for _ in range(load.requests)
-    ]
+    bodies = _bodies(target, load, chance)
     outcomes: list[RequestOutcome] = []
     lock, began = threading.Lock(), time.monotonic()
 
@@ -148,6 +145,29 @@ def measure_server(
             time.sleep(max(0.0, began + wait - time.monotonic()))
             threads.submit(one, body)
     return _figures(load, outcomes, time.monotonic() - began)
+
+
+def _bodies(
+    target: ServerUnderLoad, load: RequestLoad, chance: random.Random
+) -> list[dict[str, Any]]:
+    """What is sent."""
+    model = load.model or target.ask("GET", "/v1/models")["data"][0]["id"]
+    body = {
+        "model": model,
+        "max_tokens": load.answer_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if load.words:
+        texts = (chance.choices(_WORDS.split(), k=load.prompt_tokens) for _ in range(load.requests))
+        return [body | {"prompt": " ".join(words)} for words in texts]
+    sample = target.ask("POST", "/tokenize", {"model": model, "prompt": _SAMPLE})["tokens"]
+    pool = sorted(set(sample))
+    prompts = (
+        [chance.choice(pool) for _ in range(load.prompt_tokens)] for _ in range(load.requests)
+    )
+    return [body | {"prompt": prompt, "ignore_eos": True} for prompt in prompts]
 
 
 def _waits(load: RequestLoad, chance: random.Random) -> Iterator[float]:
@@ -174,6 +194,7 @@ def _request(target: ServerUnderLoad, body: Mapping[str, Any]) -> RequestOutcome
                 outcome.arrivals.append(now)
             if event.get("usage"):
                 outcome.tokens = event["usage"]["completion_tokens"]
+                outcome.prompt_tokens = event["usage"]["prompt_tokens"]
     except (OSError, http.client.HTTPException, ValueError) as error:
         outcome.error = type(error).__name__
         return outcome
@@ -184,14 +205,20 @@ def _request(target: ServerUnderLoad, body: Mapping[str, Any]) -> RequestOutcome
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
-    """The events of a stream up to its end. Raises ValueError where it breaks off."""
+    """The events of a stream up to its end, which not every server says. Raises ValueError where it
+    breaks off.
+    """
+    ended = False
     for line in iter(response.readline, b""):
         content = line.removeprefix(b"data:").strip()
         if content == b"[DONE]":
             return
         if content:
-            yield json.loads(content)
-    raise ValueError("the stream broke off")
+            event = json.loads(content)
+            ended = ended or any(one.get("finish_reason") for one in event.get("choices", ()))
+            yield event
+    if not ended:
+        raise ValueError("the stream broke off")
 
 
 def _read_json(content: bytes) -> Any:
@@ -223,7 +250,7 @@ def _figures(
         "errors": dict(errors),
         "seconds": seconds,
         "requests_per_second": len(good) / seconds,
-        "prompt_tokens_per_second": len(good) * load.prompt_tokens / seconds,
+        "prompt_tokens_per_second": sum(outcome.prompt_tokens for outcome in good) / seconds,
         "generated_tokens_per_second": sum(outcome.tokens for outcome in good) / seconds,
         "first_token_seconds": _spread([outcome.arrivals[0] for outcome in good]),
         "token_seconds": _spread(between),

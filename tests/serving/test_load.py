@@ -34,6 +34,14 @@ def test_figures_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
         assert json.loads(capsys.readouterr().out)["requests"] == 2
         assert call("bench-serve", url, "--requests", 2, "--input", 5, "--output", 2) == 0
         assert "time to first token" in capsys.readouterr().out
+        words = ("--words", "--model", "fake", "--requests", 2, "--input", 9, "--output", 3)
+        assert call("bench-serve", url, *words, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["generated_tokens_per_second"] == pytest.approx(6 / told["seconds"])
+        texts = [request for request in server.engine.requests if not request.ignore_eos]
+        assert len(texts) == 2
+        read = sum(len(request.prompt) for request in texts)
+        assert told["prompt_tokens_per_second"] == pytest.approx(read / told["seconds"])
 
 
 def test_errors_are_counted(tmp_path_factory: pytest.TempPathFactory) -> None:
