@@ -31,11 +31,11 @@ from moe_jax.utils.units import parse_bytes
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.models.serving_plan import ServingPlan
-    from moe_jax.serving.device_state import EngineSize
+    from moe_jax.serving.engine_size import EngineSize
     from moe_jax.serving.run import OpenedModel
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LONGEST_BY_DEFAULT = 8192  # tokens of a slot: memory for all of them is taken at the start
+LONGEST_BY_DEFAULT = 8192  # tokens of a request: memory for the cache is taken at the start
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ class EngineOptions:
             min=2,
             metavar="N",
             help="Tokens of a prompt and its answer.  [default: the model's, at most 8192]",
+        ),
+    ] = None
+    cache_tokens: Annotated[
+        int | None,
+        option(
+            "--cache-tokens",
+            min=1,
+            metavar="N",
+            help="Tokens in the cache, of all requests.  [default: --max-context for each]",
         ),
     ] = None
     balance_every: Annotated[
@@ -144,7 +153,7 @@ def _load(
     """The model, and the size of its engine; `checked` is called when all that can be wrong has
     been looked at, before weights are read.
     """
-    from moe_jax.serving.device_state import EngineSize
+    from moe_jax.serving.engine_size import EngineSize
     from moe_jax.serving.room import check_moves, check_room
 
     options, asked = choice.options, engine.max_context
@@ -156,7 +165,9 @@ def _load(
                 f"--max-context {asked} exceeds the model's context of {context} tokens: lower it."
             )
         context = asked or min(context, LONGEST_BY_DEFAULT)
-        return EngineSize(engine.max_batch, context, balance_every=engine.balance_every)
+        return EngineSize(
+            engine.max_batch, context, engine.cache_tokens, balance_every=engine.balance_every
+        )
 
     def check_plan(plan: ServingPlan, context: int) -> None:
         if engine.balance_every is not None:
@@ -192,7 +203,8 @@ def _open(choice: ModelChoice, options: EngineOptions, checked: Callable[[], Non
         model,
         engine,
         f"{loaded.name} in {loaded.held_in} on {devices}, loaded in {opened.seconds:,.1f} s; "
-        f"{size.max_batch} slots of {size.context:,} tokens",
+        f"{size.max_batch} slots of up to {size.context:,} tokens, "
+        f"{(size.full_blocks - 1) * size.block:,} in all",
     )
 
 

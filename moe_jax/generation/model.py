@@ -175,6 +175,7 @@ def _all_logits(loaded: LoadedModel, rows: list[list[int]]) -> list[np.ndarray]:
     tokens_BS, length_B = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
     for number, row in enumerate(rows):
         tokens_BS[number, : len(row)], length_B[number] = row, len(row)
-    new = NewTokens(*map(jnp.asarray, (tokens_BS, np.zeros(batch, np.int32), length_B)))
+    start_B = np.zeros(batch, np.int32)
+    new = NewTokens(jnp.asarray(tokens_BS), jnp.asarray(start_B), jnp.asarray(length_B))
     logits_BSV = np.asarray(loaded.engine.all_logits(new))
     return [logits_BSV[number, : len(row)] for number, row in enumerate(rows)]

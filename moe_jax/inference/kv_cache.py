@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.models.batch import LayerCache
-from moe_jax.models.layer_pattern import layer_kinds, stack_layers
+from moe_jax.models.layer_pattern import LayerKind, layer_kinds, stack_layers
 from moe_jax.models.serving_plan import ServingPlan
 from moe_jax.ops.attention.cached import place_dim
 from moe_jax.parallel.half_bits import held_type
@@ -56,22 +56,36 @@ def places_for(length: int, context: int) -> int:
     return max(min(bucket(length, SHORTEST_CACHE), whole_steps(context)), whole_steps(length))
 
 
+class BlockCounts(NamedTuple):
+    """Blocks of a cache whose rows share them."""
+
+    full: int  # of layers without a window
+    window: int  # and with one
+
+
 class CacheLayout:
-    """Shapes and shardings of a model's cache on a mesh."""
+    """Shapes and shardings of a model's cache on a mesh: of rows of so many places, or of
+    `BlockCounts` of blocks.
+    """
 
     def __init__(self, plan: ServingPlan):
         self.plan = plan
         self._pattern = stack_layers(layer_kinds(plan.model, plan.moe))
 
-    def zeros(self, batch: int, length: int, parts: int = 1) -> Cache:
-        """Zeros for `batch` rows of `length` places, of one of `parts` of the key heads."""
+    def zeros(self, batch: int | BlockCounts, length: int, parts: int = 1) -> Cache:
+        """Zeros for `batch` rows or blocks of `length` places, of one of `parts` of the key
+        heads.
+        """
         model, dtype = self.plan.model, held_type(self.plan.dtype, self.plan.mesh)
 
-        def layer(repeats: int) -> LayerCache:
+        def layer(kind: LayerKind, repeats: int) -> LayerCache:
+            rows = batch
+            if isinstance(rows, BlockCounts):
+                rows = rows.full if kind.window is None else rows.window
             if model.latent.kv_rank:
                 width = model.latent.kv_rank + model.latent.rope_width
-                return LayerCache(keys((repeats, batch, 1), width), None)
-            shape = (repeats, batch, self.plan.cache_heads // parts)
+                return LayerCache(keys((repeats, rows, 1), width), None)
+            shape = (repeats, rows, self.plan.cache_heads // parts)
             values = jnp.zeros((*shape, length, model.head_width), dtype)
             return LayerCache(keys(shape, model.head_width), values)
 
@@ -79,7 +93,7 @@ class CacheLayout:
             dims = (width, length) if place_dim() == 4 else (length, width)
             return jnp.zeros((*shape, *dims), dtype)
 
-        return [[layer(repeats) for _ in kinds] for kinds, repeats in self._pattern]
+        return [[layer(kind, repeats) for kind in kinds] for kinds, repeats in self._pattern]
 
     @cached_property
     def specs(self) -> Cache:
@@ -88,7 +102,7 @@ class CacheLayout:
         layer = LayerCache(spec, None if self.plan.model.latent.kv_rank else spec)
         return [[layer for _ in kinds] for kinds, _ in self._pattern]
 
-    def abstract(self, batch: int, length: int) -> Any:
+    def abstract(self, batch: int | BlockCounts, length: int) -> Any:
         """Shapes, dtypes and shardings of `new`."""
         return jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -96,8 +110,10 @@ class CacheLayout:
             named(self.plan.mesh, self.specs),
         )
 
-    def new(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` rows (a multiple of the `data` axis) of `length` places."""
+    def new(self, batch: int | BlockCounts, length: int) -> Cache:
+        """An empty cache for `batch` rows (a multiple of the `data` axis) or blocks of `length`
+        places.
+        """
         return jax.tree.map(
             lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self.abstract(batch, length)
         )

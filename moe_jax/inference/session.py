@@ -126,7 +126,7 @@ class Session:
         for row, part in enumerate(parts):
             tokens_BS[row, : len(part)] = part
             start_B[row], length_B[row] = cache.lengths[row], len(part)
-        new = NewTokens(*map(jnp.asarray, (tokens_BS, start_B, length_B)))
+        new = NewTokens(jnp.asarray(tokens_BS), jnp.asarray(start_B), jnp.asarray(length_B))
         run = self._engine.prefill if first else self._engine.decode
         logits_BV, arrays = run(cache.reserve(cache.longest + width), new)
         cache.commit(arrays, counts)

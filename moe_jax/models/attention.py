@@ -108,13 +108,20 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """New tokens of rows whose earlier keys and values the cache holds."""
         assert cache.values is not None
+        table_BT = _table(new, self.window)
         q_BSHQ, k_BSGQ, v_BSGQ = self._heads(x_BSD, new.positions, _longest(new))
         cache = LayerCache(
-            _write_behind(cache.keys, _as_cached(k_BSGQ), place_dim(), layer, new),
-            _write_behind(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), 3, layer, new),
+            _write_behind(cache.keys, _as_cached(k_BSGQ), place_dim(), layer, new, table_BT),
+            _write_behind(cache.values, jnp.swapaxes(v_BSGQ, 1, 2), 3, layer, new, table_BT),
         )
         out_BSHQ = cached_attention(
-            q_BSHQ, cache.keys, cache.values, layer, new.positions, **self._options()
+            q_BSHQ,
+            cache.keys,
+            cache.values,
+            layer,
+            new.positions,
+            table_BT=table_BT,
+            **self._options(),
         )
         return self._out(out_BSHQ), cache
 
@@ -217,13 +224,15 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """As `Attention.decode`, over the cache that `prefill` describes."""
         q_BSHQ, c_BS1C = self._latents(x_BSD, new.positions, _longest(new))
-        keys = _write_behind(cache.keys, _as_cached(c_BS1C), place_dim(), layer, new)
+        entries, table_BT = _as_cached(c_BS1C), _table(new, self.window)
+        keys = _write_behind(cache.keys, entries, place_dim(), layer, new, table_BT)
         cache = LayerCache(keys, None)
         head, rank = self.config.head_width, self.config.latent.kv_rank
         up_CHN = gather(self.kv_up, x_BSD.dtype)
         q_BSHC = jnp.einsum("bshn,chn->bshc", q_BSHQ[..., :head], up_CHN[..., :head])
         q_BSHC = jnp.concatenate([q_BSHC, q_BSHQ[..., head:]], axis=-1)
         options: dict[str, Any] = {
+            "table_BT": table_BT,
             "value_width": rank,
             "window": self.window,
             "scale": self._scale(),
@@ -312,22 +321,44 @@ def _write_first(cache: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Arra
     )
 
 
+def _table(new: NewTokens, window: int | None) -> jax.Array | None:
+    """Where rows have their places in a layer with this window; None where they are their own."""
+    return None if new.blocks is None else new.blocks.of(window)
+
+
 def _write_behind(
-    cache: jax.Array, entries: jax.Array, dim: int, layer: jax.Array, new: NewTokens
+    cache: jax.Array,
+    entries: jax.Array,
+    dim: int,
+    layer: jax.Array,
+    new: NewTokens,
+    table_BT: jax.Array | None,
 ) -> jax.Array:
-    """The cache [repeats, B, ...] with entries [B, ...] of a layer in the places from each row's
-    start on; `dim` is the cache's dim of places.
+    """The cache [repeats, N, ...] with entries [B, ...] of a layer in the places from each row's
+    start on; `dim` is the cache's dim of places. In a cache of blocks, rows without new tokens
+    write to block 0.
     """
     entries, zero = converted(entries, cache.dtype), jnp.int32(0)
+    rows, width = entries.shape[0], entries.shape[dim - 1]
+    whole = cache.shape[dim]
+    size = width if table_BT is None else min(width, whole)
+    pieces = width // size
 
-    def write(row: jax.Array, cache: jax.Array) -> jax.Array:
-        start = (new.start[row] if d == dim else zero for d in range(2, cache.ndim))
-        one_row = lax.dynamic_slice_in_dim(entries, row, 1, allow_negative_indices=False)
-        at = (layer, row, *start)
-        return lax.dynamic_update_slice(cache, one_row[None], at, allow_negative_indices=False)
+    def write(i: jax.Array, cache: jax.Array) -> jax.Array:
+        row, first = (i, zero) if pieces == 1 else (i // pieces, i % pieces * size)
+        piece = lax.dynamic_slice_in_dim(entries, row, 1, allow_negative_indices=False)
+        place, number = new.start[row] + first, row
+        if table_BT is not None:
+            number = jnp.where(new.length[row] > 0, table_BT[row, place // whole], 0)
+            place %= whole
+            piece = lax.dynamic_slice_in_dim(
+                piece, first, size, dim - 1, allow_negative_indices=False
+            )
+        at = (layer, number, *(place if d == dim else zero for d in range(2, cache.ndim)))
+        return lax.dynamic_update_slice(cache, piece[None], at, allow_negative_indices=False)
 
-    if entries.shape[0] == 1:
+    if rows * pieces == 1:
         return write(zero, cache)
     # Written out where a loop inside that over layers waits for the host.
     unroll = not default_platform().open_loops
-    return lax.fori_loop(0, entries.shape[0], write, cache, unroll=unroll)
+    return lax.fori_loop(0, rows * pieces, write, cache, unroll=unroll)

@@ -55,12 +55,29 @@ class SeriesBatch(NamedTuple):
 AnyBatch = Batch | SeriesBatch
 
 
+class BlockTables(NamedTuple):
+    """Where rows have their places, in a cache of blocks: block t of a row holds places t * M and
+    following, M being the places of a block. Block 0 is nobody's.
+    """
+
+    full: Int[Array, "B T"]  # of layers without a window
+    window: Int[Array, "B T"]  # and with one, which have blocks of their own
+
+    def of(self, window: int | None) -> jax.Array:
+        """That of a layer."""
+        return self.full if window is None else self.window
+
+
 class NewTokens(NamedTuple):
-    """New tokens of sequences whose earlier tokens are in a cache. Rows are padded at the end."""
+    """New tokens of sequences whose earlier tokens are in a cache. Rows are padded at the end.
+
+    In a cache of blocks several new tokens of a row begin with a block, or lie in one.
+    """
 
     tokens: Int[Array, "B S"]
     start: Int[Array, " B"]  # tokens of the row that the cache holds
     length: Int[Array, " B"]  # new tokens
+    blocks: BlockTables | None = None  # of a cache of blocks; of others a row's places are its own
 
     @classmethod
     def whole_rows(cls, tokens_BS: Any) -> NewTokens:
@@ -84,9 +101,9 @@ class NewTokens(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a stack's layers; `values` is None where values are a part of the keys
-    (latent attention).
+    """Keys and values of a stack's layers, of N rows or blocks; `values` is None where values are a
+    part of the keys (latent attention).
     """
 
-    keys: Shaped[Array, "R B G _ _"]  # Q M, or M Q: `ops.attention.cached.place_dim`
-    values: Shaped[Array, "R B G M U"] | None
+    keys: Shaped[Array, "R N G _ _"]  # Q M, or M Q: `ops.attention.cached.place_dim`
+    values: Shaped[Array, "R N G M U"] | None

@@ -6,10 +6,15 @@
     for event in stream: ...                   # Token, Token, ..., Finished
     engine.drain()
 
-One thread runs the steps. A step takes in a waiting request if a slot is free, reads at most one
-chunk of one prompt, decodes one token of every running request and draws the next of each. A
-running stream thus waits for one chunk and one step at most. Prompts are read in the order in which
-they came. After `start` nothing is compiled: `EngineStats.compilations` counts.
+One thread runs the steps. A step takes in a waiting request if there are a slot and room in the
+cache for its prompt, reads at most one chunk of one prompt, decodes one token of every running
+request and draws the next of each. A running stream thus waits for one chunk and one step at most.
+Prompts are read in the order in which they came. After `start` nothing is compiled:
+`EngineStats.compilations` counts.
+
+Where the blocks of the cache run out, the request that came last gives up its own and waits: later
+it is read and generated anew, by the same programs, up to where it was, and nobody sees a
+difference. The request that came first is thus never held up.
 
 What a request gives does not depend on what else runs (device_state.py says why): its draws are
 numbered by its own seed and tokens, as those of `moe-jax generate` are.
@@ -17,37 +22,30 @@ numbered by its own seed and tokens, as those of `moe-jax generate` are.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.inference.session import LoadedModel
 from moe_jax.profiling.clock import compile_clock
-from moe_jax.serving.device_state import DeviceState, EngineSize, num_ids
+from moe_jax.serving.cache_blocks import CacheBlocks
+from moe_jax.serving.device_state import DeviceState, cache_kinds, num_ids
+from moe_jax.serving.engine_size import EngineSize
 from moe_jax.serving.expert_balance import ExpertBalance
 from moe_jax.serving.lockstep import dismiss, leading
-from moe_jax.serving.prefix_blocks import PrefixBlocks
 from moe_jax.serving.request import EngineStats, Finished, Request
 from moe_jax.serving.stream import TokenStream
-from moe_jax.serving.text_row import TextRow
+from moe_jax.serving.text_row import TextRow, Waiting
 from moe_jax.serving.warm_up import warm_up
 
 STOPPED = "The server was stopped."
 DRAINING = "The server is draining: it takes no further requests."
 COUNT_EVERY = 64  # steps between two readings of the experts' load, which wait for the devices
-
-
-class Waiting(NamedTuple):
-    """A request without a slot."""
-
-    request: Request
-    stream: TokenStream
-    since: float
 
 
 class ServingEngine:
@@ -60,7 +58,9 @@ class ServingEngine:
         self._state = leading(DeviceState(loaded, size))
         self.num_ids = num_ids(loaded)
         self._widths: tuple[int, ...] = (size.max_batch,)
-        self._prefixes = PrefixBlocks(size.blocks, size.chunk)
+        kinds = cache_kinds(loaded.engine.plan)
+        self._blocks = CacheBlocks(size, kinds.window, kinds.full, self._state.place)
+        self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards what other threads see
         self._waiting: deque[Waiting] = deque()
         self._rows: dict[int, TextRow] = {}  # by slot
@@ -72,7 +72,7 @@ class ServingEngine:
         self._step_seconds = 0.0  # of the newest step
         self._busy_since: float | None = None  # or since the last step; None where all is done
         self._steps = self._prompt_tokens = self._generation_tokens = 0
-        self._prefix_query_tokens = self._prefix_hit_tokens = 0
+        self._prefix_query_tokens = self._prefix_hit_tokens = self._preemptions = 0
         self._experts: ExpertBalance | None = None
         if (counts := self._state.expert_counts()) is not None:
             placement, budget = self._state.placement, self._state.move_budget
@@ -104,7 +104,8 @@ class ServingEngine:
                 raise UserError(self._failure or (STOPPED if self._stops else DRAINING))
             if self._busy_since is None:
                 self._busy_since = time.monotonic()
-            self._waiting.append(Waiting(request, stream, time.monotonic()))
+            now = time.monotonic()
+            self._waiting.append(Waiting(next(self._numbers), request, stream, now, []))
             self._changed.notify_all()
         return stream
 
@@ -134,14 +135,15 @@ class ServingEngine:
 
     def stats(self) -> EngineStats:
         """What the engine does now, and has done."""
+        cache = self._loaded.engine.expert_counts
         with self._changed:
-            rows = list(self._rows.values())
             since, experts = self._busy_since, self._experts
             return EngineStats(
-                running=len(rows),
+                running=len(self._rows),
                 waiting=len(self._waiting),
                 slots=self.max_batch,
-                cache_use=sum(row.length for row in rows) / (self.max_batch * self.context),
+                cache_use=self._blocks.in_use,
+                preemptions=self._preemptions,
                 prefix_query_tokens=self._prefix_query_tokens,
                 prefix_hit_tokens=self._prefix_hit_tokens,
                 prompt_tokens=self._prompt_tokens,
@@ -150,6 +152,8 @@ class ServingEngine:
                 compilations=self._compilations,
                 step_seconds=0.0 if since is None else self._step_seconds,
                 stalled_seconds=0.0 if since is None else time.monotonic() - since,
+                expert_cache_hits=None if cache is None else int(cache.hits_L.sum()),
+                expert_cache_misses=None if cache is None else int(cache.misses_L.sum()),
                 expert_counts=None if experts is None else experts.choices_LE,
                 experts=None if experts is None else experts.stats,
             )
@@ -214,13 +218,14 @@ class ServingEngine:
         self._drop_cancelled()
         self._move_experts()
         self._admit()
-        decoding = [row for row in self._rows.values() if row.tokens]
-        if decoding:
-            self._decode(decoding)
-        if (row := self._read_next) is not None and self._read_chunk(row):
-            decoding.append(row)
-        if decoding:
-            self._draw(decoding)
+        ready = self._with_room()
+        rows = [row for row in ready if row is not self._read_next]
+        if rows:
+            self._decode(rows)
+        if (row := self._read_next) in ready and row is not None and self._read_chunk(row):
+            rows.append(row)
+        if rows:
+            self._draw(rows)
         with self._changed:
             self._step_seconds = time.monotonic() - began
             self._steps += 1
@@ -265,43 +270,73 @@ class ServingEngine:
             stream.put(Finished("cancelled"))
 
     def _leave(self, row: TextRow) -> None:
-        """A row's slot is free."""
+        """A row's slot is free, and its blocks."""
         if self._read_next is row:
             self._read_next = None
+        self._blocks.end(row.slot)
+        self._state.vacate(row.slot)
         with self._changed:
             del self._rows[row.slot]
 
     def _admit(self) -> None:
-        """The next request takes a slot, if there are both and no other prompt is under way."""
+        """The next request takes a slot, if there are both, and room for its prompt, and no other
+        prompt is under way.
+        """
         with self._changed:
             free = [slot for slot in range(self.max_batch) if slot not in self._rows]
             if self._read_next is not None or not self._waiting or not free:
                 return
-            request, stream, since = self._waiting.popleft()
-            row = TextRow(free[0], request, stream, self._loaded.eos_ids, self.num_ids)
+            waiting = self._waiting[0]
+            request, stream = waiting.request, waiting.stream
+            if not self._blocks.fits(request.prompt, len(waiting.drawn)):
+                return
+            self._waiting.popleft()
+            row = TextRow(free[0], waiting, self._loaded.eos_ids, self.num_ids)
             self._rows[row.slot] = self._read_next = row
-        stream.queue_seconds = time.monotonic() - since
         self._state.begin(row.slot, request, row.kind)
-        for part, number in enumerate(self._prefixes.find(request.prompt)):
-            self._state.fetch_block(number, part)
-            row.length += self.size.chunk
+        row.length = self._blocks.begin(row.slot, request.prompt)
+        if stream.queue_seconds is not None:  # it has had a slot before
+            return
+        stream.queue_seconds = time.monotonic() - waiting.since
         stream.cached_tokens = row.length
         with self._changed:
             self._prefix_query_tokens += len(request.prompt)
             self._prefix_hit_tokens += row.length
             self._prompt_tokens += len(request.prompt)
 
+    def _with_room(self) -> list[TextRow]:
+        """The rows that go on in this step: all that the cache has room for, the oldest first."""
+        ready = []
+        for row in sorted(self._rows.values(), key=lambda row: row.number):
+            if self._rows.get(row.slot) is row and self._make_room(row):
+                ready.append(row)
+        return ready
+
+    def _make_room(self, row: TextRow) -> bool:
+        """Takes blocks for a row's next tokens, from younger rows where none are free."""
+        end = row.length + (len(self._chunk(row)) if row is self._read_next else 1)
+        while not self._blocks.extend(row.slot, row.length, end):
+            youngest = max(self._rows.values(), key=lambda row: row.number)
+            self._leave(youngest)
+            with self._changed:
+                self._waiting.appendleft(youngest.waiting)
+                self._preemptions += 1
+            if youngest is row:
+                return False
+        return True
+
+    def _chunk(self, row: TextRow) -> tuple[int, ...]:
+        """The tokens of a row's prompt that are read next."""
+        return row.request.prompt[row.length : row.length + self.size.chunk]
+
     def _read_chunk(self, row: TextRow) -> bool:
         """Reads a chunk of a row's prompt; whether that was the last."""
-        prompt = row.request.prompt
-        part = prompt[row.length : row.length + self.size.chunk]
-        self._state.read_prompt(part, row.length)
+        part = self._chunk(row)
+        self._state.read_prompt(row.slot, part, row.length)
         row.length += len(part)
-        if row.length < len(prompt):
+        self._blocks.keep(row.slot, row.length)
+        if row.length < len(row.request.prompt):
             return False
-        self._state.move_to_slot(row.slot, row.length)
-        for number, block in self._prefixes.keep(prompt):
-            self._state.keep_block(number, block)
         self._read_next = None
         return True
 
@@ -328,9 +363,10 @@ class ServingEngine:
         top = self._state.top(token_S) if any(row.wants_top for row in rows) else None
         for row in rows:
             events = row.take(int(token_S[row.slot]), top, self.context)
-            ended = isinstance(events[-1], Finished)
+            ended = bool(events) and isinstance(events[-1], Finished)
             with self._changed:
                 self._generation_tokens += len(events) - ended
             if ended:
                 self._leave(row)
-            row.stream.put(*events)
+            if events:
+                row.stream.put(*events)

@@ -76,6 +76,7 @@ class EngineStats:
     waiting: int = 0
     slots: int = 0
     cache_use: float = 0.0
+    preemptions: int = 0  # how often a request had to wait for room in the cache once more
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     prompt_tokens: int = 0
@@ -84,5 +85,7 @@ class EngineStats:
     compilations: int = 0  # since the engine was started
     stalled_seconds: float = 0.0
     step_seconds: float = 0.0  # of the newest step; 0 where nothing runs
+    expert_cache_hits: int | None = None  # None where all experts are on the devices
+    expert_cache_misses: int | None = None
     expert_counts: np.ndarray | None = None  # [MoE layers, experts]; of late, not of this step
     experts: ExpertStats | None = None

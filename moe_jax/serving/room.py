@@ -5,29 +5,35 @@ caches beside the weights, and experts that can move where they are to.
 from __future__ import annotations
 
 from moe_jax.errors import UserError
-from moe_jax.inference.kv_cache import CacheLayout
 from moe_jax.inference.memory import weight_memory
 from moe_jax.models.serving_plan import ServingPlan
-from moe_jax.serving.device_state import EngineSize, cache_bytes
+from moe_jax.serving.device_state import cache_bytes
+from moe_jax.serving.engine_size import EngineSize, check_served
 from moe_jax.utils.units import gibibytes
 
 
 def check_room(
     plan: ServingPlan, size: EngineSize, memory: int | None, expert_cache: int | None = None
 ) -> None:
-    """Raises UserError where weights and caches together do not fit; `memory` and `expert_cache` as
-    those of `weight_memory`.
+    """Raises UserError where the model cannot be served so, or weights and cache together do not
+    fit; `memory` and `expert_cache` as those of `weight_memory`.
     """
+    check_served(plan, size)
     room = weight_memory(plan, memory, expert_cache=expert_cache)
-    caches = cache_bytes(CacheLayout(plan), size) * (plan.mesh.size if room.shared else 1)
+    caches = cache_bytes(plan, size) * (plan.mesh.size if room.shared else 1)
     if room.free is None or room.needed + caches <= room.free:
         return
     where = "in all" if room.shared and plan.mesh.size > 1 else "on each device"
     allowed = "there are" if memory is None else "--memory allows"
+    tokens = (size.full_blocks - 1) * size.block
+    fitting = int(tokens * max(0, room.free - room.needed) / caches)
+    remedy = "lower --max-context"
+    if fitting > size.context:
+        remedy = f"give --cache-tokens {fitting // 1000 * 1000 or fitting}"
     raise UserError(
         f"--max-batch {size.max_batch} and --max-context {size.context} need {gibibytes(caches)} "
-        f"for keys and values {where}, beside {gibibytes(room.needed)} of weights, and {allowed} "
-        f"{gibibytes(room.free)}: lower one of the two."
+        f"for keys and values of {tokens} tokens {where}, beside {gibibytes(room.needed)} of "
+        f"weights, and {allowed} {gibibytes(room.free)}: {remedy}, or lower --max-batch."
     )
 
 

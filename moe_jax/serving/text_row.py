@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moe_jax.generation.sampling import NOT_FINITE
@@ -10,18 +12,26 @@ from moe_jax.serving.row_sampling import MOST_TOP, draw_kind
 from moe_jax.serving.stream import TokenStream
 
 
-class TextRow:
-    """A request in a slot."""
+class Waiting(NamedTuple):
+    """A request without a slot."""
 
-    def __init__(
-        self,
-        slot: int,
-        request: Request,
-        stream: TokenStream,
-        eos_ids: tuple[int, ...],
-        num_ids: int,
-    ):
-        self.slot, self.request, self.stream = slot, request, stream
+    number: int  # requests are numbered as they come
+    request: Request
+    stream: TokenStream
+    since: float
+    drawn: list[int]  # tokens that it has been given, where it had a slot before
+
+
+class TextRow:
+    """A request in a slot. One that had a slot before draws the same tokens again, and hands them
+    out only once.
+    """
+
+    def __init__(self, slot: int, waiting: Waiting, eos_ids: tuple[int, ...], num_ids: int):
+        request = waiting.request
+        self.slot, self.request, self.stream = slot, request, waiting.stream
+        self.number = waiting.number
+        self.waiting, self._drawn = waiting, waiting.drawn
         self.kind = draw_kind(request)
         self.length = 0
         """Tokens whose keys and values are in the cache."""
@@ -41,6 +51,9 @@ class TextRow:
     def allowed(self) -> np.ndarray | None:
         """Tokens that may come next, bool [num_ids]; None where all may."""
         mask = None
+        if self.tokens < len(self._drawn):  # its filter has taken this token
+            again = np.arange(self._num_ids) == self._drawn[self.tokens]
+            return again if self.kind.adjusts else None
         if self.request.token_filter is not None:
             try:
                 mask = np.array(self.request.token_filter.allowed(), bool)[: self._num_ids]
@@ -55,6 +68,10 @@ class TextRow:
         self, token: int, top: tuple[np.ndarray, ...] | None, context: int
     ) -> list[Token | Finished]:
         """A token was drawn: what to hand out, with `Finished` last where it is the end."""
+        if self.tokens < len(self._drawn):
+            self.newest = self._drawn[self.tokens]
+            self.tokens += 1
+            return []
         if token == NOT_FINITE:
             self._failure = self._failure or (
                 "The model's logits are not finite, or its token filter allows no token."
@@ -68,6 +85,7 @@ class TextRow:
             return [Finished("error", self._failure)]
         if token in self._ends:
             return [Finished("stop")]
+        self._drawn.append(token)
         self.tokens += 1
         self.newest = token
         # The last token needs no place: nothing is read after it.

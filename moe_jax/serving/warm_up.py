@@ -29,19 +29,20 @@ def warm_up(state: DeviceState) -> tuple[int, ...]:
     # Twice: the state that a first run leaves may lie on the devices in another way than it began.
     for _ in range(2):
         state.begin(0, request, DRAW_KINDS[-1])
+        for slot in range(min(2, size.max_batch)):
+            for windowed in (False, True):
+                state.place(slot, windowed, 0, slot + 1)
         width = SHORTEST_PROMPT
         while width <= size.chunk:
-            state.read_prompt([0] * width, 0)
+            state.read_prompt(0, [0] * width, 0)
             width *= 2
-        if size.blocks:
-            state.keep_block(0, 0)
-            state.fetch_block(0, 0)
         if state.move_budget:
             assert state.placement is not None
             state.move_experts(state.placement.physical_to_logical)
-        state.move_to_slot(0, 1)
         logits = {slots: _run_steps(state, slots) for slots in widths}
         state.expert_counts()
+    for slot in range(min(2, size.max_batch)):
+        state.vacate(slot)
     state.forget_counts()
     every = logits[size.max_batch]
     return tuple(slots for slots in widths if np.array_equal(logits[slots], every))

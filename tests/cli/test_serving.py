@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -61,3 +62,7 @@ def test_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert told.startswith("--max-context 1000000 exceeds the model's context of ")
     told = refusal(capsys, folder, "--port", 0, "--max-batch", 4096, "--memory", "20MiB")
     assert told.startswith("--max-batch 4096 and --max-context ") and "--memory allows" in told
+    found = re.search(r"give --cache-tokens (\d+)", told)
+    assert found is not None and 0 < int(found[1]) < 4096 * 64
+    told = refusal(capsys, folder, "--port", 0, "--max-context", 64, "--cache-tokens", 63)
+    assert told.startswith("--cache-tokens 63 must have room for one request")

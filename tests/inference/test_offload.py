@@ -14,18 +14,16 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference import memory
 from moe_jax.inference import offload as module
 from moe_jax.inference.expert_cache import ExpertCache, ExpertCounts
-from moe_jax.inference.offload import OffloadEngine, offload
-from moe_jax.inference.read_weights import read_params, serving_tables
+from moe_jax.inference.offload import OffloadEngine
 from moe_jax.inference.session import LoadedModel, Session
 from tests.support.command import call
 from tests.support.hf_folder import make_folder
 from tests.support.slow import slow_unless
-from tests.support.small_models import Case, assert_same, case, load, make_plan
+from tests.support.small_models import Case, assert_same, case, load, load_offloaded, make_plan
 
 # Who is in which slot
 
@@ -88,13 +86,6 @@ def write(data: Case, loaded: LoadedModel) -> np.ndarray:
         + [session.logits([a[5 + step : 6 + step], b[3 + step : 4 + step]]) for step in range(3)],
         axis=1,
     )
-
-
-def load_offloaded(data: Case, size: int, **options: Any) -> LoadedModel:
-    plan = make_plan(data, {}, **options)
-    params = read_params(plan, data.read, experts_on_host=True)
-    engine = offload(plan, params, serving_tables(plan, data.bias_LE), size)
-    return LoadedModel(engine, load_tokenizer("bytes"), 64, (), "offloaded")
 
 
 @functools.cache

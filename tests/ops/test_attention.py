@@ -280,6 +280,58 @@ def test_a_cache_equals_the_definition(form, window, monkeypatch):
         assert np.all(np.isfinite(out))
 
 
+@pytest.mark.parametrize("form", ["plain", "values in keys", "keys by place", "without loops"])
+@pytest.mark.parametrize("window", [None, 5, BLOCK + 9])
+def test_a_cache_of_blocks_equals_one_of_rows(form, window, monkeypatch):
+    """Blocks of 64 places in any order; what a row does not see may be NaN."""
+    rng, size, by_place = np.random.default_rng(6), 64, form == "keys by place"
+    loops = form != "without loops"
+    record = dataclasses.replace(
+        platform.default_platform(), places_last=not by_place, open_loops=loops
+    )
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", record)
+    paged = jax.jit(cached_attention, static_argnames=("window", "value_width", "scale"))
+    keys, values = rng.standard_normal((2, LAYERS, BATCH, GROUPS, PLACES, HEAD)).astype(np.float32)
+    parts = PLACES // size
+    table = rng.permutation(np.arange(1, 1 + BATCH * parts)).reshape(BATCH, parts).astype(np.int32)
+
+    def in_blocks(rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        rows = np.where(seen[:, None, :, None], rows, np.nan)
+        blocks = np.full((LAYERS, 1 + BATCH * parts, GROUPS, size, HEAD), np.nan, np.float32)
+        for row, part in np.ndindex(BATCH, parts):
+            blocks[:, table[row, part]] = rows[:, row, :, part * size : (part + 1) * size]
+        return blocks
+
+    def as_keys(places_before_width: np.ndarray) -> jax.Array:
+        return jnp.asarray(
+            places_before_width if by_place else np.swapaxes(places_before_width, -1, -2)
+        )
+
+    for name, rows in POSITIONS.items():
+        positions = np.array(rows, np.int32)
+        q = jnp.asarray(rng.standard_normal((*positions.shape, 4, HEAD)), jnp.float32)
+        first = PLACES if window is None else window
+        seen = (np.arange(PLACES) > positions.min(1)[:, None] - first) & (
+            np.arange(PLACES) <= positions.max(1)[:, None]
+        )
+        options = {"window": window, "scale": 0.7}
+        if form == "values in keys":
+            of_rows = cached(q, as_keys(keys), None, 1, positions, value_width=6, **options)
+            of_blocks = paged(
+                *(q, as_keys(in_blocks(keys, seen)), None, 1, positions),
+                **{"table_BT": table, "value_width": 6, **options},
+            )
+        else:
+            of_rows = cached(q, as_keys(keys), jnp.asarray(values), 1, positions, **options)
+            of_blocks = paged(
+                *(q, as_keys(in_blocks(keys, seen)), in_blocks(values, seen), 1, positions),
+                **{"table_BT": table, **options},
+            )
+        true = positions < PLACES
+        np.testing.assert_allclose(of_blocks[true], of_rows[true], atol=2e-5, err_msg=name)
+        assert np.all(np.isfinite(of_blocks))
+
+
 def test_blocks_of_a_cache_that_nobody_sees_are_not_read():
     """Neither those past the last position nor those before every window: NaN there would reach the
     result.

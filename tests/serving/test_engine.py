@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -19,16 +20,17 @@ from moe_jax.generation.sampling import Sampler
 from moe_jax.generation.sampling_options import SamplingOptions
 from moe_jax.inference.session import LoadedModel
 from moe_jax.serving import lockstep
-from moe_jax.serving.device_state import DeviceState, EngineSize
+from moe_jax.serving.device_state import DeviceState
 from moe_jax.serving.engine import ServingEngine
+from moe_jax.serving.engine_size import EngineSize
 from moe_jax.serving.request import Finished, Request, Token
 from moe_jax.serving.stream import TokenStream
 from moe_jax.serving.warm_up import warm_up
 from tests.support.small_models import VOCAB, case, load
 
 GREEDY = SamplingOptions(temperature=0)
-SIZE = EngineSize(max_batch=32, context=64, chunk=16, prefix_blocks=8)
-SMALL = EngineSize(max_batch=3, context=64, chunk=16, prefix_blocks=2)
+SIZE = EngineSize(max_batch=32, context=64, chunk=16, block=16)
+SMALL = EngineSize(max_batch=3, context=64, cache_tokens=128, chunk=16, block=16)
 SECONDS = 120
 
 
@@ -108,7 +110,9 @@ def test_it_says_what_generate_says(engine: ServingEngine, loaded: LoadedModel) 
         assert say(engine, one) == generated(loaded, one), one
 
 
-def test_what_was_kept_of_a_prompt_changes_nothing(engine: ServingEngine) -> None:
+def test_what_was_kept_of_a_prompt_changes_nothing(loaded: LoadedModel) -> None:
+    engine = ServingEngine(loaded, SMALL)
+    engine.start()
     long = prompt(70, 50)
     other = (*long[:37], *prompt(71, 9))
     before = engine.stats()
@@ -119,11 +123,63 @@ def test_what_was_kept_of_a_prompt_changes_nothing(engine: ServingEngine) -> Non
     assert engine.stats().prefix_hit_tokens == before.prefix_hit_tokens + 48
     shared = say(engine, Request(other, 8, sampling=GREEDY, ignore_eos=True))
     assert engine.stats().prefix_hit_tokens == before.prefix_hit_tokens + 48 + 32
-    for seed in range(80, 84):  # 12 blocks: those of before have to go
+    for seed in range(80, 84):  # 16 blocks: those of before have to go
         say(engine, request(seed, 50, 1))
     found = engine.stats().prefix_hit_tokens
     assert say(engine, Request(other, 8, sampling=GREEDY, ignore_eos=True)) == shared
     assert engine.stats().prefix_hit_tokens == found
+    assert engine.drain(SECONDS) and engine.stats().compilations == 0
+
+
+class Rising:
+    """Allows the tokens that are higher than the last one."""
+
+    def __init__(self) -> None:
+        self.last = -1
+
+    def allowed(self) -> np.ndarray:
+        return np.arange(VOCAB) > self.last
+
+    def accept(self, token: int) -> None:
+        assert token > self.last
+        self.last = token
+
+
+def test_where_the_cache_is_full_the_youngest_wait_and_nobody_sees_it(
+    engine: ServingEngine, loaded: LoadedModel
+) -> None:
+    """Eight blocks for three rows that need four each in the end."""
+    small = ServingEngine(loaded, SMALL)
+    small.start()
+    requests = [one for one in of_many_kinds() if len(one.prompt) < 14][:6]
+    requests = [dataclasses.replace(one, max_tokens=45) for one in requests]
+    rising = [request(50, 3, 40, token_filter=Rising(), sampling=SamplingOptions(2.0, seed=6))]
+    streams = [small.submit(one) for one in (*requests, *rising)]
+    assert small.drain(SECONDS)
+    found = [read(stream) for stream in streams]
+    assert small.stats().preemptions > 1 and small.stats().compilations == 0
+    assert small.stats().cache_use == 0
+    assert [tokens for tokens, _ in found[:-1]] == [say(engine, one) for one in requests]
+    again = [dataclasses.replace(one, token_filter=Rising()) for one in rising]
+    assert found[-1] == read(engine.submit(again[0]))
+
+
+def test_layers_with_a_window_keep_what_they_see(loaded: LoadedModel) -> None:
+    """A model with a window of 3 tokens in every other layer: a row has two blocks for these."""
+    windowed = load(case("biases"), {})
+    size = EngineSize(max_batch=2, context=64, cache_tokens=256, chunk=32, block=16)
+    engine = ServingEngine(windowed, size)
+    state: Any = engine._state
+    assert [len(layer.keys[0]) for layer in state._cache[0]] == [1 + 2 * 2 * 2 + 2, 1 + 16]
+    engine.start()
+    long = request(1, 39, 20)
+    shared = Request((*long.prompt[:35], 1, 2), 9, sampling=GREEDY, ignore_eos=True)
+    requests = [long, request(2, 35, 29), request(3, 40, 2), shared]
+    streams = [engine.submit(one) for one in requests]
+    assert engine.drain(SECONDS) and engine.stats().compilations == 0
+    assert engine.stats().prefix_hit_tokens == 32
+    for one, stream in zip(requests, streams, strict=True):
+        assert read(stream)[0] == generated(windowed, one)
 
 
 def test_end_tokens_and_limits(engine: ServingEngine) -> None:
@@ -370,5 +426,5 @@ def test_a_follower_holds_what_the_first_process_holds(
 
 
 def _arrays(state: DeviceState) -> list[np.ndarray]:
-    kept = (state._slots, state._blocks, state._logits_SV, state.sampler._adjustments)
+    kept = (state._cache, state._tables, state._logits_SV, state.sampler._adjustments)
     return [np.asarray(array) for array in jax.tree.leaves(kept)]

@@ -14,8 +14,8 @@ from moe_jax.placement.cost import max_over_mean, planned_traffic
 from moe_jax.placement.schedule import plan_migration
 from moe_jax.placement.table import EMPTY, Placement, contiguous
 from moe_jax.placement.topology import one_host
-from moe_jax.serving.device_state import EngineSize
 from moe_jax.serving.engine import ServingEngine
+from moe_jax.serving.engine_size import EngineSize
 from moe_jax.serving.expert_balance import ExpertBalance, by_device, by_expert, plan_tables
 from moe_jax.serving.request import Finished, Request
 from tests.serving.test_engine import SECONDS, read, request
@@ -92,7 +92,7 @@ def say(engine: ServingEngine, requests: list[Request]) -> list[list[object]]:
 def test_experts_move_under_load_and_no_token_changes(skewed: LoadedModel) -> None:
     """Against the same engine that never moves any, to the last bit of the log-probabilities."""
     requests = [request(seed, 1 + seed % 40, 10, logprobs=2) for seed in range(24)]
-    size = EngineSize(max_batch=8, context=64, chunk=16, prefix_blocks=4)
+    size = EngineSize(max_batch=8, context=64, chunk=16, block=16)
     still = ServingEngine(skewed, EngineSize(**vars(size) | {"balance_every": 10**6}))
     still.start()
     wanted = say(still, requests)

@@ -18,6 +18,7 @@ from moe_jax.config.model import LatentConfig, ModelConfig, MoEConfig
 from moe_jax.config.schema import MeshConfig, OptimizerConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.inference.engine import ResidentEngine
+from moe_jax.inference.offload import offload
 from moe_jax.inference.read_weights import read_params, serving_tables
 from moe_jax.inference.session import LoadedModel
 from moe_jax.models.batch import NewTokens
@@ -221,6 +222,14 @@ def load(case: Case, mesh: dict[str, int], context: int = 64, **options: Any) ->
     plan = make_plan(case, mesh, **options)
     engine = ResidentEngine(plan, read_params(plan, case.read), serving_tables(plan, case.bias_LE))
     return LoadedModel(engine, load_tokenizer("bytes"), context, (VOCAB - 1,), "case")
+
+
+def load_offloaded(data: Case, size: int, **options: Any) -> LoadedModel:
+    """The same with `size` experts per layer on the device."""
+    plan = make_plan(data, {}, **options)
+    params = read_params(plan, data.read, experts_on_host=True)
+    engine = offload(plan, params, serving_tables(plan, data.bias_LE), size)
+    return LoadedModel(engine, load_tokenizer("bytes"), 64, (), "offloaded")
 
 
 def new_tokens(rows: list[Any], start: Any, width: int) -> NewTokens:

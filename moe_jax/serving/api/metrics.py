@@ -112,12 +112,16 @@ class EngineCollector:
             ("vllm:kv_cache_usage_perc", "Share of the cache in use, 0 to 1.", stats.cache_use),
         ):
             yield self._gauge(name, text, value)
-        for name, text, value in (
+        for name, text, count in (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_query_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hit_tokens),
+            ("vllm:num_preemptions", "Times that the cache had no room.", stats.preemptions),
+            ("moe_jax:expert_cache_hits", "Experts found there.", stats.expert_cache_hits),
+            ("moe_jax:expert_cache_misses", "Experts fetched.", stats.expert_cache_misses),
             ("moe_jax:compilations", "Programs compiled since start.", stats.compilations),
         ):
-            yield self._counter(name, text, value)
+            if count is not None:
+                yield self._counter(name, text, count)
         if stats.expert_counts is not None:
             yield from self._experts(stats.expert_counts)
         if stats.experts is not None:
