@@ -3,6 +3,7 @@
     train --data 2 --expert 4 --batch 8 --seq 256    whole training steps, 8 simulated devices
     train --batch 4 --seq 256                        the same model on one device
     train --batch 4 --seq 256 --against transformers side by side, in turns
+    train --data 2 --expert 4 --against maxtext DIR  the same with MaxText, whose source DIR has
     layer                                            one MoE layer, forward and backward
     generate --against transformers                  prefill and decoding, side by side
     placement --expert 8                             load, drops, time around a move of experts
@@ -88,7 +89,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if name == "placement":
             placement_options(command)
         if name == "train":
-            against.add_options(command.add_argument)
+            against.add_options(command.add_argument, maxtext=True)
             command.add_argument(
                 "--against-dropless",
                 action="store_true",
@@ -187,7 +188,7 @@ def generation_options(command: argparse.ArgumentParser) -> None:
     add("--generated", type=positive, default=64, help="tokens to generate")
     add("--batch", type=positive, default=1, help="rows at a time")
     add("--quantize", choices=("int8", "int4"), help="hold experts and projections in 8 or 4 bits")
-    against.add_options(add)
+    against.add_options(add, maxtext=False)
 
 
 def placement_options(command: argparse.ArgumentParser) -> None:

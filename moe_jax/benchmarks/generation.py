@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 import jax
@@ -92,6 +91,7 @@ def benchmark_generation(args: argparse.Namespace, mesh: MeshConfig) -> dict[str
     """
     for name, value in DEFAULTS[not default_platform().simulated].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    library = against.Library(args, "generate", mesh.size) if args.against else None
     loaded = load_random(args, mesh)
     session = loaded.session(args.batch)
 
@@ -100,13 +100,10 @@ def benchmark_generation(args: argparse.Namespace, mesh: MeshConfig) -> dict[str
         return bench(loaded, session, **options)
 
     compared: dict[str, Any] = {}
-    if args.against is None:
+    if library is None:
         every = [ours()]
     else:
-        python = args.python or sys.executable
-        every, compared = against.in_turns(
-            args.turns, ours, lambda: against.transformers(args, "generate", python), COMPARED
-        )
+        every, compared = against.in_turns(args.turns, ours, library.turn, COMPARED, library.name)
     names = (*COMPARED, "share_of_floor", "decode_ms_per_step")
     figures = every[-1] | {name: statistics.median(one[name] for one in every) for name in names}
     figures.pop("model"), figures.pop("platform")

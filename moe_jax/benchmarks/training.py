@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -202,12 +200,8 @@ def drops(kept: int, dropped: int) -> Results:
 
 
 def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
-    """Whole training steps; with `--against transformers` in turns with it."""
-    if args.against is not None and mesh.size > 1:
-        raise UserError(
-            f"--against {args.against} runs on one device and the mesh has {mesh.size}: leave "
-            f"--data, --expert and --tensor out."
-        )
+    """Whole training steps; with `--against` in turns with another library."""
+    library = against.Library(args, "train", mesh.size) if args.against else None
     program = build(args, mesh)
     rate, rate_text = machine.matmul_rate(args.dtype, mesh.size)
     compiled, compile_seconds = compile_step(program, args)
@@ -219,7 +213,7 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
     steps = _Steps(args, program, compiled)
     tokens = args.batch * args.seq
     compared: Results = {}
-    if args.against is None:
+    if library is None:
         times = steps.run()
     else:
         times = []
@@ -229,9 +223,8 @@ def benchmark_training(args: argparse.Namespace, mesh: MeshConfig) -> Results:
             times.extend(turn)
             return {"tokens_per_second": tokens / statistics.median(turn)}
 
-        python = args.python or sys.executable
-        theirs = partial(against.transformers, args, "train", python)
-        _, compared = against.in_turns(args.turns, ours, theirs, ("tokens_per_second",))
+        rates = ("tokens_per_second",)
+        _, compared = against.in_turns(args.turns, ours, library.turn, rates, library.name)
     layers = steps.layers
     kept, dropped = (
         int(sum(np.sum(getattr(stats, name)) for stats in layers)) for name in ("kept", "dropped")

@@ -114,6 +114,11 @@ def reserve_threads(devices: int) -> None:
         os.environ.setdefault("NPROC", str(3 * devices))
 
 
+def others_environment() -> dict[str, str]:
+    """The environment for a process of another program, which chooses its own number of threads."""
+    return {name: value for name, value in os.environ.items() if name != "NPROC"}
+
+
 def start_devices(mesh: MeshConfig, simulate: int | None) -> None:
     """Simulates as many CPU devices as asked for, or as the mesh needs if there is only the CPU, of
     several processes each its share; before JAX starts.
