@@ -146,6 +146,7 @@ def test_a_loss_pooled_over_layers_does_not_depend_on_the_mesh_or_the_parts(part
     np.testing.assert_allclose(want.aux_loss, 0.5 * EXPERTS * np.sum(share * prob), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_routes_of_sequences_do_not_depend_on_the_mesh_or_the_parts():
     """No noise, and a loss of half-filled batches: all of it is counted in sequences."""
     moe = dict(aux_loss=0.1, sequence_aux_loss=0.2, z_loss=0.1, route_by="sequence")
