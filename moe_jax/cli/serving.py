@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -218,6 +220,60 @@ def _follow(choice: ModelChoice, engine: EngineOptions) -> None:
         follow(DeviceState(opened.model, size))
 
 
+def route(
+    urls: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="URL ...", show_default=False, help="Servers, as http://127.0.0.1:8001."
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0: a free one.")
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        path_option(
+            "--api-key-file", metavar="FILE", help="Keys, one per line; a request needs one."
+        ),
+    ] = None,
+) -> None:
+    """One address for several servers of a model: requests go to those that answer."""
+    try:
+        from moe_jax.launch.router import Replica, ServerRouter, create_router
+        from moe_jax.serving.api.app import Limits
+        from moe_jax.serving.api.server import HttpServer, bound_socket
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"moe-jax route needs {error.name}, which is not installed: pip install "
+            f"'moe-jax[serve]'."
+        ) from error
+    from moe_jax.serving.keys import read_keys
+    from moe_jax.serving.load import ServerUnderLoad
+    from moe_jax.serving.run import DRAIN_SECONDS
+
+    router = ServerRouter([Replica(ServerUnderLoad(url).url) for url in urls])
+    keys = [] if api_key_file is None else read_keys(api_key_file)
+    app = create_router(router, keys=keys, max_body=Limits().max_body, log=say)
+    stop = threading.Event()
+    with (
+        bound_socket(host, port) as listener,
+        noted_signals(signal.SIGTERM, signal.SIGINT, at_once=stop.set),
+    ):
+        server = HttpServer(app, listener)
+        server.start()
+        say(f"ready: {len(urls)} servers behind {server.address}; SIGTERM or Ctrl-C ends it")
+        while not stop.wait(1):  # a wait without an end keeps signals out
+            pass
+        router.draining = True
+        ends = time.monotonic() + DRAIN_SECONDS
+        while router.open_requests and time.monotonic() < ends:
+            time.sleep(0.05)
+        server.stop()
+
+
 def bench_serve(
     url: Annotated[
         str, typer.Argument(metavar="URL", show_default=False, help="As http://127.0.0.1:8000.")
@@ -293,5 +349,6 @@ def _print(figures: dict[str, Any]) -> None:
 
 COMMANDS: list[tuple[str, Callable[..., None], str]] = [
     ("serve", serve, "moe-jax serve Qwen/Qwen3-30B-A3B --mesh expert=4 --port 8000"),
+    ("route", route, "moe-jax route http://127.0.0.1:8001 http://127.0.0.1:8002 --port 8000"),
     ("bench-serve", bench_serve, "moe-jax bench-serve http://127.0.0.1:8000 --concurrency 16"),
 ]

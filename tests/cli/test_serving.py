@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import call
+from tests.support.fake_serving import until
 from tests.support.hf_folder import make_folder
 
 
@@ -66,3 +70,26 @@ def test_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found is not None and 0 < int(found[1]) < 4096 * 64
     told = refusal(capsys, folder, "--port", 0, "--max-context", 64, "--cache-tokens", 63)
     assert told.startswith("--cache-tokens 63 must have room for one request")
+
+
+def test_what_cannot_be_routed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("route", "ftp://x") == 2
+    assert "ftp://x is no server's URL" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert call("route", "127.0.0.1:1", "--port", port) == 2
+        assert f"--port {port} cannot be served" in capsys.readouterr().err
+
+
+def test_a_router_ends_with_its_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    def end() -> None:
+        until(lambda: "noted_signals" in repr(signal.getsignal(signal.SIGTERM)))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    assert call("route", "127.0.0.1:1", "127.0.0.1:2", "--port", 0) == 0
+    ending.join()
+    assert "ready: 2 servers behind http://127.0.0.1:" in capsys.readouterr().err
