@@ -231,7 +231,7 @@ class TrainProgram:
         def add(total: Any, part: AnyBatch) -> tuple[Any, Losses]:
             grads, losses = gradient(params, part, full)
             # The TPU compiler moves a reduce-scatter whose result is only summed out of the loop,
-            # with a sum as large as the whole array, and fails where it is of another type.
+            # with a sum as large as the whole array; with an untied head it failed at that.
             grads = jax.tree.map(lax.optimization_barrier, grads)
             return jax.tree.map(jnp.add, total, grads), losses
 
