@@ -102,9 +102,11 @@ class Decoder(nnx.Module):
         return self.norm(through(self.blocks, x_BSD, states_BMD, mask_BM, bias_HSS))
 
 
-def relative_bias(config: StackConfig, *, causal: bool, rngs: nnx.Rngs) -> RelativeBias:
-    """The table of a stack."""
-    std = config.init_factor * config.width**-0.5
+def relative_bias(
+    config: StackConfig, *, causal: bool, std: float | None = None, rngs: nnx.Rngs
+) -> RelativeBias:
+    """The table of a stack, whose values start as large as T5's or with `std`."""
+    std = config.init_factor * config.width**-0.5 if std is None else std
     shape = (config.buckets, config.max_distance, config.num_heads)
     return RelativeBias(*shape, std, causal=causal, rngs=rngs)
 
