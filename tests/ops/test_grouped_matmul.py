@@ -230,7 +230,7 @@ SERVED = {
 STACKED = 3  # layers whose matrices stand one after another; the second is used
 
 
-@pytest.fixture(scope="module", params=["float", "int8", "int4"])
+@pytest.fixture(scope="module", params=["float", "bits", "int8", "int4"])
 def banks(request) -> tuple[PackedWeight, np.ndarray]:
     """Matrices [3 x G, 2, F/2, D], and the weights [G, D, F] that those of the second layer stand
     for.
@@ -240,7 +240,11 @@ def banks(request) -> tuple[PackedWeight, np.ndarray]:
         .standard_normal((STACKED * GROUPS, 2, HIDDEN // 2, WIDTH))
         .astype(np.float32)
     )
-    matrix = quantize(jnp.asarray(w), request.param, 8)
+    if request.param == "bits":
+        half = np.asarray(jnp.asarray(w, jnp.bfloat16))
+        matrix = PackedWeight(jnp.asarray(half.view(np.uint16)))
+    else:
+        matrix = quantize(jnp.asarray(w), request.param, 8)
     plain = np.asarray(dequantize(matrix, jnp.float32)).reshape(STACKED, GROUPS, HIDDEN, WIDTH)
     return matrix, plain[1].swapaxes(1, 2)
 
@@ -252,7 +256,7 @@ def served():
 
 
 @pytest.mark.parametrize("rows", [FEW_ROWS, SMALL_TILE * GROUPS, ROWS])
-@pytest.mark.parametrize("impl", ["rows", "tiled", "counted", "chosen"])
+@pytest.mark.parametrize("impl", ["rows", "short", "tiled", "counted", "chosen"])
 def test_a_matrix_equals_the_definition(served, banks, operands, impl, rows):
     matrix, plain = banks
     for name, sizes in SERVED.items():
@@ -266,7 +270,7 @@ def test_a_matrix_equals_the_definition(served, banks, operands, impl, rows):
             assert not np.any(np.asarray(y)[sum(sizes) :]), name
 
 
-@pytest.mark.parametrize("impl", ["rows", "tiled", "counted", "chosen"])
+@pytest.mark.parametrize("impl", ["rows", "short", "tiled", "counted", "chosen"])
 def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(
     served, banks, operands, impl
 ):
@@ -278,7 +282,8 @@ def test_rows_past_the_last_group_of_matrices_are_zero_whatever_they_hold(
 
 def test_auto_takes_rows_for_few_and_tiles_for_more(served, banks, operands):
     sizes = np.array([20, 0, 50, 7, 3], np.int32)
-    for rows, impl in ((FEW_ROWS, "rows"), (FEW_ROWS + 1, "tiled")):
+    few = "short" if banks[0].values.dtype == np.uint16 else "rows"  # bf16, several per group
+    for rows, impl in ((2 * GROUPS, "rows"), (FEW_ROWS, few), (FEW_ROWS + 1, "tiled")):
         text = [
             jax.jit(partial(grouped_matmul, impl=i))
             .lower(operands[0][:rows], banks[0], sizes)

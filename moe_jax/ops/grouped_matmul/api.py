@@ -4,10 +4,11 @@ Back ends: `reference` multiplies every row by every matrix and selects (for tes
 `lax.ragged_dot`, right on GPU and TPU, but a masked dense product over every group on CPU; `tiled`
 walks each group in tiles of rows with plain matmuls, fast on CPU; `rows`, for a `PackedWeight`
 alone, takes one row after another, for the few rows of decoding, where reading weights takes all
-the time. `counted` is `tiled` with a loop of fixed length, and `chosen`, for a
-`PackedWeight` alone, gives each row a copy of its matrix: for platforms where a loop of open length
-is slow. `auto` takes `rows` for a `PackedWeight` and few rows, else `ragged` on GPU and TPU and
-`tiled` elsewhere and for a `PackedWeight` on TPU, but `chosen` and `counted` on Metal.
+the time, and `short` a few of a group at once. `counted` is `tiled` with a loop of fixed length,
+and `chosen`, for a `PackedWeight` alone, gives each row a copy of its matrix: for platforms where a
+loop of open length is slow. `auto` takes `rows` for a `PackedWeight` and few rows (`short` where
+they are several per group and the weights bf16 on a CPU), else `ragged` on GPU and TPU and `tiled`
+elsewhere and for a `PackedWeight` on TPU, but `chosen` and `counted` on Metal.
 Measurements behind the tile sizes are in docs/benchmarks.md and docs/log.md.
 """
 
@@ -26,18 +27,25 @@ from moe_jax.ops.grouped_matmul.counted import (
     packed_chosen,
     packed_counted,
 )
-from moe_jax.ops.grouped_matmul.packed import FEW_ROWS, packed_ragged, packed_rows, packed_tiles
+from moe_jax.ops.grouped_matmul.packed import (
+    FEW_ROWS,
+    packed_ragged,
+    packed_rows,
+    packed_short,
+    packed_tiles,
+)
 from moe_jax.ops.grouped_matmul.ragged import ragged
 from moe_jax.ops.grouped_matmul.reference import reference_grouped_matmul
 from moe_jax.ops.grouped_matmul.tiled import tiled
 from moe_jax.ops.quantized import PackedWeight
 from moe_jax.parallel.collectives import vary_alike
+from moe_jax.parallel.half_bits import are_bits
 from moe_jax.runtime.platform import default_platform
 from moe_jax.utils.annotations import Array, Float, Int
 
 BackEnd = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
 GroupedMatmulImpl = (
-    Literal["auto", "reference", "ragged", "tiled", "rows", "counted", "chosen"] | BackEnd
+    Literal["auto", "reference", "ragged", "tiled", "rows", "short", "counted", "chosen"] | BackEnd
 )
 
 
@@ -59,9 +67,8 @@ def grouped_matmul(
     dtype of `x_ND`.
     `impl` may be a function like `tiled` too. Raises ValueError for an unknown one.
     """
-    packed = isinstance(w_GDF, PackedWeight)
     if impl == "auto":
-        impl = _suitable(x_ND.shape[0], packed)
+        impl = _suitable(x_ND.shape[0], w_GDF, sizes_G.shape[0])
     if isinstance(w_GDF, PackedWeight):
         back_end = _PACKED.get(impl) if isinstance(impl, str) else None
         if back_end is None:
@@ -84,8 +91,12 @@ def grouped_matmul(
     raise _unknown(impl)
 
 
+# Rows per group from which bf16 is quicker in tiles than row by row (docs/log.md).
+ROWS_TOGETHER = 3
+
 _PACKED = {
     "rows": packed_rows,
+    "short": packed_short,
     "ragged": packed_ragged,
     "tiled": packed_tiles,
     "reference": packed_tiles,
@@ -94,13 +105,14 @@ _PACKED = {
 }
 
 
-def _suitable(rows: int, packed: bool) -> Any:
+def _suitable(rows: int, w: Any, groups: int) -> Any:
     """The back end for this platform."""
-    platform = default_platform()
+    platform, packed = default_platform(), isinstance(w, PackedWeight)
     if not platform.open_loops:
         return "chosen" if packed and rows <= CHOSEN_ROWS else "counted"
     if packed and rows <= FEW_ROWS:
-        return "rows"
+        together = are_bits(w.values) and rows >= ROWS_TOGETHER * groups
+        return "short" if together else "rows"
     walks = packed and platform.packed_tile is not None
     return "ragged" if platform.ragged_dot and not walks else "tiled"
 
@@ -108,5 +120,5 @@ def _suitable(rows: int, packed: bool) -> Any:
 def _unknown(impl: object) -> ValueError:
     return ValueError(
         f"impl={impl!r} is not a back end of grouped_matmul: use auto, reference, ragged, tiled or "
-        f"counted (rows and chosen need a PackedWeight)"
+        f"counted (rows, short and chosen need a PackedWeight)"
     )

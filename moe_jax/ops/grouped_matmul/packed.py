@@ -21,6 +21,8 @@ SMALL_TILE = 16  # for a `PackedWeight` whose groups have about so few rows
 
 FEW_ROWS = 128  # up to which a `PackedWeight` is read once per row
 
+SHORT_TILE = 8  # of those few rows, where groups have several each
+
 
 def packed_rows(
     x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array, first: jax.Array | int
@@ -39,6 +41,28 @@ def packed_rows(
         )
 
     return lax.fori_loop(0, ends_G[-1], row, zeros(x_ND.shape[0]))
+
+
+def packed_short(
+    x_ND: jax.Array, w: PackedWeight, sizes_G: jax.Array, first: jax.Array | int
+) -> jax.Array:
+    """Tiles of a few rows, in one loop over those that there are: a group of no rows costs
+    nothing, and one of several is cut out for all of them.
+    """
+    x_ND, w, sizes_G, zeros = varying_alike(x_ND, w, sizes_G)
+    tiles_G = (sizes_G + SHORT_TILE - 1) // SHORT_TILE
+    ends_G, starts_G = jnp.cumsum(tiles_G), jnp.cumsum(sizes_G) - sizes_G
+    padded = pad_rows(x_ND, SHORT_TILE)
+
+    def tile(i: jax.Array, y: jax.Array) -> jax.Array:
+        group = jnp.sum(ends_G <= i)
+        row = starts_G[group] + (i - (ends_G - tiles_G)[group]) * SHORT_TILE
+        rows = lax.dynamic_slice_in_dim(padded, row, SHORT_TILE)
+        product = apply(rows, take_matrix(w, group + first)).reshape(SHORT_TILE, -1)
+        return lax.dynamic_update_slice_in_dim(y, product, row, 0)
+
+    y = lax.fori_loop(0, ends_G[-1], tile, zeros(padded.shape[0]))
+    return mask_tail(y[: x_ND.shape[0]], sizes_G)
 
 
 def packed_ragged(
