@@ -115,6 +115,7 @@ def test_the_engine_gets_what_was_asked_for(
             "group": 64,
             "context": 4096,
             "expert_cache": None,
+            "redundant_slots": 0,
             "check": None,
             "check_plan": None,
         }

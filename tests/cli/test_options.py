@@ -88,7 +88,7 @@ def paths_of(app: typer.Typer) -> list[tuple[str, str, object]]:
 
 def test_every_path_of_every_command_knows_the_home_folder_and_urls() -> None:
     paths = paths_of(main.app) + paths_of(placement.app)
-    assert len({command for command, _, _ in paths}) == 21
+    assert len({command for command, _, _ in paths}) == 22
     assert [path for path in paths if path[2] is not local_path] == []
 
 

@@ -562,6 +562,7 @@ def test_the_run_directory_is_complete(whole: Path, folder: Path) -> None:
         *("tokenizer", "hf_config.json"),  # which runs with init_from keep
         "attempts.jsonl",  # of attempts that a later one followed
         "logs",  # which only `moe-jax launch` writes
+        "forecasts.npz",  # of runs that train a forecaster
     }
     resolved = tiny(folder, *STATEFUL, "moe.dropless=false")  # null: nothing to begin from
     assert load_config(whole / "config.yaml") == resolved
