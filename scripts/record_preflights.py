@@ -96,7 +96,7 @@ SCALING = {
     "16 chips": _chips("v5p:2x2x4", 1),
     "64 chips": _chips("v5p:4x4x4", 4),
     "512 chips": _chips("v5p:8x8x8", 32),
-    "4,096 chips": _chips("v5p:16x16x16", 256),
+    "2,048 chips": _chips("v5p:8x16x16", 128),  # as many as share a width of 2048
 }
 ALL = RUNS | SCALING
 

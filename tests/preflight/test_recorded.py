@@ -8,6 +8,7 @@ Temporaries are as they were measured, by the versions that stand beside them.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ spec.loader.exec_module(script)
 RECORDED = script.recorded()
 
 # What no machine has had the time for: a name goes when its record comes.
-UNMEASURED = {*script.ALL} - {"small-gpu"}
+UNMEASURED = {*script.RUNS} - {"small-gpu"}
 
 
 def promise(path: Path) -> tuple[int, float] | None:
@@ -91,10 +92,11 @@ def test_a_record_is_of_the_settings_of_today(name):
 
 def exchanges_of(step: dict[str, Any], config: Config) -> float | None:
     """How often the rows of a layer's pools cross the expert axis for each part of the batch, by
-    what was sent; None where that depends on the tokens or on how a rank's devices share the rows.
+    what was sent; None where that depends on the tokens or on how a rank's devices share the rows,
+    or where head and embedding cross that axis too, as there is no other.
     """
     model, moe, train, ranks = config.model, config.moe, config.train, config.mesh.expert
-    if moe.dropless or ranks == 1 or config.mesh.tensor > 1:
+    if moe.dropless or ranks == 1 or config.mesh.tensor > 1 or config.mesh.data == 1:
         return None
     tokens = train.global_batch * train.seq_len / train.accumulation / config.mesh.size
     rows = moe.capacity_factor * tokens * moe.top_k
@@ -127,11 +129,14 @@ def test_arguments_are_what_the_state_takes_today(name):
         assert recorded["programs"][program][sizes[program]] == pytest.approx(held, rel=0.02)
 
 
-def test_a_training_step_takes_the_same_on_any_number_of_chips():
-    measured = [RECORDED[name] for name in script.SCALING if name in RECORDED]
+def test_a_training_step_takes_no_more_on_more_chips():
+    """Less where gradients are in more parts; what the exchanges send per chip stays."""
+    measured = [RECORDED[name] for name in script.SCALING]
     temporaries = [one["programs"]["train_step"]["temp_bytes"] for one in measured]
-    assert max(temporaries, default=0) <= 1.05 * min(temporaries, default=0)
-    assert len({script.sent(one, "all-to-all") for one in measured}) <= 1
+    for fewer, more in itertools.pairwise(temporaries):
+        assert more <= 1.06 * fewer
+    sent = [script.sent(one, "all-to-all") for one in measured]
+    assert max(sent) <= 1.03 * min(sent)
 
 
 def test_the_tables_for_pods_are_the_record():

@@ -90,9 +90,9 @@ def arm(ending: str) -> None:
             os.close(reader)
             os.dup2(writer, 1)
         case "SIGTERM at once":
-            signal_around(trainer, "load_corpus", signal.SIGTERM, after=always)
+            signal_around(trainer, "read_corpus", signal.SIGTERM, after=always)
         case "SIGINT at once":
-            signal_around(trainer, "load_corpus", signal.SIGINT, after=always)
+            signal_around(trainer, "read_corpus", signal.SIGINT, after=always)
         case "SIGTERM twice":
             writing(signal.SIGTERM, lambda writer, record: "loss" in record)
             ignore_signals()
