@@ -6,7 +6,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,20 +90,45 @@ class EngineOptions:
             )
 
 
-@spread
-def serve(
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")
-    ] = "127.0.0.1",
+@dataclass(frozen=True)
+class ListenOptions:
+    """Where a command listens, and to whom."""
+
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0: a free one.")
-    ] = 8000,
+    ] = 8000
     api_key_file: Annotated[
         Path | None,
         path_option(
             "--api-key-file", metavar="FILE", help="Keys, one per line; a request needs one."
         ),
-    ] = None,
+    ] = None
+
+    def keys(self) -> list[bytes]:
+        """Those that a request may have; none if nobody needs one."""
+        from moe_jax.serving.keys import read_keys
+
+        return [] if self.api_key_file is None else read_keys(self.api_key_file)
+
+
+@contextmanager
+def _with_extra(command: str) -> Iterator[None]:
+    """While a command imports what the extra `serve` installs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"moe-jax {command} needs {error.name}, which is not installed: pip install "
+            f"'moe-jax[serve]'."
+        ) from error
+
+
+@spread
+def serve(
+    listen: ListenOptions,
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", min=0, metavar="N", help="Answers that may wait.")
     ] = 128,
@@ -125,25 +151,22 @@ def serve(
     if engine.max_context is not None and options.context is not None:
         raise UserError("--context and --max-context say the same: give one of them.")
     engine = replace(engine, max_context=engine.max_context or options.context)
-    try:
+    with _with_extra("serve"):
         from moe_jax.serving.api.app import Api, Limits, create_app
         from moe_jax.serving.api.server import bound_socket
-        from moe_jax.serving.keys import read_keys
         from moe_jax.serving.run import run_server
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"moe-jax serve needs {error.name}, which is not installed: pip install "
-            f"'moe-jax[serve]'."
-        ) from error
-    keys = [] if api_key_file is None else read_keys(api_key_file)
+    keys = listen.keys()
     processes.join(model=choice.fingerprint(), settings=repr((options, engine)))
     use_compile_cache()
     if not is_first():
         _follow(choice, engine)
         return
-    if not keys and host not in LOOPBACK:
-        say(f"--host {host} without --api-key-file: everybody who reaches it can use the model.")
-    with bound_socket(host, port) as listener:
+    if not keys and listen.host not in LOOPBACK:
+        say(
+            f"--host {listen.host} without --api-key-file: everybody who reaches it can use the "
+            f"model."
+        )
+    with bound_socket(listen.host, listen.port) as listener:
         api = Api(Limits(engine.max_batch, max_waiting, request_seconds=request_timeout))
         app = create_app(api, keys=keys, log=say)
         run_server(api, app, listener, partial(_open, choice, engine))
@@ -220,6 +243,7 @@ def _follow(choice: ModelChoice, engine: EngineOptions) -> None:
         follow(DeviceState(opened.model, size))
 
 
+@spread
 def route(
     urls: Annotated[
         list[str],
@@ -227,39 +251,21 @@ def route(
             metavar="URL ...", show_default=False, help="Servers, as http://127.0.0.1:8001."
         ),
     ],
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0: a free one.")
-    ] = 8000,
-    api_key_file: Annotated[
-        Path | None,
-        path_option(
-            "--api-key-file", metavar="FILE", help="Keys, one per line; a request needs one."
-        ),
-    ] = None,
+    listen: ListenOptions,
 ) -> None:
     """One address for several servers of a model: requests go to those that answer."""
-    try:
+    with _with_extra("route"):
         from moe_jax.launch.router import Replica, ServerRouter, create_router
         from moe_jax.serving.api.app import Limits
         from moe_jax.serving.api.server import HttpServer, bound_socket
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"moe-jax route needs {error.name}, which is not installed: pip install "
-            f"'moe-jax[serve]'."
-        ) from error
-    from moe_jax.serving.keys import read_keys
     from moe_jax.serving.load import ServerUnderLoad
     from moe_jax.serving.run import DRAIN_SECONDS
 
     router = ServerRouter([Replica(ServerUnderLoad(url).url) for url in urls])
-    keys = [] if api_key_file is None else read_keys(api_key_file)
-    app = create_router(router, keys=keys, max_body=Limits().max_body, log=say)
+    app = create_router(router, keys=listen.keys(), max_body=Limits().max_body, log=say)
     stop = threading.Event()
     with (
-        bound_socket(host, port) as listener,
+        bound_socket(listen.host, listen.port) as listener,
         noted_signals(signal.SIGTERM, signal.SIGINT, at_once=stop.set),
     ):
         server = HttpServer(app, listener)

@@ -190,6 +190,14 @@ def combine_rows(
     return combine_chunks([y_MD[None]], weight_TK, source_M, place_TK, cut)
 
 
+def sum_choices(
+    row_MD: Float[Array, "TK D"], weight_TK: Float[Array, "T K"]
+) -> Float[Array, "T D"]:
+    """`combine_rows` of rows that lie in the order of the choices."""
+    choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
+    return combine_rows(row_MD, weight_TK, choice_M, choice_M.reshape(weight_TK.shape))
+
+
 def choose_slots(
     expert_TK: Int[Array, "T K"],
     slots_P: Int[Array, " P"],

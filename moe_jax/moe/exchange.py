@@ -223,11 +223,13 @@ def _exchange(route: Route, rows_RCD: jax.Array | None) -> Any:
 
 
 def _sorted(
-    route: Route, slot_RC: jax.Array, weights: tuple[Any, ...]
+    route: Route, slots: jax.Array, weights: tuple[Any, ...], first: jax.Array | int = 0
 ) -> tuple[Grouped, jax.Array, jax.Array]:
-    """The experts for rows that are sorted by slot, their order and its inverse."""
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slot_RC.reshape(-1), route.slots)
-    return Grouped(sizes_P, weights, route.limit, route.impl), order_M, inverse_M
+    """The experts for rows that are sorted by slot, their order and its inverse; `slots` are the
+    rows' own, in any shape.
+    """
+    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(slots.reshape(-1), route.slots)
+    return Grouped(sizes_P, weights, route.limit, route.impl, first), order_M, inverse_M
 
 
 def own_share(
@@ -261,9 +263,7 @@ def share_in_order(
     """
     y_MD, _, inverse_NK = own_rows(route, x_ND, weights, slot_NK, first)
     row_MD = psum(y_MD[inverse_NK.reshape(-1)], route.axes.expert)
-    choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
-    y_ND = dispatch.combine_rows(row_MD, weight_NK, choice_M, choice_M.reshape(weight_NK.shape))
-    return once(y_ND, axis_names(route.axes.expert))
+    return once(dispatch.sum_choices(row_MD, weight_NK), axis_names(route.axes.expert))
 
 
 def own_rows(
@@ -278,10 +278,9 @@ def own_rows(
     """
     local_NK = slot_NK - rank(route.axes.expert) * route.slots
     local_NK = jnp.where((local_NK >= 0) & (local_NK < route.slots), local_NK, route.slots)
-    order_M, inverse_M, sizes_P = dispatch.sort_by_slot(local_NK.reshape(-1), route.slots)
+    experts, order_M, inverse_M = _sorted(route, local_NK, weights, first)
     inverse_NK = inverse_M.reshape(local_NK.shape)
     rows_MD = dispatch.gather_rows(x_ND, order_M, inverse_NK)
-    experts = Grouped(sizes_P, weights, route.limit, route.impl, first)
     return experts.output(experts.hidden(rows_MD)), order_M, inverse_NK
 
 

@@ -217,9 +217,7 @@ class MoE(nnx.Module):
         weight_TK: Float[Array, "T K"],
     ) -> Float[Array, "T D"]:
         """What `serve` gives, from the sum of `choice_rows` over parts of the experts."""
-        choice_M = jnp.arange(row_MD.shape[0], dtype=jnp.int32)
-        y_TD = dispatch.combine_rows(row_MD, weight_TK, choice_M, choice_M.reshape(weight_TK.shape))
-        return self._with_shared(y_TD, x_TD)
+        return self._with_shared(dispatch.sum_choices(row_MD, weight_TK), x_TD)
 
     def _with_shared(self, y_TD: jax.Array, x_TD: jax.Array) -> jax.Array:
         """The routed experts' output with that of the shared ones, summed over devices that hold
