@@ -125,13 +125,7 @@ class TrainProgram:
             return draw_parameters(self.initial_values, keys, self.param_specs, expert_LP, rows_of)
 
         in_specs = (P(), P(None, "expert"))
-        sharded = jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=self.param_specs,
-            check_vma=self.mesh.size > 1,
-        )
+        sharded = self._sharded(local, in_specs, self.param_specs)
         return sharded(nnx.to_pure_dict(nnx.state(model)), expert_LP)
 
     def _state_specs(self) -> TrainState:
@@ -269,7 +263,22 @@ class TrainProgram:
             tokens,
         )
 
-    # Compiled functions of the whole mesh.
+    # Functions of the whole mesh.
+
+    def _sharded(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """Every device's part `local` as a function of whole arrays."""
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=self.mesh.size > 1,
+        )
+
+    def _compiled(self, run: Callable[..., Any], **options: Any) -> Any:
+        """`run` under `jax.jit`, with the compiler's options of this platform."""
+        platform = platform_of(self.mesh.devices.flat[0])
+        return jax.jit(run, compiler_options=dict(platform.compiler_options), **options)
 
     def gradients(
         self, params: Any, batch: AnyBatch, tables: LayerTables, key: jax.Array
@@ -277,12 +286,10 @@ class TrainProgram:
         """Gradients of a whole batch, sharded like the parameters, and its losses; not compiled.
         Replicas of an expert have a gradient each.
         """
-        sharded = jax.shard_map(
+        sharded = self._sharded(
             self._local_gradients,
-            mesh=self.mesh,
-            in_specs=(self.param_specs, self.batch_spec, P(), P()),
-            out_specs=(self.param_specs, P()),
-            check_vma=self.mesh.size > 1,
+            (self.param_specs, self.batch_spec, P(), P()),
+            (self.param_specs, P()),
         )
         return sharded(params, batch, tables, key)
 
@@ -329,25 +336,17 @@ class TrainProgram:
             return grads, gradients.norm(grads, expert_LP, experts, layers)
 
         specs = (self.param_specs, P(None, "expert"))
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=specs,
-            out_specs=(self.param_specs, P()),
-            check_vma=self.mesh.size > 1,
-        )(grads, expert_LP)
+        return self._sharded(local, specs, (self.param_specs, P()))(grads, expert_LP)
 
     @cached_property
     def train_step(self):
         """(state, batch) -> (state, StepStats); the given state's buffers are reused where the
         platform can. A step that is not finite changes nothing but the counts of steps.
         """
-        platform = platform_of(self.mesh.devices.flat[0])
-        return jax.jit(
+        return self._compiled(
             self._train_step,
-            donate_argnums=(0,) if platform.donates else (),
+            donate_argnums=(0,) if platform_of(self.mesh.devices.flat[0]).donates else (),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
-            compiler_options=dict(platform.compiler_options),
         )
 
     @cached_property
@@ -358,15 +357,7 @@ class TrainProgram:
             losses = self._losses(params, batch, tables, None, jnp.float32(1.0), None)
             return losses.ce_loss, psum(batch.counted, BATCH_AXES)
 
-        return jax.jit(
-            jax.shard_map(
-                local,
-                mesh=self.mesh,
-                in_specs=(self.param_specs, P(), self.batch_spec),
-                out_specs=P(),
-                check_vma=self.mesh.size > 1,
-            )
-        )
+        return self._compiled(self._sharded(local, (self.param_specs, P(), self.batch_spec), P()))
 
     @cached_property
     def forecast_step(self):
@@ -377,14 +368,8 @@ class TrainProgram:
         def local(params: Any, tables: LayerTables, batch: SeriesBatch) -> jax.Array:
             return nnx.merge(self.graph, params).predict(batch, tables)
 
-        return jax.jit(
-            jax.shard_map(
-                local,
-                mesh=self.mesh,
-                in_specs=(self.param_specs, P(), self.batch_spec),
-                out_specs=P(BATCH_AXES),
-                check_vma=self.mesh.size > 1,
-            )
+        return self._compiled(
+            self._sharded(local, (self.param_specs, P(), self.batch_spec), P(BATCH_AXES))
         )
 
     @cached_property
@@ -400,15 +385,7 @@ class TrainProgram:
             return logits(hidden_BD, model.head_weights())
 
         in_specs = (self.param_specs, P(), self.batch_spec, P(BATCH_AXES))
-        return jax.jit(
-            jax.shard_map(
-                local,
-                mesh=self.mesh,
-                in_specs=in_specs,
-                out_specs=P(BATCH_AXES, "tensor"),
-                check_vma=self.mesh.size > 1,
-            )
-        )
+        return self._compiled(self._sharded(local, in_specs, P(BATCH_AXES, "tensor")))
 
 
 def _sum_parts(parts: Losses) -> Losses:
